@@ -1,0 +1,174 @@
+"""The autograd.Function around the operators: what is saved, the backward, and the backward of the backward.
+
+No kernels and no device branches here. A layer keeps the backend that ran its forward, because only that one
+understands what it reserved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops, reference
+
+# The fixed arguments of LSTMFunction.apply before the weights, and the first of them that can need a gradient.
+_FIXED = ("backend", "bidirectional", "cell_states", "x", "h0", "c0", "lengths", "reset")
+_X = _FIXED.index("x")
+_WEIGHTS = len(_FIXED)
+
+
+def lstm_layer(
+    backend: str,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    bidirectional: bool,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    cell_states: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One layer, differentiable where it has to be; the arguments are those of `ops.FORWARD_SCHEMA`.
+
+    Returns:
+        y [T, B, D*P], hn [D, B, P], cn [D, B, H], c [T, B, D*H] (meaningful with cell_states only).
+    """
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h0, c0, *weights)):
+        y, hn, cn, c, _ = LSTMFunction.apply(
+            backend, bidirectional, cell_states, x, h0, c0, lengths, reset, *weights
+        )
+        return y, hn, cn, c
+    y, hn, cn, c, _ = ops.forward_op(backend)(
+        x, weights, bidirectional, h0, c0, lengths, reset, cell_states, False
+    )
+    return y, hn, cn, c
+
+
+class LSTMFunction(torch.autograd.Function):
+    """forward: (*_FIXED, *weights) -> y, hn, cn, c, reserve. See docs/lstm_math.md for both directions."""
+
+    @staticmethod
+    def forward(
+        backend: str,
+        bidirectional: bool,
+        cell_states: bool,
+        x: Tensor,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        lengths: Tensor | None,
+        reset: Tensor | None,
+        *weights: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return ops.forward_op(backend)(x, weights, bidirectional, h0, c0, lengths, reset, cell_states, True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.backend, ctx.bidirectional = inputs[:2]
+        y, _, _, c, reserve = output
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(reserve)
+        ctx.save_for_backward(*inputs[_X:], y, c, reserve)
+
+    @staticmethod
+    def backward(
+        ctx: Any, dy: Tensor | None, dhn: Tensor | None, dcn: Tensor | None, dc: Tensor | None, _: None
+    ) -> tuple[Tensor | None, ...]:
+        x, h0, c0, lengths, reset, *weights, y, c, reserve = ctx.saved_tensors
+        needs = [ctx.needs_input_grad[_X + k] for k in range(3)] + list(ctx.needs_input_grad[_WEIGHTS:])
+        arguments = (dy, dhn, dcn, dc, x, h0, c0, lengths, reset, y, c, reserve, *weights)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            grads = LSTMBackwardFunction.apply(ctx.backend, ctx.bidirectional, needs, *arguments)
+        else:
+            grads = _run_backward(ctx.backend, ctx.bidirectional, needs, *arguments)
+        dx, dh0, dc0, *dweights = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+        return None, None, None, dx, dh0, dc0, None, None, *dweights
+
+
+def _run_backward(
+    backend: str,
+    bidirectional: bool,
+    needs: list[bool],
+    dy: Tensor | None,
+    dhn: Tensor | None,
+    dcn: Tensor | None,
+    dc: Tensor | None,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    y: Tensor,
+    c: Tensor,
+    reserve: Tensor,
+    *weights: Tensor,
+) -> tuple[Tensor, ...]:
+    dx, dh0, dc0, dweights = ops.backward_op(backend)(
+        dy, dhn, dcn, dc, x, weights, bidirectional, h0, c0, lengths, reset, y, c, reserve, needs
+    )
+    return dx, dh0, dc0, *dweights
+
+
+class LSTMBackwardFunction(torch.autograd.Function):
+    """The backward as a function of its own, so that it has a derivative: recomputed through the reference.
+
+    Used only where a graph of the backward is asked for (create_graph); the first derivative still comes from the
+    backend's own kernel.
+    """
+
+    @staticmethod
+    def forward(backend: str, bidirectional: bool, needs: list[bool], *arguments: Any) -> tuple[Tensor, ...]:
+        return _run_backward(backend, bidirectional, needs, *arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _, ctx.bidirectional, ctx.needs, *arguments = inputs
+        ctx.mark_non_differentiable(*(grad for grad, need in zip(output, ctx.needs, strict=True) if not need))
+        ctx.save_for_backward(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *ddgrads: Tensor) -> tuple[Tensor | None, ...]:
+        dy, dhn, dcn, dc, x, h0, c0, lengths, reset, y, c, _, *weights = ctx.saved_tensors
+        B, D = x.shape[1], 2 if ctx.bidirectional else 1
+        H, P = weights[1].shape[0] // 4, weights[1].shape[1]
+        zeros = [y.new_zeros(size) for size in (y.shape, (D, B, P), (D, B, H), c.shape)]
+        grad_outputs = tuple(zero if d is None else d for d, zero in zip((dy, dhn, dcn, dc), zeros, strict=True))
+        states = (
+            x.new_zeros(D, B, P) if h0 is None else h0,
+            x.new_zeros(D, B, H) if c0 is None else c0,
+        )
+
+        def gradients(x: Tensor, h0: Tensor, c0: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+            *grad_outputs, weights = *rest[:4], rest[4:]
+
+            def outputs(x: Tensor, h0: Tensor, c0: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+                return reference.layer(x, weights, ctx.bidirectional, h0, c0, lengths, reset)[:4]
+
+            _, pullback = torch.func.vjp(outputs, x, h0, c0, *weights)
+            return pullback(tuple(grad_outputs))
+
+        _, pullback = torch.func.vjp(gradients, x, *states, *grad_outputs, *weights)
+        cotangents = tuple(
+            dd if need else torch.zeros_like(like)
+            for dd, need, like in zip(ddgrads, ctx.needs, [x, *states, *weights], strict=True)
+        )
+        gx, gh0, gc0, *rest = pullback(cotangents)
+        g_outputs, g_weights = rest[:4], rest[4:]
+        ddouts = [g if d is not None else None for g, d in zip(g_outputs, (dy, dhn, dcn, dc), strict=True)]
+        return (
+            None,
+            None,
+            None,
+            *ddouts,
+            gx,
+            gh0 if h0 is not None else None,
+            gc0 if c0 is not None else None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            *g_weights,
+        )

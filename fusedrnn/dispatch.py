@@ -1,0 +1,230 @@
+"""Which backend serves which problem: the table, the choice, and the reasons.
+
+Order is preference. A backend that was asked for by name and cannot serve raises; it is never quietly replaced.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from . import ops
+
+ENVIRONMENT_VARIABLE = "FUSEDRNN_BACKEND"
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class Problem(NamedTuple):
+    """What a backend has to know to say whether, and how, it would compute a stack of layers."""
+
+    device: str  # a device type: "cpu", "cuda", ...
+    dtype: torch.dtype
+    T: int
+    B: int
+    I: int  # noqa: E741
+    H: int
+    P: int
+    D: int
+    lengths: bool = False
+    reset: bool = False
+    states: bool = False
+
+
+class Backend(NamedTuple):
+    """One row of the table. Each function returns the reason against it, or None."""
+
+    name: str
+    unavailable: Callable[[], str | None]
+    unsupported: Callable[[Problem], str | None]
+    plan: Callable[[Problem], str]
+
+
+def _cpu_unsupported(problem: Problem) -> str | None:
+    if problem.device != "cpu":
+        return f"it computes on the CPU, and the input is on {problem.device}"
+    return _dtype_unsupported(problem)
+
+
+def _aten_unsupported(problem: Problem) -> str | None:
+    if problem.lengths or problem.reset or problem.states:
+        asked = [name for name in ("lengths", "reset", "states") if getattr(problem, name)]
+        return f"torch's own LSTM has no {', '.join('return_states' if a == 'states' else a for a in asked)}"
+    return None
+
+
+def _dtype_unsupported(problem: Problem) -> str | None:
+    if problem.dtype not in FLOATING:
+        return f"it computes float64, float32, bfloat16 and float16, not {problem.dtype}"
+    return None
+
+
+def _cpu_plan(problem: Problem) -> str:
+    p = problem
+    return torch.ops.fusedrnn.cpu_plan(p.T, p.B, p.I, p.H, p.P, p.D)
+
+
+TABLE = {
+    backend.name: backend
+    for backend in (
+        Backend("cuda", lambda: "this version has no CUDA C++ kernels yet", _dtype_unsupported, lambda _: ""),
+        Backend("triton", lambda: "this version has no Triton kernels yet", _dtype_unsupported, lambda _: ""),
+        Backend("cpu", lambda: ops.cpu_unavailable, _cpu_unsupported, _cpu_plan),
+        Backend("aten", lambda: None, _aten_unsupported, lambda _: "torch's own LSTM for this device"),
+        Backend("reference", lambda: None, _dtype_unsupported, lambda _: "a Python loop over the time steps"),
+    )
+}
+
+# Process-wide, as torch's own backend switches are: a thread started by DataParallel must see it as well.
+_forced: str = os.environ.get(ENVIRONMENT_VARIABLE, "") or "auto"
+
+
+def _check_name(name: str) -> None:
+    if name != "auto" and name not in TABLE:
+        raise ValueError(f"unknown backend {name!r}: expected one of auto, {', '.join(TABLE)}")
+
+
+def supports(name: str, problem: Problem) -> str | None:
+    """Why backend `name` cannot compute `problem`, or None if it can."""
+    backend = TABLE[name]
+    return backend.unavailable() or backend.unsupported(problem)
+
+
+def select(problem: Problem) -> str:
+    """The backend that computes `problem`: the one asked for, or the first of the table that supports it.
+
+    Raises:
+        ValueError: the name asked for does not exist.
+        RuntimeError: the backend asked for cannot compute this problem, or none can; the message says why.
+    """
+    if _forced != "auto":
+        _check_name(_forced)
+        reason = supports(_forced, problem)
+        if reason is not None:
+            raise RuntimeError(f"backend {_forced!r} was asked for and cannot run: {reason}")
+        return _forced
+    for name in TABLE:
+        if supports(name, problem) is None:
+            return name
+    reasons = "; ".join(f"{name}: {supports(name, problem)}" for name in TABLE)
+    raise RuntimeError(f"no backend can compute this: {reasons}")
+
+
+def backends() -> dict[str, str | None]:
+    """Every backend in order of preference, with None where it is available and the reason where it is not."""
+    return {name: backend.unavailable() for name, backend in TABLE.items()}
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Runs everything inside on one backend; "auto" gives the choice back. Holds for the whole process.
+
+    The backward of a layer runs on the backend that ran its forward, whatever is asked for by then.
+
+    Args:
+        name: "auto", or a name from `backends()`.
+
+    Raises:
+        ValueError: there is no backend of this name.
+        RuntimeError: it is not available here; the message says why. A call that it cannot compute raises as well.
+    """
+    global _forced
+    _check_name(name)
+    reason = TABLE[name].unavailable() if name != "auto" else None
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} was asked for and is not available: {reason}")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What would run for one call, and why nothing else. Printing it shows all of it."""
+
+    problem: Problem
+    backend: str | None
+    plan: str
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{self.backend or 'no backend'}: {self.plan}" if self.plan else f"{self.backend or 'no backend'}"]
+        lines += [f"  not {name}: {reason}" for name, reason in self.reasons.items()]
+        return "\n".join(lines)
+
+
+def explain(
+    module: nn.Module,
+    input: Tensor | PackedSequence,
+    hx: object = None,
+    *,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+    return_states: bool = False,
+) -> Explanation:
+    """Tells what would compute `module(input, hx, ...)`, without computing it.
+
+    Args:
+        module: an LSTM or LSTMCell, of fusedrnn or of torch.nn; of the latter it tells what would run once converted.
+        input, hx, lengths, reset, return_states: what the module would be called with.
+
+    Returns:
+        The backend, its plan, and for every other backend why it was skipped or that it came later in the order.
+
+    Raises:
+        TypeError: module is not an LSTM, or input is neither a tensor nor a PackedSequence.
+    """
+    problem = _problem_of(module, input, lengths is not None, reset is not None, return_states)
+    reasons = {name: reason for name in TABLE if (reason := supports(name, problem)) is not None}
+    chosen = None
+    if _forced != "auto":
+        _check_name(_forced)
+        reasons |= {name: f"{_forced} was asked for" for name in TABLE if name != _forced and name not in reasons}
+        chosen = None if _forced in reasons else _forced
+    else:
+        chosen = next((name for name in TABLE if name not in reasons), None)
+        reasons |= {name: f"{chosen} is preferred" for name in TABLE if name != chosen and name not in reasons}
+    return Explanation(problem, chosen, TABLE[chosen].plan(problem) if chosen else "", reasons)
+
+
+def _problem_of(
+    module: nn.Module, input: Tensor | PackedSequence, lengths: bool, reset: bool, states: bool
+) -> Problem:
+    is_cell = isinstance(module, nn.LSTMCell)
+    if not is_cell and getattr(module, "mode", None) != "LSTM":
+        raise TypeError(f"module must be an LSTM or an LSTMCell, got {type(module).__name__}")
+    if isinstance(input, PackedSequence):
+        data, batch_sizes = input.data, input.batch_sizes
+        T, B = len(batch_sizes), int(batch_sizes[0])
+        lengths = lengths or int(batch_sizes[-1]) != B
+    elif isinstance(input, Tensor):
+        data = input
+        T, B = input.shape[0], input.shape[1] if input.dim() == 3 else 1
+        if is_cell:
+            T, B = 1, input.shape[0] if input.dim() == 2 else 1
+        elif input.dim() == 3 and module.batch_first:
+            T, B = B, T
+    else:
+        raise TypeError(f"input must be a Tensor or a PackedSequence, got {type(input).__name__}")
+    H = int(module.hidden_size)  # type: ignore[arg-type]
+    return Problem(
+        device=data.device.type,
+        dtype=data.dtype,
+        T=T,
+        B=B,
+        I=int(module.input_size),  # type: ignore[arg-type]
+        H=H,
+        P=int(getattr(module, "proj_size", 0) or H),
+        D=2 if getattr(module, "bidirectional", False) else 1,
+        lengths=lengths,
+        reset=reset,
+        states=states,
+    )

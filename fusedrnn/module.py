@@ -1,0 +1,200 @@
+"""LSTM and LSTMCell as modules: nn.LSTM's constructor, parameters, state_dict and packing. No arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from .functional import LSTMStates, lstm, lstm_cell
+
+
+class _LSTMForward(nn.RNNBase):
+    """What `LSTM` and `CompilableLSTM` share: everything but the class they are an instance of.
+
+    The weights are read from the module's attributes at every forward, never from a list kept aside, so that weights
+    replaced by parametrizations, weight dropping or functional_call are the ones that are used and that get gradients.
+    """
+
+    def forward(  # type: ignore[override]
+        self,
+        input: Tensor | PackedSequence,
+        hx: tuple[Tensor, Tensor] | Sequence[Tensor] | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
+        return_states: bool = False,
+    ) -> Any:
+        """torch.nn.LSTM's forward, with more to ask for.
+
+        Args:
+            input: [T, B, I], [B, T, I] with batch_first, [T, I] unbatched, or a PackedSequence.
+            hx: (h_0 [L*D, B, P], c_0 [L*D, B, H]), without B for unbatched input; zeros by default.
+            lengths: [B] int64 or int32, each in 0..T; see `fusedrnn.functional.lstm`. An error with a PackedSequence,
+                which has lengths of its own.
+            reset: [T, B] bool ([B, T] with batch_first, [T] unbatched); where true, the state entering step t is
+                zero. With a PackedSequence it is [T, B], T the longest length and B in the order before packing.
+            return_states: also return an `LSTMStates` with every h_t and c_t of every layer.
+
+        Returns:
+            (output, (h_n, c_n)) as torch.nn.LSTM; with return_states (output, (h_n, c_n), states).
+
+        Raises:
+            ValueError, RuntimeError, TypeError: as `fusedrnn.functional.lstm`.
+        """
+        if isinstance(input, PackedSequence):
+            if lengths is not None:
+                raise ValueError(
+                    "lengths must be None when input is a PackedSequence: its batch_sizes already say how long each "
+                    "sequence is; pass lengths with padded input instead"
+                )
+            return self._forward_packed(input, hx, reset, return_states)
+        return self._lstm(input, hx, self.batch_first, lengths, reset, return_states)
+
+    def _lstm(
+        self,
+        input: Tensor,
+        hx: Sequence[Tensor] | None,
+        batch_first: bool,
+        lengths: Tensor | None,
+        reset: Tensor | None,
+        return_states: bool,
+    ) -> Any:
+        return lstm(
+            input,
+            [getattr(self, name) for names in self._all_weights for name in names],
+            hx,
+            num_layers=self.num_layers,
+            batch_first=batch_first,
+            dropout=self.dropout,
+            training=self.training,
+            bidirectional=self.bidirectional,
+            lengths=lengths,
+            reset=reset,
+            return_states=return_states,
+        )
+
+    def _forward_packed(
+        self, input: PackedSequence, hx: Sequence[Tensor] | None, reset: Tensor | None, return_states: bool
+    ) -> Any:
+        data, batch_sizes, sorted_indices, unsorted_indices = input
+        lengths = _packed_lengths(data, batch_sizes, self.input_size)
+        T, B = len(batch_sizes), int(batch_sizes[0])
+        for name, indices in (("sorted_indices", sorted_indices), ("unsorted_indices", unsorted_indices)):
+            if indices is not None and indices.shape != (B,):
+                raise RuntimeError(f"{name} of a PackedSequence must have shape [{B}], got {list(indices.shape)}")
+        if unsorted_indices is None and sorted_indices is not None:
+            unsorted_indices = torch.empty_like(sorted_indices).scatter_(
+                0, sorted_indices, torch.arange(B, device=sorted_indices.device)
+            )
+        if hx is not None and sorted_indices is not None:
+            _check_packed_hx(hx, B)
+            hx = self.permute_hidden((hx[0], hx[1]), sorted_indices)  # type: ignore[arg-type]
+        if reset is not None:
+            _check_packed_reset(reset, T, B)
+            if sorted_indices is not None:
+                reset = reset.index_select(1, sorted_indices)
+
+        if lengths is None:  # all as long: packed and padded are the same rows in the same order
+            result = self._lstm(data.view(T, B, -1), hx, False, None, reset, return_states)
+        else:
+            padded, _ = pad_packed_sequence(PackedSequence(data, batch_sizes))
+            result = self._lstm(padded, hx, False, lengths.to(data.device), reset, return_states)
+
+        def pack(padded: Tensor) -> PackedSequence:
+            if lengths is None:
+                rows = padded.flatten(0, 1)
+            else:
+                rows = pack_padded_sequence(padded, lengths).data
+            return PackedSequence(rows, batch_sizes, sorted_indices, input.unsorted_indices)
+
+        output, state, *states = result
+        state = self.permute_hidden(state, unsorted_indices)  # type: ignore[arg-type]
+        if not return_states:
+            return pack(output), state
+        h, c = (tuple(pack(layer) for layer in part) for part in states[0])
+        return h[-1], state, LSTMStates(h, c)  # type: ignore[arg-type]
+
+    # nn.LSTM's own methods, which a class that is not an nn.LSTM has to be given.
+    get_expected_cell_size = nn.LSTM.get_expected_cell_size
+    check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]
+    permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
+
+
+class LSTM(_LSTMForward, nn.LSTM):
+    """Drop-in for torch.nn.LSTM: its constructor, attributes, parameters, state_dict, inputs, outputs and errors.
+
+    `isinstance(module, torch.nn.LSTM)` holds. torch.compile breaks the graph at every nn.LSTM; use `CompilableLSTM`,
+    or `fusedrnn.convert(model, compilable=True)`, where a whole graph is wanted.
+
+    Args: torch.nn.LSTM's, positional or by keyword: input_size, hidden_size, num_layers, bias, batch_first, dropout,
+    bidirectional, proj_size, device, dtype. Raises what torch.nn.LSTM raises.
+    """
+
+
+class CompilableLSTM(_LSTMForward):
+    """`LSTM` for torch.compile(fullgraph=True) and torch.export: the same in everything, but not an nn.LSTM.
+
+    Dynamo refuses to trace whatever is an instance of nn.LSTM. This class derives from nn.RNNBase directly; state_dicts
+    and parameters are interchangeable with `LSTM` and torch.nn.LSTM.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__("LSTM", *args, **kwargs)
+
+
+class LSTMCell(nn.LSTMCell):
+    """Drop-in for torch.nn.LSTMCell, by the same kernels as `LSTM`.
+
+    Args: torch.nn.LSTMCell's, positional or by keyword: input_size, hidden_size, bias, device, dtype.
+    """
+
+    def forward(  # type: ignore[override]
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | Sequence[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """One step: input [B, I] or [I], hx (h [B, H], c [B, H]) or zeros -> (h', c'); see `functional.lstm_cell`."""
+        return lstm_cell(input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+
+
+def _packed_lengths(data: Tensor, batch_sizes: Tensor, input_size: int) -> Tensor | None:
+    """The lengths, longest first, that a PackedSequence's batch_sizes stand for, or None if all are as long.
+
+    A PackedSequence may have been built by hand, so its parts are checked against each other.
+    """
+    if data.dim() != 2:
+        raise RuntimeError(f"data of a PackedSequence must have 2 dimensions, got {data.dim()}")
+    if data.shape[1] != input_size:
+        raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {input_size}, got {data.shape[1]}")
+    if batch_sizes.dim() != 1 or len(batch_sizes) == 0:
+        raise RuntimeError(
+            f"batch_sizes of a PackedSequence must have one entry per time step, got shape {list(batch_sizes.shape)}"
+        )
+    sizes = batch_sizes.tolist()
+    if sizes[-1] <= 0 or any(later > earlier for earlier, later in zip(sizes, sizes[1:], strict=False)):
+        raise RuntimeError(f"batch_sizes of a PackedSequence must be positive and never grow, got {sizes}")
+    if sum(sizes) != len(data):
+        raise RuntimeError(f"batch_sizes of a PackedSequence must add up to its {len(data)} rows, got {sum(sizes)}")
+    if sizes[0] == sizes[-1]:
+        return None
+    return (batch_sizes.unsqueeze(1) > torch.arange(sizes[0])).sum(0)
+
+
+def _check_packed_hx(hx: Sequence[Tensor], B: int) -> None:
+    """Before hx is permuted: index_select would drop the rest of an hx that is too long."""
+    if len(hx) != 2:
+        raise RuntimeError(f"lstm expects two hidden states, hx = (h_0, c_0), got {len(hx)}")
+    for index, state in enumerate(hx):
+        if state.dim() != 3 or state.shape[1] != B:
+            raise RuntimeError(
+                f"hx[{index}] must be [L*D, {B}, ...] for a PackedSequence of {B} sequences, got {list(state.shape)}"
+            )
+
+
+def _check_packed_reset(reset: Tensor, T: int, B: int) -> None:
+    if not isinstance(reset, Tensor):
+        raise TypeError(f"reset must be a Tensor, got {type(reset).__name__}")
+    if reset.shape != (T, B):
+        raise ValueError(f"reset must have shape {[T, B]} for this PackedSequence, got {list(reset.shape)}")

@@ -1,0 +1,186 @@
+"""torch.library operators: one forward and one backward per backend, all of the same schema, and their fake kernels.
+
+An operator computes one layer over a whole sequence, both directions. It does not mutate its arguments and is not
+differentiable by itself: `autograd.py` wraps the pair. Importing this module loads the native libraries that can be
+loaded here and keeps the reason for each that cannot; it never compiles anything and never fails.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .layout import split_directions
+
+NAMESPACE = "fusedrnn"
+
+# y [T, B, D*P], hn [D, B, P], cn [D, B, H], c [T, B, D*H] (empty unless cell_states or reserve), and what backward
+# needs besides (empty unless reserve; its meaning is the backend's own).
+FORWARD_SCHEMA = (
+    "(Tensor x, Tensor[] weights, bool bidirectional, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset, "
+    "bool cell_states, bool reserve) -> (Tensor y, Tensor hn, Tensor cn, Tensor c, Tensor reserve)"
+)
+# needs: x, h0, c0, then each weight. A gradient that is not needed comes back as an empty tensor.
+BACKWARD_SCHEMA = (
+    "(Tensor? dy, Tensor? dhn, Tensor? dcn, Tensor? dc, Tensor x, Tensor[] weights, bool bidirectional, Tensor? h0, "
+    "Tensor? c0, Tensor? lengths, Tensor? reset, Tensor y, Tensor c, Tensor reserve, bool[] needs) "
+    "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)"
+)
+
+_library = torch.library.Library(NAMESPACE, "DEF")
+
+
+def _define(backend: str) -> None:
+    for name, schema, fake in (
+        (f"{backend}_forward", FORWARD_SCHEMA, _forward_fake),
+        (f"{backend}_backward", BACKWARD_SCHEMA, _backward_fake),
+    ):
+        _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+
+
+def _forward_fake(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    bidirectional: bool,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    cell_states: bool,
+    reserve: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    T, B, _ = x.shape
+    directions = split_directions(weights, bidirectional)
+    D, H, P = len(directions), directions[0].hidden_size, directions[0].w_hh.shape[1]
+    return (
+        x.new_empty(T, B, D * P),
+        x.new_empty(D, B, P),
+        x.new_empty(D, B, H),
+        x.new_empty(T, B, D * H) if cell_states or reserve else x.new_empty(0),
+        x.new_empty(D, T, B, 4 * H) if reserve else x.new_empty(0),
+    )
+
+
+def _backward_fake(
+    dy: Tensor | None,
+    dhn: Tensor | None,
+    dcn: Tensor | None,
+    dc: Tensor | None,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    bidirectional: bool,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    y: Tensor,
+    c: Tensor,
+    reserve: Tensor,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    directions = split_directions(weights, bidirectional)
+    D, H, P, B = len(directions), directions[0].hidden_size, directions[0].w_hh.shape[1], x.shape[1]
+    shapes = [x.shape, (D, B, P), (D, B, H), *(weight.shape for weight in weights)]
+    dx, dh0, dc0, *dweights = (
+        x.new_empty(shape) if need else x.new_empty(0) for shape, need in zip(shapes, needs, strict=True)
+    )
+    return dx, dh0, dc0, dweights
+
+
+def _reference_forward(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    bidirectional: bool,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    cell_states: bool,
+    reserve: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    y, hn, cn, c, gates = reference.layer(x, weights, bidirectional, h0, c0, lengths, reset)
+    empty = x.new_empty(0)
+    return y, hn, cn, c if cell_states or reserve else empty, gates if reserve else empty.clone()
+
+
+def _reference_backward(
+    dy: Tensor | None,
+    dhn: Tensor | None,
+    dcn: Tensor | None,
+    dc: Tensor | None,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    bidirectional: bool,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    y: Tensor,
+    c: Tensor,
+    reserve: Tensor,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    *states, dweights = reference.layer_backward(
+        dy, dhn, dcn, dc, x, weights, bidirectional, h0, c0, lengths, reset, y, c, reserve
+    )
+    dx, dh0, dc0, *dweights = (
+        grad.clone() if need else x.new_empty(0) for grad, need in zip([*states, *dweights], needs, strict=True)
+    )
+    return dx, dh0, dc0, dweights
+
+
+_define("reference")
+_library.impl("reference_forward", _reference_forward, "CompositeExplicitAutograd")
+_library.impl("reference_backward", _reference_backward, "CompositeExplicitAutograd")
+
+_define("cpu")
+_library.define("cpu_isa(str? select=None) -> str")
+_library.define("cpu_plan(int T, int B, int I, int H, int P, int D) -> str")
+
+
+def build_info() -> dict[str, Any]:
+    """What the build left behind: compiler, flags, torch version, and the reason for each library it did not build."""
+    path = Path(__file__).with_name("_build.json")
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _load(name: str) -> str | None:
+    """Loads the native library `name`; returns None, or why it cannot be loaded."""
+    folder = Path(__file__).parent
+    candidates = sorted(folder.glob(f"_{name}*.so"))
+    if not candidates:
+        why = build_info().get("failures", {}).get(name, "it was not built")
+        return (
+            f"the native library fusedrnn/_{name} is not installed: {why}. "
+            "Install again with a C++ compiler at hand: pip install --no-build-isolation fusedrnn"
+        )
+    try:
+        torch.ops.load_library(str(candidates[0]))
+    except OSError as error:
+        return f"{candidates[0].name} cannot be loaded: {error}"
+    return None
+
+
+cpu_unavailable = _load("cpu")
+
+
+def forward_op(backend: str) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """The forward operator of a backend; see FORWARD_SCHEMA."""
+    return _FORWARD[backend]
+
+
+def backward_op(backend: str) -> Callable[..., tuple[Tensor, Tensor, Tensor, list[Tensor]]]:
+    """The backward operator of a backend; see BACKWARD_SCHEMA."""
+    return _BACKWARD[backend]
+
+
+_ops = getattr(torch.ops, NAMESPACE)
+_FORWARD = {name: getattr(_ops, f"{name}_forward").default for name in ("reference", "cpu")}
+_BACKWARD = {name: getattr(_ops, f"{name}_backward").default for name in ("reference", "cpu")}

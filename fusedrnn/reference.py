@@ -1,0 +1,232 @@
+"""The definition of the layer in plain Python, and its backward written by hand.
+
+Everything else in this project is measured against this file. It favours being obviously right over being fast: one
+direction is a loop over time around `cell`. `layer` is differentiable by autograd, to any order; `layer_backward` is
+the same derivative by hand, so that a wrong kernel and wrong mathematics can be told apart. The derivation is in
+docs/lstm_math.md, in the same letters.
+
+Precision: bfloat16 and float16 are computed in float32. h_t is rounded to the dtype of x before it is fed back, so
+that the state a step reads is the state that was returned; c_t stays in float32 over the whole sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .layout import DirectionWeights, split_directions
+
+
+class Trace(NamedTuple):
+    """What one direction leaves behind; every tensor in the compute dtype but y."""
+
+    y: Tensor  # [T, B, P], zero where the sequence has ended
+    hn: Tensor  # [B, P]
+    cn: Tensor  # [B, H]
+    c: Tensor  # [T, B, H], zero where the sequence has ended
+    gates: Tensor  # [T, B, 4H] after the nonlinearities, zero where the sequence has ended
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype the arithmetic is done in, for operands stored as `dtype`."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def cell(x: Tensor, h: Tensor, c: Tensor, w: DirectionWeights) -> tuple[Tensor, Tensor, Tensor]:
+    """One time step: x [B, I], h [B, P], c [B, H] -> h' [B, P], c' [B, H] and the gates [B, 4H].
+
+    Hochreiter and Schmidhuber 1997 with the forget gate of Gers et al. 2000 and, where w_hr is given, the recurrent
+    projection of Sak et al. 2014 (arXiv 1402.1128).
+    """
+    a = x @ w.w_ih.T + h @ w.w_hh.T
+    if w.b_ih is not None and w.b_hh is not None:
+        a = a + w.b_ih + w.b_hh
+    i, f, g, o = a.chunk(4, dim=-1)
+    i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+    c = f * c + i * g
+    h = o * c.tanh()
+    if w.w_hr is not None:
+        h = h @ w.w_hr.T
+    return h, c, torch.cat([i, f, g, o], dim=-1)
+
+
+def layer(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    bidirectional: bool = False,
+    h0: Tensor | None = None,
+    c0: Tensor | None = None,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One layer over a whole sequence, both directions, differentiable by autograd.
+
+    Args:
+        x: [T, B, I].
+        weights: the layer's weights in nn.LSTM's order and layout, direction after direction.
+        bidirectional: whether `weights` holds a reverse direction as well.
+        h0: [D, B, P] or None for zeros.
+        c0: [D, B, H] or None for zeros.
+        lengths: [B] int64; step t of sequence b exists where t < lengths[b]. The reverse direction starts at the
+            last step that exists. x is not read where no step exists, and y is zero there.
+        reset: [T, B] bool; where true the state that enters step t is zero, in both directions.
+
+    Returns:
+        y [T, B, D*P], hn [D, B, P], cn [D, B, H], c [T, B, D*H] (every c_t), gates [D, T, B, 4H] (i, f, g, o).
+    """
+    traces = [
+        _direction(
+            x, w, h0[d] if h0 is not None else None, c0[d] if c0 is not None else None, lengths, reset, reverse=d == 1
+        )
+        for d, w in enumerate(split_directions(weights, bidirectional))
+    ]
+    y = torch.cat([trace.y for trace in traces], dim=-1)
+    c = torch.cat([trace.c for trace in traces], dim=-1).to(x.dtype)
+    hn = torch.stack([trace.hn for trace in traces]).to(x.dtype)
+    cn = torch.stack([trace.cn for trace in traces]).to(x.dtype)
+    gates = torch.stack([trace.gates for trace in traces]).to(x.dtype)
+    return y, hn, cn, c, gates
+
+
+def _direction(
+    x: Tensor,
+    w: DirectionWeights,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    reverse: bool,
+) -> Trace:
+    T, B, _ = x.shape
+    dtype = compute_dtype(x.dtype)
+    w = _cast_weights(w, dtype)
+    exists = _exists(T, lengths)
+    xs = _where_exists(x.to(dtype), exists)
+    h = h0.to(dtype) if h0 is not None else xs.new_zeros(B, w.w_hh.shape[1])
+    c = c0.to(dtype) if c0 is not None else xs.new_zeros(B, w.hidden_size)
+
+    steps: list[tuple[Tensor, Tensor, Tensor]] = [(h, c, c)] * T
+    for t in reversed(range(T)) if reverse else range(T):
+        h_in, c_in = h, c
+        if reset is not None:
+            keep = ~reset[t].unsqueeze(-1)
+            h_in, c_in = h.where(keep, 0.0), c.where(keep, 0.0)
+        h_out, c_out, gates = cell(xs[t], h_in, c_in, w)
+        h_out = h_out.to(x.dtype).to(dtype)
+        if exists is None:
+            h, c = h_out, c_out
+        else:
+            h, c = h_out.where(exists[t], h), c_out.where(exists[t], c)
+        steps[t] = (h_out, c_out, gates)
+    y, cs, gates = (_where_exists(torch.stack(parts), exists) for parts in zip(*steps, strict=True))
+    return Trace(y.to(x.dtype), h, c, cs, gates)
+
+
+def layer_backward(
+    dy: Tensor | None,
+    dhn: Tensor | None,
+    dcn: Tensor | None,
+    dc: Tensor | None,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    bidirectional: bool,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    y: Tensor,
+    c: Tensor,
+    gates: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """The derivative of `layer` by hand: backpropagation through time.
+
+    Args:
+        dy: gradient of y, [T, B, D*P], or None for zeros; so dhn [D, B, P], dcn [D, B, H], dc [T, B, D*H].
+        x, weights, bidirectional, h0, c0, lengths, reset: as given to `layer`.
+        y, c, gates: as `layer` returned them.
+
+    Returns:
+        dx [T, B, I], dh0 [D, B, P], dc0 [D, B, H], and a gradient for each of `weights`.
+    """
+    T, B, I = x.shape
+    dtype = compute_dtype(x.dtype)
+    exists = _exists(T, lengths)
+    xs = _where_exists(x.to(dtype), exists)
+    dx, dh0s, dc0s, dweights = xs.new_zeros(T, B, I), [], [], []
+    for d, weights_d in enumerate(split_directions(weights, bidirectional)):
+        w = _cast_weights(weights_d, dtype)
+        H, P = w.hidden_size, w.w_hh.shape[1]
+        y_d, c_d = y[..., d * P : (d + 1) * P].to(dtype), c[..., d * H : (d + 1) * H].to(dtype)
+        dy_d = dy[..., d * P : (d + 1) * P].to(dtype) if dy is not None else None
+        dc_d = dc[..., d * H : (d + 1) * H].to(dtype) if dc is not None else None
+        h = h0[d].to(dtype) if h0 is not None else xs.new_zeros(B, P)
+        c_first = c0[d].to(dtype) if c0 is not None else xs.new_zeros(B, H)
+        h_in, c_in = _entering(y_d, h, exists, reset, d == 1), _entering(c_d, c_first, exists, reset, d == 1)
+
+        dh = dhn[d].to(dtype) if dhn is not None else xs.new_zeros(B, P)  # gradient of the state that leaves step t
+        dcell = dcn[d].to(dtype) if dcn is not None else xs.new_zeros(B, H)
+        da, dh_out, m = xs.new_zeros(T, B, 4 * H), xs.new_zeros(T, B, P), xs.new_zeros(T, B, H)
+        for t in range(T) if d == 1 else reversed(range(T)):
+            i, f, g, o = gates[d, t].to(dtype).chunk(4, dim=-1)
+            dh_t = dh if dy_d is None else dh + dy_d[t]
+            dc_t = dcell if dc_d is None else dcell + dc_d[t]
+            tanh_c = c_d[t].tanh()
+            m[t] = o * tanh_c
+            dh_out[t] = dh_t
+            dm = dh_t if w.w_hr is None else dh_t @ w.w_hr
+            dc_t = dc_t + dm * o * (1 - tanh_c * tanh_c)
+            da_i = dc_t * g * i * (1 - i)
+            da_f = dc_t * c_in[t] * f * (1 - f)
+            da_g = dc_t * i * (1 - g * g)
+            da_o = dm * tanh_c * o * (1 - o)
+            da_t = torch.cat([da_i, da_f, da_g, da_o], dim=-1)
+            dh_in, dc_in = da_t @ w.w_hh, dc_t * f
+            if reset is not None:
+                keep = ~reset[t].unsqueeze(-1)
+                dh_in, dc_in = dh_in.where(keep, 0.0), dc_in.where(keep, 0.0)
+            if exists is not None:  # a step that does not exist hands the gradient through
+                da_t, dh_out[t] = da_t.where(exists[t], 0.0), dh_out[t].where(exists[t], 0.0)
+                dh_in, dc_in = dh_in.where(exists[t], dh), dc_in.where(exists[t], dcell)
+            da[t], dh, dcell = da_t, dh_in, dc_in
+
+        da = da.flatten(0, 1)
+        dx += (da @ w.w_ih).view(T, B, I)
+        dw = [da.T @ xs.flatten(0, 1), da.T @ h_in.flatten(0, 1)]
+        if w.b_ih is not None:
+            dw += [da.sum(0), da.sum(0)]
+        if w.w_hr is not None:
+            dw += [dh_out.flatten(0, 1).T @ m.flatten(0, 1)]
+        dweights += [grad.to(x.dtype) for grad in dw]
+        dh0s.append(dh)
+        dc0s.append(dcell)
+    return dx.to(x.dtype), torch.stack(dh0s).to(x.dtype), torch.stack(dc0s).to(x.dtype), dweights
+
+
+def _entering(s: Tensor, s0: Tensor, exists: Tensor | None, reset: Tensor | None, reverse: bool) -> Tensor:
+    """The state [T, B, N] that enters each step, from the states s that leave each step and the initial state s0."""
+    if not reverse:
+        entering = torch.cat([s0.unsqueeze(0), s[:-1]])
+    else:
+        entering = torch.cat([s[1:], s0.unsqueeze(0)])
+        if exists is not None:  # the reverse direction starts at the last step that exists
+            follows = torch.cat([exists[1:], torch.zeros_like(exists[:1])])
+            entering = entering.where(follows, s0)
+    return entering if reset is None else entering.where(~reset.unsqueeze(-1), 0.0)
+
+
+def _exists(T: int, lengths: Tensor | None) -> Tensor | None:
+    """[T, B, 1] bool: whether step t of sequence b exists."""
+    if lengths is None:
+        return None
+    return (torch.arange(T, device=lengths.device).unsqueeze(1) < lengths).unsqueeze(-1)
+
+
+def _where_exists(values: Tensor, exists: Tensor | None) -> Tensor:
+    return values if exists is None else values.where(exists, 0.0)
+
+
+def _cast_weights(w: DirectionWeights, dtype: torch.dtype) -> DirectionWeights:
+    return DirectionWeights(*(weight.to(dtype) if weight is not None else None for weight in w))
