@@ -7,7 +7,8 @@ understands what it reserved.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -35,16 +36,47 @@ def lstm_layer(
 
     Returns:
         y [T, B, D*P], hn [D, B, P], cn [D, B, H], c [T, B, D*H] (meaningful with cell_states only).
+
+    Raises:
+        NotImplementedError: inside torch.func.vmap, torch.func.jvp or a forward-mode dual level.
     """
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h0, c0, *weights)):
-        y, hn, cn, c, _ = LSTMFunction.apply(
-            backend, bidirectional, cell_states, x, h0, c0, lengths, reset, *weights
-        )
-        return y, hn, cn, c
-    y, hn, cn, c, _ = ops.forward_op(backend)(
-        x, weights, bidirectional, h0, c0, lengths, reset, cell_states, False
-    )
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h0, c0, *weights))
+    with _autocast_off(x.device):
+        if needs_grad or _is_transformed():
+            y, hn, cn, c, _ = LSTMFunction.apply(
+                backend, bidirectional, cell_states, x, h0, c0, lengths, reset, *weights
+            )
+        else:
+            y, hn, cn, c, _ = ops.forward_op(backend)(
+                x, weights, bidirectional, h0, c0, lengths, reset, cell_states, False
+            )
     return y, hn, cn, c
+
+
+def _autocast_off(device: torch.device) -> AbstractContextManager[Any]:
+    """The arguments have got the dtypes they are to be computed in: nothing below may be cast again."""
+    if torch._C._is_any_autocast_enabled() and torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def _is_transformed() -> bool:
+    """Whether vmap or forward-mode differentiation may be at work, of which an operator by itself knows nothing."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def _refuse_vmap(*_: Any) -> NoReturn:
+    raise NotImplementedError(
+        "fusedrnn's LSTM cannot be batched by torch.func.vmap yet: give the sequences a batch dimension instead, or "
+        'use fusedrnn.use_backend("aten") where nn.LSTM can do it'
+    )
+
+
+def _refuse_jvp(*_: Any) -> NoReturn:
+    raise NotImplementedError(
+        "fusedrnn's LSTM has no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad) yet: use reverse "
+        'mode instead, or fusedrnn.use_backend("aten") where nn.LSTM can do it'
+    )
 
 
 class LSTMFunction(torch.autograd.Function):
@@ -79,12 +111,16 @@ class LSTMFunction(torch.autograd.Function):
         x, h0, c0, lengths, reset, *weights, y, c, reserve = ctx.saved_tensors
         needs = [ctx.needs_input_grad[_X + k] for k in range(3)] + list(ctx.needs_input_grad[_WEIGHTS:])
         arguments = (dy, dhn, dcn, dc, x, h0, c0, lengths, reset, y, c, reserve, *weights)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            grads = LSTMBackwardFunction.apply(ctx.backend, ctx.bidirectional, needs, *arguments)
-        else:
-            grads = _run_backward(ctx.backend, ctx.bidirectional, needs, *arguments)
+        with _autocast_off(x.device):
+            if (torch.is_grad_enabled() or _is_transformed()) and not torch.compiler.is_compiling():
+                grads = LSTMBackwardFunction.apply(ctx.backend, ctx.bidirectional, needs, *arguments)
+            else:
+                grads = _run_backward(ctx.backend, ctx.bidirectional, needs, *arguments)
         dx, dh0, dc0, *dweights = (grad if need else None for grad, need in zip(grads, needs, strict=True))
         return None, None, None, dx, dh0, dc0, None, None, *dweights
+
+    vmap = staticmethod(_refuse_vmap)
+    jvp = staticmethod(_refuse_jvp)
 
 
 def _run_backward(
@@ -146,15 +182,15 @@ class LSTMBackwardFunction(torch.autograd.Function):
             def outputs(x: Tensor, h0: Tensor, c0: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
                 return reference.layer(x, weights, ctx.bidirectional, h0, c0, lengths, reset)[:4]
 
-            _, pullback = torch.func.vjp(outputs, x, h0, c0, *weights)
-            return pullback(tuple(grad_outputs))
+            return torch.func.vjp(outputs, x, h0, c0, *weights)[1](tuple(grad_outputs))
 
-        _, pullback = torch.func.vjp(gradients, x, *states, *grad_outputs, *weights)
         cotangents = tuple(
             dd if need else torch.zeros_like(like)
             for dd, need, like in zip(ddgrads, ctx.needs, [x, *states, *weights], strict=True)
         )
-        gx, gh0, gc0, *rest = pullback(cotangents)
+        with _autocast_off(x.device):
+            pullback = torch.func.vjp(gradients, x, *states, *grad_outputs, *weights)[1]
+            gx, gh0, gc0, *rest = pullback(cotangents)
         g_outputs, g_weights = rest[:4], rest[4:]
         ddouts = [g if d is not None else None for g, d in zip(g_outputs, (dy, dhn, dcn, dc), strict=True)]
         return (
@@ -172,3 +208,6 @@ class LSTMBackwardFunction(torch.autograd.Function):
             None,
             *g_weights,
         )
+
+    vmap = staticmethod(_refuse_vmap)
+    jvp = staticmethod(_refuse_jvp)

@@ -76,9 +76,14 @@ def lstm(
     if input.dim() not in (2, 3):
         raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
     batched = input.dim() == 3
-    h0, c0 = _split_hx(hx, batched)
-    if torch.is_autocast_enabled(input.device.type):
-        input, h0, c0, *weights = _autocast((input, h0, c0, *weights))
+    h0, c0 = _split_hx(hx)
+    if h0 is not None and c0 is not None:
+        _check_dims(h0, c0, batched)
+    D = 2 if bidirectional else 1
+    _check_options(weights, num_layers, D, dropout)
+    autocast_dtype = dispatch.autocast_dtype(input.device)
+    if autocast_dtype is not None:
+        input, h0, c0, *weights = _cast(autocast_dtype, input, h0, c0, *weights)
     elif input.dtype != weights[0].dtype:
         raise ValueError(
             f"RNN input dtype ({input.dtype}) does not match weight dtype ({weights[0].dtype}). "
@@ -87,24 +92,22 @@ def lstm(
     if not batched:
         input = input.unsqueeze(1)
         h0, c0 = (None if s is None else s.unsqueeze(1) for s in (h0, c0))
-        if lengths is not None:
-            raise ValueError("lengths must be None for unbatched input: a [T, I] input is one sequence of length T")
     elif batch_first:
         input = input.transpose(0, 1)
     T, B, I = input.shape
-
-    D = 2 if bidirectional else 1
     H, P = weights[1].shape[0] // 4, weights[1].shape[1]
     if weights[0].shape[1] != I:
         raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {weights[0].shape[1]}, got {I}")
     for index, (state, size) in enumerate(((h0, (num_layers * D, B, P)), (c0, (num_layers * D, B, H)))):
         if state is not None and state.shape != size:
             raise RuntimeError(f"Expected hidden[{index}] size {size}, got {list(state.shape)}")
+    _check_two(hx, "lstm")
+    _check_alike(input, weights, h0, c0)
     if T == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    _check_alike(input, weights, h0, c0)
+    _check_weights(weights, num_layers, D, I)
     if lengths is not None:
-        lengths = _check_lengths(lengths, T, B, input.device)
+        lengths = _check_lengths(lengths, T, B, batched, input.device)
     if reset is not None:
         reset = _check_reset(reset, T, B, batched, batch_first, input.device)
 

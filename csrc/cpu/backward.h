@@ -1,0 +1,214 @@
+// Backward of one layer, both directions: one launch over the whole sequence, against the order of its steps.
+//
+//   dh_t = dy_t + da_{t+1} @ w_hh       dm = dh_t  or  dh_t @ w_hr       da_t, dc_{t-1} from dm and dc_t: cell.h
+//
+// (t+1 stands for the step after t in the direction's own order.) The weight gradients are matrix products over all
+// steps at once and not part of this: the launch leaves da and, with a projection, dh and m for them.
+//
+// Work: a block is 4 * lanes hidden units next to each other. Its product da_{t+1} @ w_hh is dh of exactly these units,
+// so that the derivative of the cell follows in registers; with a projection dh has to be complete first. Workers share
+// the blocks, or the rows, as in forward.h, and meet once a step, or twice with a projection.
+#pragma once
+
+#include "geometry.h"
+#include "panel.h"
+#include "team.h"
+
+namespace fusedrnn::FUSEDRNN_ISA {
+
+template <class S>
+class Backward {
+ public:
+  using A = Compute<S>;
+  using V = Vec<A>;
+
+  explicit Backward(const BackwardParams& params) : p_(params), s_(params.sizes) {}
+
+  // Steps count as in forward; after the first step of a row comes one more round for dh0 and dc0.
+  void run(int index) const {
+    if (p_.team.split == Team::Split::kRows) {
+      for (int64_t d = 0; d < s_.D; ++d) {
+        const OwnedRows rows = owned_rows(s_, p_.team, index, d);
+        if (rows.begin >= rows.end) continue;
+        start(d, rows.begin, rows.end);
+        for (int64_t n = s_.T - 1; n >= -1; --n) {
+          for (int64_t block = 0; block < output_blocks(); ++block) outputs(n, d, block, rows.begin, rows.end);
+          if (!s_.projected || n < 0) continue;
+          for (int64_t block = 0; block < unit_blocks(); ++block) projected_units(n, d, block, rows.begin, rows.end);
+        }
+        finish(d, rows.begin, rows.end);
+      }
+      return;
+    }
+    const int64_t blocks = unit_blocks();
+    Worker worker(p_.team, s_.D * blocks, index);
+    worker.phase([&](int64_t chunk) {
+      if (chunk % blocks == 0) start(chunk / blocks, 0, s_.B);
+    });
+    for (int64_t n = s_.T - 1; n >= -1; --n) {
+      worker.phase([&](int64_t chunk) {
+        if (chunk % blocks < output_blocks()) outputs(n, chunk / blocks, chunk % blocks, 0, s_.B);
+      });
+      if (!s_.projected || n < 0) continue;
+      worker.phase([&](int64_t chunk) { projected_units(n, chunk / blocks, chunk % blocks, 0, s_.B); });
+    }
+    worker.phase([&](int64_t chunk) {
+      if (chunk % blocks == 0) finish(chunk / blocks, 0, s_.B);
+    });
+  }
+
+  // The hidden state that entered each step, zero where it was reset or the step does not exist.
+  void entering_states(int64_t begin, int64_t end) const {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t b = row % s_.B, t = row / s_.B % s_.T, d = row / s_.B / s_.T;
+      const Direction direction(s_, p_.sequence, d);
+      const S* from = static_cast<const S*>(p_.y) + time_major(s_, direction.before(t), b, d, s_.P);
+      if (direction.is_first(t, b)) {
+        from = p_.h0 == nullptr ? nullptr : static_cast<const S*>(p_.h0) + state(s_, d, b, s_.P);
+      }
+      if (!direction.exists(t, b) || direction.is_reset(t, b)) from = nullptr;
+      A* to = static_cast<A*>(p_.h_in) + row * s_.P;
+      for (int64_t k = 0; k < s_.P; k += kUnits<A>) {
+        store(to + k, from == nullptr ? V{} : load(from + k, s_.P - k), s_.P - k);
+      }
+    }
+  }
+
+ private:
+  int64_t unit_blocks() const { return blocks_of(s_.H, kWide<A>); }
+  int64_t output_blocks() const { return blocks_of(s_.P, kWide<A>); }
+
+  A* da(int64_t d, int64_t t, int64_t b) const {
+    return static_cast<A*>(p_.da) + direction_major(s_, d, t, b, kGates * s_.H);
+  }
+  A* dh_state(int64_t d, int64_t b) const { return static_cast<A*>(p_.dh_state) + state(s_, d, b, s_.P); }
+  A* dc_state(int64_t d, int64_t b) const { return static_cast<A*>(p_.dc_state) + state(s_, d, b, s_.H); }
+  A* dh_out(int64_t d, int64_t t, int64_t b) const {
+    return static_cast<A*>(p_.dh_out) + direction_major(s_, d, t, b, s_.P);
+  }
+
+  void start(int64_t d, int64_t row_begin, int64_t row_end) const {
+    for (int64_t b = row_begin; b < row_end; ++b) {
+      copy(dh_state(d, b), static_cast<const S*>(p_.dhn), state(s_, d, b, s_.P), s_.P);
+      copy(dc_state(d, b), static_cast<const S*>(p_.dcn), state(s_, d, b, s_.H), s_.H);
+    }
+  }
+
+  static void copy(A* to, const S* from, int64_t offset, int64_t N) {
+    for (int64_t k = 0; k < N; k += kUnits<A>) {
+      store(to + k, from == nullptr ? V{} : load(from + offset + k, N - k), N - k);
+    }
+  }
+
+  void finish(int64_t d, int64_t row_begin, int64_t row_end) const {
+    if (p_.dc0 == nullptr) return;
+    for (int64_t b = row_begin; b < row_end; ++b) {
+      for (int64_t k = 0; k < s_.H; k += kUnits<A>) {
+        store(static_cast<S*>(p_.dc0) + state(s_, d, b, s_.H) + k, load(dc_state(d, b) + k, s_.H - k), s_.H - k);
+      }
+    }
+  }
+
+  // dh of a block of outputs at the n-th step, and, without a projection, all that follows from it for these units.
+  // n = -1 is the state before the first step: dh0.
+  void outputs(int64_t n, int64_t d, int64_t block, int64_t row_begin, int64_t row_end) const {
+    if (n < 0 && p_.dh0 == nullptr) return;
+    const Direction direction(s_, p_.sequence, d);
+    const int64_t t = direction.at(n), next = direction.after(t);  // n = -1 gives a t that does not exist
+    const bool last = n == s_.T - 1;
+    const A* panel = static_cast<const A*>(p_.panel_hh) + (d * output_blocks() + block) * kGates * s_.H * kWide<A>;
+    for_each_tile(row_begin, row_end, [&](auto rows, int64_t b) {
+      constexpr int R = decltype(rows)::kCount;
+      V sum[R][4];
+      clear(sum);
+      if (!last && direction.any_exists(next, b, R)) {
+        multiply<A, R>(sum, da(d, next, b), kGates * s_.H, panel, kGates * s_.H);
+      }
+      for (int r = 0; r < R; ++r) {
+        for (int v = 0; v < 4; ++v) {
+          const int64_t output = block * kWide<A> + v * kUnits<A>;
+          if (output < s_.P) output_gradient(direction, n, t, d, b + r, output, sum[r][v]);
+        }
+      }
+    });
+  }
+
+  // product: da_next @ w_hh for some outputs of one row.
+  FUSEDRNN_INLINE void output_gradient(const Direction& direction, int64_t n, int64_t t, int64_t d, int64_t b,
+                                       int64_t output, V product) const {
+    const int64_t count = s_.P - output, next = direction.after(t);
+    V dh = load(dh_state(d, b) + output, count);  // handed on by steps that do not exist, dhn at the end
+    if (n < s_.T - 1 && direction.exists(next, b)) dh = direction.is_reset(next, b) ? V{} : product;
+    if (n < 0) {
+      store(static_cast<S*>(p_.dh0) + state(s_, d, b, s_.P) + output, dh, count);
+      return;
+    }
+    const bool exists = direction.exists(t, b);
+    if (!exists) {
+      store(dh_state(d, b) + output, dh, count);
+      dh = V{};
+    } else if (p_.dy != nullptr) {
+      dh += load(static_cast<const S*>(p_.dy) + time_major(s_, t, b, d, s_.P) + output, count);
+    }
+    if (s_.projected) {
+      store(dh_out(d, t, b) + output, dh, count);
+    } else {
+      unit_gradients(direction, t, d, b, output, exists, dh);
+    }
+  }
+
+  // With a projection: dm = dh @ w_hr for a block of units, and what follows from it.
+  void projected_units(int64_t n, int64_t d, int64_t block, int64_t row_begin, int64_t row_end) const {
+    const Direction direction(s_, p_.sequence, d);
+    const int64_t t = direction.at(n);
+    const A* panel = static_cast<const A*>(p_.panel_hr) + (d * unit_blocks() + block) * s_.P * kWide<A>;
+    for_each_tile(row_begin, row_end, [&](auto rows, int64_t b) {
+      constexpr int R = decltype(rows)::kCount;
+      V sum[R][4];
+      clear(sum);
+      if (direction.any_exists(t, b, R)) multiply<A, R>(sum, dh_out(d, t, b), s_.P, panel, s_.P);
+      for (int r = 0; r < R; ++r) {
+        for (int v = 0; v < 4; ++v) {
+          const int64_t unit = block * kWide<A> + v * kUnits<A>;
+          if (unit < s_.H) unit_gradients(direction, t, d, b + r, unit, direction.exists(t, b + r), sum[r][v]);
+        }
+      }
+    });
+  }
+
+  // From dm of some hidden units of one row to da, and dc for the step before.
+  FUSEDRNN_INLINE void unit_gradients(const Direction& direction, int64_t t, int64_t d, int64_t b, int64_t unit,
+                                      bool exists, V dm) const {
+    const int64_t count = s_.H - unit;
+    A* da_row = da(d, t, b) + unit;
+    A* m_row = p_.m == nullptr ? nullptr : static_cast<A*>(p_.m) + direction_major(s_, d, t, b, s_.H) + unit;
+    if (!exists) {
+      for (int gate = 0; gate < kGates; ++gate) store(da_row + gate * s_.H, V{}, count);
+      if (m_row != nullptr) store(m_row, V{}, count);
+      return;
+    }
+    const S* c_all = static_cast<const S*>(p_.c);
+    const bool cut = direction.is_reset(t, b);
+    V c_in{};
+    if (!cut && !direction.is_first(t, b)) {
+      c_in = load(c_all + time_major(s_, direction.before(t), b, d, s_.H) + unit, count);
+    } else if (!cut && p_.c0 != nullptr) {
+      c_in = load(static_cast<const S*>(p_.c0) + state(s_, d, b, s_.H) + unit, count);
+    }
+    V dc = load(dc_state(d, b) + unit, count);
+    if (p_.dc != nullptr) dc += load(static_cast<const S*>(p_.dc) + time_major(s_, t, b, d, s_.H) + unit, count);
+    V gates[kGates];
+    const S* gates_row = static_cast<const S*>(p_.gates) + direction_major(s_, d, t, b, kGates * s_.H) + unit;
+    for (int gate = 0; gate < kGates; ++gate) gates[gate] = load(gates_row + gate * s_.H, count);
+    const V c = load(c_all + time_major(s_, t, b, d, s_.H) + unit, count);
+    const V m = LstmCell<A>::backward(gates, c_in, c, dm, dc);
+    for (int gate = 0; gate < kGates; ++gate) store(da_row + gate * s_.H, gates[gate], count);
+    if (m_row != nullptr) store(m_row, m, count);
+    store(dc_state(d, b) + unit, cut ? V{} : dc, count);
+  }
+
+  const BackwardParams& p_;
+  const Sizes& s_;
+};
+
+}  // namespace fusedrnn::FUSEDRNN_ISA

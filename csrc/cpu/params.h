@@ -1,0 +1,135 @@
+// The plain structs that the CPU kernels take: pointers, sizes, nothing of torch.
+//
+// Letters: T time, B batch, H hidden, P projection (P = H without one), D directions. S is the dtype tensors are stored
+// in, A the dtype of the arithmetic: float for bfloat16, float16 and float, double for double. Everything is contiguous
+// and row-major in the shape given beside it. No two pointers may alias unless it says so. A null pointer where "or
+// null" stands means zeros for an input and "not wanted" for an output.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+
+namespace fusedrnn {
+
+// Storage of 16-bit floating point numbers.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+enum class Dtype : int { kFloat32, kFloat64, kBFloat16, kFloat16, kCount };
+
+struct Sizes {
+  int64_t T, B, I, H, P, D;
+  bool projected;  // whether there is a w_hr; else P = H
+};
+
+// Which steps exist and where the state is cut.
+struct Sequence {
+  const int64_t* lengths;  // [B] or null (all T); values outside 0..T count as the nearest
+  const uint8_t* reset;    // [T][B] or null
+};
+
+// How the work of one launch is shared by workers that may or may not run at the same time.
+struct Team {
+  enum class Split : int {
+    kRows,   // each worker owns batch rows and runs the whole sequence without meeting the others
+    kUnits,  // each worker owns hidden units; all meet at every step
+  };
+  Split split;
+  int workers;
+  // For kUnits, see team.h: 1 + D * ceil(H / lanes) zeroed cache lines of 64 bytes, aligned to 64.
+  void* lines;
+};
+
+struct ForwardParams {
+  Sizes sizes;
+  Sequence sequence;
+  // The affine maps of a sequence (T > 1): the input's was done before, the recurrent one's weights are packed.
+  const void* xg;        // A [D][T][B][4H]: x @ w_ih^T, without biases
+  const void* panel_hh;  // A, packed by pack_gates: one buffer per direction
+  const void* panel_hr;  // A, packed by pack_rows from w_hr, or null
+  // The affine maps of a single step (T = 1): straight from nn.LSTM's tensors, nothing is packed.
+  const void* x;            // S [B][I]
+  const void* const* w_ih;  // D pointers to S [4H][I]
+  const void* const* w_hh;  // D pointers to S [4H][P]
+  const void* const* w_hr;  // D pointers to S [P][H], or null
+  const void* bias;         // A [D][4H]: b_ih + b_hh, or null
+  const void* h0;           // S [D][B][P] or null
+  const void* c0;           // S [D][B][H] or null
+  void* y;                  // S [T][B][D][P]
+  void* hn;                 // S [D][B][P]
+  void* cn;                 // S [D][B][H]
+  void* c;                  // S [T][B][D][H] or null
+  void* gates;              // S [D][T][B][4H] or null; may be xg itself where S is A
+  // Scratch, uninitialised.
+  void* h;        // A [2][D][B][P]: the state entering this step and the next
+  void* c_state;  // A [D][B][H]
+  void* m;        // A [D][B][H], only where projected: o * tanh(c)
+  Team team;
+};
+
+struct BackwardParams {
+  Sizes sizes;
+  Sequence sequence;
+  const void* panel_hh;  // A, packed by pack_columns from w_hh: one buffer per direction
+  const void* panel_hr;  // A, packed by pack_columns from w_hr, or null
+  const void* dy;        // S [T][B][D][P] or null
+  const void* dhn;       // S [D][B][P] or null
+  const void* dcn;       // S [D][B][H] or null
+  const void* dc;        // S [T][B][D][H] or null
+  const void* h0;        // S [D][B][P] or null
+  const void* c0;        // S [D][B][H] or null
+  const void* y;         // S [T][B][D][P]
+  const void* c;         // S [T][B][D][H]
+  const void* gates;     // S [D][T][B][4H]
+  void* da;              // A [D][T][B][4H]: gradients before the nonlinearities
+  void* dh0;             // S [D][B][P] or null
+  void* dc0;             // S [D][B][H] or null
+  // What the weight gradients need besides da.
+  void* h_in;    // A [D][T][B][P] or null: the hidden state that entered each step
+  void* dh_out;  // A [D][T][B][P], only where projected: gradient of h_t
+  void* m;       // A [D][T][B][H], only where projected: o * tanh(c)
+  // Scratch, uninitialised.
+  void* dh_state;  // A [D][B][P]: gradient of the hidden state where it passes a step that does not exist
+  void* dc_state;  // A [D][B][H]
+  Team team;
+};
+
+// Packing of one direction's weight matrix w, S [rows][columns], for the matrix product of a block of outputs with
+// all inputs; see panel.h. Each call packs blocks [begin, end).
+using Pack = void (*)(const void* w, int64_t rows, int64_t columns, void* panel, int64_t begin, int64_t end);
+
+// The kernels of one instruction set and one dtype. A worker function is called once for every worker of the team.
+struct Kernels {
+  void (*forward)(const ForwardParams&, int worker);
+  // T = 1: once step_start; then units [begin, end) of D * H; then, where projected, outputs [begin, end) of D * P.
+  void (*step_start)(const ForwardParams&);
+  void (*step)(const ForwardParams&, int64_t begin, int64_t end);
+  void (*step_project)(const ForwardParams&, int64_t begin, int64_t end);
+  void (*backward)(const BackwardParams&, int worker);
+  // Fills h_in for rows [begin, end) of D * T * B.
+  void (*entering_states)(const BackwardParams&, int64_t begin, int64_t end);
+  Pack pack_gates;    // w_hh [4H][P]: a block is `lanes` hidden units, four gates each
+  Pack pack_rows;     // w_hr [P][H]: a block is 4 * lanes outputs, which are rows of w
+  Pack pack_columns;  // w_hh, w_hr in backward: a block is 4 * lanes outputs, which are columns of w
+  int lanes;          // numbers of type A in a vector register
+  int tile_rows;      // batch rows that share one pass over a panel
+};
+
+// One for each Dtype.
+using KernelTable = std::array<Kernels, static_cast<size_t>(Dtype::kCount)>;
+
+struct Isa {
+  const char* name;
+  bool (*runs_here)();
+  const KernelTable* kernels;
+};
+
+// From the widest to the portable one, which runs everywhere; ends with null.
+const Isa* const* instruction_sets();
+
+}  // namespace fusedrnn

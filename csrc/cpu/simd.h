@@ -1,0 +1,181 @@
+// Vectors of one instruction set as compiler vector types. Each kernels_*.cpp sets FUSEDRNN_ISA (the namespace) and
+// FUSEDRNN_VECTOR_BYTES and is compiled for that instruction set. Nothing here may have linkage outside of that
+// namespace, standard library templates included: the linker would keep one copy for all instruction sets.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "params.h"
+
+#define FUSEDRNN_INLINE inline __attribute__((always_inline))
+
+namespace fusedrnn::FUSEDRNN_ISA {
+
+template <class S>
+struct Storage {
+  using Compute = S;
+};
+template <>
+struct Storage<BFloat16> {
+  using Compute = float;
+};
+template <>
+struct Storage<Float16> {
+  using Compute = float;
+};
+template <class S>
+using Compute = typename Storage<S>::Compute;
+
+template <class A>
+struct IntegerOf;
+template <>
+struct IntegerOf<float> {
+  using type = int32_t;
+};
+template <>
+struct IntegerOf<double> {
+  using type = int64_t;
+};
+
+// A register full of A, the integers of the same width, and how many there are.
+template <class A>
+struct Simd {
+  using Int = typename IntegerOf<A>::type;
+  static constexpr int kLanes = FUSEDRNN_VECTOR_BYTES / sizeof(A);
+  typedef A Vec __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES)));
+  typedef Int IntVec __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES)));
+};
+template <class A>
+using Vec = typename Simd<A>::Vec;
+template <class A>
+using IntVec = typename Simd<A>::IntVec;
+
+template <class To, class From>
+FUSEDRNN_INLINE To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+template <class A>
+FUSEDRNN_INLINE Vec<A> broadcast(A value) {
+  return value - Vec<A>{};
+}
+
+typedef uint16_t NarrowVec __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES / 2)));
+typedef uint32_t WordVec __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES)));
+
+// bfloat16 is the upper half of a float; float16 by the usual rebiasing of the exponent, exact for subnormals.
+FUSEDRNN_INLINE Vec<float> widen(NarrowVec narrow, BFloat16) {
+  return bit_cast<Vec<float>>(__builtin_convertvector(narrow, WordVec) << 16);
+}
+
+FUSEDRNN_INLINE Vec<float> widen(NarrowVec narrow, Float16) {
+  const WordVec bits = __builtin_convertvector(narrow, WordVec);
+  const WordVec magnitude = (bits & 0x7fffu) << 13;
+  const WordVec exponent = magnitude & 0x0f800000u;
+  const WordVec normal = magnitude + ((127u - 15u) << 23);
+  const WordVec special = normal + ((128u - 16u) << 23);  // infinities and NaNs
+  const Vec<float> tiny = bit_cast<Vec<float>>(normal + (1u << 23)) - 0x1p-14f;  // zeros and subnormals
+  WordVec result = exponent == 0x0f800000u ? special : normal;
+  result = exponent == 0u ? bit_cast<WordVec>(tiny) : result;
+  return bit_cast<Vec<float>>(result | (bits & 0x8000u) << 16);
+}
+
+// Both round to nearest, ties to even, and keep NaN a NaN.
+FUSEDRNN_INLINE NarrowVec narrow(Vec<float> value, BFloat16) {
+  const WordVec bits = bit_cast<WordVec>(value);
+  const WordVec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const WordVec nan = (bits >> 16) | 0x40u;
+  return __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded, NarrowVec);
+}
+
+FUSEDRNN_INLINE NarrowVec narrow(Vec<float> value, Float16) {
+  const WordVec bits = bit_cast<WordVec>(value);
+  const WordVec sign = (bits & 0x80000000u) >> 16;
+  const WordVec magnitude = bits & 0x7fffffffu;
+  // Subnormal results: adding 0.5 shifts the mantissa to where the float unit rounds it.
+  const WordVec tiny = bit_cast<WordVec>(bit_cast<Vec<float>>(magnitude) + 0.5f) - (126u << 23);
+  const WordVec odd = (magnitude >> 13) & 1u;
+  const WordVec normal = (magnitude - ((127u - 15u) << 23) + 0x0fffu + odd) >> 13;
+  WordVec result = magnitude < (113u << 23) ? tiny : normal;
+  result = magnitude >= (143u << 23) ? WordVec{} + 0x7c00u : result;  // 65536 and above overflow
+  result = magnitude > 0x7f800000u ? WordVec{} + 0x7e00u : result;
+  return __builtin_convertvector(result | sign, NarrowVec);
+}
+
+template <class S>
+FUSEDRNN_INLINE Vec<Compute<S>> load(const S* from) {
+  if constexpr (sizeof(S) == 2) {
+    NarrowVec bits;
+    std::memcpy(&bits, from, sizeof(bits));
+    return widen(bits, S{});
+  } else {
+    Vec<S> value;
+    std::memcpy(&value, from, sizeof(value));
+    return value;
+  }
+}
+
+template <class S>
+FUSEDRNN_INLINE void store(S* to, Vec<Compute<S>> value) {
+  if constexpr (sizeof(S) == 2) {
+    const NarrowVec bits = narrow(value, S{});
+    std::memcpy(to, &bits, sizeof(bits));
+  } else {
+    std::memcpy(to, &value, sizeof(value));
+  }
+}
+
+// The first n lanes only; the rest of what is loaded is zero. n may be kLanes or more, which means all.
+template <class S>
+FUSEDRNN_INLINE Vec<Compute<S>> load(const S* from, int64_t n) {
+  constexpr int kLanes = Simd<Compute<S>>::kLanes;
+  if (__builtin_expect(n >= kLanes, 1)) return load(from);
+  S lanes[kLanes] = {};
+  for (int64_t k = 0; k < n; ++k) lanes[k] = from[k];
+  return load<S>(lanes);
+}
+
+template <class S>
+FUSEDRNN_INLINE void store(S* to, Vec<Compute<S>> value, int64_t n) {
+  constexpr int kLanes = Simd<Compute<S>>::kLanes;
+  if (__builtin_expect(n >= kLanes, 1)) return store(to, value);
+  S lanes[kLanes];
+  store<S>(lanes, value);
+  for (int64_t k = 0; k < n; ++k) to[k] = lanes[k];
+}
+
+template <class S>
+FUSEDRNN_INLINE Compute<S> to_compute(S value) {
+  if constexpr (sizeof(S) == 2) {
+    return widen(NarrowVec{value.bits}, S{})[0];
+  } else {
+    return value;
+  }
+}
+
+// What a number becomes by being stored.
+template <class S>
+FUSEDRNN_INLINE Vec<Compute<S>> rounded(Vec<Compute<S>> value) {
+  if constexpr (sizeof(S) == 2) {
+    return widen(narrow(value, S{}), S{});
+  } else {
+    return value;
+  }
+}
+
+// Sum of all lanes, in a fixed order.
+template <class A>
+FUSEDRNN_INLINE A horizontal_sum(Vec<A> value) {
+  A lanes[Simd<A>::kLanes];
+  store(lanes, value);
+  for (int half = Simd<A>::kLanes / 2; half > 0; half /= 2) {
+    for (int k = 0; k < half; ++k) lanes[k] += lanes[k + half];
+  }
+  return lanes[0];
+}
+
+}  // namespace fusedrnn::FUSEDRNN_ISA

@@ -1,0 +1,88 @@
+// Workers that meet at every step, without assuming that they run at the same time.
+//
+// The work of a phase is cut into chunks. A chunk belongs to a worker, which keeps its weights in that core's cache, but
+// any worker may claim it: one that has waited for long takes what its owner has not begun. So a worker that was
+// preempted, or that has not been started because the caller runs inside a parallel region already, delays the others
+// by at most the chunk it is in. Which worker computes a chunk does not change a bit of the result.
+#pragma once
+
+#include <cstdint>
+
+#include "params.h"
+
+#if defined(__x86_64__)
+#define FUSEDRNN_PAUSE() __builtin_ia32_pause()
+#elif defined(__aarch64__)
+#define FUSEDRNN_PAUSE() __asm__ __volatile__("yield")
+#else
+#define FUSEDRNN_PAUSE() ((void)0)
+#endif
+
+extern "C" int sched_yield();
+
+namespace fusedrnn::FUSEDRNN_ISA {
+
+// One cache line; line 0 counts the finished chunks of all phases, every further line is the claim of one chunk.
+struct alignas(64) Line {
+  int64_t value;
+};
+
+class Worker {
+ public:
+  Worker(const Team& team, int64_t chunks, int index)
+      : lines_(static_cast<Line*>(team.lines)),
+        chunks_(chunks),
+        first_(index * chunks / team.workers),
+        last_((index + 1) * chunks / team.workers) {}
+
+  // Runs f(chunk) for every chunk of the next phase, together with the other workers; returns when all are finished
+  // and what they wrote can be read.
+  template <class F>
+  void phase(const F& f) {
+    ++phase_;
+    const int64_t target = phase_ * chunks_;
+    if (finished() >= target) return;
+    run_unclaimed(first_, last_ - first_, f);
+    for (int spins = 0; finished() < target; ++spins) {
+      if (spins < kSpinsBeforeHelp) {
+        FUSEDRNN_PAUSE();
+      } else if (spins == kSpinsBeforeHelp) {
+        run_unclaimed(last_, chunks_, f);
+      } else if (spins < kSpinsBeforeYield) {
+        FUSEDRNN_PAUSE();
+      } else {
+        sched_yield();
+      }
+    }
+  }
+
+ private:
+  static constexpr int kSpinsBeforeHelp = 256;
+  static constexpr int kSpinsBeforeYield = 4096;
+
+  int64_t finished() const { return __atomic_load_n(&lines_[0].value, __ATOMIC_ACQUIRE); }
+
+  // Claims and runs what is left of `count` chunks from `first` on, around the end.
+  template <class F>
+  void run_unclaimed(int64_t first, int64_t count, const F& f) {
+    int64_t done = 0;
+    for (int64_t k = first; k < first + count; ++k) {
+      const int64_t chunk = k % chunks_;
+      int64_t expected = phase_ - 1;
+      if (!__atomic_compare_exchange_n(&lines_[1 + chunk].value, &expected, phase_, false, __ATOMIC_ACQ_REL,
+                                       __ATOMIC_RELAXED)) {
+        continue;
+      }
+      f(chunk);
+      ++done;
+    }
+    if (done > 0) __atomic_fetch_add(&lines_[0].value, done, __ATOMIC_RELEASE);
+  }
+
+  Line* lines_;
+  int64_t chunks_;
+  int64_t first_, last_;  // the chunks this worker owns
+  int64_t phase_ = 0;
+};
+
+}  // namespace fusedrnn::FUSEDRNN_ISA

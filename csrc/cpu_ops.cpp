@@ -1,0 +1,547 @@
+// The CPU operators: tensors in, plain structs out, the checks that memory safety needs, and the large matrix products.
+// The schemas, the fake kernels and every other check live in Python (fusedrnn/ops.py, fusedrnn/functional.py).
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/params.h"
+
+namespace fusedrnn {
+namespace {
+
+using torch::headeronly::IntHeaderOnlyArrayRef;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+using OptionalTensor = std::optional<Tensor>;
+
+// ---------------------------------------------------------------------------------------------- instruction set
+
+const Isa* find_isa(const std::string& name) {
+  std::string known;
+  for (const Isa* const* isa = instruction_sets(); *isa != nullptr; ++isa) {
+    if (name.empty() ? (*isa)->runs_here() : name == (*isa)->name) {
+      STD_TORCH_CHECK((*isa)->runs_here(), "this processor does not have the instruction set ", name);
+      return *isa;
+    }
+    known += std::string(known.empty() ? "" : ", ") + (*isa)->name;
+  }
+  STD_TORCH_CHECK(false, "unknown instruction set '", name, "': expected one of ", known);
+  return nullptr;
+}
+
+std::atomic<const Isa*> selected_isa{nullptr};
+
+const Isa& isa() {
+  const Isa* current = selected_isa.load(std::memory_order_relaxed);
+  if (current == nullptr) {
+    const char* wanted = std::getenv("FUSEDRNN_CPU_ISA");
+    selected_isa = current = find_isa(wanted == nullptr ? "" : wanted);
+  }
+  return *current;
+}
+
+// Selects an instruction set by name ("" for the best one), or only tells which is in use.
+std::string cpu_isa(std::optional<std::string> select) {
+  if (select.has_value()) selected_isa = find_isa(*select);
+  return isa().name;
+}
+
+Dtype dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return Dtype::kFloat32;
+    case ScalarType::Double: return Dtype::kFloat64;
+    case ScalarType::BFloat16: return Dtype::kBFloat16;
+    case ScalarType::Half: return Dtype::kFloat16;
+    default: STD_TORCH_CHECK(false, "x must be float32, float64, bfloat16 or float16"); return Dtype::kCount;
+  }
+}
+
+const Kernels& kernels_of(const Tensor& tensor) { return (*isa().kernels)[static_cast<size_t>(dtype_of(tensor))]; }
+
+// ---------------------------------------------------------------------------------------------- torch helpers
+
+// The operators are not differentiable, so nothing inside them is: an exported program calls them with grad mode on.
+class NoGrad {
+ public:
+  NoGrad() : before_(aoti_torch_grad_mode_is_enabled()) { aoti_torch_grad_mode_set_enabled(false); }
+  ~NoGrad() { aoti_torch_grad_mode_set_enabled(before_); }
+  NoGrad(const NoGrad&) = delete;
+  NoGrad& operator=(const NoGrad&) = delete;
+
+ private:
+  bool before_;
+};
+
+template <class... Arguments>
+Tensor call(const char* op, const char* overload, const Arguments&... arguments) {
+  std::array<StableIValue, sizeof...(Arguments)> stack{torch::stable::detail::from(arguments)...};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// out = a @ b, into a tensor that exists.
+void multiply_into(Tensor out, const Tensor& a, const Tensor& b) { call("aten::mm", "out", a, b, out); }
+
+Tensor multiply(const Tensor& a, const Tensor& b) {
+  Tensor out = torch::stable::new_empty(a, {a.size(0), b.size(1)});
+  multiply_into(out, a, b);
+  return out;
+}
+
+// out += a @ b
+void add_product(const Tensor& out, const Tensor& a, const Tensor& b) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0));
+}
+
+Tensor transposed(const Tensor& a) { return torch::stable::transpose(a, 0, 1); }
+
+Tensor empty(const Tensor& like, std::initializer_list<int64_t> size, ScalarType dtype) {
+  return torch::stable::new_empty(like, size, dtype);
+}
+
+Tensor as(const Tensor& tensor, ScalarType dtype) {
+  return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
+}
+
+ScalarType compute_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+OptionalTensor contiguous(const OptionalTensor& tensor) {
+  return tensor.has_value() ? OptionalTensor(torch::stable::contiguous(*tensor)) : std::nullopt;
+}
+
+const void* pointer(const OptionalTensor& tensor) { return tensor.has_value() ? tensor->const_data_ptr() : nullptr; }
+
+void* pointer(Tensor& tensor) { return tensor.mutable_data_ptr(); }
+
+void check_size(const char* name, const Tensor& tensor, std::initializer_list<int64_t> size) {
+  bool same = tensor.dim() == static_cast<int64_t>(size.size());
+  int64_t dim = 0;
+  for (auto n = size.begin(); same && n != size.end(); ++n, ++dim) same = tensor.size(dim) == *n;
+  STD_TORCH_CHECK(same, name, " has the wrong shape for this layer");
+}
+
+// ---------------------------------------------------------------------------------------------- a layer's arguments
+
+// One layer's weights, contiguous, direction after direction in nn.LSTM's order; see fusedrnn/layout.py.
+struct Weights {
+  Weights(const Tensors& flat, bool bidirectional) : directions(bidirectional ? 2 : 1) {
+    count = static_cast<int64_t>(flat.size()) / directions;
+    STD_TORCH_CHECK(count >= 2 && count <= 5 && count * directions == static_cast<int64_t>(flat.size()),
+                    "weights must be 2 to 5 tensors per direction, got ", flat.size());
+    for (const Tensor& weight : flat) all.push_back(torch::stable::contiguous(weight));
+  }
+
+  bool biased() const { return count >= 4; }
+  bool projected() const { return count % 2 == 1; }
+  const Tensor& w_ih(int64_t d) const { return all[d * count]; }
+  const Tensor& w_hh(int64_t d) const { return all[d * count + 1]; }
+  const Tensor& b_ih(int64_t d) const { return all[d * count + 2]; }
+  const Tensor& b_hh(int64_t d) const { return all[d * count + 3]; }
+  const Tensor& w_hr(int64_t d) const { return all[d * count + count - 1]; }
+
+  int64_t directions, count;
+  Tensors all;
+};
+
+struct Layer {
+  Layer(const Tensor& x_in, const Tensors& flat, bool bidirectional, const OptionalTensor& h0_in,
+        const OptionalTensor& c0_in, const OptionalTensor& lengths_in, const OptionalTensor& reset_in)
+      : x(torch::stable::contiguous(x_in)),
+        weights(flat, bidirectional),
+        h0(contiguous(h0_in)),
+        c0(contiguous(c0_in)),
+        lengths(contiguous(lengths_in)),
+        reset(contiguous(reset_in)),
+        compute(compute_type(x_in)),
+        kernels(kernels_of(x_in)) {
+    STD_TORCH_CHECK(x.dim() == 3 && weights.w_hh(0).dim() == 2, "x and w_hh must have 3 and 2 dimensions");
+    Sizes& s = sizes;
+    s = {x.size(0), x.size(1), x.size(2), weights.w_hh(0).size(0) / 4, weights.w_hh(0).size(1), weights.directions,
+         weights.projected()};
+    STD_TORCH_CHECK(s.T > 0, "x must have at least one time step");
+    for (int64_t d = 0; d < s.D; ++d) {
+      check_size("w_ih", weights.w_ih(d), {4 * s.H, s.I});
+      check_size("w_hh", weights.w_hh(d), {4 * s.H, s.P});
+      if (weights.biased()) check_size("b_ih", weights.b_ih(d), {4 * s.H});
+      if (weights.biased()) check_size("b_hh", weights.b_hh(d), {4 * s.H});
+      if (s.projected) check_size("w_hr", weights.w_hr(d), {s.P, s.H});
+    }
+    STD_TORCH_CHECK(s.projected || s.P == s.H, "w_hh must be [4H, H] without a projection");
+    for (const Tensor& weight : weights.all) {
+      STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type(), "weights must have the dtype of x");
+    }
+    check_state("h0", h0, s.P);
+    check_state("c0", c0, s.H);
+    if (lengths.has_value()) {
+      check_size("lengths", *lengths, {s.B});
+      STD_TORCH_CHECK(lengths->scalar_type() == ScalarType::Long, "lengths must be int64");
+    }
+    if (reset.has_value()) {
+      check_size("reset", *reset, {s.T, s.B});
+      STD_TORCH_CHECK(reset->scalar_type() == ScalarType::Bool, "reset must be bool");
+    }
+  }
+
+  void check_state(const char* name, const OptionalTensor& tensor, int64_t N) const {
+    if (!tensor.has_value()) return;
+    check_size(name, *tensor, {sizes.D, sizes.B, N});
+    STD_TORCH_CHECK(tensor->scalar_type() == x.scalar_type(), name, " must have the dtype of x");
+  }
+
+  Sequence sequence() const {
+    return {static_cast<const int64_t*>(pointer(lengths)), static_cast<const uint8_t*>(pointer(reset))};
+  }
+
+  // x as [T * B, I] in the compute dtype; where `lengths` are given, zero at steps that do not exist.
+  Tensor input_rows(bool only_existing) const {
+    Tensor rows = as(torch::stable::view(x, {sizes.T * sizes.B, sizes.I}), compute);
+    if (!only_existing || !lengths.has_value()) return rows;
+    Tensor masked = torch::stable::clone(rows);
+    const auto* length = static_cast<const int64_t*>(pointer(lengths));
+    auto* row = static_cast<char*>(masked.mutable_data_ptr());
+    const int64_t bytes = sizes.I * masked.element_size();
+    for (int64_t t = 0; t < sizes.T; ++t) {
+      for (int64_t b = 0; b < sizes.B; ++b, row += bytes) {
+        if (t >= length[b]) std::memset(row, 0, bytes);
+      }
+    }
+    return masked;
+  }
+
+  Tensor x;
+  Weights weights;
+  OptionalTensor h0, c0, lengths, reset;
+  ScalarType compute;
+  const Kernels& kernels;
+  Sizes sizes;
+};
+
+// ---------------------------------------------------------------------------------------------- planning
+
+constexpr double kSerialFlops = 2e5;        // below this a parallel region costs more than it brings
+constexpr int64_t kCacheBytes = 512 << 10;  // what a core keeps of the weights from one step to the next
+
+int64_t blocks_of(int64_t outputs, int64_t width) { return (outputs + width - 1) / width; }
+
+// How many threads share one launch, and how. Rows need no synchronisation; units are shared where there are fewer rows
+// than threads, or where every thread would stream weights that fit no cache for a handful of rows.
+Team plan_team(const Sizes& s, const Kernels& kernels, int element_bytes) {
+  const double flops = 8.0 * s.T * s.B * s.D * s.H * (s.P + (s.projected ? s.P / 4.0 : 0));
+  const int64_t threads = flops < kSerialFlops ? 1 : torch::stable::get_num_threads();
+  const int64_t rows = s.D * s.B, units = s.D * blocks_of(s.H, kernels.lanes);
+  const bool fits = 4 * s.H * s.P * element_bytes <= kCacheBytes;
+  const bool by_rows = threads == 1 || (rows >= threads && (fits || rows >= threads * kernels.tile_rows));
+  const int64_t shares = by_rows ? rows : units;
+  return {by_rows ? Team::Split::kRows : Team::Split::kUnits, static_cast<int>(std::min(threads, shares)), nullptr};
+}
+
+// Runs f(worker) for every worker of a team, at the same time as far as threads are free.
+template <class F>
+void launch(const Team& team, const F& f) {
+  torch::stable::parallel_for(0, team.workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) f(static_cast<int>(worker));
+  });
+}
+
+// The claims of team.h, aligned and zeroed.
+class Lines {
+ public:
+  Lines(Team& team, const Sizes& s, const Kernels& kernels) {
+    if (team.split != Team::Split::kUnits) return;
+    storage_.assign((2 + s.D * blocks_of(s.H, kernels.lanes)) * kWords, 0);
+    const auto address = reinterpret_cast<uintptr_t>(storage_.data());
+    team.lines = reinterpret_cast<void*>((address + 63) / 64 * 64);
+  }
+
+ private:
+  static constexpr int64_t kWords = 64 / sizeof(int64_t);
+  std::vector<int64_t> storage_;
+};
+
+std::string cpu_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int64_t D) {
+  const Sizes s{T, B, I, H, P, D, P != H};
+  const Kernels& kernels = (*isa().kernels)[static_cast<size_t>(Dtype::kFloat32)];
+  const std::string name = std::string(isa().name) + ", ";
+  if (T == 1) return name + "one step, weights read as they lie";
+  const Team team = plan_team(s, kernels, sizeof(float));
+  return name + std::to_string(team.workers) + (team.workers == 1 ? " thread" : " threads") + " by " +
+         (team.split == Team::Split::kRows ? "batch rows, no synchronisation" : "hidden units, meeting at every step");
+}
+
+// ---------------------------------------------------------------------------------------------- forward
+
+// Weights of all directions packed for panel.h: `outputs` in blocks of `width`, `inputs` numbers each.
+Tensor packed(const Layer& layer, Pack pack, const Tensor& (Weights::*weight)(int64_t) const, int64_t outputs,
+              int64_t width, int64_t inputs) {
+  const int64_t D = layer.sizes.D, blocks = blocks_of(outputs, width), lanes = 4 * layer.kernels.lanes;
+  Tensor panels = empty(layer.x, {D, blocks * inputs * lanes}, layer.compute);
+  auto* to = static_cast<char*>(pointer(panels));
+  const int64_t bytes = blocks * inputs * lanes * panels.element_size();
+  torch::stable::parallel_for(0, D * blocks, std::max<int64_t>(1, 65536 / (inputs * lanes)), [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      const Tensor& w = (layer.weights.*weight)(n / blocks);
+      pack(w.const_data_ptr(), w.size(0), w.size(1), to + n / blocks * bytes, n % blocks, n % blocks + 1);
+    }
+  });
+  return panels;
+}
+
+template <class A>
+void add(const A* a, const A* b, A* out, int64_t count) {
+  for (int64_t k = 0; k < count; ++k) out[k] = a[k] + b[k];
+}
+
+// b_ih + b_hh of each direction, [D][4H] in the compute dtype.
+OptionalTensor biases(const Layer& layer) {
+  if (!layer.weights.biased()) return std::nullopt;
+  Tensor sum = empty(layer.x, {layer.sizes.D, 4 * layer.sizes.H}, layer.compute);
+  for (int64_t d = 0; d < layer.sizes.D; ++d) {
+    const Tensor b_ih = as(layer.weights.b_ih(d), layer.compute), b_hh = as(layer.weights.b_hh(d), layer.compute);
+    const Tensor out = torch::stable::select(sum, 0, d);
+    if (layer.compute == ScalarType::Double) {
+      add(b_ih.const_data_ptr<double>(), b_hh.const_data_ptr<double>(), out.mutable_data_ptr<double>(), out.numel());
+    } else {
+      add(b_ih.const_data_ptr<float>(), b_hh.const_data_ptr<float>(), out.mutable_data_ptr<float>(), out.numel());
+    }
+  }
+  return sum;
+}
+
+// One time step: nothing is packed, and both affine maps happen in the kernel.
+void forward_step(const Layer& layer, ForwardParams& params) {
+  const Sizes& s = layer.sizes;
+  std::vector<const void*> w_ih, w_hh, w_hr;
+  for (int64_t d = 0; d < s.D; ++d) {
+    w_ih.push_back(layer.weights.w_ih(d).const_data_ptr());
+    w_hh.push_back(layer.weights.w_hh(d).const_data_ptr());
+    if (s.projected) w_hr.push_back(layer.weights.w_hr(d).const_data_ptr());
+  }
+  params.x = layer.x.const_data_ptr();
+  params.w_ih = w_ih.data();
+  params.w_hh = w_hh.data();
+  params.w_hr = w_hr.data();
+  const auto grain = [&](int64_t flops_per_unit) {
+    return std::max<int64_t>(layer.kernels.lanes, static_cast<int64_t>(kSerialFlops) / std::max<int64_t>(1, flops_per_unit));
+  };
+  layer.kernels.step_start(params);
+  torch::stable::parallel_for(0, s.D * s.H, grain(8 * s.B * (s.I + s.P)),
+                              [&](int64_t begin, int64_t end) { layer.kernels.step(params, begin, end); });
+  if (!s.projected) return;
+  torch::stable::parallel_for(0, s.D * s.P, grain(2 * s.B * s.H),
+                              [&](int64_t begin, int64_t end) { layer.kernels.step_project(params, begin, end); });
+}
+
+// A whole sequence: one matrix product for the input's affine map, then the recurrence. xg may be written over.
+void forward_sequence(const Layer& layer, ForwardParams& params, Tensor& xg) {
+  const Sizes& s = layer.sizes;
+  const Kernels& kernels = layer.kernels;
+  const Tensor rows = layer.input_rows(false);
+  for (int64_t d = 0; d < s.D; ++d) {
+    Tensor out = torch::stable::view(torch::stable::select(xg, 0, d), {s.T * s.B, 4 * s.H});
+    multiply_into(out, rows, transposed(as(layer.weights.w_ih(d), layer.compute)));
+  }
+  const Tensor panel_hh = packed(layer, kernels.pack_gates, &Weights::w_hh, s.H, kernels.lanes, s.P);
+  OptionalTensor panel_hr;
+  if (s.projected) panel_hr = packed(layer, kernels.pack_rows, &Weights::w_hr, s.P, 4 * kernels.lanes, s.H);
+  params.xg = xg.const_data_ptr();
+  params.panel_hh = panel_hh.const_data_ptr();
+  params.panel_hr = pointer(panel_hr);
+  params.team = plan_team(s, kernels, static_cast<int>(xg.element_size()));
+  const Lines lines(params.team, s, kernels);
+  launch(params.team, [&](int worker) { kernels.forward(params, worker); });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_forward(Tensor x, Tensors flat, bool bidirectional,
+                                                               OptionalTensor h0, OptionalTensor c0,
+                                                               OptionalTensor lengths, OptionalTensor reset,
+                                                               bool cell_states, bool reserve) {
+  const NoGrad no_grad;
+  const Layer layer(x, flat, bidirectional, h0, c0, lengths, reset);
+  const Sizes& s = layer.sizes;
+  const ScalarType dtype = x.scalar_type();
+  Tensor y = empty(x, {s.T, s.B, s.D * s.P}, dtype), hn = empty(x, {s.D, s.B, s.P}, dtype),
+         cn = empty(x, {s.D, s.B, s.H}, dtype);
+  Tensor c = cell_states || reserve ? empty(x, {s.T, s.B, s.D * s.H}, dtype) : empty(x, {0}, dtype);
+  Tensor gates = reserve ? empty(x, {s.D, s.T, s.B, 4 * s.H}, dtype) : empty(x, {0}, dtype);
+  if (s.B == 0) return {y, hn, cn, c, gates};
+
+  const OptionalTensor bias = biases(layer);
+  Tensor h = empty(x, {2, s.D, s.B, s.P}, layer.compute), c_state = empty(x, {s.D, s.B, s.H}, layer.compute);
+  OptionalTensor m;
+  if (s.projected) m = empty(x, {s.D, s.B, s.H}, layer.compute);
+
+  ForwardParams params{};
+  params.sizes = s;
+  params.sequence = layer.sequence();
+  params.bias = pointer(bias);
+  params.h0 = pointer(layer.h0);
+  params.c0 = pointer(layer.c0);
+  params.y = pointer(y);
+  params.hn = pointer(hn);
+  params.cn = pointer(cn);
+  params.c = cell_states || reserve ? pointer(c) : nullptr;
+  params.gates = reserve ? pointer(gates) : nullptr;
+  params.h = pointer(h);
+  params.c_state = pointer(c_state);
+  params.m = m.has_value() ? pointer(*m) : nullptr;
+  if (s.T == 1) {
+    forward_step(layer, params);
+  } else {
+    // The gates take the place of their affine maps where both are of one dtype.
+    Tensor xg = reserve && dtype == layer.compute ? gates : empty(x, {s.D, s.T, s.B, 4 * s.H}, layer.compute);
+    forward_sequence(layer, params, xg);
+  }
+  return {y, hn, cn, c, gates};
+}
+
+// ---------------------------------------------------------------------------------------------- backward
+
+std::tuple<Tensor, Tensor, Tensor, Tensors> cpu_backward(
+    OptionalTensor dy, OptionalTensor dhn, OptionalTensor dcn, OptionalTensor dc, Tensor x, Tensors flat,
+    bool bidirectional, OptionalTensor h0, OptionalTensor c0, OptionalTensor lengths, OptionalTensor reset, Tensor y,
+    Tensor c, Tensor reserve, std::vector<bool> needs) {
+  const NoGrad no_grad;
+  const Layer layer(x, flat, bidirectional, h0, c0, lengths, reset);
+  const Sizes& s = layer.sizes;
+  const Kernels& kernels = layer.kernels;
+  const ScalarType dtype = x.scalar_type(), compute = layer.compute;
+  STD_TORCH_CHECK(needs.size() == 3 + flat.size(), "needs must have one entry for x, h0, c0 and each weight");
+  const bool needs_x = needs[0], needs_h0 = needs[1], needs_c0 = needs[2];
+  const auto needs_weight = [&](int64_t d, int64_t k) { return needs[3 + d * layer.weights.count + k]; };
+
+  y = torch::stable::contiguous(y);
+  c = torch::stable::contiguous(c);
+  reserve = torch::stable::contiguous(reserve);
+  check_size("y", y, {s.T, s.B, s.D * s.P});
+  check_size("c", c, {s.T, s.B, s.D * s.H});
+  check_size("reserve", reserve, {s.D, s.T, s.B, 4 * s.H});
+  const std::array<OptionalTensor, 4> gradients{contiguous(dy), contiguous(dhn), contiguous(dcn), contiguous(dc)};
+  if (gradients[0].has_value()) check_size("dy", *gradients[0], {s.T, s.B, s.D * s.P});
+  layer.check_state("dhn", gradients[1], s.P);
+  layer.check_state("dcn", gradients[2], s.H);
+  if (gradients[3].has_value()) check_size("dc", *gradients[3], {s.T, s.B, s.D * s.H});
+  for (const OptionalTensor& tensor : {gradients[0], gradients[3], OptionalTensor(y), OptionalTensor(c), OptionalTensor(reserve)}) {
+    if (tensor.has_value()) STD_TORCH_CHECK(tensor->scalar_type() == dtype, "gradients and saved tensors must have the dtype of x");
+  }
+
+  const Tensor none = empty(x, {0}, dtype);
+  Tensor dh0 = needs_h0 ? empty(x, {s.D, s.B, s.P}, dtype) : none;
+  Tensor dc0 = needs_c0 ? empty(x, {s.D, s.B, s.H}, dtype) : torch::stable::clone(none);
+  Tensors dweights;
+  if (s.B == 0) {
+    Tensor dx = needs_x ? empty(x, {s.T, s.B, s.I}, dtype) : torch::stable::clone(none);
+    for (size_t k = 0; k < flat.size(); ++k) {
+      Tensor zero = torch::stable::empty_like(flat[k]);
+      dweights.push_back(needs[3 + k] ? torch::stable::zero_(zero) : torch::stable::clone(none));
+    }
+    return {dx, dh0, dc0, dweights};
+  }
+
+  bool needs_w_hh = false;
+  for (int64_t d = 0; d < s.D; ++d) needs_w_hh |= needs_weight(d, 1);
+  const int64_t N = s.T * s.B;
+  Tensor da = empty(x, {s.D, N, 4 * s.H}, compute);
+  OptionalTensor h_in, dh_out, m;
+  if (needs_w_hh) h_in = empty(x, {s.D, N, s.P}, compute);
+  if (s.projected) dh_out = empty(x, {s.D, N, s.P}, compute);
+  if (s.projected) m = empty(x, {s.D, N, s.H}, compute);
+  Tensor dh_state = empty(x, {s.D, s.B, s.P}, compute), dc_state = empty(x, {s.D, s.B, s.H}, compute);
+  {
+    const Tensor panel_hh = packed(layer, kernels.pack_columns, &Weights::w_hh, s.P, 4 * kernels.lanes, 4 * s.H);
+    OptionalTensor panel_hr;
+    if (s.projected) panel_hr = packed(layer, kernels.pack_columns, &Weights::w_hr, s.H, 4 * kernels.lanes, s.P);
+    BackwardParams params{};
+    params.sizes = s;
+    params.sequence = layer.sequence();
+    params.panel_hh = panel_hh.const_data_ptr();
+    params.panel_hr = pointer(panel_hr);
+    params.dy = pointer(gradients[0]);
+    params.dhn = pointer(gradients[1]);
+    params.dcn = pointer(gradients[2]);
+    params.dc = pointer(gradients[3]);
+    params.h0 = pointer(layer.h0);
+    params.c0 = pointer(layer.c0);
+    params.y = y.const_data_ptr();
+    params.c = c.const_data_ptr();
+    params.gates = reserve.const_data_ptr();
+    params.da = pointer(da);
+    params.dh0 = needs_h0 ? pointer(dh0) : nullptr;
+    params.dc0 = needs_c0 ? pointer(dc0) : nullptr;
+    params.h_in = needs_w_hh ? pointer(*h_in) : nullptr;
+    params.dh_out = s.projected ? pointer(*dh_out) : nullptr;
+    params.m = s.projected ? pointer(*m) : nullptr;
+    params.dh_state = pointer(dh_state);
+    params.dc_state = pointer(dc_state);
+    params.team = plan_team(s, kernels, static_cast<int>(da.element_size()));
+    const Lines lines(params.team, s, kernels);
+    launch(params.team, [&](int worker) { kernels.backward(params, worker); });
+    if (needs_w_hh) {
+      torch::stable::parallel_for(0, s.D * N, std::max<int64_t>(1, 32768 / s.P), [&](int64_t begin, int64_t end) {
+        kernels.entering_states(params, begin, end);
+      });
+    }
+  }
+
+  // The weight gradients, and dx, each as one matrix product over all steps.
+  Tensor dx = torch::stable::clone(none);
+  if (needs_x) {
+    dx = empty(x, {N, s.I}, compute);
+    multiply_into(dx, torch::stable::select(da, 0, 0), as(layer.weights.w_ih(0), compute));
+    if (s.D == 2) {
+      add_product(dx, torch::stable::select(da, 0, 1), as(layer.weights.w_ih(1), compute));
+    }
+    dx = as(torch::stable::view(dx, {s.T, s.B, s.I}), dtype);
+  }
+  OptionalTensor rows;
+  for (int64_t d = 0; d < s.D; ++d) {
+    Tensor da_d = torch::stable::select(da, 0, d);
+    const Tensor da_t = transposed(da_d);
+    const auto append = [&](int64_t k, const auto& gradient) {
+      dweights.push_back(needs_weight(d, k) ? as(gradient(), dtype) : torch::stable::clone(none));
+    };
+    append(0, [&] {
+      if (!rows.has_value()) rows = layer.input_rows(true);
+      return multiply(da_t, *rows);
+    });
+    append(1, [&] { return multiply(da_t, torch::stable::select(*h_in, 0, d)); });
+    if (layer.weights.biased()) {
+      const auto bias_gradient = [&] { return torch::stable::sum(da_d, std::array<int64_t, 1>{0}); };
+      append(2, bias_gradient);
+      append(3, bias_gradient);
+    }
+    if (s.projected) {
+      append(layer.weights.count - 1, [&] {
+        return multiply(transposed(torch::stable::select(*dh_out, 0, d)), torch::stable::select(*m, 0, d));
+      });
+    }
+  }
+  return {dx, dh0, dc0, dweights};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CPU, library) {
+  library.impl("cpu_forward", TORCH_BOX(&cpu_forward));
+  library.impl("cpu_backward", TORCH_BOX(&cpu_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CompositeExplicitAutograd, library) {
+  library.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  library.impl("cpu_plan", TORCH_BOX(&cpu_plan));
+}
+
+}  // namespace
+}  // namespace fusedrnn
