@@ -46,10 +46,15 @@ if platform.machine() in ("x86_64", "AMD64"):
 class BuildNative(BuildExtension):
     """Compiles each kernel file with its own flags, and leaves a library out, with its reason, if it cannot be built."""
 
+    def finalize_options(self):
+        super().finalize_options()
+        # Kept from one build to the next, which an editable install's own temporary folder is not.
+        self.build_temp = str(ROOT / "build" / ("sanitized" if SANITIZE else "objects"))
+
     def run(self):
         self.failures = {}
         super().run()
-        info = {"torch": torch.__version__, "compiler": self._compiler(), "flags": FLAGS, "isa": sorted(ISA_FLAGS)}
+        info = {"torch": torch.__version__, "compiler": self._compiler(), "flags": FLAGS, "isa": [Path(name).stem.removeprefix("kernels_") for name in ISA_FLAGS]}
         target = Path(self.get_ext_fullpath("fusedrnn._cpu")).parent / "_build.json"
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps({**info, "failures": self.failures}, indent=2) + "\n")

@@ -171,8 +171,8 @@ struct Layer {
         kernels(kernels_of(x_in)) {
     STD_TORCH_CHECK(x.dim() == 3 && weights.w_hh(0).dim() == 2, "x and w_hh must have 3 and 2 dimensions");
     Sizes& s = sizes;
-    s = {x.size(0), x.size(1), x.size(2), weights.w_hh(0).size(0) / 4, weights.w_hh(0).size(1), weights.directions,
-         weights.projected()};
+    s = {x.size(0),          x.size(1),          x.size(2), weights.w_hh(0).size(0) / 4, weights.w_hh(0).size(1),
+         weights.directions, weights.projected()};
     STD_TORCH_CHECK(s.T > 0, "x must have at least one time step");
     for (int64_t d = 0; d < s.D; ++d) {
       check_size("w_ih", weights.w_ih(d), {4 * s.H, s.I});
@@ -292,12 +292,13 @@ Tensor packed(const Layer& layer, Pack pack, const Tensor& (Weights::*weight)(in
   Tensor panels = empty(layer.x, {D, blocks * inputs * lanes}, layer.compute);
   auto* to = static_cast<char*>(pointer(panels));
   const int64_t bytes = blocks * inputs * lanes * panels.element_size();
-  torch::stable::parallel_for(0, D * blocks, std::max<int64_t>(1, 65536 / (inputs * lanes)), [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) {
-      const Tensor& w = (layer.weights.*weight)(n / blocks);
-      pack(w.const_data_ptr(), w.size(0), w.size(1), to + n / blocks * bytes, n % blocks, n % blocks + 1);
-    }
-  });
+  torch::stable::parallel_for(
+      0, D * blocks, std::max<int64_t>(1, 65536 / (inputs * lanes)), [&](int64_t begin, int64_t end) {
+        for (int64_t n = begin; n < end; ++n) {
+          const Tensor& w = (layer.weights.*weight)(n / blocks);
+          pack(w.const_data_ptr(), w.size(0), w.size(1), to + n / blocks * bytes, n % blocks, n % blocks + 1);
+        }
+      });
   return panels;
 }
 
@@ -336,7 +337,8 @@ void forward_step(const Layer& layer, ForwardParams& params) {
   params.w_hh = w_hh.data();
   params.w_hr = w_hr.data();
   const auto grain = [&](int64_t flops_per_unit) {
-    return std::max<int64_t>(layer.kernels.lanes, static_cast<int64_t>(kSerialFlops) / std::max<int64_t>(1, flops_per_unit));
+    return std::max<int64_t>(layer.kernels.lanes,
+                             static_cast<int64_t>(kSerialFlops) / std::max<int64_t>(1, flops_per_unit));
   };
   layer.kernels.step_start(params);
   torch::stable::parallel_for(0, s.D * s.H, grain(8 * s.B * (s.I + s.P)),
@@ -411,10 +413,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_forward(Tensor x, Tensors
 
 // ---------------------------------------------------------------------------------------------- backward
 
-std::tuple<Tensor, Tensor, Tensor, Tensors> cpu_backward(
-    OptionalTensor dy, OptionalTensor dhn, OptionalTensor dcn, OptionalTensor dc, Tensor x, Tensors flat,
-    bool bidirectional, OptionalTensor h0, OptionalTensor c0, OptionalTensor lengths, OptionalTensor reset, Tensor y,
-    Tensor c, Tensor reserve, std::vector<bool> needs) {
+std::tuple<Tensor, Tensor, Tensor, Tensors> cpu_backward(OptionalTensor dy, OptionalTensor dhn, OptionalTensor dcn,
+                                                         OptionalTensor dc, Tensor x, Tensors flat, bool bidirectional,
+                                                         OptionalTensor h0, OptionalTensor c0, OptionalTensor lengths,
+                                                         OptionalTensor reset, Tensor y, Tensor c, Tensor reserve,
+                                                         std::vector<bool> needs) {
   const NoGrad no_grad;
   const Layer layer(x, flat, bidirectional, h0, c0, lengths, reset);
   const Sizes& s = layer.sizes;
@@ -435,8 +438,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> cpu_backward(
   layer.check_state("dhn", gradients[1], s.P);
   layer.check_state("dcn", gradients[2], s.H);
   if (gradients[3].has_value()) check_size("dc", *gradients[3], {s.T, s.B, s.D * s.H});
-  for (const OptionalTensor& tensor : {gradients[0], gradients[3], OptionalTensor(y), OptionalTensor(c), OptionalTensor(reserve)}) {
-    if (tensor.has_value()) STD_TORCH_CHECK(tensor->scalar_type() == dtype, "gradients and saved tensors must have the dtype of x");
+  for (const OptionalTensor& tensor :
+       {gradients[0], gradients[3], OptionalTensor(y), OptionalTensor(c), OptionalTensor(reserve)}) {
+    if (tensor.has_value())
+      STD_TORCH_CHECK(tensor->scalar_type() == dtype, "gradients and saved tensors must have the dtype of x");
   }
 
   const Tensor none = empty(x, {0}, dtype);
@@ -491,9 +496,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> cpu_backward(
     const Lines lines(params.team, s, kernels);
     launch(params.team, [&](int worker) { kernels.backward(params, worker); });
     if (needs_w_hh) {
-      torch::stable::parallel_for(0, s.D * N, std::max<int64_t>(1, 32768 / s.P), [&](int64_t begin, int64_t end) {
-        kernels.entering_states(params, begin, end);
-      });
+      torch::stable::parallel_for(0, s.D * N, std::max<int64_t>(1, 32768 / s.P),
+                                  [&](int64_t begin, int64_t end) { kernels.entering_states(params, begin, end); });
     }
   }
 

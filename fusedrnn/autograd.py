@@ -120,7 +120,7 @@ class LSTMFunction(torch.autograd.Function):
         return None, None, None, dx, dh0, dc0, None, None, *dweights
 
     vmap = staticmethod(_refuse_vmap)
-    jvp = staticmethod(_refuse_jvp)
+    jvp = staticmethod(_refuse_jvp)  # type: ignore[assignment]
 
 
 def _run_backward(
@@ -210,4 +210,4 @@ class LSTMBackwardFunction(torch.autograd.Function):
         )
 
     vmap = staticmethod(_refuse_vmap)
-    jvp = staticmethod(_refuse_jvp)
+    jvp = staticmethod(_refuse_jvp)  # type: ignore[assignment]

@@ -7,11 +7,13 @@ of its own that derives from the subclass first and from ours second, so that it
 
 from __future__ import annotations
 
+import copyreg
 import inspect
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, wraps
 from typing import Any, TypeVar
 
 from torch import nn
@@ -73,33 +75,51 @@ def revert(model: Model, *, report: Report | None = None) -> Model:
     return _swap(model, report, _revert_module)
 
 
+_patches = 0  # how many `patch` contexts are open, in all threads
+_patches_lock = threading.Lock()
+_unpatched: dict[type, Any] = {}  # class -> its own __init__, while a context is open
+
+
 @contextmanager
 def patch() -> Iterator[None]:
     """Inside, whatever constructs an nn.LSTM or nn.LSTMCell gets fusedrnn's, however it came by the class.
 
     For code that names nn.LSTM itself, from an import made long before, a table of classes, or a subclass. The classes
-    themselves stay in place, so isinstance and exact comparisons of classes mean what they meant.
+    themselves stay in place: nn.LSTM is nn.LSTM, and what is constructed is an instance of it. Holds for the whole
+    process while any such context is open.
     """
-    originals = {cls: cls.__init__ for cls in (nn.LSTM, nn.LSTMCell)}
-
-    def patched(original: Any) -> Any:
-        def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
-            original(self, *args, **kwargs)
-            _convert_module(self, compilable=False)
-
-        return __init__
-
-    for cls, original in originals.items():
-        cls.__init__ = patched(original)  # type: ignore[method-assign]
+    global _patches
+    with _patches_lock:
+        _patches += 1
+        if _patches == 1:
+            for cls in (nn.LSTM, nn.LSTMCell):
+                _unpatched[cls] = cls.__init__
+                cls.__init__ = _converting(cls.__init__)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for cls, original in originals.items():
-            cls.__init__ = original  # type: ignore[method-assign]
+        with _patches_lock:
+            _patches -= 1
+            if _patches == 0:
+                for cls, original in _unpatched.items():
+                    cls.__init__ = original  # type: ignore[misc]
+                _unpatched.clear()
 
 
-class _Left(Exception):
-    """A module is left alone; the message says why."""
+def _converting(original: Any) -> Any:
+    """`original`, an __init__, followed by the conversion of what it initialised."""
+
+    @wraps(original)
+    def init(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        with suppress(_LeftAlone):  # fusedrnn's own classes call this __init__ too
+            _convert_module(self, compilable=False)
+
+    return init
+
+
+class _LeftAlone(Exception):  # noqa: N818, it is an outcome
+    """A module is left as it is; the message says why."""
 
 
 def _swap(model: Model, report: Report | None, swap: Any) -> Model:
@@ -114,7 +134,7 @@ def _swap(model: Model, report: Report | None, swap: Any) -> Model:
         before = type(module)
         try:
             note = swap(module)
-        except _Left as left:
+        except _LeftAlone as left:
             report.left[name] = f"{_name(before)}: {left}"
         else:
             report.swapped[name] = f"{_name(before)} -> {_name(type(module))}{note}"
@@ -122,41 +142,38 @@ def _swap(model: Model, report: Report | None, swap: Any) -> Model:
 
 
 def _convert_module(module: nn.Module, compilable: bool) -> str:
-    """Gives one module our class; returns what the report should add, or raises _Left."""
+    """Gives one module our class; returns what the report should add, or raises _LeftAlone."""
     cls = type(module)
-    if isinstance(module, LSTM) and compilable and cls is LSTM:
-        module.__class__ = CompilableLSTM
-        return ""
-    if isinstance(module, (LSTM, CompilableLSTM, LSTMCell)):
-        raise _Left("it is fusedrnn's already")
-    if not isinstance(module, (nn.LSTM, nn.LSTMCell)):
-        raise _Left("fusedrnn has no kernels for it yet")
+    if not isinstance(module, (nn.LSTM, nn.LSTMCell, CompilableLSTM)):
+        raise _LeftAlone("fusedrnn has no kernels for it yet")
     if parametrize.is_parametrized(module):
-        converted = _parametrized_class(cls, compilable)
+        base = cls.__bases__[0]
+        converted = _parametrized_over(cls, _converted_class(base, compilable))
+        setattr(converted, _ORIGINAL, cls)
     else:
-        converted = _converted_class(cls, compilable and cls is nn.LSTM)
+        converted = _converted_class(cls, compilable)
     _assign_class(module, converted)
     notes = []
     if compilable and isinstance(module, nn.LSTM):
         notes.append("still an nn.LSTM, because its class is derived from it: torch.compile breaks the graph here")
-    if cls not in (nn.LSTM, nn.LSTMCell) and _has_own_forward(cls):
+    if _has_own_forward(cls):
         notes.append("its own forward is kept, and ours is what its super().forward finds")
     return "".join(f" ({note})" for note in notes)
 
 
 def _revert_module(module: nn.Module) -> str:
+    if not isinstance(module, (LSTM, CompilableLSTM, LSTMCell)):
+        raise _LeftAlone("it is not fusedrnn's")
     cls = type(module)
-    plain: dict[type, type] = {LSTM: nn.LSTM, CompilableLSTM: nn.LSTM, LSTMCell: nn.LSTMCell}
-    if cls in plain:
-        original = plain[cls]
-    elif _ORIGINAL in cls.__dict__:
-        original = cls.__dict__[_ORIGINAL]
-    elif not isinstance(module, (LSTM, CompilableLSTM, LSTMCell)):
-        raise _Left("it is not fusedrnn's")
-    elif parametrize.is_parametrized(module) and cls.__bases__[0] in plain:
-        original = _parametrized_over(cls, plain[cls.__bases__[0]])
+    if parametrize.is_parametrized(module):
+        remembered = cls.__dict__.get(_ORIGINAL)
+        # What has been parametrized, or no longer is, since the conversion is a property of this class only.
+        if remembered is not None and _properties(remembered) == _properties(cls):
+            original = remembered
+        else:
+            original = _parametrized_over(cls, _original_class(cls.__bases__[0]))
     else:
-        raise _Left("its class was written as a subclass of fusedrnn's")
+        original = _original_class(cls)
     _assign_class(module, original)
     return ""
 
@@ -165,52 +182,69 @@ def _assign_class(module: nn.Module, cls: type) -> None:
     try:
         module.__class__ = cls
     except TypeError as error:  # for instance a class with __slots__
-        raise _Left(str(error)) from error
+        raise _LeftAlone(str(error)) from error
 
 
-@cache
 def _converted_class(cls: type, compilable: bool) -> type:
     """The class that a module of class `cls` is given."""
-    if cls is nn.LSTM:
+    if cls is nn.LSTM or (cls is LSTM and compilable):
         return CompilableLSTM if compilable else LSTM
     if cls is nn.LSTMCell:
         return LSTMCell
+    if issubclass(cls, (LSTM, CompilableLSTM, LSTMCell)):
+        raise _LeftAlone("it is fusedrnn's already")
+    return _derived_class(cls)
+
+
+@cache
+def _derived_class(cls: Any) -> type:
+    """For a subclass of nn.LSTM or nn.LSTMCell: a class derived from it first and from ours second."""
     ours = LSTM if issubclass(cls, nn.LSTM) else LSTMCell
-
-    def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-        _, _, *state = object.__reduce_ex__(self, protocol)
-        return _new_converted, (cls,), *state
-
     namespace = {
         _ORIGINAL: cls,
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
-        "__reduce_ex__": __reduce_ex__,
+        "__reduce_ex__": _reduce_converted,
     }
     try:
-        return type(cls.__name__, (cls, ours), namespace)
+        return type(cls)(cls.__name__, (cls, ours), namespace)
     except Exception as error:  # a metaclass or an __init_subclass__ of the subclass may refuse, in any way it likes
-        raise _Left(f"no class can be derived from it: {error}") from error
+        raise _LeftAlone(f"no class can be derived from it: {error}") from error
 
 
-def _new_converted(cls: type) -> nn.Module:
-    """Unpickles an instance of a converted subclass: `cls` can be found by name, its converted class cannot."""
-    converted = _converted_class(cls, False)
-    return converted.__new__(converted)
+def _original_class(cls: type) -> type:
+    """The inverse of `_converted_class`."""
+    plain: dict[type, type] = {LSTM: nn.LSTM, CompilableLSTM: nn.LSTM, LSTMCell: nn.LSTMCell}
+    if cls in plain:
+        return plain[cls]
+    if _ORIGINAL in cls.__dict__:
+        return cls.__dict__[_ORIGINAL]
+    raise _LeftAlone("its class was written as a subclass of fusedrnn's")
 
 
-def _parametrized_class(cls: type, compilable: bool) -> type:
-    """The class of a parametrized module, which torch derived from the module's own, over the converted one."""
-    base = cls.__bases__[0]
-    converted = _parametrized_over(cls, _converted_class(base, compilable and base is nn.LSTM))
-    setattr(converted, _ORIGINAL, cls)
-    return converted
+def _reduce_converted(self: nn.Module, protocol: Any) -> Any:
+    """Pickles an instance of a derived class: the class it was made from can be found by name, that one cannot."""
+    reduced = super(type(self), self).__reduce_ex__(max(int(protocol), 2))
+    if isinstance(reduced, str) or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
+        return reduced  # the subclass says itself how it is to be pickled
+    (cls, *args), rest = reduced[1], reduced[2:]
+    return _new_converted, (getattr(cls, _ORIGINAL), *args), *rest
+
+
+def _new_converted(cls: type, *args: Any) -> nn.Module:
+    converted: Any = _derived_class(cls)
+    return converted.__new__(converted, *args)
 
 
 def _parametrized_over(cls: type, base: type) -> type:
-    namespace = {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")}
-    return type(cls.__name__, (base,), namespace)
+    """The class of a parametrized module, which torch derived from the module's own, derived from `base` instead."""
+    left_out = ("__dict__", "__weakref__", _ORIGINAL)
+    return type(cls.__name__, (base,), {key: value for key, value in vars(cls).items() if key not in left_out})
+
+
+def _properties(cls: type) -> set[str]:
+    return {name for name, value in vars(cls).items() if isinstance(value, property)}
 
 
 def _has_own_forward(cls: type) -> bool:

@@ -78,7 +78,8 @@ class Forward {
       const A* m = static_cast<const A*>(p_.m) + state(s_, d, 0, s_.H);
       for (int64_t b = 0; b < s_.B; ++b) {
         V sum{};
-        for (int64_t k = 0; k < s_.H; k += kUnits<A>) sum += load(w_hr + k, s_.H - k) * load(m + b * s_.H + k, s_.H - k);
+        for (int64_t k = 0; k < s_.H; k += kUnits<A>)
+          sum += load(w_hr + k, s_.H - k) * load(m + b * s_.H + k, s_.H - k);
         write_output(direction, 0, d, b, output, broadcast<A>(horizontal_sum<A>(sum)), 1);
       }
     }
@@ -135,9 +136,8 @@ class Forward {
                               V (&gates)[kGates]) const {
     const int64_t t = direction.at(n);
     S* c_all = p_.c == nullptr ? nullptr : static_cast<S*>(p_.c) + time_major(s_, t, b, d, s_.H) + unit;
-    S* gates_all = p_.gates == nullptr
-                       ? nullptr
-                       : static_cast<S*>(p_.gates) + direction_major(s_, d, t, b, kGates * s_.H) + unit;
+    S* gates_all =
+        p_.gates == nullptr ? nullptr : static_cast<S*>(p_.gates) + direction_major(s_, d, t, b, kGates * s_.H) + unit;
     if (!direction.exists(t, b)) {
       if (c_all != nullptr) store(c_all, V{}, count);
       for (int gate = 0; gates_all != nullptr && gate < kGates; ++gate) store(gates_all + gate * s_.H, V{}, count);
@@ -185,8 +185,8 @@ class Forward {
   }
 
   // h_t to where it goes: the output, the state that enters the next step, the final state.
-  FUSEDRNN_INLINE void write_output(const Direction& direction, int64_t n, int64_t d, int64_t b, int64_t output, V value,
-                                    int64_t count) const {
+  FUSEDRNN_INLINE void write_output(const Direction& direction, int64_t n, int64_t d, int64_t b, int64_t output,
+                                    V value, int64_t count) const {
     const int64_t t = direction.at(n);
     const bool exists = direction.exists(t, b);
     store(static_cast<S*>(p_.y) + time_major(s_, t, b, d, s_.P) + output, exists ? value : V{}, count);

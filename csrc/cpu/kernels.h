@@ -14,9 +14,7 @@ constexpr Kernels kernels_for() {
       [](const ForwardParams& params, int64_t begin, int64_t end) { Forward<S>(params).step(begin, end); },
       [](const ForwardParams& params, int64_t begin, int64_t end) { Forward<S>(params).step_project(begin, end); },
       [](const BackwardParams& params, int worker) { Backward<S>(params).run(worker); },
-      [](const BackwardParams& params, int64_t begin, int64_t end) {
-        Backward<S>(params).entering_states(begin, end);
-      },
+      [](const BackwardParams& params, int64_t begin, int64_t end) { Backward<S>(params).entering_states(begin, end); },
       pack_gates<S>,
       pack_rows<S>,
       pack_columns<S>,

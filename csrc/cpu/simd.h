@@ -77,7 +77,7 @@ FUSEDRNN_INLINE Vec<float> widen(NarrowVec narrow, Float16) {
   const WordVec magnitude = (bits & 0x7fffu) << 13;
   const WordVec exponent = magnitude & 0x0f800000u;
   const WordVec normal = magnitude + ((127u - 15u) << 23);
-  const WordVec special = normal + ((128u - 16u) << 23);  // infinities and NaNs
+  const WordVec special = normal + ((128u - 16u) << 23);                         // infinities and NaNs
   const Vec<float> tiny = bit_cast<Vec<float>>(normal + (1u << 23)) - 0x1p-14f;  // zeros and subnormals
   WordVec result = exponent == 0x0f800000u ? special : normal;
   result = exponent == 0u ? bit_cast<WordVec>(tiny) : result;

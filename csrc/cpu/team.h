@@ -1,7 +1,7 @@
 // Workers that meet at every step, without assuming that they run at the same time.
 //
-// The work of a phase is cut into chunks. A chunk belongs to a worker, which keeps its weights in that core's cache, but
-// any worker may claim it: one that has waited for long takes what its owner has not begun. So a worker that was
+// The work of a phase is cut into chunks. A chunk belongs to a worker, which keeps its weights in that core's cache,
+// but any worker may claim it: one that has waited for long takes what its owner has not begun. So a worker that was
 // preempted, or that has not been started because the caller runs inside a parallel region already, delays the others
 // by at most the chunk it is in. Which worker computes a chunk does not change a bit of the result.
 #pragma once

@@ -1,0 +1,73 @@
+# make demo   a virtual environment, the package built into it, and the example for about a minute
+# make test   the same, and the tests
+#
+# PYTHON  the interpreter to start from          TORCH  the version of torch
+# VENV    where the environment goes             TORCH_INDEX  a package index to take torch from
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= 2.13.0
+# Without an NVIDIA GPU the wheel without CUDA will do; the other one brings several GB of CUDA packages.
+TORCH_SPEC ?= torch==$(TORCH)$(if $(shell command -v nvidia-smi),,+cpu)
+TORCH_INDEX ?=
+
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h)
+CXX ?= g++
+
+.PHONY: help demo test lint format sanitize clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+demo: $(VENV)/.examples
+	@echo "== a character language model with nn.LSTM, converted half way (out/char_lm.png) =="
+	$(BIN)/python examples/char_lm.py --out out
+
+test: $(VENV)/.test
+	@echo "== the tests =="
+	$(BIN)/pytest
+
+# make lint   style of Python and C++, and types
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(filter csrc/%,$(SOURCES))
+
+format: $(VENV)/.lint
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(filter csrc/%,$(SOURCES))
+
+# make sanitize   the kernel tests on a library built with AddressSanitizer and UndefinedBehaviorSanitizer
+sanitize: $(VENV)/.test
+	FUSEDRNN_BUILD_CPU=1 FUSEDRNN_SANITIZE=address,undefined \
+	  $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize/lib FUSEDRNN_EXPECT_SANITIZED=1 \
+	  $(BIN)/pytest tests/test_kernels.py
+
+clean:
+	rm -rf build dist out *.egg-info fusedrnn/*.so fusedrnn/_build.json
+
+$(BIN)/python:
+	@echo "== a virtual environment in $(VENV) =="
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.torch: $(BIN)/python
+	@echo "== $(TORCH_SPEC) =="
+	@$(BIN)/pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH_SPEC)" || { \
+	  echo; \
+	  echo "$(TORCH_SPEC) was not found. Either name an index that has it (pytorch.org, 'Get started', names one):"; \
+	  echo "    make $(MAKECMDGOALS) TORCH_INDEX=https://..."; \
+	  echo "or take the build that your default index has, on Linux with several GB of CUDA packages:"; \
+	  echo "    make $(MAKECMDGOALS) TORCH_SPEC=torch==$(TORCH)"; \
+	  exit 1; }
+	$(BIN)/pip install "setuptools>=77" wheel ninja numpy
+	@touch $@
+
+$(VENV)/.examples $(VENV)/.test $(VENV)/.lint: $(VENV)/.%: $(VENV)/.torch $(SOURCES)
+	@echo "== building fusedrnn against it =="
+	$(BIN)/pip install --no-build-isolation -e ".[$*]"
+	@touch $@
