@@ -1,0 +1,376 @@
+"""The CPU kernels, on every instruction set that this machine has: all results of a layer, forward and backward.
+
+The tolerance is derived (fusedrnn/testing.py): at most twice the error of torch's own LSTM in the same dtype. Output
+buffers are poisoned with NaN, so that whatever a kernel leaves unwritten shows.
+"""
+
+import math
+import os
+import subprocess
+import sys
+from functools import cache
+
+import pytest
+import torch
+
+import fusedrnn
+from fusedrnn import ops, testing
+from fusedrnn.testing import Case
+
+pytestmark = pytest.mark.skipif(ops.cpu_unavailable is not None, reason=str(ops.cpu_unavailable))
+
+
+def instruction_sets():
+    if ops.cpu_unavailable is not None:
+        return []
+    best, found = torch.ops.fusedrnn.cpu_isa(None), []
+    for name in ("avx512", "avx2", "portable"):
+        try:
+            found.append(torch.ops.fusedrnn.cpu_isa(name))
+        except RuntimeError:  # this processor, or this build, does not have it
+            continue
+    torch.ops.fusedrnn.cpu_isa(best)
+    return found
+
+
+ISAS = instruction_sets()
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    best = torch.ops.fusedrnn.cpu_isa(None)
+    yield torch.ops.fusedrnn.cpu_isa(request.param)
+    torch.ops.fusedrnn.cpu_isa(best)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+answers = cache(testing.answers)
+
+
+def check(case):
+    with fusedrnn.use_backend("cpu"), testing.poisoned():
+        ours = testing.evaluate(testing.call, fusedrnn.LSTM, case)
+    expected = answers(case)
+    assert ours.keys() == expected.keys()
+    for name, answer in expected.items():
+        testing.assert_as_exact_as(f"{case.id}: {name}", ours[name], *answer)
+
+
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+
+# Sizes around the widths of vectors, panels and tiles; every T, B and H of the grid occurs, and small T with large H.
+SIZES = [
+    # T, B, I, H
+    (1, 1, 5, 1),
+    (1, 3, 31, 30),
+    (1, 17, 7, 64),
+    (1, 1, 200, 129),
+    (1, 3, 64, 512),
+    (2, 1, 3, 1),
+    (2, 17, 33, 129),
+    (2, 3, 24, 512),
+    (63, 1, 9, 129),
+    (63, 3, 30, 64),
+    (63, 17, 16, 30),
+    (128, 1, 40, 64),
+    (128, 3, 2, 30),
+    (128, 17, 1, 1),
+    (128, 3, 129, 129),
+]
+
+
+@pytest.mark.parametrize("case", [Case(*size) for size in SIZES], ids=lambda case: case.id)
+def test_sizes_float32(isa, case):
+    check(case)
+
+
+@pytest.mark.parametrize("dtype", [F64, BF16, F16], ids=str)
+@pytest.mark.parametrize("size", [(1, 3, 31, 30), (2, 17, 33, 129), (63, 1, 9, 129), (63, 3, 30, 64)], ids=str)
+def test_sizes_other_dtypes(isa, size, dtype):
+    check(Case(*size, dtype=dtype))
+
+
+OPTIONS = {
+    "layers": {"layers": 3},
+    "bidirectional": {"bidirectional": True},
+    "two-layers-bidirectional": {"layers": 2, "bidirectional": True},
+    "no-bias": {"bias": False},
+    "no-hx": {"hx": False},
+    "projection": {"proj_size": 11},
+    "projection-bidirectional-no-bias": {"proj_size": 11, "bidirectional": True, "bias": False},
+    "batch-first": {"batch_first": True},
+    "strided": {"strided": True},
+    "packed": {"packed": True},
+    "packed-bidirectional": {"packed": True, "bidirectional": True},
+    "lengths": {"lengths": True},
+    "lengths-bidirectional": {"lengths": True, "bidirectional": True},
+    "lengths-projection-bidirectional": {"lengths": True, "proj_size": 11, "bidirectional": True},
+    "reset": {"reset": True},
+    "reset-bidirectional": {"reset": True, "bidirectional": True},
+    "reset-projection": {"reset": True, "proj_size": 11},
+    "states": {"states": True},
+    "everything": {
+        "layers": 2,
+        "bidirectional": True,
+        "proj_size": 11,
+        "batch_first": True,
+        "lengths": True,
+        "reset": True,
+        "states": True,
+        "strided": True,
+    },
+}
+
+
+@pytest.mark.parametrize("T", [1, 6])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_options(isa, options, T):
+    check(Case(T, 5, 7, 37, **options))
+
+
+@pytest.mark.parametrize("dtype", [F64, BF16, F16], ids=str)
+@pytest.mark.parametrize("name", ["lengths-projection-bidirectional", "reset-bidirectional", "everything"])
+def test_options_other_dtypes(isa, name, dtype):
+    check(Case(6, 5, 7, 37, dtype=dtype, **OPTIONS[name]))
+
+
+# Few rows and much work: hidden units are shared between the threads, which meet at every step.
+SHARED_UNITS = [
+    Case(40, 1, 16, 200),
+    Case(40, 1, 16, 200, bidirectional=True, lengths=True, reset=True),
+    Case(40, 1, 16, 200, proj_size=70),
+    Case(20, 3, 16, 400, proj_size=100, bidirectional=True, lengths=True, reset=True, states=True),
+    Case(20, 3, 16, 512),
+]
+
+
+@pytest.mark.parametrize("case", SHARED_UNITS, ids=lambda case: case.id)
+def test_shared_units(isa, threads, case):
+    threads(2)
+    D = 2 if case.bidirectional else 1
+    plan = torch.ops.fusedrnn.cpu_plan(case.T, case.B, case.I, case.H, case.proj_size or case.H, D)
+    assert "hidden units" in plan
+    check(case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [*SHARED_UNITS, Case(30, 17, 24, 129, layers=2, bidirectional=True), Case(1, 17, 200, 129), Case(7, 16, 8, 64)],
+    ids=lambda case: case.id,
+)
+def test_number_of_threads_does_not_change_a_bit(isa, threads, case):
+    """Of the kernels, that is of everything but the weight gradients and dx: these are torch's matrix products."""
+    results = []
+    for count in (1, 2, 3):
+        threads(count)
+        with fusedrnn.use_backend("cpu"):
+            results.append(testing.evaluate(testing.call, fusedrnn.LSTM, case))
+    for other in results[1:]:
+        for name in ("y", "hn", "cn", "dh0", "dc0"):
+            if case.layers == 1 or name in ("y", "hn", "cn"):
+                assert torch.equal(results[0][name], other[name]), name
+
+
+def test_same_bits_twice(isa):
+    case = Case(30, 17, 24, 129, layers=2, bidirectional=True, lengths=True, reset=True)
+    with fusedrnn.use_backend("cpu"):
+        first, second = (testing.evaluate(testing.call, fusedrnn.LSTM, case) for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def units_in_the_last_place(values, exact):
+    """|values - exact| in units of the spacing of `values`' dtype at the exact value."""
+    spacing = exact.to(values.dtype).abs()
+    spacing = torch.nextafter(spacing, torch.full_like(spacing, math.inf)) - spacing
+    return (values.double() - exact).abs() / spacing.double()
+
+
+def activations(values):
+    """sigmoid and tanh of [N] as the kernel computes them: the gates of a step whose only input is its bias."""
+    N = len(values)
+    weights = [values.new_zeros(4 * N, 1), values.new_zeros(4 * N, 1), values.repeat(4), values.new_zeros(4 * N)]
+    weights.append(values.new_zeros(1, N))
+    x = values.new_zeros(1, 1, 1)
+    gates = torch.ops.fusedrnn.cpu_forward(x, weights, False, None, None, None, None, True, True)[4].view(4, N)
+    torch.testing.assert_close(gates[[1, 3]], gates[[0, 0]], rtol=0, atol=0, equal_nan=True)
+    return gates[0], gates[2]
+
+
+def test_activations_float32(isa):
+    every = torch.arange(0, 1 << 32, 4093, dtype=torch.int64)  # bit patterns over the whole range, NaNs among them
+    values = (every - (1 << 31)).to(torch.int32).view(torch.float32)
+    values = values[values.isfinite()]
+    sigmoid, tanh = activations(values)
+    exact_sigmoid, exact_tanh = values.double().sigmoid(), values.double().tanh()
+    assert units_in_the_last_place(tanh, exact_tanh).max() <= 2.5
+    normal = values > -87
+    assert units_in_the_last_place(sigmoid[normal], exact_sigmoid[normal]).max() <= 2
+    assert (sigmoid.double() - exact_sigmoid)[~normal].abs().max() <= torch.finfo(torch.float32).tiny
+
+
+def test_activations_float64(isa):
+    import mpmath
+
+    generator = torch.Generator().manual_seed(0)
+    magnitude = torch.logspace(-300, 2.8, 1500, dtype=torch.float64)
+    values = torch.cat([magnitude, -magnitude, 40 * torch.rand(3000, generator=generator, dtype=torch.float64) - 20])
+    sigmoid, tanh = activations(values)
+    with mpmath.workprec(200):
+        numbers = [mpmath.mpf(value) for value in values.tolist()]
+        ulp = [mpmath.mpf(math.ulp(float(mpmath.tanh(x)))) for x in numbers]
+        worst_tanh = max(abs(t - mpmath.tanh(x)) / u for t, x, u in zip(tanh.tolist(), numbers, ulp, strict=True))
+        exact = [1 / (1 + mpmath.exp(-x)) for x in numbers]
+        worst_sigmoid = max(
+            abs(s - e) / mpmath.mpf(math.ulp(float(e)))
+            for s, e, x in zip(sigmoid.tolist(), exact, numbers, strict=True)
+            if x > -708
+        )
+    assert worst_tanh <= 2.5
+    assert worst_sigmoid <= 2
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
+def test_activations_at_the_edges(isa, dtype):
+    edges = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0], dtype=dtype)
+    sigmoid, tanh = activations(edges)
+    assert sigmoid[0].isnan()
+    assert tanh[0].isnan()
+    assert sigmoid[1:].tolist() == [1.0, 0.0, 0.5, 0.5]
+    assert tanh[1:].tolist() == [1.0, -1.0, 0.0, 0.0]
+    assert tanh[4:].signbit().item()
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_narrow_numbers_are_stored_as_torch_stores_them(isa, dtype):
+    """Every 16-bit number is read exactly, and float32 is rounded to nearest even: hn of a length 0 copies h0."""
+    numbers = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
+    H = len(numbers)
+    x, lengths = torch.zeros(2, 1, 1, dtype=dtype), torch.tensor([0])
+    weights = [torch.zeros(4 * H, 1, dtype=dtype), torch.zeros(4 * H, 1, dtype=dtype), torch.zeros(1, H, dtype=dtype)]
+    h0, c0 = torch.zeros(1, 1, 1, dtype=dtype), numbers.view(1, 1, H)
+    cn = torch.ops.fusedrnn.cpu_forward(x, weights, False, h0, c0, lengths, None, False, False)[2].view(H)
+    assert torch.equal(cn.isnan(), numbers.isnan())
+    finite = ~numbers.isnan()
+    assert torch.equal(cn[finite].view(torch.int16), numbers[finite].view(torch.int16))
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_rounding_is_to_nearest_even(isa, dtype):
+    """c_1 = f c_0 with f = sigmoid(c) a float32: stored as torch stores the same product."""
+    generator = torch.Generator().manual_seed(0)
+    H = 4096
+    c0 = torch.randn(H, generator=generator).mul(2.0 ** torch.randint(-24, 15, (H,), generator=generator)).to(dtype)
+    weights = [torch.zeros(4 * H, 1, dtype=dtype), torch.zeros(4 * H, 1, dtype=dtype), torch.zeros(1, H, dtype=dtype)]
+    x = torch.zeros(1, 1, 1, dtype=dtype)
+    cn = torch.ops.fusedrnn.cpu_forward(
+        x, weights, False, torch.zeros(1, 1, 1, dtype=dtype), c0.view(1, 1, H), None, None, False, False
+    )[2]
+    assert torch.equal(cn.view(H), (c0.float() * 0.5).to(dtype))  # all gates are sigmoid(0) = 1/2, g is 0
+
+
+def run_python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+ONE_LAYER = """
+import torch, fusedrnn
+torch.manual_seed(0)
+torch.set_num_threads(2)
+lstm, x = fusedrnn.LSTM(16, 200), torch.randn(40, 1, 16, requires_grad=True)
+def run():
+    with fusedrnn.use_backend("cpu"):
+        y, _ = lstm(x)
+        return float(y.double().sum()), float(torch.autograd.grad(y.sum(), x)[0].double().sum())
+"""
+
+
+def test_workers_that_cannot_run_at_the_same_time():
+    """With one OpenMP thread for two workers, the second starts when the first has finished."""
+    together = run_python(ONE_LAYER + "print(run())")
+    apart = run_python(ONE_LAYER + "print(run())", OMP_THREAD_LIMIT="1")
+    assert together.returncode == 0, together.stderr
+    assert apart.returncode == 0, apart.stderr
+    assert together.stdout == apart.stdout != ""
+
+
+def test_after_fork():
+    """A child of a process that has used its threads: as nn.LSTM, with one thread, the way DataLoader sets its workers."""
+    code = ONE_LAYER + """
+import os
+before = run()
+pid = os.fork()
+if pid == 0:
+    torch.set_num_threads(1)
+    os._exit(0 if run()[0] == before[0] else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+assert run() == before
+"""
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_instruction_set_by_environment():
+    code = "import torch, fusedrnn; print(torch.ops.fusedrnn.cpu_isa(None))"
+    assert run_python(code, FUSEDRNN_CPU_ISA="portable").stdout.strip() == "portable"
+    unknown = run_python(code, FUSEDRNN_CPU_ISA="sse9")
+    assert unknown.returncode != 0
+    assert "portable" in unknown.stderr
+
+
+def arguments(T=3, B=2, I=5, H=4):
+    weights = [torch.randn(4 * H, I), torch.randn(4 * H, H), torch.randn(4 * H), torch.randn(4 * H)]
+    return {"x": torch.randn(T, B, I), "weights": weights, "h0": torch.randn(1, B, H), "c0": torch.randn(1, B, H)}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"x": torch.randn(3, 2, 6)},
+        {"x": torch.randn(3, 2)},
+        {"x": torch.randn(0, 2, 5)},
+        {"x": torch.randn(3, 2, 5).double()},
+        {"x": torch.ones(3, 2, 5, dtype=torch.int32)},
+        {"h0": torch.randn(1, 3, 4)},
+        {"c0": torch.randn(1, 2, 5)},
+        {"c0": torch.randn(1, 2, 4).double()},
+        {"weights": arguments()["weights"][:1]},
+        {"weights": [*arguments()["weights"][:3], torch.randn(3)]},
+        {"lengths": torch.tensor([1])},
+        {"lengths": torch.tensor([1.0, 2.0])},
+        {"reset": torch.zeros(2, 2, dtype=torch.bool)},
+        {"reset": torch.zeros(3, 2)},
+    ],
+    ids=str,
+)
+def test_operator_refuses_what_it_would_read_out_of_bounds(change):
+    given = {"lengths": None, "reset": None, **arguments(), **change}
+    with pytest.raises(RuntimeError):
+        torch.ops.fusedrnn.cpu_forward(
+            given["x"], given["weights"], False, given["h0"], given["c0"], given["lengths"], given["reset"], True, True
+        )
+
+
+def test_operator_clamps_lengths():
+    """The functional form refuses such lengths where it can see them; the kernel stays in bounds where it cannot."""
+    given = arguments()
+    run = torch.ops.fusedrnn.cpu_forward
+    wild, tame = (
+        run(given["x"], given["weights"], False, given["h0"], given["c0"], torch.tensor(n), None, True, True)
+        for n in ([-5, 99], [0, 3])
+    )
+    for a, b in zip(wild, tame, strict=True):
+        assert torch.equal(a, b)
