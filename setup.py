@@ -54,7 +54,12 @@ class BuildNative(BuildExtension):
     def run(self):
         self.failures = {}
         super().run()
-        info = {"torch": torch.__version__, "compiler": self._compiler(), "flags": FLAGS, "isa": [Path(name).stem.removeprefix("kernels_") for name in ISA_FLAGS]}
+        info = {
+            "torch": torch.__version__,
+            "compiler": self._compiler(),
+            "flags": FLAGS,
+            "isa": [Path(name).stem.removeprefix("kernels_") for name in ISA_FLAGS],
+        }
         target = Path(self.get_ext_fullpath("fusedrnn._cpu")).parent / "_build.json"
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps({**info, "failures": self.failures}, indent=2) + "\n")
@@ -107,7 +112,7 @@ setup(
     # Named one by one: the Triton kernels lie in kernels/ and are installed as fusedrnn.kernels.
     packages=["fusedrnn", "fusedrnn.kernels"],
     package_dir={"fusedrnn.kernels": "kernels"},
-    package_data={"fusedrnn": ["_build.json", "py.typed"]},
+    package_data={"fusedrnn": ["py.typed"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildNative},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

@@ -12,14 +12,14 @@ template <class A>
 struct ExpConstants;
 template <>
 struct ExpConstants<float> {
-  static constexpr float kLowest = -87.3f, kHighest = 88.0f;  // 2^n stays a normal number
+  static constexpr float kLowest = -87.3f, kHighest = 89.0f;  // 2^n is normal, or infinite at the top
   static constexpr float kRound = 0x1.8p23f, kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cp-20f;
   static constexpr int kDegree = 7, kMantissa = 23, kBias = 127;
   static constexpr float kTanhIsOne = 9.1f;
 };
 template <>
 struct ExpConstants<double> {
-  static constexpr double kLowest = -708.3, kHighest = 709.0;
+  static constexpr double kLowest = -708.3, kHighest = 710.0;
   static constexpr double kRound = 0x1.8p52, kLn2High = 0x1.62e42fefap-1, kLn2Low = 0x1.cf79abc9e3b3ap-40;
   static constexpr int kDegree = 13, kMantissa = 52, kBias = 1023;
   static constexpr double kTanhIsOne = 19.1;
@@ -68,7 +68,7 @@ FUSEDRNN_INLINE Vec<A> sigmoid(Vec<A> x) {
   z = z > C::kHighest ? broadcast<A>(C::kHighest) : z;  // comparisons are false for NaN, which stays
   z = z < C::kLowest ? broadcast<A>(C::kLowest) : z;
   const ExpParts<A> e = exp_parts<A>(z);
-  return A(1) / (A(1) + (e.scale + e.scale * e.expm1));
+  return A(1) / (A(1) + e.scale * (A(1) + e.expm1));
 }
 
 template <class A>
