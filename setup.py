@@ -10,6 +10,8 @@ import json
 import os
 import platform
 import re
+import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from setuptools import setup
 
 try:
     import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler
 except ImportError:
     sys.exit(
         "fusedrnn is built against the torch that is installed, and there is none here. Install torch first, then run\n"
@@ -44,7 +46,7 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 
 class BuildNative(BuildExtension):
-    """Compiles each kernel file with its own flags, and leaves a library out, with its reason, if it cannot be built."""
+    """Compiles each kernel file with its own flags; leaves the library out, with the reason, if it cannot be built."""
 
     def finalize_options(self):
         super().finalize_options()
@@ -66,6 +68,9 @@ class BuildNative(BuildExtension):
 
     def build_extensions(self):
         try:
+            compiler = shlex.split(get_cxx_compiler())[0]
+            if shutil.which(compiler) is None:
+                raise RuntimeError(f"there is no C++ compiler: {compiler} was not found")
             super().build_extensions()
         except Exception as error:
             if os.environ.get("FUSEDRNN_BUILD_CPU") == "1":

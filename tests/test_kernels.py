@@ -315,7 +315,7 @@ def test_workers_that_cannot_run_at_the_same_time():
 
 
 def test_after_fork():
-    """A child of a process that has used its threads: as nn.LSTM, with one thread, the way DataLoader sets its workers."""
+    """A child of a process that has used its threads, with one thread, the way DataLoader sets its workers up."""
     code = (
         ONE_LAYER
         + """
