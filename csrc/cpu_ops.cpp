@@ -467,13 +467,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> cpu_backward(OptionalTensor dy, Opti
   if (s.projected) m = empty(x, {s.D, N, s.H}, compute);
   Tensor dh_state = empty(x, {s.D, s.B, s.P}, compute), dc_state = empty(x, {s.D, s.B, s.H}, compute);
   {
-    const Tensor panel_hh = packed(layer, kernels.pack_columns, &Weights::w_hh, s.P, 4 * kernels.lanes, 4 * s.H);
+    OptionalTensor panel_hh;
+    if (s.T > 1 || needs_h0) {
+      panel_hh = packed(layer, kernels.pack_columns, &Weights::w_hh, s.P, 4 * kernels.lanes, 4 * s.H);
+    }
     OptionalTensor panel_hr;
     if (s.projected) panel_hr = packed(layer, kernels.pack_columns, &Weights::w_hr, s.H, 4 * kernels.lanes, s.P);
     BackwardParams params{};
     params.sizes = s;
     params.sequence = layer.sequence();
-    params.panel_hh = panel_hh.const_data_ptr();
+    params.panel_hh = pointer(panel_hh);
     params.panel_hr = pointer(panel_hr);
     params.dy = pointer(gradients[0]);
     params.dhn = pointer(gradients[1]);

@@ -116,12 +116,13 @@ class Backward {
     const Direction direction(s_, p_.sequence, d);
     const int64_t t = direction.at(n), next = direction.after(t);  // n = -1 gives a t that does not exist
     const bool last = n == s_.T - 1;
-    const A* panel = static_cast<const A*>(p_.panel_hh) + (d * output_blocks() + block) * kGates * s_.H * kWide<A>;
     for_each_tile(row_begin, row_end, [&](auto rows, int64_t b) {
       constexpr int R = decltype(rows)::kCount;
       V sum[R][4];
       clear(sum);
       if (!last && direction.any_exists(next, b, R)) {
+        const int64_t panel_size = kGates * s_.H * kWide<A>;
+        const A* panel = static_cast<const A*>(p_.panel_hh) + (d * output_blocks() + block) * panel_size;
         multiply<A, R>(sum, da(d, next, b), kGates * s_.H, panel, kGates * s_.H);
       }
       for (int r = 0; r < R; ++r) {

@@ -75,7 +75,7 @@ struct ForwardParams {
 struct BackwardParams {
   Sizes sizes;
   Sequence sequence;
-  const void* panel_hh;  // A, packed by pack_columns from w_hh: one buffer per direction
+  const void* panel_hh;  // A, packed by pack_columns from w_hh: one buffer per direction; or null if T = 1, dh0 is null
   const void* panel_hr;  // A, packed by pack_columns from w_hr, or null
   const void* dy;        // S [T][B][D][P] or null
   const void* dhn;       // S [D][B][P] or null
