@@ -25,6 +25,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 # What a converted class remembers of the class it was made from.
 _ORIGINAL = "_fusedrnn_original"
+_PLAIN: dict[type, type] = {LSTM: nn.LSTM, CompilableLSTM: nn.LSTM, LSTMCell: nn.LSTMCell}
 
 
 @dataclass
@@ -77,7 +78,7 @@ def revert(model: Model, *, report: Report | None = None) -> Model:
 
 _patches = 0  # how many `patch` contexts are open, in all threads
 _patches_lock = threading.Lock()
-_unpatched: dict[type, Any] = {}  # class -> its own __init__, while a context is open
+_unpatched: dict[Any, Any] = {}  # class -> its own __init__, while a context is open
 
 
 @contextmanager
@@ -94,15 +95,16 @@ def patch() -> Iterator[None]:
         if _patches == 1:
             for cls in (nn.LSTM, nn.LSTMCell):
                 _unpatched[cls] = cls.__init__
-                cls.__init__ = _converting(cls.__init__)  # type: ignore[method-assign]
+            for patched, original in _unpatched.items():
+                patched.__init__ = _converting(original)
     try:
         yield
     finally:
         with _patches_lock:
             _patches -= 1
             if _patches == 0:
-                for cls, original in _unpatched.items():
-                    cls.__init__ = original  # type: ignore[misc]
+                for patched, original in _unpatched.items():
+                    patched.__init__ = original
                 _unpatched.clear()
 
 
@@ -149,7 +151,8 @@ def _convert_module(module: nn.Module, compilable: bool) -> str:
     if parametrize.is_parametrized(module):
         base = cls.__bases__[0]
         converted = _parametrized_over(cls, _converted_class(base, compilable))
-        setattr(converted, _ORIGINAL, cls)
+        if base not in _PLAIN:
+            setattr(converted, _ORIGINAL, cls)
     else:
         converted = _converted_class(cls, compilable)
     _assign_class(module, converted)
@@ -185,7 +188,7 @@ def _assign_class(module: nn.Module, cls: type) -> None:
         raise _LeftAlone(str(error)) from error
 
 
-def _converted_class(cls: type, compilable: bool) -> type:
+def _converted_class(cls: Any, compilable: bool) -> type:
     """The class that a module of class `cls` is given."""
     if cls is nn.LSTM or (cls is LSTM and compilable):
         return CompilableLSTM if compilable else LSTM
@@ -215,9 +218,8 @@ def _derived_class(cls: Any) -> type:
 
 def _original_class(cls: type) -> type:
     """The inverse of `_converted_class`."""
-    plain: dict[type, type] = {LSTM: nn.LSTM, CompilableLSTM: nn.LSTM, LSTMCell: nn.LSTMCell}
-    if cls in plain:
-        return plain[cls]
+    if cls in _PLAIN:
+        return _PLAIN[cls]
     if _ORIGINAL in cls.__dict__:
         return cls.__dict__[_ORIGINAL]
     raise _LeftAlone("its class was written as a subclass of fusedrnn's")
@@ -225,11 +227,12 @@ def _original_class(cls: type) -> type:
 
 def _reduce_converted(self: nn.Module, protocol: Any) -> Any:
     """Pickles an instance of a derived class: the class it was made from can be found by name, that one cannot."""
-    reduced = super(type(self), self).__reduce_ex__(max(int(protocol), 2))
+    original = getattr(type(self), _ORIGINAL)
+    reduced = original.__reduce_ex__(self, max(int(protocol), 2))
     if isinstance(reduced, str) or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
         return reduced  # the subclass says itself how it is to be pickled
-    (cls, *args), rest = reduced[1], reduced[2:]
-    return _new_converted, (getattr(cls, _ORIGINAL), *args), *rest
+    (_, *args), rest = reduced[1], reduced[2:]
+    return _new_converted, (original, *args), *rest
 
 
 def _new_converted(cls: type, *args: Any) -> nn.Module:
@@ -248,7 +251,8 @@ def _properties(cls: type) -> set[str]:
 
 
 def _has_own_forward(cls: type) -> bool:
-    return inspect.getattr_static(cls, "forward") not in (nn.LSTM.forward, nn.LSTMCell.forward)
+    theirs = (LSTM.forward, LSTMCell.forward, nn.LSTM.forward, nn.LSTMCell.forward)
+    return inspect.getattr_static(cls, "forward") not in theirs
 
 
 def _name(cls: type) -> str:

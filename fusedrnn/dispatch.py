@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,13 +28,14 @@ class Problem(NamedTuple):
     dtype: torch.dtype
     T: int
     B: int
-    I: int  # noqa: E741
+    I: int
     H: int
     P: int
     D: int
     lengths: bool = False
     reset: bool = False
     states: bool = False
+    packed: bool = False  # a PackedSequence of sequences that are not all as long
 
 
 class Backend(NamedTuple):
@@ -83,6 +84,25 @@ TABLE = {
 
 # Process-wide, as torch's own backend switches are: a thread started by DataParallel must see it as well.
 _forced: str = os.environ.get(ENVIRONMENT_VARIABLE, "") or "auto"
+
+
+def autocast_dtype(input: Tensor, c: Tensor | None = None, *, cell: bool = False) -> torch.dtype | None:
+    """What autocast, where it is on for input's device, computes in; None where it is off.
+
+    nn.LSTM is cast to the autocast dtype as a whole. So is nn.LSTMCell, but on the CPU, where autocast reaches only its
+    matrix products: its state is of the wider of the autocast dtype and that of c (of input if c is None), and in that
+    one the whole cell is computed here.
+    """
+    if not torch._C._is_any_autocast_enabled():  # the quick answer, which nn.LSTM asks for as well
+        return None
+    device = input.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return None
+    dtype = torch.get_autocast_dtype(device)
+    state = input if c is None else c
+    if cell and device == "cpu" and state.dtype != torch.float64:
+        return torch.promote_types(dtype, state.dtype)
+    return dtype
 
 
 def _check_name(name: str) -> None:
@@ -164,7 +184,7 @@ class Explanation:
 def explain(
     module: nn.Module,
     input: Tensor | PackedSequence,
-    hx: object = None,
+    hx: Any = None,
     *,
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
@@ -182,7 +202,7 @@ def explain(
     Raises:
         TypeError: module is not an LSTM, or input is neither a tensor nor a PackedSequence.
     """
-    problem = _problem_of(module, input, lengths is not None, reset is not None, return_states)
+    problem = _problem_of(module, input, hx, lengths is not None, reset is not None, return_states)
     reasons = {name: reason for name in TABLE if (reason := supports(name, problem)) is not None}
     chosen = None
     if _forced != "auto":
@@ -196,28 +216,26 @@ def explain(
 
 
 def _problem_of(
-    module: nn.Module, input: Tensor | PackedSequence, lengths: bool, reset: bool, states: bool
+    module: nn.Module, input: Tensor | PackedSequence, hx: Any, lengths: bool, reset: bool, states: bool
 ) -> Problem:
-    is_cell = isinstance(module, nn.LSTMCell)
-    if not is_cell and getattr(module, "mode", None) != "LSTM":
+    cell = isinstance(module, nn.LSTMCell)
+    if not cell and getattr(module, "mode", None) != "LSTM":
         raise TypeError(f"module must be an LSTM or an LSTMCell, got {type(module).__name__}")
-    if isinstance(input, PackedSequence):
-        data, batch_sizes = input.data, input.batch_sizes
-        T, B = len(batch_sizes), int(batch_sizes[0])
-        lengths = lengths or int(batch_sizes[-1]) != B
+    packed = False
+    if isinstance(input, PackedSequence) and not cell:
+        data, sizes = input.data, input.batch_sizes.tolist()
+        T, B, packed = len(sizes), sizes[0], sizes[-1] < sizes[0]
     elif isinstance(input, Tensor):
         data = input
-        T, B = input.shape[0], input.shape[1] if input.dim() == 3 else 1
-        if is_cell:
-            T, B = 1, input.shape[0] if input.dim() == 2 else 1
-        elif input.dim() == 3 and module.batch_first:
-            T, B = B, T
+        T, B = _sizes(module, input, cell)
     else:
-        raise TypeError(f"input must be a Tensor or a PackedSequence, got {type(input).__name__}")
+        expected = "a Tensor" if cell else "a Tensor or a PackedSequence"
+        raise TypeError(f"input must be {expected}, got {type(input).__name__}")
+    cast = autocast_dtype(data, None if hx is None else hx[1], cell=cell)
     H = int(module.hidden_size)  # type: ignore[arg-type]
     return Problem(
         device=data.device.type,
-        dtype=data.dtype,
+        dtype=data.dtype if cast is None or data.dtype == torch.float64 else cast,
         T=T,
         B=B,
         I=int(module.input_size),  # type: ignore[arg-type]
@@ -227,4 +245,19 @@ def _problem_of(
         lengths=lengths,
         reset=reset,
         states=states,
+        packed=packed,
     )
+
+
+def _sizes(module: nn.Module, input: Tensor, cell: bool) -> tuple[int, int]:
+    """T and B of a tensor that is an input of module."""
+    batched = 2 if cell else 3
+    if input.dim() not in (batched - 1, batched):
+        raise ValueError(
+            f"{'LSTMCell' if cell else 'LSTM'}: Expected input to be {batched - 1}D or {batched}D, got {input.dim()}D "
+            "instead"
+        )
+    if cell:
+        return 1, input.shape[0] if input.dim() == batched else 1
+    T, B = (input.shape[0], 1) if input.dim() < batched else input.shape[:2]
+    return (B, T) if module.batch_first and input.dim() == batched else (T, B)

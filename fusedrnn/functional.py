@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from . import dispatch
 from .autograd import lstm_layer
@@ -36,6 +37,7 @@ def lstm(
     dropout: float = 0.0,
     training: bool = False,
     bidirectional: bool = False,
+    batch_sizes: Tensor | None = None,
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
     return_states: bool = False,
@@ -43,8 +45,9 @@ def lstm(
     """A stack of LSTM layers over whole sequences (equations: torch.nn.LSTM, docs/lstm_math.md).
 
     Args:
-        input: [T, B, I], or [B, T, I] with batch_first, or [T, I] unbatched; T > 0, B may be 0. float64, float32,
-            bfloat16 or float16, the dtype of the weights unless autocast is on.
+        input: [T, B, I], or [B, T, I] with batch_first, or [T, I] unbatched, or with `batch_sizes` the data [N, I] of a
+            PackedSequence; T > 0, B may be 0. float64, float32, bfloat16 or float16, the dtype of the weights unless
+            autocast is on.
         weights: the tensors of nn.LSTM's state_dict in its order: for each layer and direction w_ih [4H, I or D*P],
             w_hh [4H, P], then b_ih [4H] and b_hh [4H] if there are biases, then w_hr [P, H] if there is a projection.
         hx: (h0 [L*D, B, P], c0 [L*D, B, H]), without B for unbatched input, or None for zeros.
@@ -53,6 +56,9 @@ def lstm(
         dropout: probability to zero an element of the output of each layer but the last, if training.
         training: whether dropout is applied.
         bidirectional: D is 2, every layer has a second direction that runs from the end.
+        batch_sizes: [T] int64 on the CPU, where input is the data of a PackedSequence: how many sequences, longest
+            first, there are at each step. T and B are then its length and its first element, and what has the layout of
+            the input has [N, ...] for [T, B, ...]; hx and reset are in the order of the data.
         lengths: [B] int64 or int32 on input's device, each in 0..T: step t of sequence b exists where
             t < lengths[b]. Input is not read where no step exists and output is zero there; h_n and c_n are the
             states after the last step that exists, hx itself where the length is 0; the reverse direction starts at
@@ -70,83 +76,66 @@ def lstm(
         TypeError: an argument is not of its type.
         ValueError, RuntimeError: a shape, dtype, value or device does not fit; for what nn.LSTM checks too, its own
             exception type and wording. RuntimeError also if a backend was asked for and cannot compute this.
+        NotImplementedError: inside torch.func.vmap or forward-mode differentiation.
     """
-    if not isinstance(input, Tensor):
-        raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
-    if input.dim() not in (2, 3):
-        raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
-    batched = input.dim() == 3
-    h0, c0 = _split_hx(hx)
-    if h0 is not None and c0 is not None:
-        _check_dims(h0, c0, batched)
+    form = _form_of(input, batch_first, batch_sizes)
+    h0, c0 = _split_hx(hx, "lstm")
+    _check_hx_dims(h0, c0, form)
     D = 2 if bidirectional else 1
     _check_options(weights, num_layers, D, dropout)
-    autocast_dtype = dispatch.autocast_dtype(input.device)
-    if autocast_dtype is not None:
-        input, h0, c0, *weights = _cast(autocast_dtype, input, h0, c0, *weights)
+    dtype = dispatch.autocast_dtype(input)
+    if dtype is not None:
+        input, h0, c0, *weights = _cast(dtype, input, h0, c0, *weights)
     elif input.dtype != weights[0].dtype:
         raise ValueError(
             f"RNN input dtype ({input.dtype}) does not match weight dtype ({weights[0].dtype}). "
             f"Convert input: input.to({weights[0].dtype}), or convert model: model.to({input.dtype})"
         )
-    if not batched:
-        input = input.unsqueeze(1)
+    if form.unbatched:
         h0, c0 = (None if s is None else s.unsqueeze(1) for s in (h0, c0))
-    elif batch_first:
-        input = input.transpose(0, 1)
-    T, B, I = input.shape
+    T, B, I = form.T, form.B, input.shape[-1]
     H, P = weights[1].shape[0] // 4, weights[1].shape[1]
     if weights[0].shape[1] != I:
         raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {weights[0].shape[1]}, got {I}")
-    for index, (state, size) in enumerate(((h0, (num_layers * D, B, P)), (c0, (num_layers * D, B, H)))):
-        if state is not None and state.shape != size:
-            raise RuntimeError(f"Expected hidden[{index}] size {size}, got {list(state.shape)}")
+    for index, (s, size) in enumerate(((h0, (num_layers * D, B, P)), (c0, (num_layers * D, B, H)))):
+        if s is not None and s.shape != size:
+            raise RuntimeError(f"Expected hidden[{index}] size {size}, got {list(s.shape)}")
     _check_two(hx, "lstm")
-    _check_alike(input, weights, h0, c0)
+    _check_devices(input, weights, h0, c0)
     if T == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    _check_dtypes(input, weights, h0, c0)
     _check_weights(weights, num_layers, D, I)
     if lengths is not None:
-        lengths = _check_lengths(lengths, T, B, batched, input.device)
+        lengths = _check_lengths(lengths, form, input.device)
     if reset is not None:
-        reset = _check_reset(reset, T, B, batched, batch_first, input.device)
+        reset = _check_reset(reset, form, input.device)
 
-    backend = dispatch.select(
-        dispatch.Problem(
-            input.device.type, input.dtype, T, B, I, H, P, D, lengths is not None, reset is not None, return_states
-        )
-    )
+    packed, extras = form.batch_sizes is not None, (lengths is not None, reset is not None, return_states)
+    problem = dispatch.Problem(input.device.type, input.dtype, T, B, I, H, P, D, *extras, packed)
+    backend = dispatch.select(problem)
+    dropout = dropout if training else 0.0
     if backend == "aten":
-        return _aten(input, weights, h0, c0, num_layers, dropout, training, bidirectional, batched, batch_first)
-
-    count = len(weights) // num_layers
-    y, hns, cns, hs, cs = input, [], [], [], []
-    for k in range(num_layers):
-        if k > 0 and training and dropout > 0:
-            y = torch.nn.functional.dropout(y, dropout)
-        y, hn, cn, c = lstm_layer(
-            backend,
-            y,
-            weights[k * count : (k + 1) * count],
-            bidirectional,
-            None if h0 is None else h0[k * D : (k + 1) * D],
-            None if c0 is None else c0[k * D : (k + 1) * D],
-            lengths,
-            reset,
-            return_states,
-        )
-        hns.append(hn)
-        cns.append(cn)
-        hs.append(y)
-        cs.append(c)
-    hn, cn = (s[0] if num_layers == 1 else torch.cat(s) for s in (hns, cns))
-    if not batched:
-        hn, cn = hn.squeeze(1), cn.squeeze(1)
-    state = (hn, cn)
+        y, hn, cn = _aten(input, form, weights, h0, c0, num_layers, dropout, bidirectional)
+        return y, _squeezed(hn, cn, form)
+    x, packed_lengths = _time_major(input, form)
+    y, hn, cn, hs, cs = _stack(
+        backend,
+        x,
+        weights,
+        h0,
+        c0,
+        num_layers,
+        dropout,
+        bidirectional,
+        lengths if packed_lengths is None else packed_lengths,
+        reset,
+        return_states,
+    )
     if not return_states:
-        return _like_input(y, batched, batch_first), state
-    states = LSTMStates(*(tuple(_like_input(s, batched, batch_first) for s in part) for part in (hs, cs)))
-    return states.h[-1], state, states
+        return _laid_out(y, form), _squeezed(hn, cn, form)
+    states = LSTMStates(*(tuple(_laid_out(s, form) for s in part) for part in (hs, cs)))
+    return states.h[-1], _squeezed(hn, cn, form), states
 
 
 def lstm_cell(
@@ -176,24 +165,24 @@ def lstm_cell(
     if input.dim() not in (1, 2):
         raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
     batched = input.dim() == 2
-    h, c = _split_pair(hx)
+    h, c = _split_hx(hx, "lstm_cell")
     for index, state in enumerate((h, c)):
         if state is not None and state.dim() not in (1, 2):
             raise ValueError(f"LSTMCell: Expected hx[{index}] to be 1D or 2D, got {state.dim()}D instead")
+    _check_two(hx, "lstm_cell")
     if h is not None and c is not None and (h.dim() == 2, c.dim() == 2) != (batched, batched):
         raise RuntimeError(
             f"hx must be {input.dim()}-D as input is, but got ({h.dim()}-D, {c.dim()}-D) tensors for ({input.dim()}-D)"
         )
+    if (b_ih is None) != (b_hh is None):
+        raise ValueError("b_ih and b_hh must be given both or not at all, got one of them")
     weights = [w for w in (w_ih, w_hh, b_ih, b_hh) if w is not None]
-    state_dtype = None
-    if torch.is_autocast_enabled(input.device.type):
-        if input.device.type == "cpu":
-            state_dtype = input.dtype if h is None else h.dtype
-            input, h, c = (None if s is None else s.to(w_ih.dtype) for s in (input, h, c))
-        else:
-            input, h, c, *weights = _autocast((input, h, c, *weights))
+    _check_options(weights, 1, 1, 0.0)
+    dtype = dispatch.autocast_dtype(input, c, cell=True)
+    if dtype is not None:
+        input, h, c, *weights = _cast(dtype, input, h, c, *weights)
     if not batched:
-        input, h, c = (None if s is None else s.unsqueeze(0) for s in (input, h, c))
+        input, h, c = input.unsqueeze(0), *(None if s is None else s.unsqueeze(0) for s in (h, c))
     B, I = input.shape
     H = w_hh.shape[1]
     if w_ih.shape[1] != I:
@@ -203,7 +192,9 @@ def lstm_cell(
             raise RuntimeError(f"Input batch size {B} doesn't match hidden{index} batch size {state.shape[0]}")
         if state is not None and state.shape[1] != H:
             raise RuntimeError(f"hidden{index} has inconsistent hidden_size: got {state.shape[1]}, expected {H}")
-    _check_alike(input, weights, h, c)
+    _check_devices(input, weights, h, c)
+    _check_dtypes(input, weights, h, c)
+    _check_weights(weights, 1, 1, I)
 
     backend = dispatch.select(dispatch.Problem(input.device.type, input.dtype, 1, B, I, H, H, 1))
     if backend == "aten":
@@ -213,116 +204,271 @@ def lstm_cell(
         h, c = (None if s is None else s.unsqueeze(0) for s in (h, c))
         _, hn, cn, _ = lstm_layer(backend, input.unsqueeze(0), weights, False, h, c, None, None, False)
         hn, cn = hn[0], cn[0]
-    if state_dtype is not None:
-        hn, cn = hn.to(state_dtype), cn.to(state_dtype)
     return (hn, cn) if batched else (hn[0], cn[0])
 
 
-def _split_pair(hx: Sequence[Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
+class _Form(NamedTuple):
+    """How an input is laid out."""
+
+    T: int
+    B: int
+    unbatched: bool = False
+    batch_first: bool = False
+    rows: bool = False  # of a PackedSequence
+    batch_sizes: Tensor | None = None  # of the same, unless all of its sequences are as long
+
+
+def _form_of(input: Tensor, batch_first: bool, batch_sizes: Tensor | None) -> _Form:
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
+    if batch_sizes is not None:
+        sizes = _check_packed(input, batch_sizes)
+        return _Form(len(sizes), sizes[0], rows=True, batch_sizes=batch_sizes if sizes[-1] < sizes[0] else None)
+    if input.dim() not in (2, 3):
+        raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
+    if input.dim() == 2:
+        return _Form(input.shape[0], 1, unbatched=True)
+    if batch_first:
+        return _Form(input.shape[1], input.shape[0], batch_first=True)
+    return _Form(input.shape[0], input.shape[1])
+
+
+def _time_major(input: Tensor, form: _Form) -> tuple[Tensor, Tensor | None]:
+    """x [T, B, I], and where input is packed the lengths of the sequences."""
+    if form.batch_sizes is not None:
+        x, lengths = pad_packed_sequence(PackedSequence(input, form.batch_sizes))
+        return x, lengths.to(input.device)
+    if form.rows:  # packed and padded are the same rows in the same order
+        return input.unflatten(0, (form.T, form.B)), None
+    if form.unbatched:
+        return input.unsqueeze(1), None
+    return input.transpose(0, 1) if form.batch_first else input, None
+
+
+def _laid_out(y: Tensor, form: _Form) -> Tensor:
+    """The inverse of `_time_major`."""
+    if form.batch_sizes is not None:
+        lengths = (form.batch_sizes.unsqueeze(1) > torch.arange(form.B)).sum(0)
+        return pack_padded_sequence(y, lengths).data
+    if form.rows:
+        return y.flatten(0, 1)
+    if form.unbatched:
+        return y.squeeze(1)
+    return y.transpose(0, 1) if form.batch_first else y
+
+
+def _squeezed(hn: Tensor, cn: Tensor, form: _Form) -> tuple[Tensor, Tensor]:
+    return (hn.squeeze(1), cn.squeeze(1)) if form.unbatched else (hn, cn)
+
+
+def _stack(
+    backend: str,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    h0: Tensor | None,
+    c0: Tensor | None,
+    num_layers: int,
+    dropout: float,
+    bidirectional: bool,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    cell_states: bool,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """The layers one after another: x [T, B, I] -> y [T, B, D*P], hn, cn [L*D, B, ...], and every layer's h and c."""
+    count, D = len(weights) // num_layers, 2 if bidirectional else 1
+    y, hns, cns, hs, cs = x, [], [], [], []
+    for k in range(num_layers):
+        if k > 0 and dropout > 0:
+            y = torch.nn.functional.dropout(y, dropout)
+        y, hn, cn, c = lstm_layer(
+            backend,
+            y,
+            weights[k * count : (k + 1) * count],
+            bidirectional,
+            None if h0 is None else h0[k * D : (k + 1) * D],
+            None if c0 is None else c0[k * D : (k + 1) * D],
+            lengths,
+            reset,
+            cell_states,
+        )
+        hns.append(hn)
+        cns.append(cn)
+        hs.append(y)
+        cs.append(c)
+    if num_layers == 1:
+        return y, hns[0], cns[0], hs, cs
+    return y, torch.cat(hns), torch.cat(cns), hs, cs
+
+
+def _aten(
+    input: Tensor,
+    form: _Form,
+    weights: Sequence[Tensor],
+    h0: Tensor | None,
+    c0: Tensor | None,
+    num_layers: int,
+    dropout: float,
+    bidirectional: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """torch's own LSTM, which may not be given None for a state; y is laid out as the input is.
+
+    It is told to be training wherever a gradient may be asked for: cuDNN keeps nothing for backward otherwise.
+    """
+    rows = num_layers * (2 if bidirectional else 1)
+    count, P, H = len(weights) // rows, weights[1].shape[1], weights[1].shape[0] // 4
+    hx = tuple(input.new_zeros(rows, form.B, n) if s is None else s for s, n in ((h0, P), (c0, H)))
+    options = (
+        hx,
+        list(weights),
+        count >= 4,
+        num_layers,
+        float(dropout),
+        dropout > 0 or torch.is_grad_enabled(),
+        bidirectional,
+    )
+    if form.batch_sizes is not None:
+        return _VF.lstm(input, form.batch_sizes, *options)
+    y, hn, cn = _VF.lstm(_time_major(input, form)[0], *options, False)
+    return _laid_out(y, form), hn, cn
+
+
+def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
+    """What autocast does: it leaves float64, and what is not floating point, as it is."""
+    return [t if t is None or t.dtype == torch.float64 or not t.is_floating_point() else t.to(dtype) for t in tensors]
+
+
+def _split_hx(hx: Sequence[Tensor] | None, caller: str) -> tuple[Tensor | None, Tensor | None]:
     if hx is None:
         return None, None
     if not isinstance(hx, (tuple, list)):
         raise TypeError(f"hx must be a tuple or a list of two Tensors (h_0, c_0), got {type(hx).__name__}")
-    if len(hx) != 2:
-        raise RuntimeError(f"lstm expects two hidden states, hx = (h_0, c_0), got {len(hx)}")
+    if len(hx) < 2:
+        _check_two(hx, caller)
     for index, state in enumerate(hx):
         if not isinstance(state, Tensor):
             raise TypeError(f"hx[{index}] must be a Tensor, got {type(state).__name__}")
     return hx[0], hx[1]
 
 
-def _split_hx(hx: Sequence[Tensor] | None, batched: bool) -> tuple[Tensor | None, Tensor | None]:
-    h0, c0 = _split_pair(hx)
-    if h0 is not None and c0 is not None:
-        dims = 3 if batched else 2
-        if h0.dim() != dims or c0.dim() != dims:
-            raise RuntimeError(
-                f"For {'batched 3-D' if batched else 'unbatched 2-D'} input, hx and cx should "
-                f"also be {dims}-D but got ({h0.dim()}-D, {c0.dim()}-D) tensors"
-            )
-    return h0, c0
+def _check_two(hx: Sequence[Tensor] | None, caller: str) -> None:
+    if hx is not None and len(hx) != 2:
+        raise RuntimeError(f"{caller} expects two hidden states, hx = (h_0, c_0), got {len(hx)}")
 
 
-def _autocast(tensors: Sequence[Tensor | None]) -> list[Tensor]:
-    """What autocast does to the arguments of nn.LSTM: all but float64 become the autocast dtype."""
-    assert tensors[0] is not None
-    dtype = torch.get_autocast_dtype(tensors[0].device.type)
-    cast = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
-    return list(cast)  # type: ignore[arg-type]
+def _check_hx_dims(h0: Tensor | None, c0: Tensor | None, form: _Form) -> None:
+    dims = 2 if form.unbatched else 3
+    if h0 is not None and c0 is not None and (h0.dim() != dims or c0.dim() != dims):
+        raise RuntimeError(
+            f"For {'unbatched 2-D' if form.unbatched else 'batched 3-D'} input, hx and cx should "
+            f"also be {dims}-D but got ({h0.dim()}-D, {c0.dim()}-D) tensors"
+        )
 
 
-def _check_alike(input: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None) -> None:
-    named = [("hx[0]", h0), ("hx[1]", c0), *((f"weights[{k}]", weight) for k, weight in enumerate(weights))]
-    for name, tensor in named:
-        if tensor is None:
-            continue
-        if tensor.device != input.device:
+def _check_packed(data: Tensor, batch_sizes: Tensor) -> list[int]:
+    """A PackedSequence may have been built by hand: its parts have to fit each other."""
+    if not isinstance(batch_sizes, Tensor):
+        raise TypeError(f"batch_sizes must be a Tensor, got {type(batch_sizes).__name__}")
+    if batch_sizes.dtype != torch.int64:
+        raise TypeError(f"batch_sizes must be int64, got {batch_sizes.dtype}")
+    if batch_sizes.device.type != "cpu":
+        raise RuntimeError(f"batch_sizes must be on the CPU, got {batch_sizes.device}")
+    if batch_sizes.dim() != 1 or len(batch_sizes) == 0:
+        raise RuntimeError(f"batch_sizes must have one entry per time step, got shape {list(batch_sizes.shape)}")
+    if data.dim() != 2:
+        raise RuntimeError(f"data of a PackedSequence must have 2 dimensions, got {data.dim()}")
+    sizes = batch_sizes.tolist()
+    if sizes[-1] <= 0 or sizes != sorted(sizes, reverse=True):
+        raise RuntimeError(f"batch_sizes must be positive and never grow, got {sizes}")
+    if sum(sizes) != len(data):
+        raise RuntimeError(f"batch_sizes must add up to the {len(data)} rows of data, got {sum(sizes)}")
+    return sizes
+
+
+def _check_options(weights: Sequence[Tensor], num_layers: int, D: int, dropout: float) -> None:
+    """What a module has made sure of before it comes here."""
+    if num_layers < 1:
+        raise ValueError(f"num_layers must be greater than zero, got {num_layers}")
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"dropout must be a probability in 0..1, got {dropout}")
+    for k, weight in enumerate(weights):
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"weights[{k}] must be a Tensor, got {type(weight).__name__}")
+    count, rest = divmod(len(weights), num_layers * D)
+    if rest or count not in (2, 3, 4, 5):
+        raise ValueError(
+            f"weights must hold 2 to 5 tensors for each of {num_layers} layers and {D} directions, got {len(weights)}"
+        )
+    for k in (0, 1):
+        if weights[k].dim() != 2:
+            raise ValueError(f"weights[{k}] must be 2-D, got {weights[k].dim()}-D")
+
+
+def _check_weights(weights: Sequence[Tensor], num_layers: int, D: int, I: int) -> None:
+    count = len(weights) // (num_layers * D)
+    H, P = weights[1].shape[0] // 4, weights[1].shape[1]
+    biases = [(4 * H,), (4 * H,)] if count >= 4 else []
+    projection = [(P, H)] if count in (3, 5) else []
+    for layer in range(num_layers):
+        w_ih = (4 * H, I if layer == 0 else D * P)
+        shapes = [w_ih, (4 * H, P if projection else H), *biases, *projection] * D
+        for k, shape in enumerate(shapes, layer * len(shapes)):
+            if weights[k].shape != shape:
+                raise ValueError(f"weights[{k}] must have shape {list(shape)}, got {list(weights[k].shape)}")
+
+
+def _named(weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None) -> list[tuple[str, Tensor]]:
+    states = [(f"hx[{k}]", state) for k, state in enumerate((h0, c0)) if state is not None]
+    return states + [(f"weights[{k}]", weight) for k, weight in enumerate(weights)]
+
+
+def _check_devices(input: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None) -> None:
+    device = input.device
+    for name, tensor in _named(weights, h0, c0):
+        if tensor.device != device:
             kind = "hidden" if name.startswith("hx") else "parameter"
             raise RuntimeError(
-                f"Input and {kind} tensors are not at the same device, found input tensor at {input.device} and "
-                f"{kind} tensor {name} at {tensor.device}"
+                f"Input and {kind} tensors are not at the same device, found input tensor at {device} and "
+                f"{kind} tensor at {tensor.device} ({name})"
             )
-        if tensor.dtype != input.dtype:
-            raise RuntimeError(f"{name} must have the dtype of input, {input.dtype}, got {tensor.dtype}")
 
 
-def _check_lengths(lengths: Tensor, T: int, B: int, device: torch.device) -> Tensor:
+def _check_dtypes(input: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None) -> None:
+    dtype = weights[0].dtype
+    for name, tensor in [("input", input), *_named(weights, h0, c0)]:
+        if tensor.dtype != dtype:
+            raise RuntimeError(f"{name} must have the dtype of the weights, {dtype}, got {tensor.dtype}")
+
+
+def _check_lengths(lengths: Tensor, form: _Form, device: torch.device) -> Tensor:
+    if form.unbatched:
+        raise ValueError("lengths must be None for unbatched input: a [T, I] input is one sequence of length T")
+    if form.rows:
+        raise ValueError("lengths must be None for packed input: its batch_sizes say how long each sequence is")
     if not isinstance(lengths, Tensor):
         raise TypeError(f"lengths must be a Tensor, got {type(lengths).__name__}")
     if lengths.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"lengths must be int64 or int32, got {lengths.dtype}")
-    if lengths.shape != (B,):
-        raise ValueError(f"lengths must have shape [{B}], one length per sequence, got {list(lengths.shape)}")
+    if lengths.shape != (form.B,):
+        raise ValueError(f"lengths must have shape [{form.B}], one length per sequence, got {list(lengths.shape)}")
     if lengths.device != device:
         raise RuntimeError(f"lengths must be on the device of input, {device}, got {lengths.device}")
-    if B > 0 and device.type == "cpu" and not torch.compiler.is_compiling():
+    if form.B > 0 and device.type == "cpu" and not torch.compiler.is_compiling():
         low, high = lengths.min(), lengths.max()
-        if low < 0 or high > T:
-            raise ValueError(f"lengths must be in 0..{T}, the number of time steps, got {int(low)}..{int(high)}")
+        if low < 0 or high > form.T:
+            raise ValueError(f"lengths must be in 0..{form.T}, the number of time steps, got {int(low)}..{int(high)}")
     return lengths.to(torch.int64)
 
 
-def _check_reset(reset: Tensor, T: int, B: int, batched: bool, batch_first: bool, device: torch.device) -> Tensor:
+def _check_reset(reset: Tensor, form: _Form, device: torch.device) -> Tensor:
     if not isinstance(reset, Tensor):
         raise TypeError(f"reset must be a Tensor, got {type(reset).__name__}")
     if reset.dtype != torch.bool:
         raise TypeError(f"reset must be bool, got {reset.dtype}")
-    expected = (T,) if not batched else (B, T) if batch_first else (T, B)
+    expected = (form.T,) if form.unbatched else (form.B, form.T) if form.batch_first else (form.T, form.B)
     if reset.shape != expected:
         raise ValueError(f"reset must have shape {list(expected)}, as input is laid out, got {list(reset.shape)}")
     if reset.device != device:
         raise RuntimeError(f"reset must be on the device of input, {device}, got {reset.device}")
-    if not batched:
+    if form.unbatched:
         return reset.unsqueeze(1)
-    return reset.transpose(0, 1) if batch_first else reset
-
-
-def _like_input(y: Tensor, batched: bool, batch_first: bool) -> Tensor:
-    if not batched:
-        return y.squeeze(1)
-    return y.transpose(0, 1) if batch_first else y
-
-
-def _aten(
-    input: Tensor,
-    weights: Sequence[Tensor],
-    h0: Tensor | None,
-    c0: Tensor | None,
-    num_layers: int,
-    dropout: float,
-    training: bool,
-    bidirectional: bool,
-    batched: bool,
-    batch_first: bool,
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """torch's own LSTM, on time-major input; it may not be given None for a state."""
-    count = len(weights) // (num_layers * (2 if bidirectional else 1))
-    B, P, H = input.shape[1], weights[1].shape[1], weights[1].shape[0] // 4
-    rows = num_layers * (2 if bidirectional else 1)
-    hx = tuple(input.new_zeros(rows, B, n) if s is None else s for s, n in ((h0, P), (c0, H)))
-    y, hn, cn = _VF.lstm(
-        input, hx, list(weights), count >= 4, num_layers, float(dropout), training, bidirectional, False
-    )
-    if not batched:
-        hn, cn = hn.squeeze(1), cn.squeeze(1)
-    return _like_input(y, batched, batch_first), (hn, cn)
+    return reset.transpose(0, 1) if form.batch_first else reset

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence
 
 from .functional import LSTMStates, lstm, lstm_cell
 
@@ -45,20 +45,20 @@ class _LSTMForward(nn.RNNBase):
         Raises:
             ValueError, RuntimeError, TypeError: as `fusedrnn.functional.lstm`.
         """
-        if isinstance(input, PackedSequence):
-            if lengths is not None:
-                raise ValueError(
-                    "lengths must be None when input is a PackedSequence: its batch_sizes already say how long each "
-                    "sequence is; pass lengths with padded input instead"
-                )
-            return self._forward_packed(input, hx, reset, return_states)
-        return self._lstm(input, hx, self.batch_first, lengths, reset, return_states)
+        if not isinstance(input, PackedSequence):
+            return self._lstm(input, None, hx, lengths, reset, return_states)
+        if lengths is not None:
+            raise ValueError(
+                "lengths must be None when input is a PackedSequence: its batch_sizes already say how long each "
+                "sequence is; pass lengths with padded input instead"
+            )
+        return self._forward_packed(input, hx, reset, return_states)
 
     def _lstm(
         self,
         input: Tensor,
+        batch_sizes: Tensor | None,
         hx: Sequence[Tensor] | None,
-        batch_first: bool,
         lengths: Tensor | None,
         reset: Tensor | None,
         return_states: bool,
@@ -68,10 +68,11 @@ class _LSTMForward(nn.RNNBase):
             [getattr(self, name) for names in self._all_weights for name in names],
             hx,
             num_layers=self.num_layers,
-            batch_first=batch_first,
+            batch_first=self.batch_first,
             dropout=self.dropout,
             training=self.training,
             bidirectional=self.bidirectional,
+            batch_sizes=batch_sizes,
             lengths=lengths,
             reset=reset,
             return_states=return_states,
@@ -80,48 +81,36 @@ class _LSTMForward(nn.RNNBase):
     def _forward_packed(
         self, input: PackedSequence, hx: Sequence[Tensor] | None, reset: Tensor | None, return_states: bool
     ) -> Any:
+        """hx, reset and the states returned are in the order before packing, of which functional.lstm knows nothing."""
         data, batch_sizes, sorted_indices, unsorted_indices = input
-        lengths = _packed_lengths(data, batch_sizes, self.input_size)
-        T, B = len(batch_sizes), int(batch_sizes[0])
-        for name, indices in (("sorted_indices", sorted_indices), ("unsorted_indices", unsorted_indices)):
-            if indices is not None and indices.shape != (B,):
-                raise RuntimeError(f"{name} of a PackedSequence must have shape [{B}], got {list(indices.shape)}")
+        _check_indices("sorted_indices", sorted_indices, batch_sizes)
+        _check_indices("unsorted_indices", unsorted_indices, batch_sizes)
         if unsorted_indices is None and sorted_indices is not None:
             unsorted_indices = torch.empty_like(sorted_indices).scatter_(
-                0, sorted_indices, torch.arange(B, device=sorted_indices.device)
+                0, sorted_indices, torch.arange(len(sorted_indices), device=sorted_indices.device)
             )
-        if hx is not None and sorted_indices is not None:
-            _check_packed_hx(hx, B)
-            hx = self.permute_hidden((hx[0], hx[1]), sorted_indices)  # type: ignore[arg-type]
-        if reset is not None:
-            _check_packed_reset(reset, T, B)
-            if sorted_indices is not None:
+        if sorted_indices is not None:
+            if hx is not None:
+                _check_packed_hx(hx, len(sorted_indices))
+                hx = self.permute_hidden(hx, sorted_indices)
+            if reset is not None:
+                _check_packed_reset(reset, len(batch_sizes), len(sorted_indices))
                 reset = reset.index_select(1, sorted_indices)
 
-        if lengths is None:  # all as long: packed and padded are the same rows in the same order
-            result = self._lstm(data.view(T, B, -1), hx, False, None, reset, return_states)
-        else:
-            padded, _ = pad_packed_sequence(PackedSequence(data, batch_sizes))
-            result = self._lstm(padded, hx, False, lengths.to(data.device), reset, return_states)
-
-        def pack(padded: Tensor) -> PackedSequence:
-            if lengths is None:
-                rows = padded.flatten(0, 1)
-            else:
-                rows = pack_padded_sequence(padded, lengths).data
+        def pack(rows: Tensor) -> PackedSequence:
             return PackedSequence(rows, batch_sizes, sorted_indices, input.unsorted_indices)
 
-        output, state, *states = result
-        state = self.permute_hidden(state, unsorted_indices)  # type: ignore[arg-type]
+        output, state, *states = self._lstm(data, batch_sizes, hx, None, reset, return_states)
+        state = self.permute_hidden(state, unsorted_indices)
         if not return_states:
             return pack(output), state
-        h, c = (tuple(pack(layer) for layer in part) for part in states[0])
+        h, c = (tuple(pack(rows) for rows in part) for part in states[0])
         return h[-1], state, LSTMStates(h, c)  # type: ignore[arg-type]
 
     # nn.LSTM's own methods, which a class that is not an nn.LSTM has to be given.
-    get_expected_cell_size = nn.LSTM.get_expected_cell_size
-    check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]
-    permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
+    get_expected_cell_size: Any = nn.LSTM.get_expected_cell_size
+    check_forward_args: Any = nn.LSTM.check_forward_args
+    permute_hidden: Any = nn.LSTM.permute_hidden
 
 
 class LSTM(_LSTMForward, nn.LSTM):
@@ -159,31 +148,21 @@ class LSTMCell(nn.LSTMCell):
         return lstm_cell(input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
 
 
-def _packed_lengths(data: Tensor, batch_sizes: Tensor, input_size: int) -> Tensor | None:
-    """The lengths, longest first, that a PackedSequence's batch_sizes stand for, or None if all are as long.
-
-    A PackedSequence may have been built by hand, so its parts are checked against each other.
-    """
-    if data.dim() != 2:
-        raise RuntimeError(f"data of a PackedSequence must have 2 dimensions, got {data.dim()}")
-    if data.shape[1] != input_size:
-        raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {input_size}, got {data.shape[1]}")
-    if batch_sizes.dim() != 1 or len(batch_sizes) == 0:
-        raise RuntimeError(
-            f"batch_sizes of a PackedSequence must have one entry per time step, got shape {list(batch_sizes.shape)}"
-        )
-    sizes = batch_sizes.tolist()
-    if sizes[-1] <= 0 or any(later > earlier for earlier, later in zip(sizes, sizes[1:], strict=False)):
-        raise RuntimeError(f"batch_sizes of a PackedSequence must be positive and never grow, got {sizes}")
-    if sum(sizes) != len(data):
-        raise RuntimeError(f"batch_sizes of a PackedSequence must add up to its {len(data)} rows, got {sum(sizes)}")
-    if sizes[0] == sizes[-1]:
-        return None
-    return (batch_sizes.unsqueeze(1) > torch.arange(sizes[0])).sum(0)
+def _check_indices(name: str, indices: Tensor | None, batch_sizes: Tensor) -> None:
+    if indices is None or batch_sizes.dim() != 1 or len(batch_sizes) == 0:  # the latter is an error further on
+        return
+    B = int(batch_sizes[0])
+    if indices.shape != (B,):
+        raise RuntimeError(f"{name} of a PackedSequence must have shape [{B}], got {list(indices.shape)}")
+    # Elsewhere than on the CPU a look at the values would wait for the device.
+    if indices.device.type == "cpu" and sorted(indices.tolist()) != list(range(B)):
+        raise RuntimeError(f"{name} of a PackedSequence must be a permutation of 0..{B - 1}, got {indices.tolist()}")
 
 
-def _check_packed_hx(hx: Sequence[Tensor], B: int) -> None:
-    """Before hx is permuted: index_select would drop the rest of an hx that is too long."""
+def _check_packed_hx(hx: Any, B: int) -> None:
+    """Before hx is permuted, which is done to two of them only and would drop the rest of one that is too long."""
+    if not isinstance(hx, (tuple, list)) or not all(isinstance(state, Tensor) for state in hx):
+        raise TypeError(f"hx must be a tuple or a list of two Tensors (h_0, c_0), got {type(hx).__name__}")
     if len(hx) != 2:
         raise RuntimeError(f"lstm expects two hidden states, hx = (h_0, c_0), got {len(hx)}")
     for index, state in enumerate(hx):

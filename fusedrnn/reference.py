@@ -229,4 +229,4 @@ def _where_exists(values: Tensor, exists: Tensor | None) -> Tensor:
 
 
 def _cast_weights(w: DirectionWeights, dtype: torch.dtype) -> DirectionWeights:
-    return DirectionWeights(*(weight.to(dtype) if weight is not None else None for weight in w))
+    return DirectionWeights._make(weight.to(dtype) if weight is not None else None for weight in w)

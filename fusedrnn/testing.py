@@ -1,0 +1,378 @@
+"""What tests, `check` and benchmarks share: devices, cases and their inputs, torch's own answers, the tolerance rule.
+
+The rule is derived, not chosen. An implementation is held to the error that torch's own makes in the same dtype:
+
+    max |ours - exact|  <=  2 max |torchs - exact| + rounding
+
+where `exact` is computed in float64 from the same inputs, rounded to the dtype as they are. `rounding` is there because
+torch's error can be 0 by chance, in a tensor of one element more often than not. It is what the result itself is worth
+in that dtype: how far `exact` moves when every number that enters is moved, up or down, by `roundoff(dtype)`. Where
+terms cancel, that is far more than a unit in the last place of what is left of them, and no implementation can know
+better. Where only `exact` is at hand, its largest element is taken to move by `roundoff(dtype)` of itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+_VF = torch._VF  # the function behind nn.LSTM
+_NUDGES = 3  # random directions in which `answers` moves the inputs
+
+
+def devices() -> list[str]:
+    """The devices there are to test on: "cpu", and "cuda" where torch finds one."""
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Inside, torch.empty and all that allocates as it does is filled with NaN (integers: their largest value).
+
+    It switches torch's deterministic mode on, for the whole process. Operators that have no deterministic version only
+    warn in it: the filling is what is wanted here.
+    """
+    memory: Any = torch.utils.deterministic
+    mode, fill = torch.get_deterministic_debug_mode(), memory.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    memory.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        memory.fill_uninitialized_memory = fill
+        torch.set_deterministic_debug_mode(mode)
+
+
+def roundoff(dtype: torch.dtype) -> float:
+    """What the roundings of one step, forward and backward, can amount to, relative to the numbers that enter it.
+
+    A rounding is half an eps. In float32 sixteen of them lie between what enters a step and da: two products, their
+    sum, two biases, a nonlinearity, f * c and its sum with i * g, tanh and o * tanh(c); then, backward, the sum that is
+    dh, three products and a sum on the way to dc, and one more to da. In float64 `exact` has as many of its own.
+    bfloat16 and float16 are computed in float32, where all these are nothing; what is left are the four times that
+    numbers are stored: h, c, the gates, and the gradient.
+    """
+    roundings = {64: 32, 32: 16, 16: 4}[torch.finfo(dtype).bits]
+    return roundings * torch.finfo(dtype).eps / 2
+
+
+class Answer(NamedTuple):
+    """What one tensor is held to."""
+
+    torchs: Tensor  # by torch's own implementation, or another that sets the measure, in the dtype in question
+    exact: Tensor  # float64
+    rounding: float = 0.0  # how far `exact` moves when what enters is moved by `roundoff`
+
+
+class InexactError(AssertionError):
+    """A tensor does not keep the rule; `excess` is its error over what is allowed."""
+
+    def __init__(self, message: str, excess: float) -> None:
+        super().__init__(message)
+        self.excess = excess
+
+
+def excess(ours: Tensor, torchs: Tensor, exact: Tensor, rounding: float = 0.0) -> float:
+    """The error of `ours` over what the rule allows: the rule is kept up to 1.
+
+    Args:
+        ours, torchs: of one shape and dtype.
+        exact: float64, of the same shape.
+        rounding: as in `Answer`; `roundoff` of the largest element of `exact` if that is more.
+
+    Returns:
+        0 or more; infinity for another shape or dtype, for a NaN or infinity that is not in `exact`, and where
+        `torchs` has such a thing, because nothing is measured then.
+
+    Raises:
+        ValueError: exact is not float64.
+    """
+    if exact.dtype != torch.float64:
+        raise ValueError(f"exact must be float64, got {exact.dtype}")
+    if ours.dtype != torchs.dtype or not ours.shape == torchs.shape == exact.shape:
+        return math.inf
+    error, allowed = _error(ours, exact), 2 * _error(torchs, exact) + _rounding(torchs.dtype, exact, rounding)
+    return error / allowed if math.isfinite(allowed) else math.inf
+
+
+def assert_as_exact_as(name: str, ours: Tensor, torchs: Tensor, exact: Tensor, rounding: float = 0.0) -> float:
+    """Holds a tensor to the rule.
+
+    Args:
+        name: what the message calls it.
+        ours, torchs, exact, rounding: as in `excess`.
+
+    Returns:
+        The excess, at most 1.
+
+    Raises:
+        InexactError: the rule is not kept, or a shape or dtype is wrong; the message says by how much.
+        ValueError: exact is not float64.
+    """
+    ratio = excess(ours, torchs, exact, rounding)
+    if ratio <= 1:
+        return ratio
+    if ours.shape != exact.shape or torchs.shape != exact.shape:
+        complaint = f"shapes differ: ours {list(ours.shape)}, torch's {list(torchs.shape)}, exact {list(exact.shape)}"
+    elif ours.dtype != torchs.dtype:
+        complaint = f"expected {torchs.dtype}, got {ours.dtype}"
+    else:
+        complaint = (
+            f"error {_error(ours, exact):.3g} is {ratio:.3g} times what is allowed, of values up to "
+            f"{_largest(exact):.3g}; torch's own error is {_error(torchs, exact):.3g}, and rounding is worth "
+            f"{_rounding(torchs.dtype, exact, rounding):.3g}"
+        )
+    raise InexactError(f"{name}: {complaint}", ratio)
+
+
+def _error(values: Tensor, exact: Tensor) -> float:
+    """max |values - exact|, infinite where exactly one of them is NaN."""
+    values = values.to(exact)
+    same = (values == exact) | (values.isnan() & exact.isnan())
+    differences = (values - exact).abs().nan_to_num(nan=math.inf, posinf=math.inf).masked_fill(same, 0.0)
+    return float(differences.max()) if differences.numel() else 0.0
+
+
+def _largest(exact: Tensor) -> float:
+    magnitudes = exact.abs().nan_to_num(nan=0.0, posinf=0.0)
+    return float(magnitudes.max()) if magnitudes.numel() else 0.0
+
+
+def _rounding(dtype: torch.dtype, exact: Tensor, rounding: float) -> float:
+    # Below the smallest normal number the spacing does not shrink any further.
+    return max(rounding, roundoff(dtype) * max(_largest(exact), torch.finfo(dtype).smallest_normal))
+
+
+class Inputs(NamedTuple):
+    """What a module is called with."""
+
+    x: Tensor  # [T, B, I], or [B, T, I] with batch_first; NaN where no step exists
+    hx: tuple[Tensor, Tensor] | None  # [L*D, B, P] and [L*D, B, H]
+    lengths: Tensor | None  # [B] int64
+    reset: Tensor | None  # [T, B] bool, laid out as x
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem: sizes, options, a dtype. All that is random in it follows from its seed, alike on every device."""
+
+    T: int
+    B: int
+    I: int
+    H: int
+    dtype: torch.dtype = torch.float32
+    layers: int = 1
+    bidirectional: bool = False
+    bias: bool = True
+    proj_size: int = 0
+    batch_first: bool = False
+    hx: bool = True  # initial states are given
+    lengths: bool = False  # sequences end at different steps: the last one at T, the first one before it begins
+    packed: bool = False  # the input is a PackedSequence of such sequences, unsorted, each of at least one step
+    reset: bool = False
+    states: bool = False  # every h_t and c_t is asked for
+    strided: bool = False  # x, h0 and c0 are slices of larger tensors
+    seed: int = 0
+
+    @property
+    def id(self) -> str:
+        """The sizes, every option that is not the default, and the dtype."""
+        parts = [f"T{self.T}", f"B{self.B}", f"I{self.I}", f"H{self.H}"]
+        parts += [f"L{self.layers}"] if self.layers > 1 else []
+        parts += [f"P{self.proj_size}"] if self.proj_size else []
+        parts += [] if self.bias else ["nobias"]
+        parts += [] if self.hx else ["nohx"]
+        flags = ("bidirectional", "batch_first", "lengths", "packed", "reset", "states", "strided")
+        parts += [flag for flag in flags if getattr(self, flag)]
+        parts += [f"seed{self.seed}"] if self.seed else []
+        return "-".join([*parts, str(self.dtype).removeprefix("torch.")])
+
+    def module(self, cls: Callable[..., nn.Module] = nn.LSTM, device: str = "cpu") -> nn.Module:
+        """A module of a class with nn.LSTM's constructor and initialisation."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            module = cls(
+                self.I,
+                self.H,
+                self.layers,
+                bias=self.bias,
+                batch_first=self.batch_first,
+                bidirectional=self.bidirectional,
+                proj_size=self.proj_size,
+                dtype=self.dtype,
+            )
+        return module.to(device)
+
+    def inputs(self, device: str = "cpu", dtype: torch.dtype | None = None) -> Inputs:
+        """What the module is called with; of another dtype than the case's, the same values."""
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def random(*shape: int) -> Tensor:
+            margin = 1 if self.strided else 0
+            larger = torch.randn(*shape[:-1], shape[-1] + 2 * margin, generator=generator)
+            return larger.to(self.dtype).to(device, dtype).narrow(-1, margin, shape[-1])
+
+        rows = self.layers * (2 if self.bidirectional else 1)
+        sizes = (self.B, self.T) if self.batch_first else (self.T, self.B)
+        x = random(*sizes, self.I)
+        hx = (random(rows, self.B, self.proj_size or self.H), random(rows, self.B, self.H)) if self.hx else None
+        lengths = reset = None
+        if self.lengths or self.packed:
+            lengths = torch.randint(1, self.T + 1, (self.B,), generator=generator)
+            lengths[:1] = 1 if self.packed else 0
+            lengths[-1:] = self.T
+            lengths = lengths.to(device)
+            x.masked_fill_(~_exists(self, lengths).unsqueeze(-1), math.nan)
+        if self.reset:
+            reset = (torch.rand(sizes, generator=generator) < 0.3).to(device)
+        return Inputs(x, hx, lengths, reset)
+
+
+def _exists(case: Case, lengths: Tensor) -> Tensor:
+    """[T, B] bool, laid out as x: which steps exist."""
+    steps = torch.arange(case.T, device=lengths.device)
+    return steps < lengths.unsqueeze(1) if case.batch_first else steps.unsqueeze(1) < lengths
+
+
+def arguments(case: Case, inputs: Inputs) -> tuple[Tensor | PackedSequence, Any, dict[str, Any]]:
+    """The input, the hx and the keywords that a module is called with, fusedrnn's own where the case needs them."""
+    x, hx, lengths, reset = inputs
+    options: dict[str, Any] = {}
+    if reset is not None:
+        options["reset"] = reset.T if case.packed and case.batch_first else reset
+    if case.states:
+        options["return_states"] = True
+    if case.packed:
+        assert lengths is not None
+        return pack_padded_sequence(x, lengths.cpu(), case.batch_first, enforce_sorted=False), hx, options
+    if lengths is not None:
+        options["lengths"] = lengths
+    return x, hx, options
+
+
+Call = Callable[[Callable[..., Any], Case, Inputs], dict[str, Tensor]]
+
+
+def call(module: Callable[..., Any], case: Case, inputs: Inputs) -> dict[str, Tensor]:
+    """Calls a module as the case says.
+
+    Returns:
+        y, hn, cn and, with states, h_l0, c_l0, h_l1, ...; what was packed is padded with zeros.
+    """
+
+    def padded(values: Tensor | PackedSequence) -> Tensor:
+        return pad_packed_sequence(values, case.batch_first)[0] if isinstance(values, PackedSequence) else values
+
+    x, hx, options = arguments(case, inputs)
+    y, (hn, cn), *rest = module(x, hx, **options)
+    outputs = {"y": padded(y), "hn": hn, "cn": cn}
+    for states in rest:
+        for k, (h, c) in enumerate(zip(*states, strict=True)):
+            outputs |= {f"h_l{k}": padded(h), f"c_l{k}": padded(c)}
+    return outputs
+
+
+def call_torch(module: Any, case: Case, inputs: Inputs) -> dict[str, Tensor]:
+    """`call` for an nn.LSTM, which is called one time step at a time where it lacks what the case asks for."""
+    # torch hands float16 to oneDNN where the processor has instructions for it, and oneDNN may refuse.
+    without_onednn = case.dtype == torch.float16 and inputs.x.device.type == "cpu"
+    with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None) if without_onednn else nullcontext():
+        if case.lengths or case.reset or case.states:
+            return _call_stepwise(module, case, inputs)
+        return call(module, case, inputs)
+
+
+def _call_stepwise(module: Any, case: Case, inputs: Inputs) -> dict[str, Tensor]:
+    def transposed(values: Tensor) -> Tensor:
+        return values.transpose(0, 1) if case.batch_first else values
+
+    x, hx, lengths, reset = inputs
+    T, B, D = case.T, case.B, 2 if case.bidirectional else 1
+    rows = case.layers * D
+    h0, c0 = hx or (x.new_zeros(rows, B, case.proj_size or case.H), x.new_zeros(rows, B, case.H))
+    always = torch.ones(T, B, 1, dtype=torch.bool, device=x.device)
+    exists = always if lengths is None else transposed(_exists(case, lengths)).unsqueeze(-1)
+    keep = always if reset is None else ~transposed(reset).unsqueeze(-1)
+    y = transposed(x).where(exists, 0.0)
+    last, states = [], dict[str, Tensor]()
+    for k in range(case.layers):
+        traces = []
+        for row in range(k * D, (k + 1) * D):
+            weights = [getattr(module, name) for name in module._all_weights[row]]
+            h, c = h0[row], c0[row]
+            trace: list[tuple[Tensor, Tensor]] = [(h, c)] * T
+            for t in reversed(range(T)) if row > k * D else range(T):
+                entering = [s.where(keep[t], 0.0).unsqueeze(0) for s in (h, c)]
+                _, h_t, c_t = _VF.lstm(y[t : t + 1], entering, weights, case.bias, 1, 0.0, True, False, False)
+                h, c = h_t[0].where(exists[t], h), c_t[0].where(exists[t], c)
+                trace[t] = (h, c)
+            traces.append([torch.stack(s).where(exists, 0.0) for s in zip(*trace, strict=True)])
+            last.append((h, c))
+        y, cs = (torch.cat(s, dim=-1) for s in zip(*traces, strict=True))
+        states |= {f"h_l{k}": transposed(y), f"c_l{k}": transposed(cs)}
+    hn, cn = (torch.stack(s) for s in zip(*last, strict=True))
+    return {"y": transposed(y), "hn": hn, "cn": cn, **(states if case.states else {})}
+
+
+def evaluate(
+    caller: Call,
+    cls: Callable[..., nn.Module],
+    case: Case,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    nudge: int = 0,
+) -> dict[str, Tensor]:
+    """Every output of a case and, for random gradients of the outputs, the gradient of all that they depend on.
+
+    cuDNN computes float32 as such in here, and not as TensorFloat-32.
+
+    Args:
+        caller: `call`, `call_torch`, or what has their signature.
+        cls: the class of the module.
+        case: the problem.
+        device: where to compute.
+        dtype: in what to compute, if not in the case's: the values that enter are rounded to the case's all the same.
+        nudge: unless 0, the seed of the signs with which everything that enters is moved by `roundoff`.
+
+    Returns:
+        What `caller` returns, and dx, dh0, dc0, dweight_ih_l0, ..., each under the name of what it is the gradient of.
+    """
+    module, inputs = case.module(cls, device).to(dtype), case.inputs(device, dtype)
+    signs = torch.Generator().manual_seed(nudge)
+
+    def nudged(values: Tensor) -> Tensor:
+        if nudge:
+            sign = torch.randint(0, 2, values.shape, generator=signs).mul_(2).sub_(1).to(values)
+            values.mul_(1 + sign * roundoff(case.dtype))
+        return values
+
+    leaves = {"x": inputs.x}
+    if inputs.hx is not None:
+        leaves |= {"h0": inputs.hx[0], "c0": inputs.hx[1]}
+    leaves |= dict(module.named_parameters())
+    with torch.no_grad():
+        leaves = {name: nudged(leaf).requires_grad_() for name, leaf in leaves.items()}
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        outputs = caller(module, case, inputs)
+        random = torch.Generator().manual_seed(case.seed + 1)
+        douts = [nudged(torch.randn(y.shape, generator=random).to(case.dtype).to(y)) for y in outputs.values()]
+        grads = torch.autograd.grad(list(outputs.values()), list(leaves.values()), douts)
+    return {k: v.detach() for k, v in outputs.items()} | {f"d{k}": g for k, g in zip(leaves, grads, strict=True)}
+
+
+def answers(case: Case, device: str = "cpu") -> dict[str, Answer]:
+    """What each tensor that `evaluate` returns is held to, by nn.LSTM: `excess(ours[name], *answers[name])`."""
+    torchs = evaluate(call_torch, nn.LSTM, case, device)
+    exact = evaluate(call_torch, nn.LSTM, case, device, torch.float64)
+    nudged = [evaluate(call_torch, nn.LSTM, case, device, torch.float64, nudge) for nudge in range(1, _NUDGES + 1)]
+    return {
+        name: Answer(torchs[name], exact[name], max(_error(other[name], exact[name]) for other in nudged))
+        for name in exact
+    }
