@@ -1,0 +1,146 @@
+"""Fixtures that the tests of the Python layer share: where to compute, pairs of modules, and what equal means."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence
+
+import fusedrnn
+from fusedrnn import dispatch, testing
+
+
+class Place(NamedTuple):
+    """A backend, and a device that it computes on."""
+
+    backend: str
+    device: str
+
+
+def places(**needs: bool) -> list[Place]:
+    """Every backend that is available, on every device where it computes what is needed in float64."""
+    return [
+        Place(backend, device)
+        for device in testing.devices()
+        for backend in fusedrnn.backends()
+        if dispatch.supports(backend, dispatch.Problem(device, torch.float64, 2, 2, 3, 4, 4, 1, **needs)) is None
+    ]
+
+
+PLACES = places()
+KERNELS = places(lengths=True, reset=True, states=True)  # what is more than nn.LSTM: all but aten
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`place` is every backend, `kernel` every one that can do more than nn.LSTM."""
+    for name, found in (("place", PLACES), ("kernel", KERNELS)):
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, found, ids="-".join, indirect=True)
+
+
+def _use(request: pytest.FixtureRequest) -> Iterator[Place]:
+    with fusedrnn.use_backend(request.param.backend):
+        yield request.param
+
+
+@pytest.fixture
+def place(request: pytest.FixtureRequest) -> Iterator[Place]:
+    """Computes on one backend; the tensors have to be on `place.device`."""
+    yield from _use(request)
+
+
+@pytest.fixture
+def kernel(request: pytest.FixtureRequest) -> Iterator[Place]:
+    """As `place`, for what torch's own LSTM cannot do."""
+    yield from _use(request)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Every test draws the same numbers, whatever ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For what does not depend on threads: on a busy machine, threads that wait for each other take their time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def twins() -> Callable[..., tuple[nn.LSTM, fusedrnn.LSTM]]:
+    """Builds an nn.LSTM and a fusedrnn.LSTM with the same weights, in float64 unless told."""
+
+    def build(*args: Any, cls: Any = fusedrnn.LSTM, **kwargs: Any) -> tuple[Any, Any]:
+        kwargs.setdefault("dtype", torch.float64)
+        theirs = (nn.LSTMCell if issubclass(cls, nn.LSTMCell) else nn.LSTM)(*args, **kwargs)
+        ours = cls(*args, **kwargs)
+        ours.load_state_dict(theirs.state_dict())
+        return theirs, ours
+
+    return build
+
+
+def tensors(nested: Any) -> list[torch.Tensor]:
+    """The tensors of nested tuples, in order; of a PackedSequence its data."""
+    if isinstance(nested, torch.Tensor):
+        return [nested]
+    if isinstance(nested, PackedSequence):
+        return [nested.data]
+    return [tensor for part in nested for tensor in tensors(part)]
+
+
+def _same(ours: Any, theirs: Any) -> None:
+    ours, theirs = tensors(ours), tensors(theirs)
+    assert len(ours) == len(theirs)
+    for mine, other in zip(ours, theirs, strict=True):
+        # Two orders of summation in float64 differ by some 1e-14; whatever is wrong is wrong by much more than this.
+        torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-11)
+
+
+@pytest.fixture
+def assert_same() -> Callable[[Any, Any], None]:
+    """Holds nested float64 tensors to be equal up to the order of summation: shapes, dtypes, devices and values."""
+    return _same
+
+
+@pytest.fixture
+def gradients() -> Callable[..., list[torch.Tensor]]:
+    """Gradients of nested outputs for random output gradients, the same ones at every call; 0 where none depends."""
+
+    def compute(outputs: Any, inputs: Any) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(1)
+        douts = [(y, torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)) for y in tensors(outputs)]
+        pairs = [(y, dy) for y, dy in douts if y.requires_grad]
+        if not pairs:
+            return [torch.zeros_like(input) for input in tensors(inputs)]
+        ys, dys = zip(*pairs, strict=True)
+        return list(torch.autograd.grad(ys, tensors(inputs), dys, allow_unused=True, materialize_grads=True))
+
+    return compute
+
+
+@pytest.fixture
+def assert_twins(assert_same: Any, gradients: Any) -> Callable[..., None]:
+    """Runs both modules on the same input: equal outputs, and equal gradients of leaves and parameters.
+
+    `make` returns the leaves and the arguments; it is called for each module, with the same seed.
+    """
+
+    def check(theirs: nn.Module, ours: nn.Module, make: Callable[[], tuple[Any, tuple[Any, ...]]]) -> None:
+        results = []
+        for module in (theirs, ours):
+            torch.manual_seed(1)
+            leaves, args = make()
+            outputs = module(*args)
+            results.append((outputs, gradients(outputs, [leaves, *module.parameters()])))
+        (expected, expected_grads), (outputs, grads) = results
+        assert_same(outputs, expected)
+        assert_same(grads, expected_grads)
+
+    return check

@@ -1,0 +1,196 @@
+"""The layers of the package: who may import whom, what C++ may include, and what `import fusedrnn` does and costs."""
+
+import ast
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = sorted((ROOT / "fusedrnn").glob("*.py"))
+KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
+NATIVE = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cuh", ".cpp", ".cu"))
+
+# Each module of the package and the siblings that it may import. A new module has to be given its place here.
+BELOW = {
+    "layout": set(),
+    "testing": {"layout"},
+    "reference": {"layout"},
+    "ops": {"reference", "kernels", "layout"},
+    "autograd": {"ops", "reference", "layout"},
+    "dispatch": {"ops"},
+    "functional": {"autograd", "dispatch", "layout"},
+    "module": {"functional", "layout"},
+    "convert": {"module"},
+}
+BELOW["check"] = {*BELOW}
+BELOW["cli"] = {*BELOW, "__init__"}
+BELOW["__main__"] = {"cli"}
+BELOW["__init__"] = {"convert", "dispatch", "functional", "module"}
+
+
+def imported(source, package):
+    """The full names of all that a module of `package` imports, at its top and inside of functions.
+
+    What stands behind `from a import` is a module or a name in one: both readings are returned where a is `package`.
+    """
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            names |= {f"{base}.{alias.name}" for alias in node.names} if base == "fusedrnn" else {base}
+    return names
+
+
+def siblings(source, package="fusedrnn"):
+    """The modules of fusedrnn, without its name, that `source` imports; "__init__" for its public names."""
+    found = set()
+    for name in imported(source, package):
+        top, _, rest = name.partition(".")
+        if top == "fusedrnn":
+            module = rest.split(".")[0]
+            found.add(module if module in BELOW or module == "kernels" else "__init__")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("source", "package", "expected"),
+    [
+        ("import torch.nn as nn", "fusedrnn", {"torch.nn"}),
+        ("from torch import nn", "fusedrnn", {"torch"}),
+        ("from . import ops, reference", "fusedrnn", {"fusedrnn.ops", "fusedrnn.reference"}),
+        ("from .layout import GATES", "fusedrnn", {"fusedrnn.layout"}),
+        ("from fusedrnn import ops", "fusedrnn", {"fusedrnn.ops"}),
+        ("def f():\n    from .module import LSTM", "fusedrnn", {"fusedrnn.module"}),
+        ("from .cell import step", "fusedrnn.kernels", {"fusedrnn.kernels.cell"}),
+        ("from ..ops import NAMESPACE", "fusedrnn.kernels", {"fusedrnn.ops"}),
+        ("from .. import ops", "fusedrnn.kernels", {"fusedrnn.ops"}),
+    ],
+    ids=["import", "from", "sibling", "in-sibling", "absolute", "in-function", "in-kernels", "above", "from-above"],
+)
+def test_every_form_of_import_is_seen(source, package, expected):
+    assert imported(source, package) == expected
+
+
+def test_public_names_stand_for_the_whole_package():
+    assert siblings("from fusedrnn import LSTM, ops") == {"__init__", "ops"}
+
+
+def test_every_module_has_its_place():
+    assert PACKAGE
+    assert {path.stem for path in PACKAGE} <= BELOW.keys()
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=lambda path: path.stem)
+def test_imports_go_down(path):
+    assert siblings(path.read_text()) <= BELOW[path.stem]
+
+
+def test_the_table_has_no_way_back_up():
+    order = list(BELOW)
+    for module, below in BELOW.items():
+        if module not in ("cli", "__main__", "__init__"):
+            assert all(order.index(name) < order.index(module) for name in below - {"kernels"})
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in PACKAGE if path.stem not in ("check", "cli")], ids=lambda path: path.stem
+)
+def test_all_but_the_command_line_needs_only_torch(path):
+    external = {name.split(".")[0] for name in imported(path.read_text(), "fusedrnn")} - {"fusedrnn"}
+    assert external - sys.stdlib_module_names <= {"torch"}
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)
+def test_triton_kernels_import_torch_triton_and_each_other(path):
+    for name in imported(path.read_text(), "fusedrnn.kernels"):
+        top = name.split(".")[0]
+        assert name.startswith("fusedrnn.kernels.") or top in {"torch", "triton", *sys.stdlib_module_names}, name
+
+
+@pytest.mark.parametrize("path", NATIVE, ids=lambda path: path.name)
+def test_only_the_operators_include_torch(path):
+    included = re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)', path.read_text(), re.MULTILINE)
+    torchs = [name for name in included if re.match(r"(torch|ATen|c10|pybind11)/|Python\.h", name)]
+    assert included
+    assert bool(torchs) == path.name.endswith("_ops.cpp"), torchs
+
+
+def test_the_operators_are_among_the_native_sources():
+    assert any(path.name.endswith("_ops.cpp") for path in NATIVE)
+    assert any(path.parent.name == "cpu" for path in NATIVE)
+
+
+def report(code, folder):
+    """What a fresh Python prints as JSON; started in another folder, so that the package it finds is the installed."""
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={name: value for name, value in os.environ.items() if name != "FUSEDRNN_BACKEND"},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def imports(tmp_path_factory):
+    """Three fresh imports: what each loaded beside torch, and the seconds it took after torch's own."""
+    code = """
+import json, sys, time
+import torch
+before, start = set(sys.modules), time.perf_counter()
+import fusedrnn
+seconds = time.perf_counter() - start
+print(json.dumps({"seconds": seconds, "modules": sorted(set(sys.modules) - before)}))
+"""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    return [report(code, folder) for _ in range(3)]
+
+
+def test_import_loads_little(imports):
+    loaded = {name.split(".")[0] for name in imports[0]["modules"]}
+    assert "fusedrnn" in loaded
+    assert not loaded & {"triton", "matplotlib", "tqdm", "numpy"}
+    assert not {"torch._dynamo", "torch._inductor", "fusedrnn.kernels", "fusedrnn.testing"} & set(imports[0]["modules"])
+
+
+def test_import_is_quick(imports):
+    assert statistics.median(one["seconds"] for one in imports) < 0.2
+
+
+def test_import_leaves_torch_as_it_was(tmp_path):
+    code = """
+import json
+import torch, torch._dynamo
+def state():
+    return {
+        "dtype": str(torch.get_default_dtype()),
+        "device": str(torch.get_default_device()),
+        "threads": [torch.get_num_threads(), torch.get_num_interop_threads()],
+        "grad": [torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_anomaly_enabled()],
+        "rng": torch.get_rng_state().sum().item(),
+        "precision": torch.get_float32_matmul_precision(),
+        "deterministic": [torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory],
+        "backends": [torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32],
+        "dynamo": {k: str(v) for k, v in torch._dynamo.config.get_config_copy().items()},
+        "classes": [str(torch.nn.LSTM), str(torch.nn.LSTMCell), torch.nn.LSTM.forward.__module__],
+    }
+before = state()
+import fusedrnn
+print(json.dumps([before, state()]))
+"""
+    before, after = report(code, tmp_path)
+    assert "allow_rnn" in before["dynamo"]
+    assert after == before

@@ -1,0 +1,517 @@
+"""Differentiation: of every order, of what is needed and nothing more, and in all the ways that torch has for it."""
+
+import copy
+from threading import Thread
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import forward_ad, grad, gradcheck, gradgradcheck
+from torch.func import functional_call, vjp, vmap
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
+
+import fusedrnn
+from fusedrnn import ops, reference
+
+T, B, I, H = 5, 3, 4, 6
+
+
+def random(*shape, device="cpu", requires_grad=False):
+    return torch.randn(shape, dtype=torch.float64).to(device).requires_grad_(requires_grad)
+
+
+def flat(nested):
+    """The tensors of nested tuples, in order."""
+    return [nested] if isinstance(nested, torch.Tensor) else [tensor for part in nested for tensor in flat(part)]
+
+
+def build(place, *args, **options):
+    return fusedrnn.LSTM(*(args or (I, H)), **options, dtype=torch.float64, device=place.device)
+
+
+# Derivatives of every order
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_backward_in_train_and_eval_mode(kernel, twins, assert_twins, train):
+    theirs, ours = twins(I, H, 2, bidirectional=True, device=kernel.device)
+
+    def make():
+        x = random(T, B, I, device=kernel.device, requires_grad=True)
+        return [x], (x,)
+
+    assert_twins(theirs.train(train), ours.train(train), make)
+
+
+CHECKED = {
+    "plain": ({}, {}),
+    "everything": (
+        {"bidirectional": True, "proj_size": 1},
+        {"lengths": torch.tensor([3, 1]), "reset": torch.tensor([[0, 1], [1, 0], [0, 0]]) > 0, "return_states": True},
+    ),
+}
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(("options", "extras"), CHECKED.values(), ids=CHECKED.keys())
+def test_derivatives_against_differences(kernel, options, extras):
+    lstm = build(kernel, 2, 2, **options)
+    extras = {name: value.to(kernel.device) if name != "return_states" else value for name, value in extras.items()}
+    D, P = (2, 1) if options else (1, 2)
+    states = (random(D, 2, P, device=kernel.device), random(D, 2, 2, device=kernel.device))
+    names = [name for name, _ in lstm.named_parameters()]
+    leaves = [random(3, 2, 2, device=kernel.device), *states, *lstm.parameters()]
+
+    def call(x, h0, c0, *weights):
+        return tuple(flat(functional_call(lstm, dict(zip(names, weights, strict=True)), (x, (h0, c0)), extras)))
+
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    assert gradcheck(call, leaves)
+    assert gradgradcheck(call, leaves)
+
+
+def sums(y):
+    """A scalar whose derivatives of every order depend on every element of y, differently."""
+    return sum((t * torch.linspace(0.5, 1.5, t.numel(), dtype=t.dtype, device=t.device).view_as(t)).sum() for t in y)
+
+
+def test_third_derivatives(kernel, assert_same):
+    lstm = build(kernel, 2, 3, bidirectional=True)
+    x, h0, c0 = (random(*shape, device=kernel.device, requires_grad=True) for shape in ((3, 2, 2), *[(2, 2, 3)] * 2))
+    lengths, reset = torch.tensor([3, 2]), torch.tensor([[0, 0], [0, 1], [1, 0]]) > 0
+    lengths, reset = lengths.to(kernel.device), reset.to(kernel.device)
+    weights = list(lstm.parameters())
+    y, (hn, cn) = lstm(x, (h0, c0), lengths=lengths, reset=reset)
+    results = []
+    for outputs in ([y, hn, cn], reference.layer(x, weights, True, h0, c0, lengths, reset)[:3]):
+        leaves, orders = [x, h0, c0, *weights], []
+        for _ in range(3):
+            outputs = grad(sums(outputs), leaves, create_graph=True)
+            orders.append(outputs)
+        results.append(orders)
+    assert_same(results[0], results[1])
+    assert all(part.abs().max() > 1e-6 for part in results[0][2])
+
+
+def test_gradient_penalty(kernel, twins, assert_same):
+    """A loss that contains a gradient: parameters get theirs through both."""
+    theirs, ours = twins(I, H, 2, device=kernel.device)
+    x, results = random(T, B, I, device=kernel.device, requires_grad=True), []
+    for module in (theirs, ours):
+        y = module(x)[0]
+        (dx,) = grad(y.square().sum(), x, create_graph=True)
+        (y.sum() + dx.square().sum()).backward()
+        results.append([dx, *(p.grad for p in module.parameters())])
+    assert_same(results[1], results[0])
+
+
+# What is needed, and nothing more
+
+
+@pytest.fixture
+def needs(monkeypatch):
+    """Spies on the backward operators: for each layer, last layer first, what was asked for, and what came back."""
+    calls, find = [], ops.backward_op
+
+    def spied(backend):
+        def run(*args):
+            dx, dh0, dc0, dweights = result = find(backend)(*args)
+            calls.append((args[-1], [dx, dh0, dc0, *dweights]))
+            return result
+
+        return run
+
+    monkeypatch.setattr(ops, "backward_op", spied)
+    return calls
+
+
+# (what requires a gradient) -> for each of 2 layers, first to last: x, h0, c0, w_ih, w_hh, b_ih, b_hh
+NEEDED = {
+    "x": (("x",), "1000000 1000000"),
+    "h0": (("h0",), "0100000 1100000"),
+    "c0": (("c0",), "0010000 1010000"),
+    "weights": (("weight", "bias"), "0001111 1001111"),
+    "all": (("x", "h0", "c0", "weight", "bias"), "1111111 1111111"),
+    "frozen-biases": (("x", "weight"), "1001100 1001100"),
+    "frozen-bias": (("weight", "bias_hh"), "0001101 1001101"),
+    "last-layer": (("weight_ih_l1", "bias_hh_l1"), "0000000 0001001"),
+    "first-layer": (("weight_hh_l0",), "0000100 1000000"),
+}
+
+
+@pytest.mark.parametrize(("wanted", "expected"), NEEDED.values(), ids=NEEDED.keys())
+def test_only_the_gradients_that_are_needed_are_computed(kernel, twins, needs, assert_same, wanted, expected):
+    theirs, ours = twins(I, H, 2, device=kernel.device)
+    leaves = {"x": random(T, B, I), "h0": random(2, B, H), "c0": random(2, B, H)}
+    leaves = {name: leaf.to(kernel.device) for name, leaf in leaves.items()}
+    found = []
+    for module in (theirs, ours):
+        every = leaves | dict(module.named_parameters())
+        for name, leaf in every.items():
+            leaf.grad = None
+            leaf.requires_grad_(name.startswith(wanted))
+        y, (hn, cn) = module(leaves["x"], (leaves["h0"], leaves["c0"]))
+        sums([y, hn, cn]).backward()
+        found.append({name: leaf.grad for name, leaf in every.items()})
+    for name, gradient in found[1].items():
+        assert (gradient is not None) == name.startswith(wanted), name
+    assert_same(*([g for g in grads.values() if g is not None] for grads in reversed(found)))
+    masks = [mask for mask in expected.split() if "1" in mask]
+    assert [("".join(str(int(need)) for need in asked)) for asked, _ in reversed(needs)] == masks
+    for asked, results in needs:
+        assert [result.numel() > 0 for result in results] == asked
+
+
+USED = {"y": [0], "hn": [1], "cn": [2], "y-cn": [0, 2], "hn-cn": [1, 2], "h-of-layer-0": [3], "c-of-layer-1": [6]}
+
+
+@pytest.mark.parametrize("used", USED.values(), ids=USED.keys())
+@pytest.mark.parametrize("create_graph", [False, True], ids=["first", "create_graph"])
+def test_outputs_that_nobody_uses(kernel, assert_same, used, create_graph):
+    lstm = build(kernel, I, H, 2)
+    x = random(T, B, I, device=kernel.device, requires_grad=True)
+    weights = list(lstm.parameters())
+    h_l0, hn_l0, cn_l0, c_l0, _ = reference.layer(x, weights[:4])
+    h_l1, hn_l1, cn_l1, c_l1, _ = reference.layer(h_l0, weights[4:])
+    expected = [h_l1, torch.cat([hn_l0, hn_l1]), torch.cat([cn_l0, cn_l1]), h_l0, h_l1, c_l0, c_l1]
+    results = []
+    for outputs in (expected, flat(lstm(x, return_states=True))):
+        loss = sums([outputs[k] for k in used])
+        results.append(grad(loss, [x, *weights], create_graph=create_graph, allow_unused=True))
+    assert [g is None for g in results[1]] == [g is None for g in results[0]]
+    assert_same(*([g for g in grads if g is not None] for grads in reversed(results)))
+
+
+def test_nothing_is_saved_where_nothing_is_needed(kernel):
+    lstm = build(kernel).requires_grad_(False)
+    outputs = lstm(random(T, B, I, device=kernel.device), return_states=True)
+    y, (hn, cn), states = outputs
+    for output in (y, hn, cn, *states.h, *states.c):
+        assert not output.requires_grad
+        assert output.grad_fn is None
+
+
+def test_inference_mode(kernel, assert_same):
+    lstm, x = build(kernel), random(T, B, I, device=kernel.device)
+    with torch.inference_mode():
+        y, (hn, cn) = lstm(x)
+    assert y.is_inference()
+    assert_same([y, hn, cn], lstm(x))
+
+
+def saved_bytes(cls, device, **options):
+    """Bytes of the storages that autograd packs in a forward, each storage once, without x's and the parameters'."""
+    module, x = cls(8, 16, **options, device=device), torch.randn(20, 4, 8, device=device)
+    given = {tensor.untyped_storage().data_ptr() for tensor in (x, *module.parameters())}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = module(x)
+    assert outputs[0].requires_grad
+    return sum(storage.nbytes() for address, storage in kept.items() if address not in given)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}], ids=["one", "two-bidirectional"])
+def test_memory_saved_for_backward(kernel, options):
+    """For float32, T=20, B=4, I=8, H=16, what torch.autograd.graph.saved_tensors_hooks sees: no more than of nn.LSTM.
+
+    Counted are the whole storages of all saved tensors, each once; not the input and the parameters, which live
+    anyway. With oneDNN, nn.LSTM's are its outputs, states and the workspace that oneDNN fills in the forward, without
+    it those of every operator of every step. Ours are for each unit and step the output, the cell and the four gates.
+    """
+    layers, D = options.get("num_layers", 1), 2 if options else 1
+    ours = saved_bytes(fusedrnn.LSTM, kernel.device, **options)
+    assert ours <= saved_bytes(nn.LSTM, kernel.device, **options)
+    assert ours <= layers * D * (1 + 1 + 4) * 20 * 4 * 16 * 4
+
+
+# The graph
+
+
+@pytest.mark.parametrize("name", ["weight_ih_l0", "weight_hh_l0"])
+def test_a_weight_changed_in_place_is_noticed(kernel, name):
+    lstm = build(kernel)
+    y, _ = lstm(random(T, B, I, device=kernel.device))
+    with torch.no_grad():
+        getattr(lstm, name).add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_an_output_changed_in_place_is_noticed(kernel):
+    lstm = build(kernel)
+    y, _ = lstm(random(T, B, I, device=kernel.device))
+    y.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_backward_twice(kernel):
+    lstm = build(kernel, I, H, 2, bidirectional=True)
+    x = random(T, B, I, device=kernel.device, requires_grad=True)
+    y, (hn, cn) = lstm(x)
+    loss, leaves = sums([y, hn, cn]), [x, *lstm.parameters()]
+    first, second = (grad(loss, leaves, retain_graph=True) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+    loss.backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+
+
+def test_gradients_accumulate(kernel, assert_same):
+    lstm = build(kernel)
+    one, two = random(T, B, I, device=kernel.device), random(T, B, I, device=kernel.device)
+    expected = grad(sums([lstm(one)[0]]) + sums([lstm(two)[0]]), list(lstm.parameters()))
+    for x in (one, two):
+        sums([lstm(x)[0]]).backward()
+    assert_same([p.grad for p in lstm.parameters()], expected)
+
+
+def test_copies_have_gradients_of_their_own(kernel, assert_same):
+    lstm, x = build(kernel), random(T, B, I, device=kernel.device)
+    lstm(x)[0].sum().backward()
+    before = [p.grad.clone() for p in lstm.parameters()]
+    copied = copy.deepcopy(lstm)
+    copied.zero_grad()
+    (2 * copied(x)[0].sum()).backward()
+    assert_same([p.grad for p in copied.parameters()], [2 * g for g in before])
+    for parameter, gradient in zip(lstm.parameters(), before, strict=True):
+        assert torch.equal(parameter.grad, gradient)
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["saved-tensors", "reentrant"])
+def test_checkpoint(kernel, assert_same, reentrant):
+    lstm = build(kernel, I, H, 2, bidirectional=True)
+    x = random(T, B, I, device=kernel.device, requires_grad=True)
+    results = []
+
+    def run(x):
+        return tuple(flat(lstm(x)))  # the reentrant form looks for tensors at the top only
+
+    for call in (run, lambda x: checkpoint(run, x, use_reentrant=reentrant)):
+        x.grad = None
+        lstm.zero_grad()
+        outputs = call(x)
+        sums(outputs).backward()
+        results.append([*outputs, x.grad, *(p.grad for p in lstm.parameters())])
+    assert_same(results[1], results[0])
+
+
+def test_saved_tensors_may_be_moved_away(kernel, assert_same):
+    lstm, x = build(kernel), random(T, B, I, device=kernel.device, requires_grad=True)
+    leaves = [x, *lstm.parameters()]
+    expected = grad(sums(lstm(x)[:1]), leaves)
+    with torch.autograd.graph.save_on_cpu():
+        y, _ = lstm(x)
+    assert_same(grad(sums([y]), leaves), expected)
+
+
+@pytest.mark.parametrize("size", [(T, B, I, H), (30, 1, 16, 200)], ids=["small", "units-shared-by-threads"])
+def test_two_threads_at_once(kernel, size):
+    """Each runs forward and backward on a module of its own: the same bits as one after the other."""
+    steps, batch, inputs, hidden = size
+    modules = [build(kernel, inputs, hidden, 2) for _ in range(2)]
+    xs = [random(steps, batch, inputs, device=kernel.device) for _ in modules]
+
+    def work(k, results):
+        for _ in range(4):
+            y, (hn, cn) = modules[k](xs[k])
+            results.append([y, hn, cn, *grad(sums([y, hn, cn]), list(modules[k].parameters()))])
+
+    together, apart = ([], []), ([], [])
+    threads = [Thread(target=work, args=(k, together[k])) for k in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for k in range(2):
+        work(k, apart[k])
+        assert len(together[k]) == 4
+        for run, expected in zip(together[k], apart[k], strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(run, expected, strict=True))
+
+
+# Weights that are no parameters
+
+
+def test_dropped_weights(kernel, twins, assert_same, gradients):
+    """The recurrent weight is computed from a parameter and set as an attribute, as AWD-LSTM does."""
+    results, x = [], random(T, B, I, device=kernel.device)
+    mask = (torch.rand(4 * H, H) < 0.5).to(x)
+    for module in twins(I, H, device=kernel.device):
+        raw = module.weight_hh_l0
+        del module._parameters["weight_hh_l0"]
+        module.register_parameter("weight_hh_l0_raw", raw)
+        module.weight_hh_l0 = raw * mask
+        outputs = module(x)
+        results.append((outputs, gradients(outputs, list(module.parameters()))))
+        assert raw in set(module.parameters())
+    assert_same(results[1], results[0])
+
+
+def test_weight_norm(kernel, twins, assert_same, gradients):
+    results, x = [], random(T, B, I, device=kernel.device)
+    for module in twins(I, H, device=kernel.device):
+        for name in ("weight_hh_l0", "weight_ih_l0"):
+            parametrizations.weight_norm(module, name)
+        with torch.no_grad():
+            module.parametrizations.weight_hh_l0.original0.mul_(1.5)
+        outputs = module(x)
+        results.append((outputs, gradients(outputs, list(module.parameters()))))
+    assert len(results[0][1]) == 6
+    assert_same(results[1], results[0])
+
+
+def test_shared_weights(kernel, twins, assert_twins):
+    """Both layers are the same parameters, and get the sum of the gradients."""
+    theirs, ours = twins(H, H, 2, device=kernel.device)
+    for module in (theirs, ours):
+        for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
+            setattr(module, f"{name}_l1", getattr(module, f"{name}_l0"))
+        assert len(list(module.parameters())) == 4
+
+    def make():
+        x = random(T, B, H, device=kernel.device, requires_grad=True)
+        return [x], (x,)
+
+    assert_twins(theirs, ours, make)
+
+
+# torch.func
+
+
+def functional(kernel, *args, **options):
+    """A module's call as a function of its weights and of x, and what to call it with."""
+    lstm = build(kernel, *args, **options)
+    weights = {name: parameter.detach().clone() for name, parameter in lstm.named_parameters()}
+    x = random(T, B, I, device=kernel.device)
+
+    def call(weights, x):
+        y, (hn, cn) = functional_call(lstm, weights, (x,))
+        return y, hn, cn
+
+    def loss(weights, x):
+        return sums(call(weights, x))
+
+    leaves = [tensor.clone().requires_grad_() for tensor in (*weights.values(), x)]
+    outputs = call(dict(zip(weights, leaves, strict=False)), leaves[-1])
+    return call, loss, weights, x, leaves, outputs
+
+
+def test_functional_call_uses_the_weights_it_is_given(kernel, twins, assert_same):
+    theirs, ours = twins(I, H, device=kernel.device)
+    x = random(T, B, I, device=kernel.device)
+    weights = {name: random(*p.shape, device=kernel.device) for name, p in ours.named_parameters()}
+    before = ours(x)
+    assert_same(functional_call(ours, weights, (x,)), functional_call(theirs, weights, (x,)))
+    assert_same(ours(x), before)
+
+
+def test_func_grad_and_vjp(kernel, assert_same):
+    call, loss, weights, x, leaves, outputs = functional(kernel, I, H, 2, bidirectional=True)
+    expected = grad(sums(outputs), leaves)
+    dweights, dx = torch.func.grad(loss, argnums=(0, 1))(weights, x)
+    assert_same([*dweights.values(), dx], expected)
+    primals, pullback = vjp(call, weights, x)
+    cotangents = grad(sums(outputs), outputs)
+    dweights, dx = pullback(cotangents)
+    assert_same(primals, outputs)
+    assert_same([*dweights.values(), dx], expected)
+
+
+def test_func_grad_of_grad(kernel, assert_same):
+    _, loss, weights, x, leaves, outputs = functional(kernel)
+    (dx,) = grad(sums(outputs), leaves[-1:], create_graph=True)
+    expected = grad(dx.square().sum(), leaves)
+
+    def penalty(weights, x):
+        return torch.func.grad(loss, argnums=1)(weights, x).square().sum()
+
+    dweights, ddx = torch.func.grad(penalty, argnums=(0, 1))(weights, x)
+    assert_same([*dweights.values(), ddx], expected)
+
+
+def vmapped(call, loss, weights, x):
+    return vmap(call, in_dims=(None, 0))(weights, x.unsqueeze(0))
+
+
+def vmapped_without_grad(call, loss, weights, x):
+    with torch.no_grad():
+        return vmapped(call, loss, weights, x)
+
+
+def ensemble(call, loss, weights, x):
+    return vmap(call, in_dims=(0, None))({name: torch.stack([w, w]) for name, w in weights.items()}, x)
+
+
+def gradient_of_each_sample(call, loss, weights, x):
+    return vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, torch.stack([x, x]))
+
+
+def jacrev(call, loss, weights, x):
+    return torch.func.jacrev(call, argnums=1)(weights, x)
+
+
+def jvp(call, loss, weights, x):
+    return torch.func.jvp(lambda x: call(weights, x), (x,), (x,))
+
+
+def jvp_of_weights(call, loss, weights, x):
+    return torch.func.jvp(lambda weights: call(weights, x), (weights,), (weights,))
+
+
+def dual_numbers(call, loss, weights, x):
+    with forward_ad.dual_level():
+        return call(weights, forward_ad.make_dual(x, x))
+
+
+def dual_numbers_that_need_gradients(call, loss, weights, x):
+    with forward_ad.dual_level():
+        return call(weights, forward_ad.make_dual(x.requires_grad_(), x))
+
+
+def jacfwd(call, loss, weights, x):
+    return torch.func.jacfwd(call, argnums=1)(weights, x)
+
+
+def jvp_of_grad(call, loss, weights, x):
+    return torch.func.jvp(lambda x: torch.func.grad(loss, argnums=1)(weights, x), (x,), (x,))
+
+
+VMAP, JVP = "cannot be batched by torch.func.vmap yet", "has no forward-mode derivative"
+REFUSED = [
+    (vmapped, VMAP),
+    (vmapped_without_grad, VMAP),
+    (ensemble, VMAP),
+    (gradient_of_each_sample, VMAP),
+    (jacrev, VMAP),
+    (jvp, JVP),
+    (jvp_of_weights, JVP),
+    (dual_numbers, JVP),
+    (dual_numbers_that_need_gradients, JVP),
+    (jacfwd, JVP),
+    (jvp_of_grad, JVP),
+]
+
+
+@pytest.mark.parametrize(("transform", "text"), REFUSED, ids=[transform.__name__ for transform, _ in REFUSED])
+def test_transforms_that_are_refused(kernel, transform, text):
+    """An error that says so, and never a wrong number."""
+    call, loss, weights, x, _, _ = functional(kernel)
+    with pytest.raises(NotImplementedError, match=text):
+        transform(call, loss, weights, x)
+
+
+def test_batched_gradients_are_refused(kernel):
+    """torch's older vmap, which autograd still uses here, asks no autograd.Function: it is torch that says it."""
+    call, _, weights, x, _, _ = functional(kernel)
+    y = call(weights, x.requires_grad_())[0]
+    with pytest.raises(RuntimeError, match="Batching rule not implemented for fusedrnn::"):
+        grad(y, x, torch.stack([torch.ones_like(y)] * 2), is_grads_batched=True)

@@ -1,0 +1,520 @@
+"""Which backend runs, who decides it, and what is said about the others."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from threading import Thread
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_sequence
+
+import fusedrnn
+from fusedrnn import dispatch, ops
+from fusedrnn.dispatch import Problem
+
+NAMES = ["cuda", "triton", "cpu", "aten", "reference"]
+OPERATORS = [name for name in ("cpu", "reference") if fusedrnn.backends()[name] is None]
+EXTRAS = {
+    "lengths": {"lengths": torch.tensor([3, 1])},
+    "reset": {"reset": torch.zeros(4, 2, dtype=torch.bool)},
+    "return_states": {"return_states": True},
+}
+
+
+@pytest.fixture(autouse=True)
+def auto():
+    """Nobody asks for a backend, whatever the environment says."""
+    with fusedrnn.use_backend("auto"):
+        yield
+
+
+@pytest.fixture
+def spies(monkeypatch):
+    """What really runs: the names given to ops.forward_op and ops.backward_op, and "aten" for torch's own LSTM."""
+    ran = {"forward": [], "backward": []}
+
+    def spy(direction, find):
+        def spied(name):
+            ran[direction].append(name)
+            return find(name)
+
+        monkeypatch.setattr(ops, find.__name__, spied)
+
+    spy("forward", ops.forward_op)
+    spy("backward", ops.backward_op)
+    for name in ("lstm", "lstm_cell"):
+        torchs = getattr(torch._VF, name)
+
+        def spied(*args, torchs=torchs):
+            ran["forward"].append("aten")
+            return torchs(*args)
+
+        monkeypatch.setattr(torch._VF, name, spied)
+    return ran
+
+
+@pytest.fixture
+def replace(monkeypatch):
+    """Gives a row of the table other answers."""
+
+    def change(name, **answers):
+        monkeypatch.setitem(dispatch.TABLE, name, dispatch.TABLE[name]._replace(**answers))
+
+    return change
+
+
+def lstm_and_input(**options):
+    return fusedrnn.LSTM(3, 5, **options), torch.randn(4, 2, 3)
+
+
+# backends and use_backend
+
+
+def test_backends_in_order_of_preference(replace):
+    replace("triton", unavailable=lambda: "it is the test that says so")
+    replace("reference", unavailable=lambda: None)
+    found = fusedrnn.backends()
+    assert list(found) == NAMES
+    assert found["triton"] == "it is the test that says so"
+    assert found["aten"] is None
+    assert found["reference"] is None
+
+
+@pytest.mark.parametrize("name", [name for name, reason in fusedrnn.backends().items() if reason is None])
+def test_what_is_asked_for_runs(spies, name):
+    lstm, x = lstm_and_input(num_layers=2)
+    with fusedrnn.use_backend(name):
+        lstm(x)
+    assert set(spies["forward"]) == {name}
+
+
+@pytest.mark.parametrize("name", [name for name, reason in fusedrnn.backends().items() if reason is not None])
+def test_what_is_not_available_cannot_be_asked_for(name):
+    with pytest.raises(RuntimeError) as error, fusedrnn.use_backend(name):
+        pass
+    assert str(error.value) == f"backend {name!r} was asked for and is not available: {fusedrnn.backends()[name]}"
+
+
+def test_nesting_and_restoring(spies):
+    lstm, x = lstm_and_input()
+    with fusedrnn.use_backend("reference"):
+        lstm(x)
+        with fusedrnn.use_backend("aten"):
+            lstm(x)
+            with fusedrnn.use_backend("reference"):
+                lstm(x)
+            lstm(x)
+        lstm(x)
+        with fusedrnn.use_backend("auto"):
+            lstm(x)
+        lstm(x)
+    lstm(x)
+    first = fusedrnn.explain(lstm, x).backend
+    assert spies["forward"] == ["reference", "aten", "reference", "aten", "reference", first, "reference", first]
+
+
+def test_restoring_after_an_exception(spies):
+    lstm, x = lstm_and_input()
+    with fusedrnn.use_backend("aten"):
+        with pytest.raises(KeyError, match="inside"), fusedrnn.use_backend("reference"):
+            raise KeyError("inside")
+        lstm(x)
+    assert spies["forward"] == ["aten"]
+
+
+@pytest.mark.parametrize("name", ["tpu", "CPU", "", " cpu"], ids=repr)
+def test_unknown_name(spies, name):
+    lstm, x = lstm_and_input()
+    with fusedrnn.use_backend("reference"):
+        with pytest.raises(ValueError) as error, fusedrnn.use_backend(name):
+            pass
+        lstm(x)
+    assert str(error.value) == f"unknown backend {name!r}: expected one of auto, {', '.join(NAMES)}"
+    assert spies["forward"] == ["reference"]
+
+
+def test_an_unavailable_name_changes_nothing(spies, replace):
+    replace("triton", unavailable=lambda: "it is the test that says so")
+    lstm, x = lstm_and_input()
+    with fusedrnn.use_backend("reference"):
+        with pytest.raises(RuntimeError, match="it is the test that says so"), fusedrnn.use_backend("triton"):
+            pass
+        lstm(x)
+    assert spies["forward"] == ["reference"]
+
+
+def test_holds_in_other_threads(spies):
+    lstm, x = lstm_and_input()
+    with fusedrnn.use_backend("reference"):
+        thread = Thread(target=lstm, args=(x,))
+        thread.start()
+        thread.join()
+    assert spies["forward"] == ["reference"]
+
+
+@pytest.mark.parametrize("options", EXTRAS.values(), ids=EXTRAS.keys())
+def test_aten_cannot_do_more_than_nn_lstm(spies, options):
+    lstm, x = lstm_and_input()
+    with fusedrnn.use_backend("aten"):
+        with pytest.raises(RuntimeError) as error:
+            lstm(x, **options)
+        explanation = fusedrnn.explain(lstm, x, **options)
+    (name,) = options
+    assert str(error.value) == f"backend 'aten' was asked for and cannot run: torch's own LSTM has no {name}"
+    assert explanation.backend is None
+    assert explanation.reasons["aten"] == f"torch's own LSTM has no {name}"
+    assert spies["forward"] == []
+
+
+def test_aten_names_all_that_it_lacks():
+    lstm, x = lstm_and_input()
+    with fusedrnn.use_backend("aten"), pytest.raises(RuntimeError, match=r"no lengths, reset, return_states$"):
+        lstm(x, lengths=torch.tensor([3, 1]), **EXTRAS["reset"], return_states=True)
+
+
+def test_a_backend_that_is_asked_for_is_never_replaced(spies, replace):
+    replace("cpu", unavailable=lambda: None, unsupported=lambda problem: f"it is tired of {problem.T} steps")
+    lstm, x = lstm_and_input()
+    with fusedrnn.use_backend("cpu"):
+        with pytest.raises(RuntimeError, match="backend 'cpu' was asked for and cannot run: it is tired of 4 steps"):
+            lstm(x)
+        with pytest.raises(RuntimeError, match="it is tired of 1 steps"):
+            fusedrnn.LSTMCell(3, 5)(x[0])
+    assert spies["forward"] == []
+    lstm(x)
+    assert spies["forward"] == ["aten"]  # where nobody asked, the next one serves
+
+
+def test_nothing_can_serve(replace):
+    for name in NAMES:
+        replace(name, unavailable=lambda: None, unsupported=lambda _, name=name: f"{name} says no")
+    lstm, x = lstm_and_input()
+    with pytest.raises(RuntimeError) as error:
+        lstm(x)
+    assert str(error.value) == "no backend can compute this: " + "; ".join(f"{name}: {name} says no" for name in NAMES)
+    explanation = fusedrnn.explain(lstm, x)
+    assert explanation.backend is None
+    assert list(explanation.reasons) == NAMES
+    assert str(explanation).splitlines()[0] == "no backend"
+
+
+@pytest.mark.parametrize("then", [*OPERATORS, "aten"])
+@pytest.mark.parametrize("first", OPERATORS)
+def test_backward_stays_with_the_backend_of_the_forward(spies, first, then):
+    lstm, x = lstm_and_input(num_layers=2)
+    with fusedrnn.use_backend(first):
+        y, _ = lstm(x)
+    with fusedrnn.use_backend(then):
+        y.sum().backward()
+    assert spies == {"forward": [first] * 2, "backward": [first] * 2}
+
+
+# explain
+
+FORMS = {
+    "plain": (fusedrnn.LSTM(3, 5), (torch.randn(4, 2, 3),), {}, Problem("cpu", torch.float32, 4, 2, 3, 5, 5, 1)),
+    "nn.LSTM": (nn.LSTM(3, 5), (torch.randn(4, 2, 3),), {}, Problem("cpu", torch.float32, 4, 2, 3, 5, 5, 1)),
+    "compilable": (
+        fusedrnn.CompilableLSTM(3, 5, bidirectional=True),
+        (torch.randn(4, 2, 3),),
+        {},
+        Problem("cpu", torch.float32, 4, 2, 3, 5, 5, 2),
+    ),
+    "batch_first": (
+        fusedrnn.LSTM(3, 5, proj_size=2, batch_first=True),
+        (torch.randn(2, 4, 3),),
+        {},
+        Problem("cpu", torch.float32, 4, 2, 3, 5, 2, 1),
+    ),
+    "unbatched": (fusedrnn.LSTM(3, 5), (torch.randn(4, 3),), {}, Problem("cpu", torch.float32, 4, 1, 3, 5, 5, 1)),
+    "unbatched-batch_first": (
+        fusedrnn.LSTM(3, 5, batch_first=True),
+        (torch.randn(4, 3),),
+        {},
+        Problem("cpu", torch.float32, 4, 1, 3, 5, 5, 1),
+    ),
+    "float64-hx": (
+        fusedrnn.LSTM(3, 5, dtype=torch.float64),
+        (torch.randn(4, 2, 3).double(), (torch.zeros(1, 2, 5).double(), torch.zeros(1, 2, 5).double())),
+        {},
+        Problem("cpu", torch.float64, 4, 2, 3, 5, 5, 1),
+    ),
+    "packed": (
+        fusedrnn.LSTM(3, 5, batch_first=True),
+        (pack_sequence([torch.randn(4, 3), torch.randn(2, 3), torch.randn(1, 3)]),),
+        {},
+        Problem("cpu", torch.float32, 4, 3, 3, 5, 5, 1, packed=True),
+    ),
+    "packed-equal": (
+        fusedrnn.LSTM(3, 5),
+        (pack_sequence([torch.randn(4, 3), torch.randn(4, 3)]),),
+        {},
+        Problem("cpu", torch.float32, 4, 2, 3, 5, 5, 1),
+    ),
+    "lengths": (
+        fusedrnn.LSTM(3, 5),
+        (torch.randn(4, 2, 3),),
+        EXTRAS["lengths"],
+        Problem("cpu", torch.float32, 4, 2, 3, 5, 5, 1, lengths=True),
+    ),
+    "reset": (
+        fusedrnn.LSTM(3, 5),
+        (torch.randn(4, 2, 3),),
+        EXTRAS["reset"],
+        Problem("cpu", torch.float32, 4, 2, 3, 5, 5, 1, reset=True),
+    ),
+    "states": (
+        fusedrnn.LSTM(3, 5),
+        (torch.randn(4, 2, 3),),
+        EXTRAS["return_states"],
+        Problem("cpu", torch.float32, 4, 2, 3, 5, 5, 1, states=True),
+    ),
+    "cell": (fusedrnn.LSTMCell(3, 5), (torch.randn(2, 3),), {}, Problem("cpu", torch.float32, 1, 2, 3, 5, 5, 1)),
+    "nn.LSTMCell": (nn.LSTMCell(3, 5), (torch.randn(2, 3),), {}, Problem("cpu", torch.float32, 1, 2, 3, 5, 5, 1)),
+    "cell-unbatched": (
+        fusedrnn.LSTMCell(3, 5),
+        (torch.randn(3), (torch.zeros(5), torch.zeros(5))),
+        {},
+        Problem("cpu", torch.float32, 1, 1, 3, 5, 5, 1),
+    ),
+}
+
+
+@pytest.mark.parametrize(("module", "args", "options", "problem"), FORMS.values(), ids=FORMS.keys())
+def test_explain_sees_the_problem(spies, module, args, options, problem):
+    explanation = fusedrnn.explain(module, *args, **options)
+    assert explanation.problem == problem
+    assert spies["forward"] == []  # nothing is computed
+
+
+@pytest.mark.parametrize("asked", ["auto", *(name for name, why in fusedrnn.backends().items() if why is None)])
+@pytest.mark.parametrize(
+    "form", [name for name, (module, *_) in FORMS.items() if type(module).__module__.startswith("fusedrnn")]
+)
+def test_explain_tells_what_runs(spies, monkeypatch, form, asked):
+    """The problem that is explained is the one that the call selects a backend for, and so is the backend."""
+    module, args, options, problem = FORMS[form]
+    select, selected = dispatch.select, []
+    monkeypatch.setattr(dispatch, "select", lambda problem: selected.append(problem) or select(problem))
+    with fusedrnn.use_backend(asked):
+        explanation = fusedrnn.explain(module, *args, **options)
+        if explanation.backend is None:
+            with pytest.raises(RuntimeError, match=explanation.reasons[asked]):
+                module(*args, **options)
+        else:
+            module(*args, **options)
+    assert selected == [problem]
+    assert spies["forward"] == ([] if explanation.backend is None else [explanation.backend])
+
+
+@pytest.mark.parametrize("asked", ["auto", *(name for name, why in fusedrnn.backends().items() if why is None)])
+def test_explain_says_why_not_the_others(asked):
+    lstm, x = lstm_and_input()
+    with fusedrnn.use_backend(asked):
+        explanation = fusedrnn.explain(lstm, x)
+    assert {explanation.backend, *explanation.reasons} == set(NAMES)
+    assert explanation.backend not in explanation.reasons
+    for name, reason in fusedrnn.backends().items():
+        if reason is not None:
+            assert explanation.reasons[name] == reason
+        elif name != explanation.backend:
+            why = f"{explanation.backend} is preferred" if asked == "auto" else f"{asked} was asked for"
+            assert explanation.reasons[name] == why
+    first, *others = str(explanation).splitlines()
+    assert first == f"{explanation.backend}: {explanation.plan}"
+    assert sorted(others) == sorted(f"  not {name}: {reason}" for name, reason in explanation.reasons.items())
+
+
+def test_explain_names_the_reason_of_a_backend_that_was_asked_for():
+    lstm, x = lstm_and_input()
+    with fusedrnn.use_backend("aten"):
+        text = str(fusedrnn.explain(lstm, x, return_states=True))
+    assert text.splitlines()[0] == "no backend"
+    assert "  not aten: torch's own LSTM has no return_states" in text.splitlines()
+    assert "  not reference: aten was asked for" in text.splitlines()
+
+
+@pytest.mark.skipif("cpu" not in OPERATORS, reason=str(ops.cpu_unavailable))
+def test_plan_of_the_cpu_backend_is_the_kernels_own():
+    lstm, x = lstm_and_input(bidirectional=True)
+    with fusedrnn.use_backend("cpu"):
+        assert fusedrnn.explain(lstm, x).plan == torch.ops.fusedrnn.cpu_plan(4, 2, 3, 5, 5, 2) != ""
+
+
+def test_explain_under_autocast():
+    lstm, x = lstm_and_input()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert fusedrnn.explain(lstm, x).problem.dtype == torch.bfloat16
+        assert fusedrnn.explain(lstm.double(), x.double()).problem.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("module", "input", "text"),
+    [
+        (nn.GRU(3, 5), torch.randn(4, 2, 3), "module must be an LSTM or an LSTMCell, got GRU"),
+        (nn.RNN(3, 5), torch.randn(4, 2, 3), "module must be an LSTM or an LSTMCell, got RNN"),
+        (nn.GRUCell(3, 5), torch.randn(2, 3), "module must be an LSTM or an LSTMCell, got GRUCell"),
+        (nn.Linear(3, 5), torch.randn(4, 2, 3), "module must be an LSTM or an LSTMCell, got Linear"),
+        (fusedrnn.LSTM(3, 5), [1.0], "input must be a Tensor or a PackedSequence, got list"),
+        (fusedrnn.LSTM(3, 5), None, "input must be a Tensor or a PackedSequence, got NoneType"),
+        (fusedrnn.LSTMCell(3, 5), pack_sequence([torch.randn(4, 3)]), "input must be a Tensor, got PackedSequence"),
+    ],
+    ids=["GRU", "RNN", "GRUCell", "Linear", "list", "None", "packed-for-a-cell"],
+)
+def test_explain_refuses_other_types(module, input, text):
+    with pytest.raises(TypeError) as error:
+        fusedrnn.explain(module, input)
+    assert str(error.value) == text
+
+
+@pytest.mark.parametrize(
+    ("module", "input", "text"),
+    [
+        (fusedrnn.LSTM(3, 5), torch.randn(3), "LSTM: Expected input to be 2D or 3D, got 1D instead"),
+        (fusedrnn.LSTM(3, 5), torch.randn(1, 4, 2, 3), "LSTM: Expected input to be 2D or 3D, got 4D instead"),
+        (fusedrnn.LSTMCell(3, 5), torch.randn(4, 2, 3), "LSTMCell: Expected input to be 1D or 2D, got 3D instead"),
+    ],
+    ids=["1-D", "4-D", "cell-3-D"],
+)
+def test_explain_refuses_other_dimensions(module, input, text):
+    with pytest.raises(ValueError) as error:
+        fusedrnn.explain(module, input)
+    assert str(error.value) == text
+
+
+# The environment, and an installation without the native library: each in a Python of its own
+
+
+def report(code, folder, **environment):
+    """What a fresh Python prints as JSON; started in another folder, so that the package it finds is the installed."""
+    inherited = {name: value for name, value in os.environ.items() if name != "FUSEDRNN_BACKEND"}
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**inherited, **environment},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+FIRST_USE = """
+import json, torch, fusedrnn
+lstm, x = fusedrnn.LSTM(3, 5), torch.randn(4, 2, 3)
+def attempt(call):
+    try:
+        return call()
+    except Exception as error:
+        return [type(error).__name__, str(error)]
+def run():
+    return type(lstm(x)[0].grad_fn).__name__
+def explain():
+    return fusedrnn.explain(lstm, x).backend
+def inside():
+    with fusedrnn.use_backend("aten"):
+        return explain()
+print(json.dumps([attempt(run), attempt(explain), attempt(inside), list(fusedrnn.backends())]))
+"""
+
+
+@pytest.mark.parametrize(("value", "ours"), [("reference", True), ("aten", False)], ids=["reference", "aten"])
+def test_environment_names_the_backend(tmp_path, value, ours):
+    ran, explained, inside, _ = report(FIRST_USE, tmp_path, FUSEDRNN_BACKEND=value)
+    assert ("LSTMFunction" in ran) == ours
+    assert explained == value
+    assert inside == "aten"
+
+
+@pytest.mark.parametrize("value", ["", "auto"], ids=repr)
+def test_environment_that_leaves_the_choice(tmp_path, value):
+    lstm, x = lstm_and_input()
+    explained = report(FIRST_USE, tmp_path, FUSEDRNN_BACKEND=value)[1]
+    assert explained == fusedrnn.explain(lstm, x).backend
+
+
+def test_environment_with_an_unknown_name(tmp_path):
+    ran, explained, inside, names = report(FIRST_USE, tmp_path, FUSEDRNN_BACKEND="tpu")
+    assert ran == explained == ["ValueError", f"unknown backend 'tpu': expected one of auto, {', '.join(NAMES)}"]
+    assert inside == "aten"
+    assert names == NAMES
+
+
+def test_environment_with_a_backend_that_cannot_serve(tmp_path):
+    """The input is on the CPU; on most machines there is no such backend either."""
+    ran, explained, _, _ = report(FIRST_USE, tmp_path, FUSEDRNN_BACKEND="cuda")
+    kind, text = ran
+    assert kind == "RuntimeError"
+    assert text.startswith("backend 'cuda' was asked for and cannot run: ")
+    assert explained is None
+
+
+WITHOUT_LIBRARY = """
+import json, torch, fusedrnn
+from torch import nn
+theirs, ours = nn.LSTM(3, 5, 2, bidirectional=True).double(), fusedrnn.LSTM(3, 5, 2, bidirectional=True).double()
+ours.load_state_dict(theirs.state_dict())
+x = torch.randn(4, 2, 3, dtype=torch.float64)
+def run(module, *args, **options):
+    y, (hn, cn) = module(x, *args, **options)
+    return [y, hn, cn, *torch.autograd.grad(y.sum() + cn.sum(), list(module.parameters()))]
+def same(some, others):
+    for a, b in zip(some, others, strict=True):
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-11)  # two orders of summation, in float64
+def forced():
+    with fusedrnn.use_backend("cpu"):
+        pass
+expected = run(theirs)
+same(run(ours), expected)
+same(run(ours, lengths=torch.tensor([4, 4])), expected)
+cell, torchs = fusedrnn.LSTMCell(3, 5).double(), nn.LSTMCell(3, 5).double()
+cell.load_state_dict(torchs.state_dict())
+same(cell(x[0]), torchs(x[0]))
+try:
+    forced()
+    error = None
+except Exception as raised:
+    error = [type(raised).__name__, str(raised)]
+explained = [fusedrnn.explain(ours, x).backend, fusedrnn.explain(ours, x, lengths=torch.tensor([4, 4])).backend]
+print(json.dumps({"file": fusedrnn.__file__, "reason": fusedrnn.backends()["cpu"], "explained": explained,
+                  "error": error}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("info", "library", "expected"),
+    [
+        (None, None, "the native library fusedrnn/_cpu is not installed: it was not built. "),
+        (
+            {"failures": {"cpu": "the build failed (no compiler far and wide)"}},
+            None,
+            "the native library fusedrnn/_cpu is not installed: the build failed (no compiler far and wide). ",
+        ),
+        ({"failures": {}}, b"not a library", "_cpu.abi3.so cannot be loaded: "),
+    ],
+    ids=["not-built", "build-failed", "cannot-be-loaded"],
+)
+def test_without_the_native_library(tmp_path, info, library, expected):
+    """The reason is kept, and everything works: by torch's own LSTM where that can do it, else by the reference."""
+    package = tmp_path / "fusedrnn"
+    for name, target in (("fusedrnn", package), ("fusedrnn.kernels", package / "kernels")):
+        target.mkdir()
+        for file in Path(find_spec(name).origin).parent.glob("*.py"):
+            shutil.copy(file, target)
+    if info is not None:
+        (package / "_build.json").write_text(json.dumps(info))
+    if library is not None:
+        (package / "_cpu.abi3.so").write_bytes(library)
+    found = report(WITHOUT_LIBRARY, tmp_path, PYTHONPATH=str(tmp_path))
+    assert Path(found["file"]).parent == package
+    assert found["reason"].startswith(expected)
+    assert found["error"] == ["RuntimeError", f"backend 'cpu' was asked for and is not available: {found['reason']}"]
+    assert found["explained"] == ["aten", "reference"]

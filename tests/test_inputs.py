@@ -1,0 +1,530 @@
+"""Every form of input and every option of nn.LSTM: the same values and the same gradients, on every backend.
+
+Float64 throughout: what a backend's rounding may amount to is the concern of test_kernels.py.
+"""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
+
+import fusedrnn
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+T, B, I, H = 4, 3, 3, 5
+
+OPTIONS = {
+    "plain": {},
+    "no bias": {"bias": False},
+    "batch first": {"batch_first": True},
+    "bidirectional": {"bidirectional": True},
+    "three layers": {"num_layers": 3},
+    "projection": {"proj_size": 2},
+    "projection without bias": {"proj_size": 2, "bias": False},
+    "two layers both ways": {"num_layers": 2, "bidirectional": True, "batch_first": True},
+    "all of it": {"num_layers": 2, "bidirectional": True, "batch_first": True, "proj_size": 2, "dropout": 0.5},
+    "all of it without bias": {"num_layers": 2, "bidirectional": True, "proj_size": 2, "bias": False, "dropout": 0.5},
+}
+
+
+def leaf(*shape, device):
+    return torch.randn(*shape, dtype=torch.float64, device=device, requires_grad=True)
+
+
+def states(module, *batch, device):
+    """h0 and c0 as leaves, of a shape that may have more dimensions in the middle than the batch."""
+    rows = module.num_layers * (2 if module.bidirectional else 1)
+    return [leaf(rows, *batch, size, device=device) for size in (module.proj_size or H, H)]
+
+
+def padded(module, T, B, *rest, device):
+    return leaf(*((B, T) if module.batch_first else (T, B)), *rest, device=device)
+
+
+def whole(module, device):
+    x, hx = padded(module, T, B, I, device=device), states(module, B, device=device)
+    return [x, *hx], (x, tuple(hx))
+
+
+def without_hx(module, device):
+    x = padded(module, T, B, I, device=device)
+    return [x], (x,)
+
+
+def hx_is_a_list(module, device):
+    x, hx = padded(module, T, B, I, device=device), states(module, B, device=device)
+    return [x, *hx], (x, hx)
+
+
+def unbatched(module, device):
+    x, hx = leaf(T, I, device=device), states(module, device=device)
+    return [x, *hx], (x, tuple(hx))
+
+
+def unbatched_without_hx(module, device):
+    x = leaf(T, I, device=device)
+    return [x], (x,)
+
+
+def one_step(module, device):
+    x, hx = padded(module, 1, B, I, device=device), states(module, B, device=device)
+    return [x, *hx], (x, tuple(hx))
+
+
+def one_sequence(module, device):
+    x, hx = padded(module, T, 1, I, device=device), states(module, 1, device=device)
+    return [x, *hx], (x, tuple(hx))
+
+
+def permuted(module, device):
+    """Features first in memory: no dimension of the input is contiguous."""
+    x = padded(module, T, B, I, device=device)
+    view = x.permute(2, 1, 0).contiguous().permute(2, 1, 0)
+    assert not view.is_contiguous()
+    return [x], (view,)
+
+
+def transposed_from_the_other_layout(module, device):
+    x = leaf(*((T, B) if module.batch_first else (B, T)), I, device=device)
+    return [x], (x.transpose(0, 1),)
+
+
+def sliced_features(module, device):
+    x = padded(module, T, B, 2 * I + 2, device=device)
+    return [x], (x[..., 1 : 2 * I + 1 : 2],)
+
+
+def every_other_step(module, device):
+    x = padded(module, 2 * T, B, I, device=device)
+    return [x], (x[:, 1::2] if module.batch_first else x[1::2],)
+
+
+def some_of_the_batch(module, device):
+    x = padded(module, T, B + 2, I, device=device)
+    return [x], (x[1 : B + 1] if module.batch_first else x[:, 1 : B + 1],)
+
+
+def expanded_over_the_batch(module, device):
+    x = padded(module, T, 1, I, device=device)
+    return [x], (x.expand(*((B, T) if module.batch_first else (T, B)), I),)
+
+
+def states_by_index(module, device):
+    """Picked out of a store of states, so that neither is contiguous."""
+    x, store = padded(module, T, B, I, device=device), states(module, B, 2, device=device)
+    h0, c0 = (s[:, :, 1] for s in store)
+    assert not h0.is_contiguous()
+    return [x, *store], (x, (h0, c0))
+
+
+def states_transposed(module, device):
+    x, (h, c) = padded(module, T, B, I, device=device), states(module, B, device=device)
+    h0, c0 = (s.transpose(0, 2).contiguous().transpose(0, 2) for s in (h, c))
+    return [x, h, c], (x, (h0, c0))
+
+
+def states_expanded_over_the_batch(module, device):
+    x, store = padded(module, T, B, I, device=device), states(module, 1, device=device)
+    return [x, *store], (x, tuple(s.expand(-1, B, -1) for s in store))
+
+
+def states_from_one_tensor(module, device):
+    """Unbound from one tensor where h and c are of one size; two slices of one where they are not."""
+    x, P = padded(module, T, B, I, device=device), module.proj_size or H
+    store = leaf(module.num_layers * (2 if module.bidirectional else 1), B, P + H, device=device)
+    return [x, store], (x, store.split([P, H], dim=-1))
+
+
+FORMS = [
+    whole,
+    without_hx,
+    hx_is_a_list,
+    unbatched,
+    unbatched_without_hx,
+    one_step,
+    one_sequence,
+    permuted,
+    transposed_from_the_other_layout,
+    sliced_features,
+    every_other_step,
+    some_of_the_batch,
+    expanded_over_the_batch,
+    states_by_index,
+    states_transposed,
+    states_expanded_over_the_batch,
+    states_from_one_tensor,
+]
+
+
+def each_with_some(options, forms, some_options, some_forms):
+    """Every option with some of the forms and every form with some of the options: enough, and quicker than all."""
+    pairs = [(o, f) for o in options for f in some_forms] + [(o, f) for f in forms for o in some_options]
+    return list(dict.fromkeys(pairs))
+
+
+@pytest.mark.parametrize(
+    ("options", "form"),
+    each_with_some(OPTIONS, FORMS, ["plain", "all of it"], [whole, unbatched, permuted]),
+)
+def test_padded_and_unbatched(place, twins, assert_twins, options, form):
+    theirs, ours = twins(I, H, device=place.device, **OPTIONS[options])
+    assert_twins(theirs, ours, lambda: form(ours, place.device))
+
+
+def test_arguments_by_keyword(place, twins, assert_same):
+    theirs, ours = twins(I, H, device=place.device)
+    _, (x, hx) = whole(ours, place.device)
+    assert_same(ours(input=x, hx=hx), theirs(input=x, hx=hx))
+    assert_same(ours(hx=None, input=x), theirs(hx=None, input=x))
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_empty_batch(place, twins, gradients, options):
+    theirs, ours = twins(I, H, device=place.device, **OPTIONS[options])
+    x, hx = padded(ours, T, 0, I, device=place.device), states(ours, 0, device=place.device)
+    for args, leaves in (((x,), [x]), ((x, tuple(hx)), [x, *hx])):
+        (y, state), (expected, expected_state) = ours(*args), theirs(*args)
+        for mine, other in zip((y, *state), (expected, *expected_state), strict=True):
+            assert (mine.shape, mine.dtype) == (other.shape, other.dtype)
+        inputs = [*leaves, *ours.parameters()]
+        for input, grad in zip(inputs, gradients((y, state), inputs), strict=True):
+            assert torch.equal(grad, torch.zeros_like(input))
+
+
+def test_one_call_per_time_step(place, twins, assert_same, gradients):
+    """As streaming and reinforcement learning do it: the states that come back are put in again."""
+    theirs, ours = twins(I, H, num_layers=2, device=place.device)
+    x = leaf(2 * T, B, I, device=place.device)
+    outputs, hx = [], None
+    for step in x.split(1):
+        y, hx = ours(step, hx)
+        outputs.append(y)
+    stepwise, at_once = (torch.cat(outputs), hx), theirs(x)
+    assert_same(stepwise, at_once)
+    assert_same(
+        gradients(stepwise, [x, *ours.parameters()]),
+        gradients(at_once, [x, *theirs.parameters()]),
+    )
+
+
+def test_outputs_share_no_memory(place, twins):
+    """Whoever changes one of them in place changes nothing else."""
+    _, ours = twins(I, H, device=place.device)
+    leaves, (x, hx) = one_step(ours, place.device)
+    with torch.no_grad():
+        y, (h, c) = ours(x, hx)
+        kept = [t.clone() for t in (y, h, c, *leaves)]
+        for changed in range(3):
+            (y, h, c)[changed].add_(1)
+            kept[changed].add_(1)
+            assert all(torch.equal(t, k) for t, k in zip((y, h, c, *leaves), kept, strict=True))
+
+
+def test_no_grad_and_inference_mode(place, twins, assert_same):
+    theirs, ours = twins(I, H, num_layers=2, device=place.device)
+    _, args = whole(ours, place.device)
+    expected = theirs(*args)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            y, state = ours(*args)
+        assert not any(t.requires_grad for t in (y, *state))
+        assert_same((y, state), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_outputs_and_gradients_have_the_dtype_of_the_input(kernel, dtype):
+    module = fusedrnn.LSTM(I, H, 2, bidirectional=True, proj_size=2, dtype=dtype, device=kernel.device)
+    x = torch.randn(T, B, I, dtype=dtype, device=kernel.device, requires_grad=True)
+    y, (h, c) = module(x)
+    (y.sum() + h.sum() + c.sum()).backward()
+    assert {t.dtype for t in (y, h, c, x.grad, *(p.grad for p in module.parameters()))} == {dtype}
+
+
+# Packed sequences
+
+
+def packed_sorted(x, batch_first):
+    return pack_padded_sequence(x, [4, 2, 1], batch_first)
+
+
+def packed_unsorted(x, batch_first):
+    return pack_padded_sequence(x, [2, 4, 1], batch_first, enforce_sorted=False)
+
+
+def packed_equal(x, batch_first):
+    return pack_padded_sequence(x, [4, 4, 4], batch_first, enforce_sorted=False)
+
+
+def packed_pairs(x, batch_first):
+    return pack_padded_sequence(x, [3, 1, 3], batch_first, enforce_sorted=False)
+
+
+def packed_one_step(x, batch_first):
+    return pack_padded_sequence(x, [1, 1, 1], batch_first)
+
+
+def packed_sequences(x, batch_first):
+    parts = (x if batch_first else x.transpose(0, 1)).unbind(0)
+    return pack_sequence([part[:n] for part, n in zip(parts, (1, 3, 4), strict=True)], enforce_sorted=False)
+
+
+def by_hand(x, batch_first):
+    rows = (x.transpose(0, 1) if batch_first else x).flatten(0, 1)[:7]
+    return PackedSequence(rows, torch.tensor([3, 2, 1, 1]))
+
+
+def by_hand_permuted(x, batch_first):
+    rows = (x.transpose(0, 1) if batch_first else x).flatten(0, 1)[:7]
+    return PackedSequence(rows, torch.tensor([3, 2, 1, 1]), torch.tensor([2, 0, 1], device=x.device))
+
+
+def by_hand_strided(x, batch_first):
+    rows = (x.transpose(0, 1) if batch_first else x).flatten(0, 1)[:7]
+    return PackedSequence(rows.T.contiguous().T, torch.tensor([3, 2, 1, 1]))
+
+
+PACKED = [
+    packed_sorted,
+    packed_unsorted,
+    packed_equal,
+    packed_pairs,
+    packed_one_step,
+    packed_sequences,
+    by_hand,
+    by_hand_permuted,
+    by_hand_strided,
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "pack"),
+    each_with_some(
+        [name for name, o in OPTIONS.items() if not o.get("dropout")],
+        PACKED,
+        ["plain", "two layers both ways"],
+        [packed_unsorted],
+    ),
+)
+@pytest.mark.parametrize("with_hx", [True, False], ids=["hx", "no hx"])
+def test_packed(place, twins, assert_twins, options, with_hx, pack):
+    theirs, ours = twins(I, H, device=place.device, **OPTIONS[options])
+
+    def make():
+        x = padded(ours, T, B, I, device=place.device)
+        input = pack(x, ours.batch_first)
+        hx = states(ours, B, device=place.device) if with_hx else []
+        return [x, *hx], (input, tuple(hx)) if with_hx else (input,)
+
+    assert_twins(theirs, ours, make)
+
+
+@pytest.mark.parametrize("pack", PACKED)
+def test_packed_output_reuses_what_the_input_came_with(place, pack):
+    module = fusedrnn.LSTM(I, H, dtype=torch.float64, device=place.device)
+    input = pack(padded(module, T, B, I, device=place.device), False)
+    output, _ = module(input)
+    assert isinstance(output, PackedSequence)
+    assert output.batch_sizes is input.batch_sizes
+    assert output.sorted_indices is input.sorted_indices
+    assert output.unsorted_indices is input.unsorted_indices
+    assert output.data.shape == (len(input.data), H)
+
+
+def test_packed_without_unsorted_indices(place, twins, assert_same):
+    """Taken apart and put together again: the inverse is found, and the states come back in the order of hx."""
+    _, ours = twins(I, H, device=place.device)
+    x, hx = padded(ours, T, B, I, device=place.device), states(ours, B, device=place.device)
+    input = packed_unsorted(x, False)
+    expected, expected_state = ours(input, tuple(hx))
+    output, state = ours(input._replace(unsorted_indices=None), tuple(hx))
+    assert_same((output, state), (expected, expected_state))
+    assert output.unsorted_indices is None or torch.equal(output.unsorted_indices, input.unsorted_indices)
+
+
+def test_packed_and_padded_with_lengths_agree(place, twins, assert_same):
+    _, ours = twins(I, H, num_layers=2, bidirectional=True, device=place.device)
+    x = padded(ours, T, B, I, device=place.device)
+    packed, state = ours(pack_padded_sequence(x, [2, 4, 1], enforce_sorted=False))
+    alone = [ours(x[:n, b]) for b, n in enumerate((2, 4, 1))]
+    for b, (y, _) in enumerate(alone):
+        assert_same(pad_packed_sequence(packed)[0][: len(y), b], y)
+    for k in (0, 1):
+        assert_same(state[k], torch.stack([hx[k] for _, hx in alone], dim=1))
+
+
+# Dropout
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_layers": 2},
+        {"num_layers": 3, "bidirectional": True},
+        {"num_layers": 2, "batch_first": True},
+        {"num_layers": 2, "proj_size": 2},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dropout", [0.3, 1.0])
+@pytest.mark.parametrize("form", [whole, unbatched, permuted])
+def test_dropout_draws_what_nn_lstm_draws(place, twins, assert_twins, options, dropout, form):
+    theirs, ours = twins(I, H, dropout=dropout, device=place.device, **options)
+    assert_twins(theirs, ours, lambda: form(ours, place.device))
+
+
+@pytest.mark.parametrize("pack", [None, packed_unsorted, packed_equal])
+def test_dropout_is_reproducible(place, pack):
+    module = fusedrnn.LSTM(I, H, 2, dropout=0.5, dtype=torch.float64, device=place.device)
+    x = padded(module, T, B, I, device=place.device)
+    outputs = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        y = module(pack(x, False) if pack else x)[0]
+        y = y.data if pack else y
+        outputs.append([y, *torch.autograd.grad(y.sum(), list(module.parameters()))])
+    assert all(torch.equal(a, b) for a, b in zip(outputs[0], outputs[1], strict=True))
+    assert not torch.equal(outputs[0][0], outputs[2][0])
+
+
+def test_dropout_is_off_in_eval_mode(place, twins, assert_same):
+    theirs, ours = twins(I, H, 2, dropout=0.5, device=place.device)
+    _, args = whole(ours, place.device)
+    state = torch.get_rng_state()
+    assert_same(ours.eval()(*args), theirs.eval()(*args))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# Autocast
+
+LOW = [torch.bfloat16, torch.float16]
+UNDER_AUTOCAST = [torch.float32, *LOW]
+
+
+def dtypes(outputs):
+    first, rest = outputs
+    return [t.dtype for t in (first, *(rest if isinstance(rest, tuple) else (rest,)))]
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("x", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("hx", [None, torch.float32, torch.bfloat16])
+def test_autocast_dtypes_of_lstm(place, weights, x, hx):
+    modules = [cls(I, H, device=place.device, dtype=weights) for cls in (fusedrnn.LSTM, nn.LSTM)]
+    input = torch.randn(T, B, I, device=place.device, dtype=x)
+    state = None if hx is None else (torch.randn(1, B, H, device=place.device, dtype=hx),) * 2
+    with torch.autocast(place.device, torch.bfloat16):
+        ours, theirs = (dtypes(module(input, state)) for module in modules)
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("autocast", LOW)
+@pytest.mark.parametrize(("weights", "x"), list(itertools.product(UNDER_AUTOCAST, UNDER_AUTOCAST)))
+def test_autocast_dtypes_of_lstm_cell(place, autocast, weights, x):
+    modules = [cls(I, H, device=place.device, dtype=weights) for cls in (fusedrnn.LSTMCell, nn.LSTMCell)]
+    input = torch.randn(B, I, device=place.device, dtype=x)
+    for h, c in [(None, None), *itertools.product(UNDER_AUTOCAST, UNDER_AUTOCAST)]:
+        hx = h and tuple(torch.randn(B, H, device=place.device, dtype=dtype) for dtype in (h, c))
+        with torch.autocast(place.device, autocast):
+            ours, theirs = (dtypes(module(input, hx)) for module in modules)
+        assert ours == theirs
+
+
+def test_autocast_leaves_float64(place, twins, assert_same):
+    theirs, ours = twins(I, H, device=place.device)
+    _, args = whole(ours, place.device)
+    with torch.autocast(place.device, torch.bfloat16):
+        assert_same(ours(*args), theirs(*args))
+        with pytest.raises(
+            RuntimeError, match=r"input must have the dtype of the weights, torch.bfloat16, got torch.f"
+        ):
+            fusedrnn.LSTM(I, H, device=place.device)(*args)
+        with pytest.raises(
+            RuntimeError, match=r"input must have the dtype of the weights, torch.bfloat16, got torch.i"
+        ):
+            fusedrnn.LSTM(I, H, device=place.device)(args[0].to(torch.int64))
+
+
+def test_autocast_casts_the_arguments_and_nothing_inside(kernel):
+    """Sums over the features stay in float32: the values are those of the module in bfloat16 without autocast."""
+    module = fusedrnn.LSTM(64, 64, 2, bidirectional=True, device=kernel.device)
+    low = fusedrnn.LSTM(64, 64, 2, bidirectional=True, device=kernel.device, dtype=torch.bfloat16)
+    low.load_state_dict(module.state_dict())
+    x = torch.randn(T, B, 64, device=kernel.device)
+    with torch.autocast(kernel.device, torch.bfloat16):
+        y, state = module(x)
+        dweights = torch.autograd.grad(y.float().sum(), list(module.parameters()))  # inside: it is not cast either
+    expected, expected_state = low(x.bfloat16())
+    expected_dweights = torch.autograd.grad(expected.float().sum(), list(low.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip((y, *state), (expected, *expected_state), strict=True))
+    assert all(torch.equal(a.bfloat16(), b) for a, b in zip(dweights, expected_dweights, strict=True))
+    assert {d.dtype for d in dweights} == {torch.float32}
+
+
+def test_autocast_of_another_device_changes_nothing(place, twins, assert_same):
+    other = "cuda" if place.device == "cpu" else "cpu"
+    theirs, ours = twins(I, H, device=place.device)
+    _, args = whole(ours, place.device)
+    expected = theirs(*args)
+    torch.set_autocast_enabled(other, True)
+    try:
+        assert_same(ours(*args), expected)
+    finally:
+        torch.set_autocast_enabled(other, False)
+
+
+# The cell
+
+
+def cell_batched(device):
+    x, h, c = leaf(B, I, device=device), leaf(B, H, device=device), leaf(B, H, device=device)
+    return [x, h, c], (x, (h, c))
+
+
+def cell_without_hx(device):
+    x = leaf(B, I, device=device)
+    return [x], (x,)
+
+
+def cell_unbatched(device):
+    x, h, c = leaf(I, device=device), leaf(H, device=device), leaf(H, device=device)
+    return [x, h, c], (x, [h, c])
+
+
+def cell_unbatched_without_hx(device):
+    x = leaf(I, device=device)
+    return [x], (x,)
+
+
+def cell_strided(device):
+    x, h, c = leaf(I, B, device=device), leaf(B, 2, H, device=device), leaf(B, 2 * H, device=device)
+    return [x, h, c], (x.T, (h[:, 1], c[:, ::2]))
+
+
+def cell_empty_batch(device):
+    x, h, c = leaf(0, I, device=device), leaf(0, H, device=device), leaf(0, H, device=device)
+    return [x, h, c], (x, (h, c))
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize(
+    "form",
+    [cell_batched, cell_without_hx, cell_unbatched, cell_unbatched_without_hx, cell_strided, cell_empty_batch],
+)
+def test_cell(place, twins, assert_twins, form, bias):
+    theirs, ours = twins(I, H, bias=bias, cls=fusedrnn.LSTMCell, device=place.device)
+    assert_twins(theirs, ours, lambda: form(place.device))
+
+
+def test_cell_in_a_loop(place, twins, assert_same, gradients):
+    theirs, ours = twins(I, H, cls=fusedrnn.LSTMCell, device=place.device)
+    x, results = leaf(T, B, I, device=place.device), []
+    for cell in (theirs, ours):
+        hx, steps = None, []
+        for step in x:
+            hx = cell(step, hx)
+            steps.append(hx)
+        results.append((steps, gradients(steps, [x, *cell.parameters()])))
+    assert_same(results[1], results[0])

@@ -1,0 +1,87 @@
+"""What torch tests nn.LSTM and nn.LSTMCell with: its samples ship in the wheel, and run against any class."""
+
+import pytest
+import torch
+from torch import nn
+from torch.testing._internal import common_modules
+from torch.testing._internal.common_utils import noncontiguous_like
+
+import fusedrnn
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# Their import forbids the whole process to set the flags of torch.backends.
+torch.backends.__allow_nonbracketed_mutation_flag = True
+
+
+def info(cls):
+    return next(entry for entry in common_modules.module_db if entry.module_cls is cls)
+
+
+PAIRS = [(nn.LSTM, fusedrnn.LSTM), (nn.LSTM, fusedrnn.CompilableLSTM), (nn.LSTMCell, fusedrnn.LSTMCell)]
+
+
+def flat(outputs):
+    first, rest = outputs
+    return [first, *rest] if isinstance(rest, tuple) else [first, rest]
+
+
+@pytest.mark.parametrize(("theirs", "ours"), PAIRS)
+def test_torchs_samples(place, theirs, ours):
+    device, dtype = place.device, torch.float64
+    entry = info(theirs)
+    samples = entry.module_inputs_func(entry, device=device, dtype=dtype, requires_grad=True, training=True)
+    assert len(samples) >= 2
+    for sample in samples:
+        arguments, inputs = sample.constructor_input, sample.forward_input
+        module = ours(*arguments.args, **arguments.kwargs, device=device, dtype=dtype)
+        outputs = flat(module(*inputs.args))
+        expected = flat(sample.reference_fn(module, *inputs.args))
+        torch.testing.assert_close(outputs, expected)
+        x, hx = noncontiguous_like(inputs.args[0]), inputs.args[1] if len(inputs.args) > 1 else None
+        assert not x.is_contiguous()
+        again = module(x, hx and tuple(noncontiguous_like(state) for state in hx))
+        torch.testing.assert_close(flat(again), expected)
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [PAIRS[0], PAIRS[2]])
+def test_torchs_gradients(place, theirs, ours):
+    """What torch expects nn.LSTM to fail on CUDA: gradcheck and gradgradcheck; in eval mode, which fails there too."""
+    entry = info(theirs)
+    samples = entry.module_inputs_func(
+        entry, device=place.device, dtype=torch.float64, requires_grad=True, training=False
+    )
+    for number, sample in enumerate(samples):
+        arguments, inputs = sample.constructor_input, sample.forward_input
+        module = ours(*arguments.args, **arguments.kwargs, device=place.device, dtype=torch.float64).eval()
+        x, *rest = inputs.args
+        hx = rest[0] if rest else ()
+        names = [name for name, _ in module.named_parameters()]
+
+        def call(x, *leaves, module=module, names=names):
+            weights, hx = dict(zip(names, leaves, strict=False)), leaves[len(names) :]
+            return flat(torch.func.functional_call(module, weights, (x, hx or None)))
+
+        leaves = [t.detach().requires_grad_() for t in (x, *module.parameters(), *hx)]
+        torch.autograd.gradcheck(call, leaves, fast_mode=True)
+        if number % 5 == 0:  # slow, and every option is met: they repeat with periods that are powers of two
+            torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize(("theirs", "ours"), PAIRS)
+def test_torchs_error_samples(theirs, ours):
+    entry = info(theirs)
+    samples = entry.module_error_inputs_func(
+        entry, device="cpu", dtype=torch.float32, requires_grad=False, training=False
+    )
+    assert len(samples) >= 4
+    for sample in samples:
+        given = sample.module_error_input
+        arguments, inputs = given.constructor_input, given.forward_input
+        if sample.error_on is common_modules.ModuleErrorEnum.CONSTRUCTION_ERROR:
+            with pytest.raises(sample.error_type, match=sample.error_regex):
+                ours(*arguments.args, **arguments.kwargs)
+        else:
+            module = ours(*arguments.args, **arguments.kwargs)
+            with pytest.raises(sample.error_type, match=sample.error_regex):
+                module(*inputs.args, **inputs.kwargs)
