@@ -40,7 +40,11 @@ def lstm_layer(
     Raises:
         NotImplementedError: inside torch.func.vmap, torch.func.jvp or a forward-mode dual level.
     """
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h0, c0, *weights))
+    needs_grad = (
+        torch.is_grad_enabled()
+        and not torch.compiler.is_exporting()  # what is exported is run, not trained: nothing has to be reserved
+        and any(t is not None and t.requires_grad for t in (x, h0, c0, *weights))
+    )
     with _autocast_off(x.device):
         if needs_grad or _is_transformed():
             y, hn, cn, c, _ = LSTMFunction.apply(
@@ -67,15 +71,8 @@ def _is_transformed() -> bool:
 
 def _refuse_vmap(*_: Any) -> NoReturn:
     raise NotImplementedError(
-        "fusedrnn's LSTM cannot be batched by torch.func.vmap yet: give the sequences a batch dimension instead, or "
-        'use fusedrnn.use_backend("aten") where nn.LSTM can do it'
-    )
-
-
-def _refuse_jvp(*_: Any) -> NoReturn:
-    raise NotImplementedError(
-        "fusedrnn's LSTM has no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad) yet: use reverse "
-        'mode instead, or fusedrnn.use_backend("aten") where nn.LSTM can do it'
+        "fusedrnn's LSTM cannot be batched by torch.func.vmap yet, as nn.LSTM cannot: give the sequences a batch "
+        "dimension instead"
     )
 
 
@@ -120,7 +117,6 @@ class LSTMFunction(torch.autograd.Function):
         return None, None, None, dx, dh0, dc0, None, None, *dweights
 
     vmap = staticmethod(_refuse_vmap)
-    jvp = staticmethod(_refuse_jvp)  # type: ignore[assignment]
 
 
 def _run_backward(
@@ -210,4 +206,3 @@ class LSTMBackwardFunction(torch.autograd.Function):
         )
 
     vmap = staticmethod(_refuse_vmap)
-    jvp = staticmethod(_refuse_jvp)  # type: ignore[assignment]

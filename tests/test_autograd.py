@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 import fusedrnn
 from fusedrnn import ops, reference
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 T, B, I, H = 5, 3, 4, 6
 
 
@@ -53,7 +55,6 @@ CHECKED = {
 }
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(("options", "extras"), CHECKED.values(), ids=CHECKED.keys())
 def test_derivatives_against_differences(kernel, options, extras):
     lstm = build(kernel, 2, 2, **options)
@@ -313,15 +314,18 @@ def test_saved_tensors_may_be_moved_away(kernel, assert_same):
     assert_same(grad(sums([y]), leaves), expected)
 
 
-@pytest.mark.parametrize("size", [(T, B, I, H), (30, 1, 16, 200)], ids=["small", "units-shared-by-threads"])
-def test_two_threads_at_once(kernel, size):
-    """Each runs forward and backward on a module of its own: the same bits as one after the other."""
-    steps, batch, inputs, hidden = size
-    modules = [build(kernel, inputs, hidden, 2) for _ in range(2)]
-    xs = [random(steps, batch, inputs, device=kernel.device) for _ in modules]
+@pytest.mark.parametrize("count", [1, 2], ids=["one-each", "two-each"])
+def test_two_threads_at_once(kernel, count):
+    """Each runs forward and backward on a module of its own: the same bits as one after the other.
+
+    With two threads of torch's for each, and so few rows of so many units, the CPU kernels share units between them.
+    """
+    torch.set_num_threads(count)
+    modules = [build(kernel, 16, 200) for _ in range(2)]
+    xs = [random(8, 1, 16, device=kernel.device) for _ in modules]
 
     def work(k, results):
-        for _ in range(4):
+        for _ in range(3):
             y, (hn, cn) = modules[k](xs[k])
             results.append([y, hn, cn, *grad(sums([y, hn, cn]), list(modules[k].parameters()))])
 
@@ -333,7 +337,7 @@ def test_two_threads_at_once(kernel, size):
         thread.join()
     for k in range(2):
         work(k, apart[k])
-        assert len(together[k]) == 4
+        assert len(together[k]) == 3
         for run, expected in zip(together[k], apart[k], strict=True):
             assert all(torch.equal(a, b) for a, b in zip(run, expected, strict=True))
 
@@ -485,7 +489,7 @@ def jvp_of_grad(call, loss, weights, x):
     return torch.func.jvp(lambda x: torch.func.grad(loss, argnums=1)(weights, x), (x,), (x,))
 
 
-VMAP, JVP = "cannot be batched by torch.func.vmap yet", "has no forward-mode derivative"
+VMAP, JVP = "cannot be batched by torch.func.vmap yet", "forward.mode"
 REFUSED = [
     (vmapped, VMAP),
     (vmapped_without_grad, VMAP),
