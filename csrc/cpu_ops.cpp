@@ -16,7 +16,7 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/params.h"
+#include "cpu/plan.h"
 
 namespace fusedrnn {
 namespace {
@@ -231,23 +231,10 @@ struct Layer {
   Sizes sizes;
 };
 
-// ---------------------------------------------------------------------------------------------- planning
+// ---------------------------------------------------------------------------------------------- launching
 
-constexpr double kSerialFlops = 2e5;        // below this a parallel region costs more than it brings
-constexpr int64_t kCacheBytes = 512 << 10;  // what a core keeps of the weights from one step to the next
-
-int64_t blocks_of(int64_t outputs, int64_t width) { return (outputs + width - 1) / width; }
-
-// How many threads share one launch, and how. Rows need no synchronisation; units are shared where there are fewer rows
-// than threads, or where every thread would stream weights that fit no cache for a handful of rows.
-Team plan_team(const Sizes& s, const Kernels& kernels, int element_bytes) {
-  const double flops = 8.0 * s.T * s.B * s.D * s.H * (s.P + (s.projected ? s.P / 4.0 : 0));
-  const int64_t threads = flops < kSerialFlops ? 1 : torch::stable::get_num_threads();
-  const int64_t rows = s.D * s.B, units = s.D * blocks_of(s.H, kernels.lanes);
-  const bool fits = 4 * s.H * s.P * element_bytes <= kCacheBytes;
-  const bool by_rows = threads == 1 || (rows >= threads && (fits || rows >= threads * kernels.tile_rows));
-  const int64_t shares = by_rows ? rows : units;
-  return {by_rows ? Team::Split::kRows : Team::Split::kUnits, static_cast<int>(std::min(threads, shares)), nullptr};
+Team plan_team(const Layer& layer) {
+  return plan_team(layer.sizes, layer.kernels, layer.compute == ScalarType::Double, torch::stable::get_num_threads());
 }
 
 // Runs f(worker) for every worker of a team, at the same time as far as threads are free.
@@ -273,12 +260,13 @@ class Lines {
   std::vector<int64_t> storage_;
 };
 
-std::string cpu_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int64_t D) {
+std::string cpu_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int64_t D, bool float64) {
   const Sizes s{T, B, I, H, P, D, P != H};
-  const Kernels& kernels = (*isa().kernels)[static_cast<size_t>(Dtype::kFloat32)];
+  const Dtype dtype = float64 ? Dtype::kFloat64 : Dtype::kFloat32;
+  const Kernels& kernels = (*isa().kernels)[static_cast<size_t>(dtype)];
   const std::string name = std::string(isa().name) + ", ";
   if (T == 1) return name + "one step, weights read as they lie";
-  const Team team = plan_team(s, kernels, sizeof(float));
+  const Team team = plan_team(s, kernels, float64, torch::stable::get_num_threads());
   return name + std::to_string(team.workers) + (team.workers == 1 ? " thread" : " threads") + " by " +
          (team.split == Team::Split::kRows ? "batch rows, no synchronisation" : "hidden units, meeting at every step");
 }
@@ -363,7 +351,7 @@ void forward_sequence(const Layer& layer, ForwardParams& params, Tensor& xg) {
   params.xg = xg.const_data_ptr();
   params.panel_hh = panel_hh.const_data_ptr();
   params.panel_hr = pointer(panel_hr);
-  params.team = plan_team(s, kernels, static_cast<int>(xg.element_size()));
+  params.team = plan_team(layer);
   const Lines lines(params.team, s, kernels);
   launch(params.team, [&](int worker) { kernels.forward(params, worker); });
 }
@@ -495,7 +483,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> cpu_backward(OptionalTensor dy, Opti
     params.m = s.projected ? pointer(*m) : nullptr;
     params.dh_state = pointer(dh_state);
     params.dc_state = pointer(dc_state);
-    params.team = plan_team(s, kernels, static_cast<int>(da.element_size()));
+    params.team = plan_team(layer);
     const Lines lines(params.team, s, kernels);
     launch(params.team, [&](int worker) { kernels.backward(params, worker); });
     if (needs_w_hh) {

@@ -68,7 +68,7 @@ def _dtype_unsupported(problem: Problem) -> str | None:
 
 def _cpu_plan(problem: Problem) -> str:
     p = problem
-    return torch.ops.fusedrnn.cpu_plan(p.T, p.B, p.I, p.H, p.P, p.D)
+    return torch.ops.fusedrnn.cpu_plan(p.T, p.B, p.I, p.H, p.P, p.D, p.dtype == torch.float64)
 
 
 TABLE = {

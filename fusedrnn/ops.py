@@ -142,7 +142,7 @@ _library.impl("reference_backward", _reference_backward, "CompositeExplicitAutog
 
 _define("cpu")
 _library.define("cpu_isa(str? select=None) -> str")
-_library.define("cpu_plan(int T, int B, int I, int H, int P, int D) -> str")
+_library.define("cpu_plan(int T, int B, int I, int H, int P, int D, bool float64) -> str")
 
 
 def build_info() -> dict[str, Any]:

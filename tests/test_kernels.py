@@ -162,7 +162,7 @@ SHARED_UNITS = [
 def test_shared_units(isa, threads, case):
     threads(2)
     D = 2 if case.bidirectional else 1
-    plan = torch.ops.fusedrnn.cpu_plan(case.T, case.B, case.I, case.H, case.proj_size or case.H, D)
+    plan = torch.ops.fusedrnn.cpu_plan(case.T, case.B, case.I, case.H, case.proj_size or case.H, D, False)
     assert "hidden units" in plan
     check(case)
 

@@ -18,8 +18,6 @@ constexpr int kTileRows = 6;
 constexpr int kTileRows = 3;
 #endif
 
-FUSEDRNN_INLINE int64_t blocks_of(int64_t outputs, int64_t width) { return (outputs + width - 1) / width; }
-
 template <class A>
 constexpr int64_t kUnits = Simd<A>::kLanes;  // hidden units of a forward block
 template <class A>

@@ -12,6 +12,9 @@
 
 namespace fusedrnn {
 
+// How many blocks of `width` outputs there are, the last one perhaps not full.
+static constexpr int64_t blocks_of(int64_t outputs, int64_t width) { return (outputs + width - 1) / width; }
+
 // Storage of 16-bit floating point numbers.
 struct BFloat16 {
   uint16_t bits;

@@ -1,0 +1,25 @@
+// How many threads share one launch, and how: the cost model of the CPU backend, such as it is.
+#pragma once
+
+#include <algorithm>
+
+#include "params.h"
+
+namespace fusedrnn {
+
+constexpr double kSerialFlops = 2e5;        // below this a parallel region costs more than it brings
+constexpr int64_t kCacheBytes = 512 << 10;  // what a core keeps of the weights from one step to the next
+
+// Rows need no synchronisation; units are shared where there are fewer rows than threads, or where every thread would
+// stream weights that fit no cache for a handful of rows.
+inline Team plan_team(const Sizes& s, const Kernels& kernels, bool is_double, int64_t threads) {
+  const double flops = 8.0 * s.T * s.B * s.D * s.H * (s.P + (s.projected ? s.P / 4.0 : 0));
+  if (flops < kSerialFlops) threads = 1;
+  const int64_t rows = s.D * s.B, units = s.D * blocks_of(s.H, kernels.lanes);
+  const bool fits = 4 * s.H * s.P * (is_double ? 8 : 4) <= kCacheBytes;
+  const bool by_rows = threads == 1 || (rows >= threads && (fits || rows >= threads * kernels.tile_rows));
+  return {by_rows ? Team::Split::kRows : Team::Split::kUnits,
+          static_cast<int>(std::min(threads, by_rows ? rows : units)), nullptr};
+}
+
+}  // namespace fusedrnn
