@@ -50,6 +50,17 @@ def poisoned() -> Iterator[None]:
         torch.set_deterministic_debug_mode(mode)
 
 
+@contextmanager
+def single_threaded() -> Iterator[None]:
+    """Inside, torch computes on one thread: many small problems take several times as long where two share a core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def roundoff(dtype: torch.dtype) -> float:
     """What the roundings of one step, forward and backward, can amount to, relative to the numbers that enter it.
 
@@ -369,9 +380,11 @@ def evaluate(
 
 def answers(case: Case, device: str = "cpu") -> dict[str, Answer]:
     """What each tensor that `evaluate` returns is held to, by nn.LSTM: `excess(ours[name], *answers[name])`."""
-    torchs = evaluate(call_torch, nn.LSTM, case, device)
-    exact = evaluate(call_torch, nn.LSTM, case, device, torch.float64)
-    nudged = [evaluate(call_torch, nn.LSTM, case, device, torch.float64, nudge) for nudge in range(1, _NUDGES + 1)]
+    with single_threaded():
+        torchs = evaluate(call_torch, nn.LSTM, case, device)
+        exact, *nudged = (
+            evaluate(call_torch, nn.LSTM, case, device, torch.float64, nudge) for nudge in range(_NUDGES + 1)
+        )
     return {
         name: Answer(torchs[name], exact[name], max(_error(other[name], exact[name]) for other in nudged))
         for name in exact

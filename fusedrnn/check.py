@@ -1,0 +1,201 @@
+"""The checks behind `python -m fusedrnn check`: derivatives against differences, and all results against torch's.
+
+A job is one check of one case on one device, carried out on every backend. Its outcome on a backend is that it passed,
+that it failed, or that it does not apply, because the backend says that it does not compute this or, on `aten`, because
+torch's own LSTM cannot do what the check needs. The last is never counted as passed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.gradcheck import GradcheckError, gradcheck, gradgradcheck
+from torch.func import functional_call
+
+from . import testing
+from .dispatch import explain, use_backend
+from .module import LSTM
+from .testing import Answer, Case, InexactError, Inputs
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+_EVERYTHING = {"layers": 2, "bidirectional": True, "proj_size": True, "lengths": True, "reset": True, "states": True}
+_OPTIONS: tuple[dict[str, Any], ...] = (
+    {},
+    {"bias": False},
+    {"hx": False},
+    {"layers": 2},
+    {"bidirectional": True},
+    {"proj_size": True},  # half of H
+    {"batch_first": True, "strided": True},
+    {"packed": True, "bidirectional": True},
+    {"lengths": True, "bidirectional": True},
+    {"reset": True, "bidirectional": True},
+    {"states": True},
+    _EVERYTHING,
+    {**_EVERYTHING, "hx": False, "bias": False, "packed": True, "lengths": False, "batch_first": True},
+)
+_QUICK_SIZES = ((1, 3, 5, 2), (7, 3, 5, 33))  # T, B, I, H
+_SIZES = (*_QUICK_SIZES, (1, 1, 1, 2), (2, 17, 7, 64), (63, 3, 9, 30), (40, 1, 20, 129))
+
+
+class Job(NamedTuple):
+    """One check of one case on one device."""
+
+    check: str  # "gradcheck", "gradgradcheck", or what results are compared with: "nn.LSTM" or "reference"
+    case: Case
+    device: str
+    quick: bool
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a job on one backend."""
+
+    job: Job
+    backend: str
+    excess: float | None = None  # of a comparison: the worst error over what is allowed
+    failure: str | None = None
+    inapplicable: str | None = None
+
+
+def jobs(devices: Sequence[str], quick: bool) -> list[Job]:
+    """All there is to check: derivatives in float64, results in every dtype. `quick` leaves the large sizes out."""
+    small = [_case((3, 3, 2, 2), torch.float64, options) for options in _OPTIONS]
+    grid = [
+        _case(size, dtype, options)
+        for size in (_QUICK_SIZES if quick else _SIZES)
+        for dtype in DTYPES
+        for options in _OPTIONS
+    ]
+    checks = [(check, case) for case in small for check in ("gradcheck", "gradgradcheck")]
+    checks += [(check, case) for case in grid for check in ("nn.LSTM", "reference")]
+    return [Job(check, case, device, quick) for device in devices for check, case in checks]
+
+
+def run(job: Job, backends: Sequence[str]) -> list[Outcome]:
+    """Carries a job out on each of the backends, all of them available."""
+    if job.check == "reference":  # which is not compared with itself, and aten is what "nn.LSTM" is measured by
+        backends = [backend for backend in backends if backend not in ("reference", "aten")]
+    return [_run(job, backend) for backend in backends]
+
+
+def _case(size: tuple[int, int, int, int], dtype: torch.dtype, options: dict[str, Any]) -> Case:
+    proj_size = size[-1] // 2 if "proj_size" in options else 0
+    return Case(*size, dtype=dtype, **{**options, "proj_size": proj_size})
+
+
+def _run(job: Job, backend: str) -> Outcome:
+    check = _CHECKS[job.check]
+    try:
+        with use_backend(backend), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "LSTM with projections is not supported with oneDNN")
+            inapplicable = _unsupported(job, backend)
+            if inapplicable is not None:
+                return Outcome(job, backend, inapplicable=inapplicable)
+            return Outcome(job, backend, check(job, LSTM))
+    except Exception as error:  # of whatever kind, it is this case on this backend that failed
+        limit = _limit_of_torch(check, job) if backend == "aten" else None
+        if limit is not None:
+            return Outcome(job, backend, inapplicable=limit)
+        return Outcome(job, backend, getattr(error, "excess", None), failure=_describe(error))
+
+
+def _describe(error: Exception) -> str:
+    return str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
+
+
+def _unsupported(job: Job, backend: str) -> str | None:
+    x, hx, options = testing.arguments(job.case, job.case.inputs(job.device))
+    return explain(job.case.module(LSTM, job.device), x, hx, **options).reasons.get(backend)
+
+
+def _limit_of_torch(check: Callable[[Job, type], float | None], job: Job) -> str | None:
+    """Why the check fails for nn.LSTM itself, if it does."""
+    try:
+        check(job, nn.LSTM)
+    except Exception as error:
+        return f"torch's own LSTM fails here as well: {_describe(error)}"
+    return None
+
+
+def _check_gradient(job: Job, cls: type) -> None:
+    _check_derivative(gradcheck, job, cls)
+
+
+def _check_second_gradient(job: Job, cls: type) -> None:
+    def check(function: Callable[..., Any], leaves: list[Tensor], **options: Any) -> None:
+        random = torch.Generator().manual_seed(job.case.seed + 1)
+        douts = [torch.randn(y.shape, generator=random).to(y).requires_grad_() for y in function(*leaves)]
+        gradgradcheck(function, leaves, douts, **options)
+
+    _check_derivative(check, job, cls)
+
+
+def _check_derivative(check: Callable[..., object], job: Job, cls: type) -> None:
+    case = job.case
+    module, inputs = case.module(cls, job.device), case.inputs(job.device)
+    parameters = dict(module.named_parameters())
+    states = inputs.hx or ()
+    names = [*("x", "h0", "c0")[: 1 + len(states)], *parameters]
+    leaves = [leaf.detach().requires_grad_() for leaf in (inputs.x, *states, *parameters.values())]
+
+    def outputs(x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        weights = dict(zip(parameters, rest[len(states) :], strict=True))
+        hx = (rest[0], rest[1]) if states else None
+
+        def called(*args: Any, **options: Any) -> Any:
+            return functional_call(module, weights, args, options)
+
+        return tuple(testing.call(called, case, Inputs(x, hx, inputs.lengths, inputs.reset)).values())
+
+    try:
+        with testing.poisoned(), testing.single_threaded():
+            check(outputs, leaves, atol=1e-7, rtol=1e-5, fast_mode=job.quick)
+    except GradcheckError as error:
+        mismatch = str(error).strip().splitlines()[0]
+        raise AssertionError(f"{mismatch} inputs are {', '.join(names)}") from error
+
+
+def _compare(job: Job, cls: type) -> float:
+    answers = _answers(job.case, job.device) if job.check == "nn.LSTM" else _reference_answers(job.case, job.device)
+    with testing.poisoned():
+        ours = testing.evaluate(testing.call, cls, job.case, job.device)
+    worst, failures = 0.0, []
+    for name, answer in answers.items():
+        try:
+            worst = max(worst, testing.assert_as_exact_as(name, ours[name], *answer))
+        except InexactError as error:
+            worst = max(worst, error.excess)
+            failures.append(str(error))
+    if failures:
+        raise InexactError("\n".join(failures), worst)
+    return worst
+
+
+@lru_cache(maxsize=1)  # the jobs of a case follow one another
+def _answers(case: Case, device: str) -> dict[str, Answer]:
+    return testing.answers(case, device)
+
+
+@lru_cache(maxsize=1)
+def _reference_answers(case: Case, device: str) -> dict[str, Answer]:
+    with use_backend("reference"), testing.single_threaded():
+        stored = testing.evaluate(testing.call, LSTM, case, device)
+        exact = testing.evaluate(testing.call, LSTM, case, device, torch.float64)
+    return {k: Answer(stored[k], exact[k], answer.rounding) for k, answer in _answers(case, device).items()}
+
+
+# Each raises where the check fails, and returns the excess of a comparison.
+_CHECKS: dict[str, Callable[[Job, type], float | None]] = {
+    "gradcheck": _check_gradient,
+    "gradgradcheck": _check_second_gradient,
+    "nn.LSTM": _compare,
+    "reference": _compare,
+}

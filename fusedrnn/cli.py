@@ -1,0 +1,191 @@
+"""python -m fusedrnn: what is installed here, and whether it computes what it should."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from textwrap import indent
+from typing import Any, TypeVar
+
+import torch
+
+from . import __version__, check, dispatch, ops, testing
+from .check import Outcome
+
+Item = TypeVar("Item")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: what follows the program's name; sys.argv[1:] by default.
+
+    Returns:
+        The exit status: 0, or 1 if a check failed.
+
+    Raises:
+        SystemExit: with status 2 for arguments that are wrong or missing, with status 0 after --help and --version.
+    """
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.command is None:
+        parser.print_help()
+        return 2
+    return options.command(options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m fusedrnn", description="Fused LSTM layers for PyTorch.")
+    parser.add_argument("--version", action="version", version=f"fusedrnn {__version__}")
+    parser.set_defaults(command=None)
+    commands = parser.add_subparsers(title="commands")
+
+    info = commands.add_parser("info", help="show versions, devices, and which backends are available and why not")
+    info.add_argument("--json", action="store_true", help="print it as JSON")
+    info.set_defaults(command=_info)
+
+    checks = commands.add_parser(
+        "check",
+        help="check this installation against differences and against torch's own LSTM",
+        description="Check derivatives against finite differences, and all results against those of torch.nn.LSTM: the "
+        "error may be at most twice that of torch's own implementation in the same dtype, plus rounding.",
+    )
+    checks.add_argument(
+        "--backend",
+        action="append",
+        type=_backend,
+        metavar="NAME",
+        help=f"check this one ({', '.join(dispatch.TABLE)}), and others if given again; by default all available",
+    )
+    checks.add_argument("--device", choices=testing.devices(), help="check on this device; by default on all")
+    checks.add_argument("--quick", action="store_true", help="small sizes only, and derivatives in random directions")
+    checks.set_defaults(command=_check, error=checks.error)
+    return parser
+
+
+def _backend(name: str) -> str:
+    if name not in dispatch.TABLE:
+        raise argparse.ArgumentTypeError(f"unknown backend {name!r}: expected one of {', '.join(dispatch.TABLE)}")
+    reason = dispatch.backends()[name]
+    if reason is not None:
+        raise argparse.ArgumentTypeError(f"backend {name!r} is not available: {reason}")
+    return name
+
+
+def _info(options: argparse.Namespace) -> int:
+    facts = _facts()
+    print(json.dumps(facts, indent=2) if options.json else "\n".join(_lines(facts)))
+    return 0
+
+
+def _facts() -> dict[str, Any]:
+    return {
+        "versions": {
+            "fusedrnn": __version__,
+            "torch": torch.__version__,
+            "Python": platform.python_version(),
+            "CUDA": torch.version.cuda,
+            "cuDNN": torch.backends.cudnn.version(),
+            "triton": _triton_version(),
+        },
+        "devices": {device: _device_name(device) for device in testing.devices()},
+        "threads": torch.get_num_threads(),
+        "instruction set": _instruction_set(),
+        "backends": {name: reason or "available" for name, reason in dispatch.backends().items()},
+        dispatch.ENVIRONMENT_VARIABLE: os.environ.get(dispatch.ENVIRONMENT_VARIABLE),
+        "build": ops.build_info(),
+    }
+
+
+def _instruction_set() -> str | None:
+    """The one that the cpu backend computes with."""
+    if ops.cpu_unavailable is not None:
+        return None
+    try:
+        return torch.ops.fusedrnn.cpu_isa(None)
+    except RuntimeError as error:  # one was asked for in the environment that there is not
+        return str(error)
+
+
+def _triton_version() -> str | None:
+    try:
+        return importlib.import_module("triton").__version__
+    except ImportError:
+        return None
+
+
+def _device_name(device: str) -> str:
+    if device == "cuda":
+        return ", ".join(torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count()))
+    return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _lines(facts: dict[str, Any], margin: str = "") -> Iterator[str]:
+    width = max(len(name) for name in facts)
+    for name, fact in facts.items():
+        if isinstance(fact, dict) and fact:
+            yield f"{margin}{name}"
+            yield from _lines(fact, margin + "  ")
+        else:
+            text = " ".join(fact) if isinstance(fact, list) else fact
+            yield f"{margin}{name:{width}}  {'none' if text in (None, '', {}) else text}"
+
+
+def _check(options: argparse.Namespace) -> int:
+    devices = [options.device] if options.device else testing.devices()
+    available = [name for name, reason in dispatch.backends().items() if reason is None]
+    backends = list(dict.fromkeys(options.backend or available))
+    for name in options.backend or []:
+        smallest = (dispatch.Problem(device, torch.float32, T=1, B=1, I=1, H=1, P=1, D=1) for device in devices)
+        reasons = [dispatch.supports(name, problem) for problem in smallest]
+        if None not in reasons:
+            options.error(f"argument --backend: backend {name!r} cannot be checked here: {reasons[0]}")
+
+    outcomes: list[Outcome] = []
+    for job in _progress(check.jobs(devices, options.quick)):
+        outcomes += check.run(job, backends)
+
+    print("\n".join(_table(outcomes)))
+    for name, reason in dispatch.backends().items():
+        if name not in backends:
+            print(f"not checked: {name}: {reason or 'it was not asked for'}")
+    inapplicable = Counter((o.backend, o.job.device, o.inapplicable) for o in outcomes if o.inapplicable is not None)
+    for (backend, device, reason), count in inapplicable.items():
+        print(f"n/a: {count} on {backend}, {device}: {reason}")
+    failures = [(o.job, o.backend, o.failure) for o in outcomes if o.failure is not None]
+    for job, backend, failure in failures:
+        print(f"FAILED {job.check} on {backend}, {job.device}: {job.case.id}\n{indent(failure, '  ')}")
+    return 1 if failures else 0
+
+
+def _progress(items: list[Item]) -> Iterable[Item]:
+    """The items, with a bar on the terminal where there is one, and tqdm to draw it."""
+    try:
+        from tqdm import tqdm  # type: ignore[import-untyped]
+    except ImportError:
+        return items
+    return tqdm(items, file=sys.stderr, disable=None, leave=False, unit="job")
+
+
+def _table(outcomes: list[Outcome]) -> list[str]:
+    """One line for each check on each backend, with the largest error of a comparison over what is allowed."""
+    groups: dict[tuple[str, ...], list[Outcome]] = {}
+    for outcome in outcomes:
+        check_name, case, device, _ = outcome.job
+        key: tuple[str, ...] = (check_name, str(case.dtype).removeprefix("torch."), outcome.backend, device)
+        groups.setdefault(key, []).append(outcome)
+    rows: list[tuple[str, ...]] = [("check", "dtype", "backend", "device", "passed", "failed", "n/a", "error/allowed")]
+    for key, group in groups.items():
+        failed, skipped = sum(o.failure is not None for o in group), sum(o.inapplicable is not None for o in group)
+        excesses = [o.excess for o in group if o.excess is not None]
+        counts = (str(len(group) - failed - skipped), str(failed), str(skipped))
+        rows.append((*key, *counts, f"{max(excesses):.2f}" if excesses else "-"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(f"{text:{'<' if k < 4 else '>'}{widths[k]}}" for k, text in enumerate(row)) for row in rows]

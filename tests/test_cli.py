@@ -1,0 +1,206 @@
+"""python -m fusedrnn: what it prints, what it finds, and the status it exits with."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fusedrnn
+from fusedrnn import check, cli, dispatch, ops
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Two options at one size are enough to see what becomes of an outcome."""
+    monkeypatch.setattr(check, "_OPTIONS", ({}, {"lengths": True}))
+    monkeypatch.setattr(check, "_QUICK_SIZES", ((7, 3, 5, 33),))
+
+
+def without(monkeypatch, name, **reasons):
+    """Gives a backend reasons not to be available or not to support a problem."""
+    functions = {key: lambda *_, reason=reason: reason for key, reason in reasons.items()}
+    monkeypatch.setitem(dispatch.TABLE, name, dispatch.TABLE[name]._replace(**functions))
+
+
+def rows(out):
+    """The table as {(check, dtype, backend): (passed, failed, n/a)}."""
+    table = [line.split() for line in out.splitlines() if " cpu " in line and len(line.split()) == 8]
+    return {(row[0], row[1], row[2]): tuple(map(int, row[4:7])) for row in table}
+
+
+# ------------------------------------------------------------------------------------------------ the commands
+
+
+def test_no_command_prints_help():
+    done = subprocess.run([sys.executable, "-m", "fusedrnn"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "info" in done.stdout
+    assert "check" in done.stdout
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["--version"])
+    assert exit.value.code == 0
+    assert capsys.readouterr().out == f"fusedrnn {fusedrnn.__version__}\n"
+
+
+def test_unknown_command(capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["frobnicate"])
+    assert exit.value.code == 2
+
+
+# ------------------------------------------------------------------------------------------------ info
+
+
+def test_info(capsys, monkeypatch):
+    without(monkeypatch, "cuda", unavailable="there is a reason")
+    monkeypatch.setenv("FUSEDRNN_BACKEND", "reference")
+    assert cli.main(["info"]) == 0
+    lines = {line.split(maxsplit=1)[0]: line.split(maxsplit=1)[-1] for line in capsys.readouterr().out.splitlines()}
+    assert lines["fusedrnn"] == fusedrnn.__version__
+    assert lines["torch"]
+    assert lines["threads"] == str(torch.get_num_threads())
+    assert lines["cuda"] == "there is a reason"
+    assert lines["reference"] == "available"
+    assert lines["FUSEDRNN_BACKEND"] == "reference"
+
+
+def test_info_json(capsys, monkeypatch):
+    monkeypatch.delenv("FUSEDRNN_BACKEND", raising=False)
+    assert cli.main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["versions"]["CUDA"] == torch.version.cuda
+    assert list(facts["backends"]) == list(fusedrnn.backends())
+    assert facts["build"] == ops.build_info()
+    assert facts["FUSEDRNN_BACKEND"] is None
+    assert (facts["instruction set"] is None) == (ops.cpu_unavailable is not None)
+
+
+# ------------------------------------------------------------------------------------------------ check
+
+
+def test_quick_check_of_the_reference_passes(capsys):
+    assert cli.main(["check", "--quick", "--backend", "reference", "--device", "cpu"]) == 0
+    out, err = capsys.readouterr()
+    assert set(rows(out)) == {
+        ("gradcheck", "float64", "reference"),
+        ("gradgradcheck", "float64", "reference"),
+        *(("nn.LSTM", dtype, "reference") for dtype in ("float64", "float32", "bfloat16", "float16")),
+    }
+    assert all(passed > 0 and failed == skipped == 0 for passed, failed, skipped in rows(out).values())
+    assert "not checked: aten: it was not asked for" in out
+    assert err == ""
+
+
+def test_check_of_all_backends(capsys, small):
+    assert cli.main(["check", "--quick", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    available = {name for name, reason in fusedrnn.backends().items() if reason is None}
+    assert {backend for _, _, backend in rows(out)} == available
+    for name, reason in fusedrnn.backends().items():
+        assert reason is None or f"not checked: {name}: {reason}" in out
+
+
+def test_a_gradient_that_is_off_fails_and_is_named(capsys, small, monkeypatch):
+    right = ops.backward_op("reference")
+
+    def wrong(*arguments):
+        dx, *rest = right(*arguments)
+        return dx * (1 + 1e-3), *rest
+
+    monkeypatch.setitem(ops._BACKWARD, "reference", wrong)
+    assert cli.main(["check", "--quick", "--backend", "reference", "--device", "cpu"]) == 1
+    out = capsys.readouterr().out
+    assert "FAILED gradcheck on reference, cpu: T3-B3-I2-H2-float64\n" in out
+    assert "inputs are x, h0, c0, weight_ih_l0" in out
+    assert "FAILED nn.LSTM on reference, cpu: T7-B3-I5-H33-lengths-float32\n  dx: error " in out
+    assert "dh0: error" not in out
+    assert rows(out)["nn.LSTM", "float32", "reference"] == (0, 2, 0)
+    assert rows(out)["nn.LSTM", "bfloat16", "reference"] == (2, 0, 0), "there it is less than what rounding is worth"
+
+
+def test_a_second_derivative_that_is_off_fails(capsys, small, monkeypatch):
+    right = fusedrnn.autograd.LSTMBackwardFunction.backward
+
+    def wrong(ctx, *ddgrads):
+        return tuple(None if grad is None else grad * (1 + 1e-3) for grad in right(ctx, *ddgrads))
+
+    monkeypatch.setattr(fusedrnn.autograd.LSTMBackwardFunction, "backward", staticmethod(wrong))
+    assert cli.main(["check", "--quick", "--backend", "reference", "--device", "cpu"]) == 1
+    out = capsys.readouterr().out
+    assert rows(out)["gradcheck", "float64", "reference"] == (2, 0, 0)
+    assert rows(out)["gradgradcheck", "float64", "reference"] == (0, 2, 0)
+
+
+def test_a_backend_that_raises_fails(capsys, small, monkeypatch):
+    def broken(*_):
+        raise AssertionError
+
+    monkeypatch.setitem(ops._FORWARD, "reference", broken)
+    assert cli.main(["check", "--quick", "--backend", "reference", "--device", "cpu"]) == 1
+    assert all(passed == 0 and failed == 2 for passed, failed, _ in rows(capsys.readouterr().out).values())
+
+
+def test_an_unwritten_buffer_fails(capsys, small, monkeypatch):
+    right = ops.forward_op("reference")
+
+    def wrong(*arguments):
+        y, *rest = right(*arguments)
+        return torch.cat([y[:1], torch.empty_like(y[1:])]), *rest
+
+    monkeypatch.setitem(ops._FORWARD, "reference", wrong)
+    assert cli.main(["check", "--quick", "--backend", "reference", "--device", "cpu"]) == 1
+    assert "y: error inf" in capsys.readouterr().out
+
+
+def test_what_torch_cannot_do_is_neither_passed_nor_failed(capsys, small, monkeypatch):
+    def refuse(*_, **__):
+        raise NotImplementedError("there is no second derivative")
+
+    monkeypatch.setattr(check, "gradgradcheck", refuse)
+    assert cli.main(["check", "--quick", "--backend", "aten", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert rows(out)["gradcheck", "float64", "aten"] == (1, 0, 1)
+    assert rows(out)["gradgradcheck", "float64", "aten"] == (0, 0, 2)
+    assert "n/a: 6 on aten, cpu: torch's own LSTM has no lengths" in out
+    assert "n/a: 1 on aten, cpu: torch's own LSTM fails here as well: NotImplementedError: there is no second" in out
+
+    assert cli.main(["check", "--quick", "--backend", "reference", "--device", "cpu"]) == 1
+    assert rows(capsys.readouterr().out)["gradgradcheck", "float64", "reference"] == (0, 2, 0)
+
+
+def test_check_without_tqdm(capsys, small, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert cli.main(["check", "--quick", "--backend", "aten", "--device", "cpu"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "reasons", "message"),
+    [
+        ("warp", {}, "unknown backend 'warp': expected one of cuda, triton, cpu, aten, reference"),
+        ("triton", {"unavailable": "the reason"}, "backend 'triton' is not available: the reason"),
+        (
+            "aten",
+            {"unsupported": "the reason"},
+            "backend 'aten' cannot be checked here: the reason",
+        ),
+    ],
+)
+def test_a_backend_that_was_asked_for_is_never_left_out(capsys, monkeypatch, name, reasons, message):
+    if reasons:
+        without(monkeypatch, name, **reasons)
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["check", "--quick", "--backend", name, "--backend", "reference"])
+    assert exit.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_backend_more_than_once(capsys, small):
+    arguments = ["--backend", "aten", "--backend", "reference", "--backend", "aten"]
+    assert cli.main(["check", "--quick", "--device", "cpu", *arguments]) == 0
+    assert rows(capsys.readouterr().out)["nn.LSTM", "float32", "aten"] == (1, 0, 1)
