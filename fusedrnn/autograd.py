@@ -40,11 +40,9 @@ def lstm_layer(
     Raises:
         NotImplementedError: inside torch.func.vmap, torch.func.jvp or a forward-mode dual level.
     """
-    needs_grad = (
-        torch.is_grad_enabled()
-        and not torch.compiler.is_exporting()  # what is exported is run, not trained: nothing has to be reserved
-        and any(t is not None and t.requires_grad for t in (x, h0, c0, *weights))
-    )
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h0, c0, *weights))
+    if needs_grad and (torch.compiler.is_exporting() or torch.jit.is_tracing()):
+        needs_grad = False  # what is recorded will be run and not trained: it should reserve nothing
     with _autocast_off(x.device):
         if needs_grad or _is_transformed():
             y, hn, cn, c, _ = LSTMFunction.apply(

@@ -155,7 +155,7 @@ def _convert_module(module: nn.Module, compilable: bool) -> str:
             setattr(converted, _ORIGINAL, cls)
     else:
         converted = _converted_class(cls, compilable)
-    _assign_class(module, converted)
+    object.__setattr__(module, "__class__", converted)  # past a __setattr__ that the class may have
     notes = []
     if compilable and isinstance(module, nn.LSTM):
         notes.append("still an nn.LSTM, because its class is derived from it: torch.compile breaks the graph here")
@@ -177,15 +177,8 @@ def _revert_module(module: nn.Module) -> str:
             original = _parametrized_over(cls, _original_class(cls.__bases__[0]))
     else:
         original = _original_class(cls)
-    _assign_class(module, original)
+    object.__setattr__(module, "__class__", original)
     return ""
-
-
-def _assign_class(module: nn.Module, cls: type) -> None:
-    try:
-        module.__class__ = cls
-    except TypeError as error:  # for instance a class with __slots__
-        raise _LeftAlone(str(error)) from error
 
 
 def _converted_class(cls: Any, compilable: bool) -> type:

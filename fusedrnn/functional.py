@@ -101,10 +101,13 @@ def lstm(
         if s is not None and s.shape != size:
             raise RuntimeError(f"Expected hidden[{index}] size {size}, got {list(s.shape)}")
     _check_two(hx, "lstm")
-    _check_devices(input, weights, h0, c0)
+    alike = _are_alike(input, weights, h0, c0)
+    if not alike:
+        _check_devices(input, weights, h0, c0)
     if T == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    _check_dtypes(input, weights, h0, c0)
+    if not alike:
+        _check_dtypes(input, weights, h0, c0)
     _check_weights(weights, num_layers, D, I)
     if lengths is not None:
         lengths = _check_lengths(lengths, form, input.device)
@@ -154,8 +157,8 @@ def lstm_cell(
         w_ih, w_hh, b_ih, b_hh: [4H, I], [4H, H], [4H] and [4H], gates in the order i, f, g, o; both biases or none.
 
     Returns:
-        (h' [B, H], c' [B, H]), without B for unbatched input. Under autocast on the CPU the state keeps the dtype of
-        hx (of input if hx is None), as nn.LSTMCell's does.
+        (h' [B, H], c' [B, H]), without B for unbatched input. Under autocast on the CPU they are of the wider of the
+        autocast dtype and that of c (of input if hx is None), as nn.LSTMCell's are.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `lstm`.
@@ -166,14 +169,8 @@ def lstm_cell(
         raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
     batched = input.dim() == 2
     h, c = _split_hx(hx, "lstm_cell")
-    for index, state in enumerate((h, c)):
-        if state is not None and state.dim() not in (1, 2):
-            raise ValueError(f"LSTMCell: Expected hx[{index}] to be 1D or 2D, got {state.dim()}D instead")
-    _check_two(hx, "lstm_cell")
-    if h is not None and c is not None and (h.dim() == 2, c.dim() == 2) != (batched, batched):
-        raise RuntimeError(
-            f"hx must be {input.dim()}-D as input is, but got ({h.dim()}-D, {c.dim()}-D) tensors for ({input.dim()}-D)"
-        )
+    if h is not None and c is not None:
+        _check_cell_hx_dims(h, c, input.dim(), hx)
     if (b_ih is None) != (b_hh is None):
         raise ValueError("b_ih and b_hh must be given both or not at all, got one of them")
     weights = [w for w in (w_ih, w_hh, b_ih, b_hh) if w is not None]
@@ -182,18 +179,15 @@ def lstm_cell(
     if dtype is not None:
         input, h, c, *weights = _cast(dtype, input, h, c, *weights)
     if not batched:
-        input, h, c = input.unsqueeze(0), *(None if s is None else s.unsqueeze(0) for s in (h, c))
-    B, I = input.shape
-    H = w_hh.shape[1]
+        input, h, c = _unsqueezed(input, h, c)
+    (B, I), H = input.shape, w_hh.shape[1]
     if w_ih.shape[1] != I:
         raise RuntimeError(f"input has inconsistent input_size: got {I} expected {w_ih.shape[1]}")
-    for index, state in enumerate((h, c)):
-        if state is not None and state.shape[0] != B:
-            raise RuntimeError(f"Input batch size {B} doesn't match hidden{index} batch size {state.shape[0]}")
-        if state is not None and state.shape[1] != H:
-            raise RuntimeError(f"hidden{index} has inconsistent hidden_size: got {state.shape[1]}, expected {H}")
-    _check_devices(input, weights, h, c)
-    _check_dtypes(input, weights, h, c)
+    if h is not None and c is not None:
+        _check_cell_hx_sizes(h, c, B, H)
+    if not _are_alike(input, weights, h, c):
+        _check_devices(input, weights, h, c)
+        _check_dtypes(input, weights, h, c)
     _check_weights(weights, 1, 1, I)
 
     backend = dispatch.select(dispatch.Problem(input.device.type, input.dtype, 1, B, I, H, H, 1))
@@ -201,10 +195,10 @@ def lstm_cell(
         h, c = (input.new_zeros(B, H) if s is None else s for s in (h, c))
         hn, cn = _VF.lstm_cell(input, (h, c), *weights)
     else:
-        h, c = (None if s is None else s.unsqueeze(0) for s in (h, c))
-        _, hn, cn, _ = lstm_layer(backend, input.unsqueeze(0), weights, False, h, c, None, None, False)
-        hn, cn = hn[0], cn[0]
-    return (hn, cn) if batched else (hn[0], cn[0])
+        x, h, c = _unsqueezed(input, h, c)
+        _, hn, cn, _ = lstm_layer(backend, x, weights, False, h, c, None, None, False)
+        hn, cn = hn.squeeze(0), cn.squeeze(0)
+    return (hn, cn) if batched else (hn.squeeze(0), cn.squeeze(0))
 
 
 class _Form(NamedTuple):
@@ -275,28 +269,21 @@ def _stack(
     cell_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
     """The layers one after another: x [T, B, I] -> y [T, B, D*P], hn, cn [L*D, B, ...], and every layer's h and c."""
+    if num_layers == 1:
+        y, hn, cn, c = lstm_layer(backend, x, weights, bidirectional, h0, c0, lengths, reset, cell_states)
+        return y, hn, cn, [y], [c]
     count, D = len(weights) // num_layers, 2 if bidirectional else 1
+    h0s, c0s = ([None] * num_layers if s is None else s.split(D) for s in (h0, c0))
     y, hns, cns, hs, cs = x, [], [], [], []
     for k in range(num_layers):
         if k > 0 and dropout > 0:
             y = torch.nn.functional.dropout(y, dropout)
-        y, hn, cn, c = lstm_layer(
-            backend,
-            y,
-            weights[k * count : (k + 1) * count],
-            bidirectional,
-            None if h0 is None else h0[k * D : (k + 1) * D],
-            None if c0 is None else c0[k * D : (k + 1) * D],
-            lengths,
-            reset,
-            cell_states,
-        )
+        own = weights[k * count : (k + 1) * count]
+        y, hn, cn, c = lstm_layer(backend, y, own, bidirectional, h0s[k], c0s[k], lengths, reset, cell_states)
         hns.append(hn)
         cns.append(cn)
         hs.append(y)
         cs.append(c)
-    if num_layers == 1:
-        return y, hns[0], cns[0], hs, cs
     return y, torch.cat(hns), torch.cat(cns), hs, cs
 
 
@@ -332,6 +319,10 @@ def _aten(
     return _laid_out(y, form), hn, cn
 
 
+def _unsqueezed(*tensors: Tensor | None) -> list[Any]:
+    return [None if t is None else t.unsqueeze(0) for t in tensors]
+
+
 def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
     """What autocast does: it leaves float64, and what is not floating point, as it is."""
     return [t if t is None or t.dtype == torch.float64 or not t.is_floating_point() else t.to(dtype) for t in tensors]
@@ -362,6 +353,25 @@ def _check_hx_dims(h0: Tensor | None, c0: Tensor | None, form: _Form) -> None:
             f"For {'unbatched 2-D' if form.unbatched else 'batched 3-D'} input, hx and cx should "
             f"also be {dims}-D but got ({h0.dim()}-D, {c0.dim()}-D) tensors"
         )
+
+
+def _check_cell_hx_dims(h: Tensor, c: Tensor, dims: int, hx: Any) -> None:
+    for index, state in enumerate((h, c)):
+        if state.dim() not in (1, 2):
+            raise ValueError(f"LSTMCell: Expected hx[{index}] to be 1D or 2D, got {state.dim()}D instead")
+    _check_two(hx, "lstm_cell")
+    if h.dim() != dims or c.dim() != dims:
+        raise RuntimeError(
+            f"hx must be {dims}-D as input is, but got ({h.dim()}-D, {c.dim()}-D) tensors for ({dims}-D)"
+        )
+
+
+def _check_cell_hx_sizes(h: Tensor, c: Tensor, B: int, H: int) -> None:
+    for index, state in enumerate((h, c)):
+        if state.shape[0] != B:
+            raise RuntimeError(f"Input batch size {B} doesn't match hidden{index} batch size {state.shape[0]}")
+        if state.shape[1] != H:
+            raise RuntimeError(f"hidden{index} has inconsistent hidden_size: got {state.shape[1]}, expected {H}")
 
 
 def _check_packed(data: Tensor, batch_sizes: Tensor) -> list[int]:
@@ -414,6 +424,11 @@ def _check_weights(weights: Sequence[Tensor], num_layers: int, D: int, I: int) -
         for k, shape in enumerate(shapes, layer * len(shapes)):
             if weights[k].shape != shape:
                 raise ValueError(f"weights[{k}] must have shape {list(shape)}, got {list(weights[k].shape)}")
+
+
+def _are_alike(input: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None) -> bool:
+    device, dtype = input.device, input.dtype
+    return all(t is None or (t.device == device and t.dtype == dtype) for t in (h0, c0, *weights))
 
 
 def _named(weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None) -> list[tuple[str, Tensor]]:

@@ -675,6 +675,42 @@ def test_functional_lstm_checks_its_own_arguments(weights, options, kind, text):
 
 
 @pytest.mark.parametrize(
+    ("data", "options", "kind", "text"),
+    [
+        (zeros(3, 3), {"batch_sizes": [2, 1]}, TypeError, "batch_sizes must be a Tensor, got list"),
+        (
+            zeros(3, 3),
+            {"batch_sizes": torch.tensor([2, 1], device="meta")},
+            RuntimeError,
+            "batch_sizes must be on the CPU, got meta",
+        ),
+        (zeros(3, 1, 3), {"batch_sizes": torch.tensor([2, 1])}, RuntimeError, "must have 2 dimensions, got 3"),
+        (
+            zeros(3, 3),
+            {"batch_sizes": torch.tensor([2, 1]), "lengths": torch.tensor([2, 1])},
+            ValueError,
+            "lengths must be None for packed input",
+        ),
+        (
+            zeros(3, 3),
+            {"batch_sizes": torch.tensor([2, 1]), "reset": zeros(3, dtype=torch.bool)},
+            ValueError,
+            r"reset must have shape \[2, 2\].*got \[3\]",
+        ),
+        (
+            zeros(3, 3),
+            {"batch_sizes": torch.tensor([2, 1]), "hx": (zeros(1, 3, 4), zeros(1, 2, 4))},
+            RuntimeError,
+            r"Expected hidden\[0\] size \(1, 2, 4\), got \[1, 3, 4\]",
+        ),
+    ],
+)
+def test_functional_lstm_checks_packed_data(data, options, kind, text):
+    with pytest.raises(kind, match=text):
+        functional.lstm(data, WEIGHTS, **options)
+
+
+@pytest.mark.parametrize(
     ("arguments", "text"),
     [
         ((*WEIGHTS[:2], WEIGHTS[2], None), "b_ih and b_hh must be given both or not at all"),

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 import fusedrnn
+from fusedrnn import functional
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -353,6 +354,29 @@ def test_packed_and_padded_with_lengths_agree(place, twins, assert_same):
         assert_same(pad_packed_sequence(packed)[0][: len(y), b], y)
     for k in (0, 1):
         assert_same(state[k], torch.stack([hx[k] for _, hx in alone], dim=1))
+
+
+# The functions
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_functional_lstm(place, twins, assert_same, options):
+    """What the module calls, with the weights in the order of the state_dict; packed data in their own order."""
+    theirs, ours = twins(I, H, device=place.device, **OPTIONS[options])
+    own = {name: getattr(ours, name) for name in ("num_layers", "batch_first", "bidirectional")}
+    weights = list(theirs.state_dict().values())
+    _, (x, hx) = whole(ours, place.device)
+    assert_same(functional.lstm(x, weights, hx, **own), theirs.eval()(x, hx))
+    packed = packed_sorted(x, ours.batch_first)
+    y, state = functional.lstm(packed.data, weights, hx, batch_sizes=packed.batch_sizes, **own)
+    assert_same((y, state), theirs.eval()(packed, hx))
+
+
+def test_functional_lstm_cell(place, twins, assert_same):
+    theirs, ours = twins(I, H, cls=fusedrnn.LSTMCell, device=place.device)
+    _, (x, hx) = cell_batched(place.device)
+    assert_same(functional.lstm_cell(x, hx, *ours.parameters()), theirs(x, hx))
+    assert_same(functional.lstm_cell(x, None, *ours.parameters()), theirs(x))
 
 
 # Dropout

@@ -1,0 +1,336 @@
+"""torch.compile, torch.export and the operators that both see: whole graphs, one operator a layer, any T and B."""
+
+import io
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch.export import Dim
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import fusedrnn
+from fusedrnn import layout, ops
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+I, H = 3, 4
+SIZES = [(5, 2), (6, 3), (3, 7), (9, 4)]  # T and B of the calls; the first one is compiled for
+
+
+class Model(nn.Module):
+    """An LSTM with layers around it, so that there is a graph to be whole."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.embed = nn.Linear(I, I)
+        self.lstm = nn.LSTM(I, H, num_layers=2, bidirectional=True, batch_first=True, **options)
+        self.head = nn.Linear(2 * H, 2)
+
+    def forward(self, x, lengths=None, reset=None, return_states=False):
+        more = {"lengths": lengths, "reset": reset, "return_states": return_states}
+        y, state, *states = self.lstm(torch.tanh(self.embed(x)), **more)
+        return self.head(y), state, *states
+
+
+class Decoder(nn.Module):
+    """A loop over nn.LSTMCell."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.LSTMCell(I, H)
+
+    def forward(self, x, hx=None):
+        for step in x.unbind(0):
+            hx = self.cell(step, hx)
+        return hx
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Graphs:
+    """A backend that runs graphs as they are and keeps those of AOTAutograd: `forward` and `backward`."""
+
+    def __init__(self):
+        self.forward, self.backward = [], []
+        self.compile = aot_autograd(fw_compiler=self.keep(self.forward), bw_compiler=self.keep(self.backward))
+
+    def __call__(self, module, inputs):
+        return self.compile(module, inputs)
+
+    @staticmethod
+    def keep(graphs):
+        def compiler(module, inputs):
+            graphs.append(module.graph)
+            return make_boxed_func(module.forward)
+
+        return compiler
+
+    @staticmethod
+    def operators(graph):
+        """The arguments of each of our operators in a graph, under the operator's name."""
+        called = {}
+        for node in graph.nodes:
+            if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == ops.NAMESPACE:
+                called.setdefault(node.target._schema.name.split("::")[1], []).append(node.args)
+        return called
+
+
+def compiled(model, device):
+    model = fusedrnn.convert(model, compilable=True).to(device, torch.float64)
+    graphs = Graphs()
+    return model, torch.compile(model, fullgraph=True, backend=graphs), graphs
+
+
+def batch(T, B, device, dims=(0, 1)):
+    x = torch.randn(B, T, I, dtype=torch.float64, device=device)
+    for dim in dims:
+        torch._dynamo.mark_dynamic(x, dim)
+    return x
+
+
+def extras(T, B, device):
+    """lengths, the first of them 0 and the last one T, and reset."""
+    lengths = torch.arange(B, device=device).remainder(T + 1)
+    lengths[-1] = T
+    reset = torch.rand(B, T, device=device) < 0.3
+    torch._dynamo.mark_dynamic(lengths, 0)
+    torch._dynamo.mark_dynamic(reset, 0)
+    torch._dynamo.mark_dynamic(reset, 1)
+    return {"lengths": lengths, "reset": reset}
+
+
+@pytest.mark.parametrize("more", [False, True], ids=["plain", "lengths-reset-states"])
+def test_whole_graph_for_any_T_and_B(kernel, assert_same, gradients, more):  # noqa: N802, the letters of the field
+    """Forward and backward as without compiling; what was compiled at first serves every other T and B."""
+    model, run, graphs = compiled(Model(), kernel.device)
+    for call, (T, B) in enumerate(SIZES):
+        x = batch(T, B, kernel.device)
+        options = {**extras(T, B, kernel.device), "return_states": True} if more else {}
+        with torch._dynamo.config.patch(error_on_recompile=call > 0):
+            outputs = run(x, **options)
+            grads = gradients(outputs, list(model.parameters()))
+        expected = model(x, **options)
+        assert_same(outputs, expected)
+        assert_same(grads, gradients(expected, list(model.parameters())))
+    (forward,), (backward,) = graphs.forward, graphs.backward
+    forward, backward = graphs.operators(forward), graphs.operators(backward)
+    assert {name: len(calls) for name, calls in forward.items()} == {f"{kernel.backend}_forward": 2}
+    assert {name: len(calls) for name, calls in backward.items()} == {f"{kernel.backend}_backward": 2}
+
+
+def test_inference_reserves_nothing(kernel, assert_same):
+    model, run, graphs = compiled(Model(), kernel.device)
+    x = batch(5, 2, kernel.device)
+    with torch.no_grad():
+        assert_same(run(x), model(x))
+    (forward,) = graphs.forward
+    calls = graphs.operators(forward)[f"{kernel.backend}_forward"]
+    assert [args[-2:] for args in calls] == [(False, False), (False, False)]  # cell_states, reserve
+    assert graphs.backward == []
+
+
+def test_gradients_of_input_and_states(kernel, assert_same, gradients):
+    lstm = nn.LSTM(I, H, proj_size=2, bias=False)
+    model, run, _ = compiled(lstm, kernel.device)
+    x = torch.randn(5, 2, I, dtype=torch.float64, device=kernel.device, requires_grad=True)
+    hx = [torch.randn(1, 2, n, dtype=torch.float64, device=kernel.device, requires_grad=True) for n in (2, H)]
+    outputs, expected = run(x, tuple(hx)), model(x, tuple(hx))
+    assert_same(outputs, expected)
+    assert_same(gradients(outputs, [x, *hx]), gradients(expected, [x, *hx]))
+
+
+def test_loop_over_cells(kernel, assert_same, gradients):
+    model, run, graphs = compiled(Decoder(), kernel.device)
+    x = torch.randn(4, 2, I, dtype=torch.float64, device=kernel.device)
+    outputs, expected = run(x), model(x)
+    assert_same(outputs, expected)
+    assert_same(gradients(outputs, list(model.parameters())), gradients(expected, list(model.parameters())))
+    assert len(graphs.operators(graphs.forward[0])[f"{kernel.backend}_forward"]) == 4
+
+
+def test_dropout(kernel, assert_same):
+    model, run, _ = compiled(Model(dropout=0.5), kernel.device)
+    x = batch(5, 2, kernel.device)
+    outputs = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        outputs.append(run(x)[0])
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])
+    model.eval()
+    assert_same(run(x), model(x))
+
+
+def test_autocast(kernel):
+    model = fusedrnn.convert(Model(), compilable=True).to(kernel.device)
+    run, x = torch.compile(model, fullgraph=True, backend="aot_eager"), torch.randn(2, 5, I, device=kernel.device)
+    with torch.autocast(kernel.device, torch.bfloat16):
+        outputs, expected = run(x), model(x)
+    assert outputs[1][0].dtype is torch.bfloat16
+    for mine, other in zip((outputs[0], *outputs[1]), (expected[0], *expected[1]), strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_another_backend_is_compiled_anew():
+    """The choice is part of the graph, and made again when it may come out differently."""
+    model, run, graphs = compiled(Model(), "cpu")
+    x = batch(5, 2, "cpu")
+    run(x)
+    with fusedrnn.use_backend("reference"):
+        run(x)
+    names = [name for graph in graphs.forward for name in graphs.operators(graph)]
+    assert names == [f"{fusedrnn.explain(model.lstm, x).backend}_forward", "reference_forward"]
+
+
+def test_inductor(assert_same, gradients):
+    model = fusedrnn.convert(Model(), compilable=True).double()
+    run = torch.compile(model, fullgraph=True)
+    for call, (T, B) in enumerate(SIZES[:2]):
+        x = batch(T, B, "cpu")
+        with torch._dynamo.config.patch(error_on_recompile=call > 0):
+            outputs, expected = run(x), model(x)
+        assert_same(outputs, expected)
+        assert_same(gradients(outputs, list(model.parameters())), gradients(expected, list(model.parameters())))
+
+
+def test_an_nn_lstm_breaks_the_graph():
+    """Why there is a class of its own for this: Dynamo traces nothing that is an instance of nn.LSTM."""
+    model, x = fusedrnn.LSTM(I, H), torch.randn(5, 2, I)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(model, fullgraph=True, backend="eager")(x)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(model, backend="eager")(x)[0], model(x)[0])
+
+
+def test_packed_sequence_inside_of_a_compiled_model():
+    model = fusedrnn.CompilableLSTM(I, H, batch_first=True)
+
+    def call(x):
+        return model(pack_padded_sequence(x * 2, [2, 5], batch_first=True, enforce_sorted=False))[1][0] + 1
+
+    x = torch.randn(2, 5, I)
+    assert torch.equal(torch.compile(call, backend="eager")(x), call(x))
+
+
+# torch.export
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
+@pytest.mark.parametrize("more", [False, True], ids=["plain", "lengths-reset"])
+def test_export(kernel, assert_same, strict, more):
+    model = fusedrnn.convert(Model(), compilable=True).to(kernel.device, torch.float64)
+    T, B = Dim("T", min=1), Dim("B")
+    dynamic = {"x": {0: B, 1: T}}
+    kwargs = extras(*SIZES[0], kernel.device) if more else {}
+    if more:
+        dynamic |= {"lengths": {0: B}, "reset": {0: B, 1: T}}
+    x = batch(*SIZES[0], kernel.device, dims=())
+    program = torch.export.export(model, (x,), kwargs, dynamic_shapes=dynamic, strict=strict)
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    for exported in (program, torch.export.load(file)):
+        calls = Graphs.operators(exported.graph)
+        assert list(calls) == [f"{kernel.backend}_forward"]
+        assert [args[-1] for args in calls[f"{kernel.backend}_forward"]] == [False, False]  # reserve
+        for sizes in [*SIZES, (1, 1)]:
+            x = batch(*sizes, kernel.device, dims=())
+            kwargs = extras(*sizes, kernel.device) if more else {}
+            with torch.no_grad():
+                assert_same(exported.module()(x, **kwargs), model(x, **kwargs))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_jit_trace(kernel, assert_same):
+    """Deprecated, and still how many a model is served; parameters may well require gradients then."""
+    model = fusedrnn.convert(Model()).to(kernel.device, torch.float64)
+    traced = torch.jit.trace(model, batch(*SIZES[0], kernel.device, dims=()))
+    file = io.BytesIO()
+    torch.jit.save(traced, file)
+    file.seek(0)
+    for recorded in (traced, torch.jit.load(file)):
+        for sizes in SIZES:
+            x = batch(*sizes, kernel.device, dims=())
+            with torch.no_grad():
+                assert_same(recorded(x), model(x))
+
+
+# The operators by themselves
+
+LAYERS = {
+    "plain": {},
+    "no bias": {"bias": False},
+    "both directions": {"bidirectional": True},
+    "projection": {"proj_size": 2},
+    "hx": {"hx": True},
+    "lengths": {"lengths": True, "bidirectional": True},
+    "reset": {"reset": True, "hx": True},
+    "all of it": {"bidirectional": True, "proj_size": 2, "hx": True, "lengths": True, "reset": True},
+}
+
+
+def forward_arguments(device, cell_states, reserve, bias=True, bidirectional=False, proj_size=0, **extras):
+    T, B, D, P = 4, 3, 2 if bidirectional else 1, proj_size or H
+
+    def random(*shape):
+        return torch.randn(*shape, device=device)
+
+    weights = []
+    for _ in range(D):
+        biases = (random(4 * H), random(4 * H)) if bias else (None, None)
+        projection = random(P, H) if proj_size else None
+        direction = layout.DirectionWeights(random(4 * H, I), random(4 * H, P), *biases, projection)
+        weights += layout.flat_order(direction)
+    h0, c0 = (random(D, B, P), random(D, B, H)) if extras.get("hx") else (None, None)
+    lengths = torch.tensor([4, 0, 2], device=device) if extras.get("lengths") else None
+    reset = torch.rand(T, B, device=device) < 0.3 if extras.get("reset") else None
+    return random(T, B, I), weights, bidirectional, h0, c0, lengths, reset, cell_states, reserve
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize(("cell_states", "reserve"), [(False, False), (True, False), (False, True)])
+def test_opcheck_forward(kernel, layer, cell_states, reserve):
+    arguments = forward_arguments(kernel.device, cell_states, reserve, **LAYERS[layer])
+    torch.library.opcheck(ops.forward_op(kernel.backend), arguments)
+
+
+GIVEN = ["all", "dy", "dhn", "dcn and dc"]
+NEEDS = ["all", "x", "weights"]
+
+
+@pytest.mark.parametrize(
+    ("layer", "given", "needs"),
+    [(layer, "all", "all") for layer in LAYERS]
+    + [("all of it", given, needs) for given in GIVEN for needs in NEEDS][1:],
+)
+def test_opcheck_backward(kernel, layer, given, needs):
+    arguments = forward_arguments(kernel.device, True, True, **LAYERS[layer])
+    x, weights, bidirectional, h0, c0, lengths, reset, _, _ = arguments
+    y, hn, cn, c, reserve = ops.forward_op(kernel.backend)(*arguments)
+    douts = [
+        torch.randn_like(t) if given == "all" or name in given.split(" and ") else None
+        for name, t in (("dy", y), ("dhn", hn), ("dcn", cn), ("dc", c))
+    ]
+    wanted = [needs in ("all", "x")] + [needs == "all"] * 2 + [needs in ("all", "weights")] * len(weights)
+    torch.library.opcheck(
+        ops.backward_op(kernel.backend),
+        (*douts, x, weights, bidirectional, h0, c0, lengths, reset, y, c, reserve, wanted),
+    )
+
+
+def test_opcheck_of_what_computes_no_tensor():
+    """opcheck cannot compare the strings that these return; what is left are the schema and the registration."""
+    utils = ("test_schema", "test_autograd_registration")
+    if fusedrnn.backends()["cpu"] is None:
+        torch.library.opcheck(torch.ops.fusedrnn.cpu_isa.default, (None,), test_utils=utils)
+        torch.library.opcheck(torch.ops.fusedrnn.cpu_plan.default, (4, 3, I, H, H, 1, False), test_utils=utils)
+    names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("fusedrnn::")}
+    pairs = {f"{backend}_{way}" for backend in ("reference", "cpu") for way in ("forward", "backward")}
+    assert names == {*pairs, "cpu_isa", "cpu_plan"}  # what is new has to be checked here as well
