@@ -401,6 +401,87 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_forward(Tensor x, Tensors
 
 // ---------------------------------------------------------------------------------------------- backward
 
+// What the launch leaves for the matrix products: all in the compute dtype, [D][T * B][...].
+struct StepGradients {
+  Tensor da;                       // 4H
+  OptionalTensor h_in, dh_out, m;  // P, only if w_hh needs a gradient; P and H, only with a projection
+};
+
+// The recurrence backwards. params holds the tensors that came from the caller, or go to it.
+StepGradients backward_sequence(const Layer& layer, BackwardParams& params, bool needs_w_hh) {
+  const Sizes& s = layer.sizes;
+  const Kernels& kernels = layer.kernels;
+  const int64_t N = s.T * s.B;
+  const auto make = [&](int64_t width) { return empty(layer.x, {s.D, N, width}, layer.compute); };
+  StepGradients steps{make(4 * s.H), std::nullopt, std::nullopt, std::nullopt};
+  if (needs_w_hh) steps.h_in = make(s.P);
+  if (s.projected) steps.dh_out = make(s.P);
+  if (s.projected) steps.m = make(s.H);
+  Tensor dh_state = empty(layer.x, {s.D, s.B, s.P}, layer.compute);
+  Tensor dc_state = empty(layer.x, {s.D, s.B, s.H}, layer.compute);
+  OptionalTensor panel_hh, panel_hr;
+  if (s.T > 1 || params.dh0 != nullptr) {
+    panel_hh = packed(layer, kernels.pack_columns, &Weights::w_hh, s.P, 4 * kernels.lanes, 4 * s.H);
+  }
+  if (s.projected) panel_hr = packed(layer, kernels.pack_columns, &Weights::w_hr, s.H, 4 * kernels.lanes, s.P);
+  params.panel_hh = pointer(panel_hh);
+  params.panel_hr = pointer(panel_hr);
+  params.da = pointer(steps.da);
+  params.h_in = needs_w_hh ? pointer(*steps.h_in) : nullptr;
+  params.dh_out = s.projected ? pointer(*steps.dh_out) : nullptr;
+  params.m = s.projected ? pointer(*steps.m) : nullptr;
+  params.dh_state = pointer(dh_state);
+  params.dc_state = pointer(dc_state);
+  params.team = plan_team(layer);
+  const Lines lines(params.team, s, kernels);
+  launch(params.team, [&](int worker) { kernels.backward(params, worker); });
+  if (needs_w_hh) {
+    torch::stable::parallel_for(0, s.D * N, std::max<int64_t>(1, 32768 / s.P),
+                                [&](int64_t begin, int64_t end) { kernels.entering_states(params, begin, end); });
+  }
+  return steps;
+}
+
+// dx as one matrix product a direction over all steps.
+Tensor input_gradient(const Layer& layer, const StepGradients& steps) {
+  const Sizes& s = layer.sizes;
+  Tensor da = steps.da;
+  Tensor dx = empty(layer.x, {s.T * s.B, s.I}, layer.compute);
+  multiply_into(dx, torch::stable::select(da, 0, 0), as(layer.weights.w_ih(0), layer.compute));
+  if (s.D == 2) add_product(dx, torch::stable::select(da, 0, 1), as(layer.weights.w_ih(1), layer.compute));
+  return as(torch::stable::view(dx, {s.T, s.B, s.I}), layer.x.scalar_type());
+}
+
+// The weight gradients, each as one matrix product, or sum, over all steps; empty where not needed.
+template <class Needs>
+Tensors weight_gradients(const Layer& layer, const StepGradients& steps, const Needs& needs_weight) {
+  const Tensor none = empty(layer.x, {0}, layer.x.scalar_type());
+  Tensors dweights;
+  OptionalTensor rows;
+  for (int64_t d = 0; d < layer.sizes.D; ++d) {
+    const auto own = [d](Tensor all) { return torch::stable::select(all, 0, d); };
+    const Tensor da = own(steps.da);
+    const auto append = [&](int64_t k, const auto& gradient) {
+      const bool needed = needs_weight(d, k);
+      dweights.push_back(needed ? as(gradient(), layer.x.scalar_type()) : torch::stable::clone(none));
+    };
+    append(0, [&] {
+      if (!rows.has_value()) rows = layer.input_rows(true);
+      return multiply(transposed(da), *rows);
+    });
+    append(1, [&] { return multiply(transposed(da), own(*steps.h_in)); });
+    if (layer.weights.biased()) {
+      const auto bias_gradient = [&] { return torch::stable::sum(da, std::array<int64_t, 1>{0}); };
+      append(2, bias_gradient);
+      append(3, bias_gradient);
+    }
+    if (layer.sizes.projected) {
+      append(layer.weights.count - 1, [&] { return multiply(transposed(own(*steps.dh_out)), own(*steps.m)); });
+    }
+  }
+  return dweights;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensors> cpu_backward(OptionalTensor dy, OptionalTensor dhn, OptionalTensor dcn,
                                                          OptionalTensor dc, Tensor x, Tensors flat, bool bidirectional,
                                                          OptionalTensor h0, OptionalTensor c0, OptionalTensor lengths,
@@ -409,8 +490,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> cpu_backward(OptionalTensor dy, Opti
   const NoGrad no_grad;
   const Layer layer(x, flat, bidirectional, h0, c0, lengths, reset);
   const Sizes& s = layer.sizes;
-  const Kernels& kernels = layer.kernels;
-  const ScalarType dtype = x.scalar_type(), compute = layer.compute;
+  const ScalarType dtype = x.scalar_type();
   STD_TORCH_CHECK(needs.size() == 3 + flat.size(), "needs must have one entry for x, h0, c0 and each weight");
   const bool needs_x = needs[0], needs_h0 = needs[1], needs_c0 = needs[2];
   const auto needs_weight = [&](int64_t d, int64_t k) { return needs[3 + d * layer.weights.count + k]; };
@@ -435,8 +515,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> cpu_backward(OptionalTensor dy, Opti
   const Tensor none = empty(x, {0}, dtype);
   Tensor dh0 = needs_h0 ? empty(x, {s.D, s.B, s.P}, dtype) : none;
   Tensor dc0 = needs_c0 ? empty(x, {s.D, s.B, s.H}, dtype) : torch::stable::clone(none);
-  Tensors dweights;
   if (s.B == 0) {
+    Tensors dweights;
     Tensor dx = needs_x ? empty(x, {s.T, s.B, s.I}, dtype) : torch::stable::clone(none);
     for (size_t k = 0; k < flat.size(); ++k) {
       Tensor zero = torch::stable::empty_like(flat[k]);
@@ -445,87 +525,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> cpu_backward(OptionalTensor dy, Opti
     return {dx, dh0, dc0, dweights};
   }
 
+  BackwardParams params{};
+  params.sizes = s;
+  params.sequence = layer.sequence();
+  params.dy = pointer(gradients[0]);
+  params.dhn = pointer(gradients[1]);
+  params.dcn = pointer(gradients[2]);
+  params.dc = pointer(gradients[3]);
+  params.h0 = pointer(layer.h0);
+  params.c0 = pointer(layer.c0);
+  params.y = y.const_data_ptr();
+  params.c = c.const_data_ptr();
+  params.gates = reserve.const_data_ptr();
+  params.dh0 = needs_h0 ? pointer(dh0) : nullptr;
+  params.dc0 = needs_c0 ? pointer(dc0) : nullptr;
   bool needs_w_hh = false;
   for (int64_t d = 0; d < s.D; ++d) needs_w_hh |= needs_weight(d, 1);
-  const int64_t N = s.T * s.B;
-  Tensor da = empty(x, {s.D, N, 4 * s.H}, compute);
-  OptionalTensor h_in, dh_out, m;
-  if (needs_w_hh) h_in = empty(x, {s.D, N, s.P}, compute);
-  if (s.projected) dh_out = empty(x, {s.D, N, s.P}, compute);
-  if (s.projected) m = empty(x, {s.D, N, s.H}, compute);
-  Tensor dh_state = empty(x, {s.D, s.B, s.P}, compute), dc_state = empty(x, {s.D, s.B, s.H}, compute);
-  {
-    OptionalTensor panel_hh;
-    if (s.T > 1 || needs_h0) {
-      panel_hh = packed(layer, kernels.pack_columns, &Weights::w_hh, s.P, 4 * kernels.lanes, 4 * s.H);
-    }
-    OptionalTensor panel_hr;
-    if (s.projected) panel_hr = packed(layer, kernels.pack_columns, &Weights::w_hr, s.H, 4 * kernels.lanes, s.P);
-    BackwardParams params{};
-    params.sizes = s;
-    params.sequence = layer.sequence();
-    params.panel_hh = pointer(panel_hh);
-    params.panel_hr = pointer(panel_hr);
-    params.dy = pointer(gradients[0]);
-    params.dhn = pointer(gradients[1]);
-    params.dcn = pointer(gradients[2]);
-    params.dc = pointer(gradients[3]);
-    params.h0 = pointer(layer.h0);
-    params.c0 = pointer(layer.c0);
-    params.y = y.const_data_ptr();
-    params.c = c.const_data_ptr();
-    params.gates = reserve.const_data_ptr();
-    params.da = pointer(da);
-    params.dh0 = needs_h0 ? pointer(dh0) : nullptr;
-    params.dc0 = needs_c0 ? pointer(dc0) : nullptr;
-    params.h_in = needs_w_hh ? pointer(*h_in) : nullptr;
-    params.dh_out = s.projected ? pointer(*dh_out) : nullptr;
-    params.m = s.projected ? pointer(*m) : nullptr;
-    params.dh_state = pointer(dh_state);
-    params.dc_state = pointer(dc_state);
-    params.team = plan_team(layer);
-    const Lines lines(params.team, s, kernels);
-    launch(params.team, [&](int worker) { kernels.backward(params, worker); });
-    if (needs_w_hh) {
-      torch::stable::parallel_for(0, s.D * N, std::max<int64_t>(1, 32768 / s.P),
-                                  [&](int64_t begin, int64_t end) { kernels.entering_states(params, begin, end); });
-    }
-  }
-
-  // The weight gradients, and dx, each as one matrix product over all steps.
-  Tensor dx = torch::stable::clone(none);
-  if (needs_x) {
-    dx = empty(x, {N, s.I}, compute);
-    multiply_into(dx, torch::stable::select(da, 0, 0), as(layer.weights.w_ih(0), compute));
-    if (s.D == 2) {
-      add_product(dx, torch::stable::select(da, 0, 1), as(layer.weights.w_ih(1), compute));
-    }
-    dx = as(torch::stable::view(dx, {s.T, s.B, s.I}), dtype);
-  }
-  OptionalTensor rows;
-  for (int64_t d = 0; d < s.D; ++d) {
-    Tensor da_d = torch::stable::select(da, 0, d);
-    const Tensor da_t = transposed(da_d);
-    const auto append = [&](int64_t k, const auto& gradient) {
-      dweights.push_back(needs_weight(d, k) ? as(gradient(), dtype) : torch::stable::clone(none));
-    };
-    append(0, [&] {
-      if (!rows.has_value()) rows = layer.input_rows(true);
-      return multiply(da_t, *rows);
-    });
-    append(1, [&] { return multiply(da_t, torch::stable::select(*h_in, 0, d)); });
-    if (layer.weights.biased()) {
-      const auto bias_gradient = [&] { return torch::stable::sum(da_d, std::array<int64_t, 1>{0}); };
-      append(2, bias_gradient);
-      append(3, bias_gradient);
-    }
-    if (s.projected) {
-      append(layer.weights.count - 1, [&] {
-        return multiply(transposed(torch::stable::select(*dh_out, 0, d)), torch::stable::select(*m, 0, d));
-      });
-    }
-  }
-  return {dx, dh0, dc0, dweights};
+  const StepGradients steps = backward_sequence(layer, params, needs_w_hh);
+  Tensor dx = needs_x ? input_gradient(layer, steps) : torch::stable::clone(none);
+  return {dx, dh0, dc0, weight_gradients(layer, steps, needs_weight)};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CPU, library) {

@@ -62,11 +62,13 @@ class Backward {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t b = row % s_.B, t = row / s_.B % s_.T, d = row / s_.B / s_.T;
       const Direction direction(s_, p_.sequence, d);
-      const S* from = static_cast<const S*>(p_.y) + time_major(s_, direction.before(t), b, d, s_.P);
-      if (direction.is_first(t, b)) {
-        from = p_.h0 == nullptr ? nullptr : static_cast<const S*>(p_.h0) + state(s_, d, b, s_.P);
+      const S* from = nullptr;
+      const bool enters = direction.exists(t, b) && !direction.is_reset(t, b);
+      if (enters && !direction.is_first(t, b)) {
+        from = static_cast<const S*>(p_.y) + time_major(s_, direction.before(t), b, d, s_.P);
+      } else if (enters && p_.h0 != nullptr) {
+        from = static_cast<const S*>(p_.h0) + state(s_, d, b, s_.P);
       }
-      if (!direction.exists(t, b) || direction.is_reset(t, b)) from = nullptr;
       A* to = static_cast<A*>(p_.h_in) + row * s_.P;
       for (int64_t k = 0; k < s_.P; k += kUnits<A>) {
         store(to + k, from == nullptr ? V{} : load(from + k, s_.P - k), s_.P - k);

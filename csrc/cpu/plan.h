@@ -1,4 +1,4 @@
-// How many threads share one launch, and how: the cost model of the CPU backend, such as it is.
+// How many threads share one launch, and how. The two constants are estimates; no benchmark has set them yet.
 #pragma once
 
 #include <algorithm>
