@@ -48,7 +48,8 @@ def convert(model: Model, *, compilable: bool = False, report: Report | None = N
         model: any module; itself converted if it is an LSTM. Subclasses of nn.LSTM are converted too and keep their
             own forward; what that computes by calling `super().forward` is then ours.
         compilable: give plain nn.LSTMs the class `CompilableLSTM`, so that torch.compile(model, fullgraph=True) and
-            torch.export work. They are no instances of nn.LSTM any longer; subclasses cannot be, and are left.
+            torch.export work. They are no instances of nn.LSTM any longer. A subclass of nn.LSTM stays one: it is
+            converted all the same, and the report says that torch.compile breaks the graph there.
         report: filled with what was swapped and what was left and why.
 
     Returns:
