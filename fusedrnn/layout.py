@@ -51,8 +51,3 @@ def split_directions(weights: Sequence[Tensor], bidirectional: bool) -> list[Dir
         b_ih, b_hh = rest if rest else (None, None)
         directions.append(DirectionWeights(weights[start], weights[start + 1], b_ih, b_hh, w_hr))
     return directions
-
-
-def flat_order(direction: DirectionWeights) -> list[Tensor]:
-    """The inverse of `split_directions` for one direction: the weights that exist, in nn.LSTM's order."""
-    return [weight for weight in direction if weight is not None]

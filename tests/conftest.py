@@ -1,6 +1,11 @@
 """Fixtures that the tests of the Python layer share: where to compute, pairs of modules, and what equal means."""
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -144,3 +149,24 @@ def assert_twins(assert_same: Any, gradients: Any) -> Callable[..., None]:
         assert_same(grads, expected_grads)
 
     return check
+
+
+@pytest.fixture(scope="session")
+def report() -> Callable[..., Any]:
+    """What code prints as JSON in a fresh Python, started in another folder so that it finds the installed package."""
+
+    def run(code: str, folder: Path, **environment: str) -> Any:
+        inherited = {name: value for name, value in os.environ.items() if name != "FUSEDRNN_BACKEND"}
+        result = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**inherited, **environment},
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout)
+
+    return run

@@ -1,11 +1,8 @@
 """The layers of the package: who may import whom, what C++ may include, and what `import fusedrnn` does and costs."""
 
 import ast
-import json
-import os
 import re
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
@@ -129,23 +126,8 @@ def test_the_operators_are_among_the_native_sources():
     assert any(path.parent.name == "cpu" for path in NATIVE)
 
 
-def report(code, folder):
-    """What a fresh Python prints as JSON; started in another folder, so that the package it finds is the installed."""
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env={name: value for name, value in os.environ.items() if name != "FUSEDRNN_BACKEND"},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
-
-
 @pytest.fixture(scope="module")
-def imports(tmp_path_factory):
+def imports(report, tmp_path_factory):
     """Three fresh imports: what each loaded beside torch, and the seconds it took after torch's own."""
     code = """
 import json, sys, time
@@ -170,7 +152,7 @@ def test_import_is_quick(imports):
     assert statistics.median(one["seconds"] for one in imports) < 0.2
 
 
-def test_import_leaves_torch_as_it_was(tmp_path):
+def test_import_leaves_torch_as_it_was(report, tmp_path):
     code = """
 import json
 import torch, torch._dynamo

@@ -287,7 +287,7 @@ def forward_arguments(device, cell_states, reserve, bias=True, bidirectional=Fal
         biases = (random(4 * H), random(4 * H)) if bias else (None, None)
         projection = random(P, H) if proj_size else None
         direction = layout.DirectionWeights(random(4 * H, I), random(4 * H, P), *biases, projection)
-        weights += layout.flat_order(direction)
+        weights += [weight for weight in direction if weight is not None]
     h0, c0 = (random(D, B, P), random(D, B, H)) if extras.get("hx") else (None, None)
     lengths = torch.tensor([4, 0, 2], device=device) if extras.get("lengths") else None
     reset = torch.rand(T, B, device=device) < 0.3 if extras.get("reset") else None

@@ -1,10 +1,7 @@
 """Which backend runs, who decides it, and what is said about the others."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
@@ -391,22 +388,6 @@ def test_explain_refuses_other_dimensions(module, input, text):
 # The environment, and an installation without the native library: each in a Python of its own
 
 
-def report(code, folder, **environment):
-    """What a fresh Python prints as JSON; started in another folder, so that the package it finds is the installed."""
-    inherited = {name: value for name, value in os.environ.items() if name != "FUSEDRNN_BACKEND"}
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**inherited, **environment},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
-
-
 FIRST_USE = """
 import json, torch, fusedrnn
 lstm, x = fusedrnn.LSTM(3, 5), torch.randn(4, 2, 3)
@@ -427,7 +408,7 @@ print(json.dumps([attempt(run), attempt(explain), attempt(inside), list(fusedrnn
 
 
 @pytest.mark.parametrize(("value", "ours"), [("reference", True), ("aten", False)], ids=["reference", "aten"])
-def test_environment_names_the_backend(tmp_path, value, ours):
+def test_environment_names_the_backend(report, tmp_path, value, ours):
     ran, explained, inside, _ = report(FIRST_USE, tmp_path, FUSEDRNN_BACKEND=value)
     assert ("LSTMFunction" in ran) == ours
     assert explained == value
@@ -435,20 +416,20 @@ def test_environment_names_the_backend(tmp_path, value, ours):
 
 
 @pytest.mark.parametrize("value", ["", "auto"], ids=repr)
-def test_environment_that_leaves_the_choice(tmp_path, value):
+def test_environment_that_leaves_the_choice(report, tmp_path, value):
     lstm, x = lstm_and_input()
     explained = report(FIRST_USE, tmp_path, FUSEDRNN_BACKEND=value)[1]
     assert explained == fusedrnn.explain(lstm, x).backend
 
 
-def test_environment_with_an_unknown_name(tmp_path):
+def test_environment_with_an_unknown_name(report, tmp_path):
     ran, explained, inside, names = report(FIRST_USE, tmp_path, FUSEDRNN_BACKEND="tpu")
     assert ran == explained == ["ValueError", f"unknown backend 'tpu': expected one of auto, {', '.join(NAMES)}"]
     assert inside == "aten"
     assert names == NAMES
 
 
-def test_environment_with_a_backend_that_cannot_serve(tmp_path):
+def test_environment_with_a_backend_that_cannot_serve(report, tmp_path):
     """The input is on the CPU; on most machines there is no such backend either."""
     ran, explained, _, _ = report(FIRST_USE, tmp_path, FUSEDRNN_BACKEND="cuda")
     kind, text = ran
@@ -502,7 +483,7 @@ print(json.dumps({"file": fusedrnn.__file__, "reason": fusedrnn.backends()["cpu"
     ],
     ids=["not-built", "build-failed", "cannot-be-loaded"],
 )
-def test_without_the_native_library(tmp_path, info, library, expected):
+def test_without_the_native_library(report, tmp_path, info, library, expected):
     """The reason is kept, and everything works: by torch's own LSTM where that can do it, else by the reference."""
     package = tmp_path / "fusedrnn"
     for name, target in (("fusedrnn", package), ("fusedrnn.kernels", package / "kernels")):
