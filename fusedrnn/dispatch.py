@@ -66,6 +66,29 @@ def _dtype_unsupported(problem: Problem) -> str | None:
     return None
 
 
+def _triton_unsupported(problem: Problem) -> str | None:
+    interpreted = ops.triton_interpreted()
+    if problem.device != ("cpu" if interpreted else "cuda"):
+        where = "on the CPU, in its interpreter" if interpreted else "on a GPU"
+        return f"it computes {where}, and the input is on {problem.device}"
+    if interpreted and _forced != "triton":
+        return "its interpreter is for tests: it runs where it is asked for by name"
+    if problem.dtype == torch.float64:
+        return "it computes float32, bfloat16 and float16; float64 is left to torch and to the reference"
+    reason = _dtype_unsupported(problem)
+    if reason is None and problem.B > 0:
+        try:
+            _triton_plan(problem)
+        except ValueError as error:
+            return str(error)
+    return reason
+
+
+def _triton_plan(problem: Problem) -> str:
+    p = problem
+    return ops.triton_plan(p.T, p.B, p.I, p.H, p.P, p.D, p.dtype, p.lengths or p.reset or p.packed, p.device)
+
+
 def _cpu_plan(problem: Problem) -> str:
     p = problem
     return torch.ops.fusedrnn.cpu_plan(p.T, p.B, p.I, p.H, p.P, p.D, p.dtype == torch.float64)
@@ -75,7 +98,7 @@ TABLE = {
     backend.name: backend
     for backend in (
         Backend("cuda", lambda: "this version has no CUDA C++ kernels yet", _dtype_unsupported, lambda _: ""),
-        Backend("triton", lambda: "this version has no Triton kernels yet", _dtype_unsupported, lambda _: ""),
+        Backend("triton", ops.triton_unavailable, _triton_unsupported, _triton_plan),
         Backend("cpu", lambda: ops.cpu_unavailable, _cpu_unsupported, _cpu_plan),
         Backend("aten", lambda: None, _aten_unsupported, lambda _: "torch's own LSTM for this device"),
         Backend("reference", lambda: None, _dtype_unsupported, lambda _: "a Python loop over the time steps"),

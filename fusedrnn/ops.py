@@ -7,15 +7,18 @@ loaded here and keeps the reason for each that cannot; it never compiles anythin
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import reference
+from . import gpu, reference
 from .layout import split_directions
 
 NAMESPACE = "fusedrnn"
@@ -140,6 +143,59 @@ _define("reference")
 _library.impl("reference_forward", _reference_forward, "CompositeExplicitAutograd")
 _library.impl("reference_backward", _reference_backward, "CompositeExplicitAutograd")
 
+_define("triton")
+
+
+def _triton() -> ModuleType:
+    from .kernels import launch  # loads Triton, which takes its time
+
+    return launch
+
+
+def _triton_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return gpu.forward(_triton(), x, *arguments)
+
+
+def _triton_backward(dy: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    return gpu.backward(_triton(), dy, *arguments)
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton would run its kernels in its interpreter, on the CPU: TRITON_INTERPRET=1 in the environment."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def triton_unavailable() -> str | None:
+    """Why the Triton kernels cannot run here, or None. Does not load Triton."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if triton_interpreted():
+        return None
+    if not torch.cuda.is_available():
+        return "torch finds no GPU"
+    if torch.version.hip is not None:
+        return "its kernels are written for NVIDIA GPUs"
+    if all(torch.cuda.get_device_capability(k) < (8, 0) for k in range(torch.cuda.device_count())):
+        return "it needs an NVIDIA GPU of compute capability 8.0 or later"
+    return None
+
+
+def triton_plan(T: int, B: int, I: int, H: int, P: int, D: int, dtype: torch.dtype, ragged: bool, device: str) -> str:
+    """The plans of the Triton kernels for one layer, forward and backward.
+
+    Raises:
+        ValueError: there is none that fits the GPU; or FUSEDRNN_FP32 is unknown.
+    """
+    launch = _triton()
+    shape = launch.Shape(T, B, I, H, P, D, dtype.itemsize, gpu.fp32_precision(), ragged)
+    plans = (f"{kernel}: {launch.plan_for(kernel, shape, torch.device(device))}" for kernel in ("forward", "backward"))
+    return "; ".join(plans)
+
+
+for _key in ("CUDA", "CPU"):  # the CPU's is for the interpreter
+    _library.impl("triton_forward", _triton_forward, _key)
+    _library.impl("triton_backward", _triton_backward, _key)
+
 _define("cpu")
 _library.define("cpu_isa(str? select=None) -> str")
 _library.define("cpu_plan(int T, int B, int I, int H, int P, int D, bool float64) -> str")
@@ -182,5 +238,5 @@ def backward_op(backend: str) -> Callable[..., tuple[Tensor, Tensor, Tensor, lis
 
 
 _ops = getattr(torch.ops, NAMESPACE)
-_FORWARD = {name: getattr(_ops, f"{name}_forward").default for name in ("reference", "cpu")}
-_BACKWARD = {name: getattr(_ops, f"{name}_backward").default for name in ("reference", "cpu")}
+_FORWARD = {name: getattr(_ops, f"{name}_forward").default for name in ("reference", "triton", "cpu")}
+_BACKWARD = {name: getattr(_ops, f"{name}_backward").default for name in ("reference", "triton", "cpu")}

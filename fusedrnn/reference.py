@@ -103,7 +103,7 @@ def _direction(
     T, B, _ = x.shape
     dtype = compute_dtype(x.dtype)
     w = _cast_weights(w, dtype)
-    exists = _exists(T, lengths)
+    exists = existing(T, lengths)
     xs = _where_exists(x.to(dtype), exists)
     h = h0.to(dtype) if h0 is not None else xs.new_zeros(B, w.w_hh.shape[1])
     c = c0.to(dtype) if c0 is not None else xs.new_zeros(B, w.hidden_size)
@@ -153,7 +153,7 @@ def layer_backward(
     """
     T, B, I = x.shape
     dtype = compute_dtype(x.dtype)
-    exists = _exists(T, lengths)
+    exists = existing(T, lengths)
     xs = _where_exists(x.to(dtype), exists)
     dx, dh0s, dc0s, dweights = xs.new_zeros(T, B, I), [], [], []
     for d, weights_d in enumerate(split_directions(weights, bidirectional)):
@@ -164,7 +164,7 @@ def layer_backward(
         dc_d = dc[..., d * H : (d + 1) * H].to(dtype) if dc is not None else None
         h = h0[d].to(dtype) if h0 is not None else xs.new_zeros(B, P)
         c_first = c0[d].to(dtype) if c0 is not None else xs.new_zeros(B, H)
-        h_in, c_in = _entering(y_d, h, exists, reset, d == 1), _entering(c_d, c_first, exists, reset, d == 1)
+        h_in, c_in = entering(y_d, h, exists, reset, d == 1), entering(c_d, c_first, exists, reset, d == 1)
 
         dh = dhn[d].to(dtype) if dhn is not None else xs.new_zeros(B, P)  # gradient of the state that leaves step t
         dcell = dcn[d].to(dtype) if dcn is not None else xs.new_zeros(B, H)
@@ -205,19 +205,19 @@ def layer_backward(
     return dx.to(x.dtype), torch.stack(dh0s).to(x.dtype), torch.stack(dc0s).to(x.dtype), dweights
 
 
-def _entering(s: Tensor, s0: Tensor, exists: Tensor | None, reset: Tensor | None, reverse: bool) -> Tensor:
+def entering(s: Tensor, s0: Tensor, exists: Tensor | None, reset: Tensor | None, reverse: bool) -> Tensor:
     """The state [T, B, N] that enters each step, from the states s that leave each step and the initial state s0."""
     if not reverse:
-        entering = torch.cat([s0.unsqueeze(0), s[:-1]])
+        came = torch.cat([s0.unsqueeze(0), s[:-1]])
     else:
-        entering = torch.cat([s[1:], s0.unsqueeze(0)])
+        came = torch.cat([s[1:], s0.unsqueeze(0)])
         if exists is not None:  # the reverse direction starts at the last step that exists
             follows = torch.cat([exists[1:], torch.zeros_like(exists[:1])])
-            entering = entering.where(follows, s0)
-    return entering if reset is None else entering.where(~reset.unsqueeze(-1), 0.0)
+            came = came.where(follows, s0)
+    return came if reset is None else came.where(~reset.unsqueeze(-1), 0.0)
 
 
-def _exists(T: int, lengths: Tensor | None) -> Tensor | None:
+def existing(T: int, lengths: Tensor | None) -> Tensor | None:
     """[T, B, 1] bool: whether step t of sequence b exists."""
     if lengths is None:
         return None

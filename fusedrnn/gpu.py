@@ -1,0 +1,213 @@
+"""What a GPU backend does around its launch: the GEMMs over all time steps, and what makes tensors fit the kernels.
+
+A backend's module supplies `plan_for`, `forward` and `backward` (kernels/launch.py); the launch computes the recurrence,
+from the input's affine maps xg to the states, and backward from the states' gradients to those of the gates' affine
+maps, da. Everything that has no recurrence in it is a GEMM before or after, by torch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .layout import DirectionWeights, split_directions
+from .reference import entering, existing
+
+FP32_VARIABLE = "FUSEDRNN_FP32"
+FP32_PRECISIONS = ("ieee", "tf32", "tf32x3")
+
+
+def fp32_precision() -> str:
+    """What float32 is multiplied in on a GPU, for the whole layer.
+
+    It follows the switch that nn.LSTM follows there, torch.backends.cudnn.rnn.fp32_precision ("tf32" unless the user
+    changed it, or the older torch.backends.cudnn.allow_tf32): "ieee", or "tf32", which rounds operands to 10 bits of
+    mantissa. The environment variable FUSEDRNN_FP32 overrides it, and knows a third: "tf32x3" multiplies three times on
+    the matrix units to come close to float32.
+
+    Raises:
+        ValueError: FUSEDRNN_FP32 is none of these.
+    """
+    override = os.environ.get(FP32_VARIABLE, "")
+    if override:
+        if override not in FP32_PRECISIONS:
+            raise ValueError(f"{FP32_VARIABLE} must be one of {', '.join(FP32_PRECISIONS)}, got {override!r}")
+        return override
+    cudnn: Any = torch.backends.cudnn
+    return "tf32" if cudnn.rnn.fp32_precision == "tf32" else "ieee"
+
+
+@contextmanager
+def _gemms_in(precision: str, x: Tensor) -> Iterator[None]:
+    """GEMMs inside compute float32 in TF32 or not, whatever they would outside: nn.LSTM's switch is the layer's."""
+    matmul: Any = torch.backends.cuda.matmul
+    wanted = "tf32" if precision == "tf32" else "ieee"
+    before = matmul.fp32_precision
+    if x.dtype != torch.float32 or x.device.type != "cuda" or before == wanted:
+        yield
+        return
+    matmul.fp32_precision = wanted
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def shape_of(launch: ModuleType, x: Tensor, directions: Sequence[DirectionWeights], ragged: bool) -> Any:
+    T, B, I = x.shape
+    w_hh = directions[0].w_hh
+    sizes = (T, B, I, w_hh.shape[0] // 4, w_hh.shape[1], len(directions), x.element_size())
+    return launch.Shape(*sizes, fp32_precision(), ragged)
+
+
+def forward(
+    launch: ModuleType,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    bidirectional: bool,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    cell_states: bool,
+    reserve: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`ops.FORWARD_SCHEMA` by one launch; reserved are the gates [D, T, B, 4H]."""
+    x, h0, c0, lengths, reset, *weights = _contiguous(x, h0, c0, lengths, reset, *weights)
+    directions = split_directions(weights, bidirectional)
+    (T, B, _), D, (P, H) = x.shape, len(directions), _sizes(directions)
+    y, hn, cn = x.new_empty(T, B, D * P), x.new_empty(D, B, P), x.new_empty(D, B, H)
+    c = x.new_empty(T, B, D * H) if cell_states or reserve else None
+    empty = x.new_empty(0)
+    if B == 0:
+        return y, hn, cn, empty if c is None else c, x.new_empty(D, T, B, 4 * H) if reserve else empty.clone()
+    shape = shape_of(launch, x, directions, lengths is not None or reset is not None)
+    plan = launch.plan_for("forward", shape, x.device)
+    xg = None
+    if not plan.inputs:
+        with _gemms_in(shape.precision, x):
+            xg = _input_affine(x, directions)
+    # The kernel reads a tile of xg before it writes the same tile of the gates.
+    gates = None if not reserve else xg if xg is not None else x.new_empty(D, T, B, 4 * H)
+    w_ih, w_hh, b_ih, b_hh, w_hr = zip(*directions, strict=True)
+    launch.forward(plan, x, xg, w_ih, b_ih, b_hh, w_hh, w_hr, h0, c0, lengths, reset, y, hn, cn, c, gates)
+    return y, hn, cn, empty if c is None else c, empty.clone() if gates is None else gates
+
+
+def backward(
+    launch: ModuleType,
+    dy: Tensor | None,
+    dhn: Tensor | None,
+    dcn: Tensor | None,
+    dc: Tensor | None,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    bidirectional: bool,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    y: Tensor,
+    c: Tensor,
+    gates: Tensor,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """`ops.BACKWARD_SCHEMA` by one launch, and GEMMs over what it leaves."""
+    dy, dhn, dcn, dc, x, h0, c0, lengths, reset, *weights = _contiguous(
+        dy, dhn, dcn, dc, x, h0, c0, lengths, reset, *weights
+    )
+    directions = split_directions(weights, bidirectional)
+    (T, B, _), D, (P, H) = x.shape, len(directions), _sizes(directions)
+    needs_x, needs_h0, needs_c0, *needs_weights = needs
+    empty = x.new_empty(0)
+    if B == 0:
+        zeros = [like.new_zeros(like.shape) if need else empty.clone() for like, need in zip(weights, needs_weights)]
+        dh0, dc0 = (x.new_empty(D, 0, n) if need else empty.clone() for n, need in ((P, needs_h0), (H, needs_c0)))
+        return torch.empty_like(x) if needs_x else empty, dh0, dc0, zeros
+    shape = shape_of(launch, x, directions, lengths is not None or reset is not None)
+    da = x.new_empty(D, T, B, 4 * H)
+    dh_out = x.new_empty(D, T, B, P) if shape.projected else None
+    dh0 = x.new_empty(D, B, P) if needs_h0 else None
+    dc0 = x.new_empty(D, B, H) if needs_c0 else None
+    _, w_hh, _, _, w_hr = zip(*directions, strict=True)
+    plan = launch.plan_for("backward", shape, x.device)
+    launch.backward(
+        plan, dy, dhn, dcn, dc, w_hh, w_hr, c0, lengths, reset, c, gates, da, dh_out, dh0, dc0
+    )
+
+    steps = existing(T, lengths)
+    if steps is not None and any(needs_weights):
+        x = x.where(steps, 0.0)
+    wanted = split_directions(needs_weights, bidirectional)  # type: ignore[type-var]
+    dx, dweights = empty, []
+    with _gemms_in(shape.precision, x):
+        if needs_x:
+            dx = _gradient_of_input(da, directions).view_as(x)
+        for d, w in enumerate(wanted):
+            y_d, c_d = y[..., d * P : (d + 1) * P], c[..., d * H : (d + 1) * H]
+            a = da[d].flatten(0, 1)
+            dweights.append(a.T @ x.flatten(0, 1) if w.w_ih else empty.clone())
+            first = h0[d] if h0 is not None else None
+            dweights.append(
+                _gradient_of_recurrence(da[d], y_d, first, steps, reset, d == 1) if w.w_hh else empty.clone()
+            )
+            if w.b_ih is not None:
+                bias = a.sum(0) if w.b_ih or w.b_hh else empty
+                dweights += [bias.clone() if need else empty.clone() for need in (w.b_ih, w.b_hh)]
+            if w.w_hr is not None:
+                dweights.append(_gradient_of_projection(dh_out[d], c_d, gates[d]) if w.w_hr else empty.clone())
+    return dx, empty.clone() if dh0 is None else dh0, empty.clone() if dc0 is None else dc0, dweights
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Any]:
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+def _sizes(directions: Sequence[DirectionWeights]) -> tuple[int, int]:
+    return directions[0].w_hh.shape[1], directions[0].hidden_size
+
+
+def _input_affine(x: Tensor, directions: Sequence[DirectionWeights]) -> Tensor:
+    """xg [D, T, B, 4H] = x @ w_ih^T + b_ih + b_hh."""
+    T, B, I = x.shape
+    xg = x.new_empty(len(directions), T, B, 4 * directions[0].hidden_size)
+    for d, w in enumerate(directions):
+        out, rows = xg[d].view(T * B, -1), x.view(T * B, I)
+        if w.b_ih is not None and w.b_hh is not None:
+            torch.addmm(w.b_ih + w.b_hh, rows, w.w_ih.T, out=out)
+        else:
+            torch.mm(rows, w.w_ih.T, out=out)
+    return xg
+
+
+def _gradient_of_input(da: Tensor, directions: Sequence[DirectionWeights]) -> Tensor:
+    """dx [T * B, I], summed over the directions."""
+    dx = da[0].flatten(0, 1) @ directions[0].w_ih
+    for d, w in enumerate(directions[1:], start=1):
+        dx.addmm_(da[d].flatten(0, 1), w.w_ih)
+    return dx
+
+
+def _gradient_of_recurrence(
+    da: Tensor, y: Tensor, h0: Tensor | None, steps: Tensor | None, reset: Tensor | None, reverse: bool
+) -> Tensor:
+    """dw_hh [4H, P] = sum over t of da_t^T h_in, where h_in is the state that enters step t."""
+    if steps is not None or reset is not None:
+        first = y.new_zeros(y.shape[1:]) if h0 is None else h0
+        return da.flatten(0, 1).T @ entering(y, first, steps, reset, reverse).flatten(0, 1)
+    # da against y, one step apart, without a copy of either.
+    later, earlier = (da[:-1], y[1:]) if reverse else (da[1:], y[:-1])
+    dw = later.flatten(0, 1).T @ earlier.flatten(0, 1)
+    return dw if h0 is None else dw.addmm_(da[-1 if reverse else 0].T, h0)
+
+
+def _gradient_of_projection(dh_out: Tensor, c: Tensor, gates: Tensor) -> Tensor:
+    """dw_hr [P, H] = sum over t of dh_t^T m_t, with m = o * tanh(c)."""
+    m = gates[..., 3 * c.shape[-1] :] * c.tanh()
+    return dh_out.flatten(0, 1).T @ m.flatten(0, 1)

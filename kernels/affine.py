@@ -1,0 +1,99 @@
+"""The product of states with a weight, of which this program owns some columns, in float32.
+
+    acc[b, n] = sum_k s[b, k] * w[k, n]        element (k, n) of the weight lies at w + o_n[n] + k * stride_k
+
+K is cut into chunks of CHUNK. The first RESIDENT chunks of the weight are loaded once, by `load_weights`, before the
+loop over time: as operands of every step's product they stay on the chip, where the compiler keeps them in shared
+memory. The rest is streamed from L2 at every step, behind the arithmetic.
+
+Few rows cannot keep all warps of a program busy: then each chunk is cut into SPLIT parts, one for a warp, which
+multiplies all columns, and the parts are summed up. With SPLIT = 1 the warps share the columns instead.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_weights(w, o_n, m_n, stride_k, K, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, SPLIT: tl.constexpr):
+    """The first CHUNKS chunks of a weight, a tuple of [CHUNK, N] tiles ([SPLIT, CHUNK // SPLIT, N] if split)."""
+    chunks = ()
+    for i in tl.static_range(CHUNKS):
+        chunks = chunks + (_weights(w, o_n, m_n, stride_k, K, i * CHUNK, CHUNK, SPLIT),)
+    return chunks
+
+
+@triton.jit
+def multiply(
+    p_rows,
+    m_rows,
+    K,
+    chunks,
+    w,
+    o_n,
+    m_n,
+    stride_k,
+    BATCH: tl.constexpr,
+    N: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    STREAMED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    AHEAD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """[BATCH, N] float32: the states whose rows begin at p_rows [BATCH], zero where not m_rows, with the weight.
+
+    AHEAD is how many chunks of the states are on their way before the first of them is multiplied. STREAMED says
+    whether there are chunks that are not resident.
+    """
+    if SPLIT == 1:
+        acc = tl.zeros((BATCH, N), tl.float32)
+    else:
+        acc = tl.zeros((SPLIT, BATCH, N), tl.float32)
+    states = ()
+    for i in tl.static_range(RESIDENT + AHEAD):
+        if i < RESIDENT:
+            if i == RESIDENT - 1 and not STREAMED:
+                states = states + (_states(p_rows, m_rows, K, i * CHUNK, CHUNK, SPLIT, True),)
+            else:
+                states = states + (_states(p_rows, m_rows, K, i * CHUNK, CHUNK, SPLIT, False),)
+        if i >= AHEAD:
+            acc = tl.dot(states[i - AHEAD], chunks[i - AHEAD], acc, input_precision=PRECISION)
+    if STREAMED:
+        for k in tl.range(RESIDENT * CHUNK, K, CHUNK):
+            b_s = _states(p_rows, m_rows, K, k, CHUNK, SPLIT, True)
+            b_w = _weights(w, o_n, m_n, stride_k, K, k, CHUNK, SPLIT)
+            acc = tl.dot(b_s, b_w, acc, input_precision=PRECISION)
+    if SPLIT > 1:
+        acc = tl.sum(acc, axis=0)
+    return acc
+
+
+@triton.jit
+def _states(p_rows, m_rows, K, k, CHUNK: tl.constexpr, SPLIT: tl.constexpr, PARTIAL: tl.constexpr):
+    # Past L1, which does not see what other programs write. Only the last chunk can be PARTIAL.
+    if SPLIT == 1:
+        o_k = k + tl.arange(0, CHUNK)
+        mask = m_rows[:, None]
+        if PARTIAL:
+            mask = mask & (o_k < K)[None, :]
+        return tl.load(p_rows[:, None] + o_k[None, :], mask=mask, other=0.0, cache_modifier=".cg")
+    else:
+        o_k = k + tl.reshape(tl.arange(0, CHUNK), (SPLIT, CHUNK // SPLIT))
+        mask = m_rows[None, :, None]
+        if PARTIAL:
+            mask = mask & (o_k < K)[:, None, :]
+        return tl.load(p_rows[None, :, None] + o_k[:, None, :], mask=mask, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def _weights(w, o_n, m_n, stride_k, K, k, CHUNK: tl.constexpr, SPLIT: tl.constexpr):
+    if SPLIT == 1:
+        o_k = k + tl.arange(0, CHUNK)
+        mask = m_n[None, :] & (o_k < K)[:, None]
+        return tl.load(w + o_n[None, :] + o_k.to(tl.int64)[:, None] * stride_k, mask=mask, other=0.0)
+    else:
+        o_k = k + tl.reshape(tl.arange(0, CHUNK), (SPLIT, CHUNK // SPLIT))
+        mask = m_n[None, None, :] & (o_k < K)[:, :, None]
+        return tl.load(w + o_n[None, None, :] + o_k.to(tl.int64)[:, :, None] * stride_k, mask=mask, other=0.0)

@@ -1,0 +1,234 @@
+"""Backward of one layer, both directions, over all time steps, in one launch: the gradients of the gates' affine maps.
+
+    dh_t = dy[t] + da_n @ w_hh        n is the step after t in the order of the forward; dhn instead at the last step
+    dm_t = dh_t @ w_hr                with a projection; without one dm_t = dh_t
+    da_t, dc = cell_backward(...)     cell.py
+
+The gradients of x and of the weights are GEMMs over da after the launch: nothing is summed up over time in here.
+
+Grid, ownership and meetings are those of forward.py: a program owns UNITS hidden units, here columns of w_hh, and with a
+projection COLUMNS of its outputs. da_t is exchanged through da itself, the result, in global memory; with a projection
+dh_t is exchanged as well, through dh_out, which the gradient of w_hr needs. dc stays in float32 registers. If one
+program owns all units (CARRIED), da_t does not leave its registers, and nobody meets.
+
+Steps run against the forward's order. dh of the state that enters a step is found by the step taken after it; so dh0,
+by one that lies outside of the sequence.
+
+`begin`, `end`, PHASE and `carry`: see forward.py.
+"""
+
+import triton
+import triton.language as tl
+
+from .affine import load_weights, multiply
+from .cell import cell_backward
+from .grid import arrive, wait
+
+# Phases of a step: both, the gradient of h, the cell.
+BOTH, STATE, CELL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit(do_not_specialize=["T", "B", "begin", "end"])
+def lstm_backward(
+    dy,  # [T, B, D*P], or None for zeros
+    dhn,  # [D, B, P], or None for zeros
+    dcn,  # [D, B, H], or None for zeros
+    dc,  # [T, B, D*H], or None for zeros
+    w_hh0,  # [4H, P] of the one direction and of the other
+    w_hh1,
+    w_hr0,  # [P, H], or None
+    w_hr1,
+    c0,  # [D, B, H], or None for zeros
+    lengths,  # [B] int64, or None
+    reset,  # [T, B] bool, or None
+    c,  # [T, B, D*H]
+    gates,  # [D, T, B, 4H]
+    da,  # [D, T, B, 4H], written
+    dh_out,  # [D, T, B, P], written, with a projection; or None
+    dh0,  # [D, B, P], written, or None
+    dc0,  # [D, B, H], written, or None
+    carry,  # [D, B, H] float32, or None where one launch covers all steps
+    counters,  # [groups, 32] int32, zeros
+    T,
+    B,
+    H,
+    P,
+    begin,
+    end,  # T, or T + 1 where dh0 is wanted
+    D: tl.constexpr,
+    BATCH: tl.constexpr,
+    UNITS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    AHEAD: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    STREAMED: tl.constexpr,
+    RESIDENT_HR: tl.constexpr,
+    STREAMED_HR: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    CARRIED: tl.constexpr,
+    PHASE: tl.constexpr,
+    MEET: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    dtype: tl.constexpr = da.dtype.element_ty
+    # What this program finds of dh: a tile of the projection's outputs, or of the units themselves.
+    OUTPUTS: tl.constexpr = COLUMNS if COLUMNS else UNITS
+    group = tl.program_id(0) // PROGRAMS
+    member = tl.program_id(0) % PROGRAMS
+    counter = counters + group * 32
+    arrivals = 0
+
+    o_u = member * UNITS + tl.arange(0, UNITS)
+    m_u = o_u < H
+    o_p = member * OUTPUTS + tl.arange(0, OUTPUTS)
+    m_p = o_p < P
+    o_b = tl.arange(0, BATCH)
+    zero = tl.zeros((BATCH,), tl.int64)  # makes of a step one for each row: masks are compared row by row
+    o_gates = o_b[:, None] * (4 * H) + o_u[None, :]
+    o_c = o_b[:, None] * (D * H) + o_u[None, :]  # of c; o_y: of y; o_out: of dh_out
+    o_y = o_b[:, None] * (D * P) + o_p[None, :]
+    o_out = o_b[:, None] * P + o_p[None, :]
+
+    # num_stages=1: a loop over what is exchanged must not be pipelined, which would read it before it is there.
+    for item in tl.range(group, D * tl.cdiv(B, BATCH), tl.num_programs(0) // PROGRAMS, num_stages=1):
+        d = item % D
+        w_hh = w_hh0
+        w_hr = w_hr0
+        if D == 2:
+            w_hh = tl.where(d == 0, w_hh0, w_hh1)
+            if COLUMNS:
+                w_hr = tl.where(d == 0, w_hr0, w_hr1)
+
+        if CARRIED:
+            kept_hh = ()
+            for k in tl.static_range(4):
+                kept_hh = kept_hh + load_weights(w_hh + tl.cast(k * H, tl.int64) * P, o_p.to(tl.int64), m_p, P, H, 1, CHUNK, 1)
+        else:
+            kept_hh = load_weights(w_hh, o_p.to(tl.int64), m_p, P, 4 * H, RESIDENT, CHUNK, SPLIT)
+        kept_hr = load_weights(w_hr, o_u.to(tl.int64), m_u, H, P, RESIDENT_HR, CHUNK, SPLIT)
+
+        # 64-bit: where the item's rows begin in [B, ...] and in [D, B, ...]; what is added to that is small.
+        b0 = tl.cast(item // D, tl.int64) * BATCH
+        row0 = d * B + b0
+        m_b = b0 + o_b < B
+        if lengths is not None:
+            length = tl.minimum(tl.maximum(tl.load(lengths + b0 + o_b, mask=m_b, other=0), 0), T).to(tl.int32)
+        else:
+            length = T
+        m_c = m_b[:, None] & m_u[None, :]
+        m_h = m_b[:, None] & m_p[None, :]
+        p_c = row0 * H + o_b[:, None] * H + o_u[None, :]  # the tile's place in [D, B, H]; p_h: in [D, B, P]
+        p_h = row0 * P + o_b[:, None] * P + o_p[None, :]
+
+        b_dhn = tl.zeros((BATCH, OUTPUTS), tl.float32)
+        if dhn is not None:
+            b_dhn = tl.load(dhn + p_h, mask=m_h, other=0.0).to(tl.float32)
+        b_dc = tl.zeros((BATCH, UNITS), tl.float32)  # of the state that leaves the step; so b_dh, used if CARRIED
+        if dcn is not None:
+            b_dc = tl.load(dcn + p_c, mask=m_c, other=0.0).to(tl.float32)
+        b_dh = b_dhn
+        if lengths is not None and dh0 is not None:  # sequences without a step
+            tl.store(dh0 + p_h, b_dhn, mask=m_h & (length == 0)[:, None])
+        if carry is not None and begin > 0:
+            b_dc = tl.load(carry + p_c, mask=m_c, other=0.0)
+
+        for s in tl.range(begin, end, num_stages=1):
+            if D == 1:
+                t = T - 1 - tl.cast(s, tl.int64)
+                after = t + 1  # the step after t in the forward's order
+                last = length - 1
+                first = 0
+            else:
+                t = tl.cast(tl.where(d == 0, T - 1 - s, s), tl.int64)
+                after = tl.where(d == 0, t + 1, t - 1)
+                last = tl.where(d == 0, length - 1, 0)
+                first = tl.where(d == 0, 0, length - 1)
+            before = t + t - after
+            in_time = m_b & (zero + t >= 0) & (zero + t < T)
+            exists = in_time & (zero + t < length)
+            kept = exists
+            finds = m_b & (zero + after == first) & (zero + length > 0)  # the row's dh0
+            passes = (exists & (zero + t != last)) | finds  # its gradient comes from step `after`
+            if reset is not None:
+                kept = exists & (tl.load(reset + t * B + b0 + o_b, mask=exists, other=1) == 0)
+                passes = passes & (tl.load(reset + after * B + b0 + o_b, mask=passes, other=1) == 0)
+            m_tile = exists[:, None] & m_u[None, :]
+            p_gates = ((d * T + t) * B + b0) * (4 * H) + o_gates
+
+            if PHASE != STATE:  # what waits for nobody is on its way first
+                b_i = tl.load(gates + p_gates, mask=m_tile, other=0.0).to(tl.float32)
+                b_f = tl.load(gates + p_gates + H, mask=m_tile, other=0.0).to(tl.float32)
+                b_g = tl.load(gates + p_gates + 2 * H, mask=m_tile, other=0.0).to(tl.float32)
+                b_o = tl.load(gates + p_gates + 3 * H, mask=m_tile, other=0.0).to(tl.float32)
+                p_t = ((t * B + b0) * D + d) * H + o_c
+                b_c = tl.load(c + p_t, mask=m_tile, other=0.0).to(tl.float32)
+                p_before = ((before * B + b0) * D + d) * H + o_c
+                m_before = (kept & (zero + t != first))[:, None] & m_u[None, :]
+                c_in = tl.load(c + p_before, mask=m_before, other=0.0).to(tl.float32)
+                if c0 is not None:
+                    m_first = (kept & (zero + t == first))[:, None] & m_u[None, :]
+                    c_in += tl.load(c0 + p_c, mask=m_first, other=0.0).to(tl.float32)
+                dc_t = b_dc
+                if dc is not None:
+                    dc_t += tl.load(dc + p_t, mask=m_tile, other=0.0).to(tl.float32)
+
+            if PHASE != CELL:
+                if dy is not None:
+                    p_y = ((t * B + b0) * D + d) * P + o_y
+                    b_dy = tl.load(dy + p_y, mask=exists[:, None] & m_p[None, :], other=0.0).to(tl.float32)
+                if CARRIED:
+                    b_dm = b_dh
+                else:
+                    wait(counter, arrivals, MEET)
+                    b_dm = multiply(
+                        da + ((d * T + after) * B + b0) * (4 * H) + o_b * (4 * H), passes, 4 * H, kept_hh, w_hh, o_p.to(tl.int64), m_p, P,
+                        BATCH, OUTPUTS, RESIDENT, STREAMED, CHUNK, SPLIT, AHEAD, PRECISION,
+                    )  # fmt: skip
+                    if dh0 is not None:
+                        tl.store(dh0 + p_h, b_dm, mask=m_h & finds[:, None])
+                    b_dm += tl.where((exists & (zero + t == last))[:, None], b_dhn, 0.0)
+                if dy is not None:
+                    b_dm += b_dy
+                if COLUMNS:
+                    p_out = ((d * T + t) * B + b0) * P + o_out
+                    tl.store(dh_out + p_out, tl.where(exists[:, None], b_dm, 0.0), mask=m_h & in_time[:, None])
+                    arrive(counter, MEET)
+                    arrivals += PROGRAMS
+
+            if PHASE != STATE:
+                if COLUMNS:
+                    wait(counter, arrivals, MEET)
+                    b_dm = multiply(
+                        dh_out + ((d * T + t) * B + b0) * P + o_b * P, exists, P, kept_hr, w_hr, o_u.to(tl.int64), m_u, H,
+                        BATCH, UNITS, RESIDENT_HR, STREAMED_HR, CHUNK, SPLIT, AHEAD, PRECISION,
+                    )  # fmt: skip
+                da_i, da_f, da_g, da_o, dc_in = cell_backward(b_i, b_f, b_g, b_o, c_in, b_c, b_dm, dc_t)
+                da_i = tl.where(exists[:, None], da_i, 0.0).to(dtype)
+                da_f = tl.where(exists[:, None], da_f, 0.0).to(dtype)
+                da_g = tl.where(exists[:, None], da_g, 0.0).to(dtype)
+                da_o = tl.where(exists[:, None], da_o, 0.0).to(dtype)
+                m_store = in_time[:, None] & m_u[None, :]
+                tl.store(da + p_gates, da_i, mask=m_store)
+                tl.store(da + p_gates + H, da_f, mask=m_store)
+                tl.store(da + p_gates + 2 * H, da_g, mask=m_store)
+                tl.store(da + p_gates + 3 * H, da_o, mask=m_store)
+                if CARRIED:
+                    dh_in = tl.dot(da_i, kept_hh[0], input_precision=PRECISION)
+                    dh_in = tl.dot(da_f, kept_hh[1], dh_in, input_precision=PRECISION)
+                    dh_in = tl.dot(da_g, kept_hh[2], dh_in, input_precision=PRECISION)
+                    dh_in = tl.dot(da_o, kept_hh[3], dh_in, input_precision=PRECISION)
+                    b_dh = tl.where(exists[:, None], tl.where(kept[:, None], dh_in, 0.0), b_dh)
+                else:
+                    arrive(counter, MEET)
+                    arrivals += PROGRAMS
+                b_dc = tl.where(exists[:, None], tl.where(kept[:, None], dc_in, 0.0), b_dc)
+
+        if CARRIED and dh0 is not None:
+            tl.store(dh0 + p_h, b_dh, mask=m_h)
+        if PHASE != STATE:
+            if dc0 is not None:
+                tl.store(dc0 + p_c, b_dc, mask=m_c)
+            if carry is not None:
+                tl.store(carry + p_c, b_dc, mask=m_c)

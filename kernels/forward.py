@@ -1,0 +1,275 @@
+"""Forward of one layer, both directions, over all time steps, in one launch.
+
+    a = xg[t] + h_{t-1} @ w_hh^T      xg = x @ w_ih^T + b_ih + b_hh, by a GEMM before, or here (INPUTS > 0)
+    m_t, c_t = cell(a, c_{t-1})       cell.py
+    h_t = m_t @ w_hr^T                with a projection; without one h_t = m_t
+
+Grid: groups of PROGRAMS programs. A group computes one item after another; an item is a direction and BATCH batch rows,
+and items never need each other.
+
+A program owns UNITS hidden units with all four gates and, with a projection, COLUMNS of its outputs. Its rows of w_hh,
+w_hr and w_ih stay on the chip over all steps, or as many chunks of them as fit (affine.py); c stays in float32
+registers. H is limited to UNITS * PROGRAMS, so by the programs that can run at the same time.
+
+h_t is exchanged through y itself, in global memory: the group meets once for each step (grid.py), and once more with a
+projection, where m is exchanged first. If one program owns all units (CARRIED), h does not leave its registers, and
+nobody meets.
+
+Row b exists at step t if t < lengths[b]. The state that enters is h0 at its first step, which is t = 0, or
+lengths[b] - 1 in the reverse direction; what leaves its last step is hn.
+
+Under Triton's interpreter, which runs one program after another, programs cannot meet. There a launch covers the steps
+from `begin` to `end` and one PHASE of them, and c goes from launch to launch in `carry`.
+"""
+
+import triton
+import triton.language as tl
+
+from .affine import load_weights, multiply
+from .cell import cell
+from .grid import arrive, wait
+
+# Phases of a step: both, up to the cell, the projection.
+BOTH, CELL, PROJECTION = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit
+def split_gates(acc, BATCH: tl.constexpr, UNITS: tl.constexpr):
+    """[BATCH, 4 * UNITS], the gates of a unit side by side -> the four gates, each [BATCH, UNITS]."""
+    even, odd = tl.split(tl.reshape(acc, (BATCH, UNITS, 2, 2)))
+    b_i, b_g = tl.split(even)
+    b_f, b_o = tl.split(odd)
+    return b_i, b_f, b_g, b_o
+
+
+@triton.jit(do_not_specialize=["T", "B", "begin", "end"])
+def lstm_forward(
+    x,  # [T, B, I], read if INPUTS; so the next six
+    w_ih0,  # [4H, I] of the one direction and of the other
+    w_ih1,
+    b_ih0,  # [4H], or None, as the next three
+    b_ih1,
+    b_hh0,
+    b_hh1,
+    xg,  # [D, T, B, 4H], read unless INPUTS; may be the memory of gates
+    w_hh0,  # [4H, P]
+    w_hh1,
+    w_hr0,  # [P, H], or None
+    w_hr1,
+    h0,  # [D, B, P], or None for zeros
+    c0,  # [D, B, H], or None for zeros
+    lengths,  # [B] int64, or None
+    reset,  # [T, B] bool, or None
+    y,  # [T, B, D*P], written
+    hn,  # [D, B, P], written
+    cn,  # [D, B, H], written
+    c,  # [T, B, D*H], written, or None
+    gates,  # [D, T, B, 4H], written, or None
+    m,  # [D, B, H], scratch of the projection, or None
+    carry,  # [D, B, H] float32, or None where one launch covers all steps
+    counters,  # [groups, 32] int32, zeros
+    T,
+    B,
+    I,
+    H,
+    P,
+    begin,
+    end,
+    D: tl.constexpr,
+    BATCH: tl.constexpr,
+    UNITS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    AHEAD: tl.constexpr,
+    INPUTS: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    STREAMED: tl.constexpr,
+    RESIDENT_HR: tl.constexpr,
+    STREAMED_HR: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    CARRIED: tl.constexpr,
+    PHASE: tl.constexpr,
+    MEET: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    N: tl.constexpr = 4 * UNITS
+    dtype: tl.constexpr = y.dtype.element_ty
+    group = tl.program_id(0) // PROGRAMS
+    member = tl.program_id(0) % PROGRAMS
+    counter = counters + group * 32
+    arrivals = 0  # of the whole group, all that this program may have to wait for
+
+    o_u = member * UNITS + tl.arange(0, UNITS)
+    m_u = o_u < H
+    # The columns of the product: unit after unit, its gates side by side, so that `split_gates` finds them.
+    o_gate = (tl.arange(0, N) % 4) * H + member * UNITS + tl.arange(0, N) // 4
+    m_gate = member * UNITS + tl.arange(0, N) // 4 < H
+    o_p = member * COLUMNS + tl.arange(0, COLUMNS if COLUMNS else 1)
+    m_p = o_p < P
+    o_b = tl.arange(0, BATCH)
+    zero = tl.zeros((BATCH,), tl.int64)  # makes of a step one for each row: masks are compared row by row
+    o_gates = o_b[:, None] * (4 * H) + o_u[None, :]
+    o_c = o_b[:, None] * (D * H) + o_u[None, :]  # of c; o_y: of y
+    if COLUMNS:
+        o_y = o_b[:, None] * (D * P) + o_p[None, :]
+    else:
+        o_y = o_c
+
+    # num_stages=1: a loop over what is exchanged must not be pipelined, which would read states before they are there.
+    for item in tl.range(group, D * tl.cdiv(B, BATCH), tl.num_programs(0) // PROGRAMS, num_stages=1):
+        d = item % D
+        w_ih = w_ih0
+        w_hh = w_hh0
+        w_hr = w_hr0
+        b_ih = b_ih0
+        b_hh = b_hh0
+        if D == 2:
+            w_hh = tl.where(d == 0, w_hh0, w_hh1)
+            if COLUMNS:
+                w_hr = tl.where(d == 0, w_hr0, w_hr1)
+            if INPUTS:
+                w_ih = tl.where(d == 0, w_ih0, w_ih1)
+                if b_ih0 is not None:
+                    b_ih = tl.where(d == 0, b_ih0, b_ih1)
+                    b_hh = tl.where(d == 0, b_hh0, b_hh1)
+
+        if CARRIED:
+            kept_hh = ()
+            for k in tl.static_range(4):
+                kept_hh = kept_hh + load_weights(w_hh, (k * H + o_u).to(tl.int64) * P, m_u, 1, P, 1, CHUNK, 1)
+        else:
+            kept_hh = load_weights(w_hh, o_gate.to(tl.int64) * P, m_gate, 1, P, RESIDENT, CHUNK, SPLIT)
+        kept_ih = load_weights(w_ih, o_gate.to(tl.int64) * I, m_gate, 1, I, INPUTS, CHUNK, SPLIT)
+        kept_hr = load_weights(w_hr, o_p.to(tl.int64) * H, m_p, 1, H, RESIDENT_HR, CHUNK, SPLIT)
+        bias = tl.zeros((N,), tl.float32)
+        if INPUTS and b_ih0 is not None:
+            bias = tl.load(b_ih + o_gate, mask=m_gate, other=0.0).to(tl.float32)
+            bias += tl.load(b_hh + o_gate, mask=m_gate, other=0.0).to(tl.float32)
+
+        # 64-bit: where the item's rows begin in [B, ...] and in [D, B, ...]; what is added to that is small.
+        b0 = tl.cast(item // D, tl.int64) * BATCH
+        row0 = d * B + b0
+        m_b = b0 + o_b < B
+        if lengths is not None:
+            length = tl.minimum(tl.maximum(tl.load(lengths + b0 + o_b, mask=m_b, other=0), 0), T).to(tl.int32)
+        else:
+            length = T
+        m_c = m_b[:, None] & m_u[None, :]
+        p_c = row0 * H + o_b[:, None] * H + o_u[None, :]  # the tile's place in [D, B, H]; p_h: in [D, B, P]
+        if COLUMNS:
+            m_h = m_b[:, None] & m_p[None, :]
+            p_h = row0 * P + o_b[:, None] * P + o_p[None, :]
+        else:
+            m_h = m_c
+            p_h = p_c
+
+        b_c = tl.zeros((BATCH, UNITS), tl.float32)
+        if c0 is not None:
+            b_c = tl.load(c0 + p_c, mask=m_c, other=0.0).to(tl.float32)
+        b_h = tl.zeros((BATCH, UNITS), dtype)  # used if CARRIED
+        if CARRIED and h0 is not None:
+            b_h = tl.load(h0 + p_h, mask=m_h, other=0.0)
+        if lengths is not None:  # sequences without a step
+            ended = (length + begin == 0)[:, None]
+            tl.store(cn + p_c, b_c, mask=m_c & ended)
+            if h0 is not None:
+                tl.store(hn + p_h, tl.load(h0 + p_h, mask=m_h & ended, other=0.0), mask=m_h & ended)
+            else:
+                tl.store(hn + p_h, tl.zeros_like(p_h).to(dtype), mask=m_h & ended)
+        if carry is not None and begin > 0:
+            b_c = tl.load(carry + p_c, mask=m_c, other=0.0)
+
+        for s in tl.range(begin, end, num_stages=1):
+            if D == 1:
+                t = tl.cast(s, tl.int64)
+                before = t - 1
+                first = 0
+                last = length - 1
+            else:
+                t = tl.cast(tl.where(d == 0, s, T - 1 - s), tl.int64)
+                before = tl.where(d == 0, t - 1, t + 1)
+                first = tl.where(d == 0, 0, length - 1)
+                last = tl.where(d == 0, length - 1, 0)
+            exists = m_b & (zero + t < length)
+            leaves = (exists & (zero + t == last))[:, None]
+            enters = exists
+            if reset is not None:
+                enters = exists & (tl.load(reset + t * B + b0 + o_b, mask=exists, other=1) == 0)
+
+            if PHASE != PROJECTION:
+                m_tile = exists[:, None] & m_u[None, :]
+                p_gates = ((d * T + t) * B + b0) * (4 * H) + o_gates
+                if INPUTS:
+                    acc = multiply(
+                        x + (t * B + b0) * I + o_b * I, exists, I, kept_ih, w_ih, o_gate, m_gate, 1,
+                        BATCH, N, INPUTS, False, CHUNK, SPLIT, AHEAD, PRECISION,
+                    )  # fmt: skip
+                    a_i, a_f, a_g, a_o = split_gates(acc + bias[None, :], BATCH, UNITS)
+                else:
+                    a_i = tl.load(xg + p_gates, mask=m_tile, other=0.0).to(tl.float32)
+                    a_f = tl.load(xg + p_gates + H, mask=m_tile, other=0.0).to(tl.float32)
+                    a_g = tl.load(xg + p_gates + 2 * H, mask=m_tile, other=0.0).to(tl.float32)
+                    a_o = tl.load(xg + p_gates + 3 * H, mask=m_tile, other=0.0).to(tl.float32)
+
+                if CARRIED:
+                    h_in = tl.where(enters[:, None], b_h, 0.0).to(dtype)
+                    a_i = tl.dot(h_in, kept_hh[0], a_i, input_precision=PRECISION)
+                    a_f = tl.dot(h_in, kept_hh[1], a_f, input_precision=PRECISION)
+                    a_g = tl.dot(h_in, kept_hh[2], a_g, input_precision=PRECISION)
+                    a_o = tl.dot(h_in, kept_hh[3], a_o, input_precision=PRECISION)
+                else:
+                    wait(counter, arrivals, MEET)
+                    p_rows = y + ((before * B + b0) * D + d) * P + o_b * (D * P)
+                    m_rows = enters
+                    if h0 is not None:
+                        p_rows = tl.where(zero + t == first, h0 + row0 * P + o_b * P, p_rows)
+                    else:
+                        m_rows = enters & (zero + t != first)
+                    acc = multiply(
+                        p_rows, m_rows, P, kept_hh, w_hh, o_gate.to(tl.int64) * P, m_gate, 1,
+                        BATCH, N, RESIDENT, STREAMED, CHUNK, SPLIT, AHEAD, PRECISION,
+                    )  # fmt: skip
+                    r_i, r_f, r_g, r_o = split_gates(acc, BATCH, UNITS)
+                    a_i += r_i
+                    a_f += r_f
+                    a_g += r_g
+                    a_o += r_o
+
+                b_m, c_out, b_i, b_f, b_g, b_o = cell(a_i, a_f, a_g, a_o, tl.where(enters[:, None], b_c, 0.0))
+                b_c = tl.where(exists[:, None], c_out, b_c)
+                b_m = tl.where(exists[:, None], b_m, 0.0).to(dtype)
+                if COLUMNS:
+                    tl.store(m + p_c, b_m, mask=m_c)
+                else:
+                    b_h = tl.where(exists[:, None], b_m, b_h)
+                    tl.store(y + ((t * B + b0) * D + d) * P + o_y, b_m, mask=m_c)
+                if not CARRIED:
+                    arrive(counter, MEET)
+                    arrivals += PROGRAMS
+                # From here on, what only this program, or nobody before the end of the launch, reads.
+                if not COLUMNS:
+                    tl.store(hn + p_h, b_m, mask=m_h & leaves)
+                tl.store(cn + p_c, c_out, mask=m_c & leaves)
+                if c is not None:
+                    p_t = ((t * B + b0) * D + d) * H + o_c
+                    tl.store(c + p_t, tl.where(exists[:, None], c_out, 0.0), mask=m_c)
+                if gates is not None:
+                    tl.store(gates + p_gates, tl.where(exists[:, None], b_i, 0.0), mask=m_c)
+                    tl.store(gates + p_gates + H, tl.where(exists[:, None], b_f, 0.0), mask=m_c)
+                    tl.store(gates + p_gates + 2 * H, tl.where(exists[:, None], b_g, 0.0), mask=m_c)
+                    tl.store(gates + p_gates + 3 * H, tl.where(exists[:, None], b_o, 0.0), mask=m_c)
+
+            if COLUMNS and PHASE != CELL:
+                wait(counter, arrivals, MEET)
+                acc = multiply(
+                    m + row0 * H + o_b * H, exists, H, kept_hr, w_hr, o_p.to(tl.int64) * H, m_p, 1,
+                    BATCH, COLUMNS, RESIDENT_HR, STREAMED_HR, CHUNK, SPLIT, AHEAD, PRECISION,
+                )  # fmt: skip
+                tl.store(y + ((t * B + b0) * D + d) * P + o_y, acc, mask=m_h)
+                arrive(counter, MEET)
+                arrivals += PROGRAMS
+                tl.store(hn + p_h, acc, mask=m_h & leaves)
+
+        if carry is not None and PHASE != PROJECTION:
+            tl.store(carry + p_c, b_c, mask=m_c)

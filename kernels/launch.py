@@ -1,0 +1,140 @@
+"""Tensors in, tensors out: takes a plan, adds scratch memory, and launches the kernel of a direction of time.
+
+Everything runs on the current stream of the tensors' device, nothing waits for the GPU, and all memory is torch's, so
+that a CUDA graph can capture it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from . import plan as planner
+from .backward import lstm_backward
+from .forward import lstm_forward
+from .plan import Device, Plan, Shape
+
+# Triton's interpreter runs the programs of a launch one after another, on tensors of the CPU: see forward.py.
+INTERPRETED = not isinstance(lstm_forward, triton.runtime.JITFunction)
+if INTERPRETED:
+    from .interpreter import repair
+
+    repair()
+
+
+def forward(
+    plan: Plan,
+    x: Tensor | None,
+    xg: Tensor | None,
+    w_ih: Sequence[Tensor],
+    b_ih: Sequence[Tensor | None],
+    b_hh: Sequence[Tensor | None],
+    w_hh: Sequence[Tensor],
+    w_hr: Sequence[Tensor | None],
+    h0: Tensor | None,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    y: Tensor,
+    hn: Tensor,
+    cn: Tensor,
+    c: Tensor | None,
+    gates: Tensor | None,
+) -> None:
+    """Launches `lstm_forward`; shapes, and which tensors are written, stand there. Weights: one of each direction.
+
+    x, w_ih and the biases are read if plan.inputs, xg otherwise. All tensors are contiguous.
+    """
+    T, B, _ = y.shape
+    D, H, P = len(w_hh), w_hh[0].shape[0] // 4, w_hh[0].shape[1]
+    m = y.new_empty(D, B, H) if plan.columns else None
+    if not plan.inputs:
+        x, w_ih, b_ih, b_hh = None, [None] * D, [None] * D, [None] * D  # type: ignore[list-item]
+    sizes = {"T": T, "B": B, "I": x.shape[2] if x is not None else 0, "H": H, "P": P}
+    tensors = (x, *_both(w_ih), *_both(b_ih), *_both(b_hh), xg, *_both(w_hh), *_both(w_hr))
+    tensors += (h0, c0, lengths, reset, y, hn, cn, c, gates, m)
+    _launch("forward", plan, y, tensors, sizes, T, D, H)
+
+
+def backward(
+    plan: Plan,
+    dy: Tensor | None,
+    dhn: Tensor | None,
+    dcn: Tensor | None,
+    dc: Tensor | None,
+    w_hh: Sequence[Tensor],
+    w_hr: Sequence[Tensor | None],
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    c: Tensor,
+    gates: Tensor,
+    da: Tensor,
+    dh_out: Tensor | None,
+    dh0: Tensor | None,
+    dc0: Tensor | None,
+) -> None:
+    """Launches `lstm_backward`; shapes, and which tensors are written, stand there. All tensors are contiguous."""
+    D, T, B, _ = da.shape
+    H, P = w_hh[0].shape[0] // 4, w_hh[0].shape[1]
+    sizes = {"T": T, "B": B, "H": H, "P": P}
+    tensors = (dy, dhn, dcn, dc, *_both(w_hh), *_both(w_hr), c0, lengths, reset, c, gates, da, dh_out, dh0, dc0)
+    steps = T if plan.carried or dh0 is None else T + 1
+    _launch("backward", plan, da, tensors, sizes, steps, D, H)
+
+
+def _both(of_directions: Sequence[Any]) -> tuple[Any, Any]:
+    return of_directions[0], of_directions[-1]
+
+
+_KERNELS: dict[str, Any] = {"forward": lstm_forward, "backward": lstm_backward}
+
+
+def _launch(
+    kernel: str, plan: Plan, like: Tensor, tensors: tuple[Any, ...], sizes: dict[str, int], steps: int, D: int, H: int
+) -> None:
+    B = sizes["B"]
+    grid = (plan.groups * plan.programs,)
+    function = _KERNELS[kernel]
+    constants = {**sizes, "D": D, **plan.constants(kernel)}
+    counters = torch.zeros(plan.groups, 32, dtype=torch.int32, device=like.device)
+    if not INTERPRETED:
+        with torch.cuda.device_of(like):
+            function[grid](
+                *tensors, None, counters, begin=0, end=steps, MEET=plan.programs > 1, PHASE=0, **constants, **plan.options
+            )
+    elif plan.programs == 1:
+        function[grid](*tensors, None, counters, begin=0, end=steps, MEET=False, PHASE=0, **constants)
+    else:
+        carry = torch.empty(D, B, H, dtype=torch.float32, device=like.device)
+        for step in range(steps):
+            for phase in (1, 2) if plan.columns else (0,):
+                function[grid](
+                    *tensors, carry, counters, begin=step, end=step + 1, MEET=False, PHASE=phase, **constants
+                )
+
+
+@lru_cache
+def _device(index: int) -> Device:
+    return planner.device_of(torch.cuda.get_device_properties(index))
+
+
+@lru_cache(maxsize=1024)
+def _plan(kernel: str, shape: Shape, device: Device) -> Plan:
+    return planner.plan(kernel, shape, device)
+
+
+def plan_for(kernel: str, shape: Shape, device: torch.device) -> Plan:
+    """The plan of "forward" or "backward" on a device.
+
+    Raises:
+        ValueError: no plan fits.
+    """
+    if INTERPRETED:
+        return _plan(kernel, shape, planner.INTERPRETER)
+    return _plan(kernel, shape, _device(device.index if device.index is not None else torch.cuda.current_device()))

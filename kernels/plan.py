@@ -1,0 +1,388 @@
+"""Lays a layer out on a GPU: which tiles, how many programs, what stays on the chip; by a cost model, not by trying.
+
+Pure arithmetic: no Triton, no GPU. The devices that tests and the ahead-of-time compiler know stand here as data; at
+run time the figures come from the driver. Times are microseconds, sizes bytes.
+
+The model of one step of one program:
+
+    step = meeting + latency + max(states, weights, arithmetic) + cell
+
+    meeting      all programs of a group pass the counter, once, or twice with a projection
+    latency      the first of the states arrives from L2
+    states       BATCH rows of what the group exchanged, out of L2
+    weights      resident: out of shared memory; streamed: out of L2, which all programs share
+    arithmetic   the matrix instruction over the padded tile
+    cell         everything elementwise, and the loads and stores that belong to it
+
+A launch takes steps * items / groups of them, where an item is a direction and BATCH rows, and groups run side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+WARPS = 8
+_RESERVED_SHARED = 1024  # of each block, by the driver, on sm_90 and later
+
+
+class Device(NamedTuple):
+    """What the model needs to know of a GPU. Per-SM rates are per clock."""
+
+    name: str
+    capability: int  # 90 for sm_90
+    multiprocessors: int
+    shared: int  # bytes that one block may have
+    clock: float  # GHz
+    l2: float  # bytes per microsecond, all multiprocessors together
+    meeting: float  # microseconds for all programs to pass the counter
+    measured: bool = False  # whether l2 and meeting were measured on this device
+
+
+# L2 bandwidth and the time of a meeting are estimates: a round trip through L2 for the arrival, another for the poll.
+A100 = Device("NVIDIA A100-SXM4-80GB", 80, 108, 166_912, 1.41, 4.0e6, 1.6)
+H100 = Device("NVIDIA H100 80GB HBM3", 90, 132, 232_448, 1.755, 5.5e6, 1.3)
+H200 = Device("NVIDIA H200", 90, 132, 232_448, 1.785, 5.5e6, 1.3)
+RTX4090 = Device("NVIDIA GeForce RTX 4090", 89, 128, 101_376, 2.52, 5.0e6, 1.2)
+B200 = Device("NVIDIA B200", 100, 148, 232_448, 1.85, 7.0e6, 1.4)
+DEVICES = (A100, H100, H200, RTX4090, B200)
+# What Triton's interpreter is planned for: few programs, since it runs one after another.
+INTERPRETER = H200._replace(name="Triton's interpreter", multiprocessors=4)
+
+
+def device_of(properties: Any) -> Device:
+    """The device of torch.cuda.get_device_properties: what the driver tells, and the rest from the most alike above."""
+    capability = 10 * properties.major + properties.minor
+    known = next((d for d in DEVICES if d.name == properties.name), None)
+    like = known or min(DEVICES, key=lambda d: abs(d.capability - capability))
+    return Device(
+        properties.name,
+        capability,
+        properties.multi_processor_count,
+        getattr(properties, "shared_memory_per_block_optin", like.shared),
+        getattr(properties, "clock_rate", like.clock * 1e6) / 1e6,
+        like.l2,
+        like.meeting,
+        like.measured and known is not None,
+    )
+
+
+
+_STATE_LATENCY = 0.5  # microseconds from the end of a meeting to the first state in a register
+_L2_PER_CLOCK, _SHARED_PER_CLOCK = 64, 128  # bytes, per multiprocessor
+_CELL_CLOCKS = 0.4  # for each element of a tile
+# Multiply-adds per clock and multiprocessor, by what the operands are computed in; mma.sync, dense.
+_RATES = {"16": 1024.0, "tf32": 512.0, "tf32x3": 512.0 / 3, "ieee": 96.0}
+
+
+class Shape(NamedTuple):
+    """One launch: a layer's sizes, and what its kernel is compiled for."""
+
+    T: int
+    B: int
+    I: int
+    H: int
+    P: int  # H without a projection
+    D: int
+    itemsize: int  # 2 or 4
+    precision: str  # of float32: "ieee", "tf32" or "tf32x3"; without meaning for 16 bits
+    ragged: bool = False  # with lengths or resets
+
+    @property
+    def projected(self) -> bool:
+        return self.P != self.H
+
+    @property
+    def aligned(self) -> bool:
+        """Whether rows can be read many elements at a time."""
+        return self.H % 16 == 0 and self.P % 16 == 0 and self.I % 16 == 0
+
+    @property
+    def rate(self) -> float:
+        return _RATES["16" if self.itemsize == 2 else self.precision]
+
+    @property
+    def kept(self) -> int:
+        """Bytes that an element of a weight takes in shared memory: two TF32 numbers for the 3-pass form."""
+        return self.itemsize * (2 if self.itemsize == 4 and self.precision == "tf32x3" else 1)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one kernel is launched; the fields up to `precision` are its constants (forward.py, affine.py)."""
+
+    batch: int
+    units: int
+    columns: int
+    chunk: int
+    split: int
+    ahead: int
+    inputs: int
+    resident: int
+    streamed: bool
+    resident_hr: int
+    streamed_hr: bool
+    programs: int
+    carried: bool
+    precision: str
+    stages: int
+    groups: int
+    shared: int  # at most so many bytes of shared memory
+    step: float  # predicted
+    launch: float  # predicted, for all steps
+
+    @property
+    def regime(self) -> str:
+        if self.carried:
+            return "rows"
+        if not (self.streamed or self.streamed_hr):
+            return "resident"
+        return "partly resident" if self.resident else "streamed"
+
+    def constants(self, kernel: str) -> dict[str, int | bool | str]:
+        """The compile-time constants of "forward" or "backward" that the plan decides, by name."""
+        names = "batch units columns chunk split ahead resident streamed resident_hr streamed_hr programs carried"
+        constants = {name.upper(): getattr(self, name) for name in names.split()}
+        if kernel == "forward":
+            constants["INPUTS"] = self.inputs
+        return {**constants, "PRECISION": self.precision}
+
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """How the kernel is compiled and launched. Left to itself, the assembler may spill to save registers."""
+        return {
+            "num_warps": WARPS,
+            "num_stages": self.stages,
+            "maxnreg": 255,
+            "launch_cooperative_grid": self.programs > 1,
+        }
+
+    def __str__(self) -> str:
+        explained = {
+            "rows": "a program has whole rows and all weights, nobody meets",
+            "resident": "weights stay in shared memory",
+            "partly resident": "weights in shared memory as far as they fit",
+            "streamed": "weights come from L2 at every step",
+        }[self.regime]
+        inputs = ", x in the launch" if self.inputs else ""
+        return (
+            f"{self.groups} x {self.programs} programs, {self.batch} rows x {self.units} units, {self.regime} "
+            f"({explained}){inputs}, {self.shared // 1024} KiB, {self.step:.2f} us a step predicted"
+        )
+
+
+class _Tile(NamedTuple):
+    """Batch rows of a program, and how its products are cut up (affine.py)."""
+
+    batch: int
+    split: int
+    chunk: int
+    ahead: int
+    stages: int = 1
+
+
+# Those that starve no warp and, as compile.py shows, spill no register. Sizes that are no multiples of 16, lengths and
+# resets take registers of their own.
+_RESIDENT = (_Tile(16, 8, 128, 2), _Tile(32, 4, 64, 2), _Tile(64, 1, 32, 2))
+_STREAMED = (_Tile(16, 1, 64, 0, 3), _Tile(32, 1, 64, 0, 3), _Tile(64, 1, 32, 0, 3))
+_CARRIED = 16  # rows
+_UNITS = (8, 16, 32, 64, 128)
+_GEMM = 6.0  # a launch before the launch
+
+
+def plan(kernel: str, shape: Shape, device: Device) -> Plan:
+    """The plan with the least predicted time.
+
+    Args:
+        kernel: "forward" or "backward".
+        shape: the problem.
+        device: the GPU.
+
+    Raises:
+        ValueError: no plan fits the device.
+    """
+    plans = [p for p in _plans(kernel, shape, device) if p.shared <= device.shared]
+    if not plans:
+        raise ValueError(
+            f"H = {shape.H}, P = {shape.P} does not fit {device.name}: {device.multiprocessors} programs at a time, "
+            f"{device.shared // 1024} KiB of shared memory each"
+        )
+    return min(plans, key=lambda p: p.launch)
+
+
+def _plans(kernel: str, shape: Shape, device: Device) -> Iterator[Plan]:
+    if not shape.projected:
+        yield from _carried(kernel, shape, device)
+    for units in _UNITS:
+        programs = _cdiv(shape.H, units)
+        if programs > device.multiprocessors:
+            continue
+        for tile in (*_RESIDENT, *_STREAMED):
+            yield from _shared(kernel, shape, device, tile, units, programs)
+
+
+def _carried(kernel: str, shape: Shape, device: Device) -> Iterator[Plan]:
+    """One program has all units."""
+    units = max(16, _power_of_2(shape.H))
+    if units > 128:
+        return
+    weights = 4 * units * units
+    groups = min(shape.D * _cdiv(shape.B, _CARRIED), device.multiprocessors)
+    for inputs in _inputs(kernel, shape, units):
+        kept = weights + inputs * units * 4 * units
+        shared = kept * shape.kept + _staging(_Tile(_CARRIED, 1, units, 1), 4 * units, shape)
+        products = 2 * weights + inputs * units * 4 * units
+        step = _Step(device, shape, _CARRIED, units, groups, meetings=0)
+        yield _finish(
+            Plan(
+                batch=_CARRIED,
+                units=units,
+                columns=0,
+                chunk=units,
+                split=1,
+                ahead=1,
+                inputs=inputs,
+                resident=1,
+                streamed=False,
+                resident_hr=0,
+                streamed_hr=False,
+                programs=1,
+                carried=True,
+                precision=shape.precision,
+                stages=1,
+                groups=groups,
+                shared=shared,
+                step=step.time(states=0, resident=kept, streamed=0, products=products // 2),
+                launch=0.0,
+            ),
+            kernel,
+            shape,
+            device,
+        )
+
+
+def _shared(
+    kernel: str, shape: Shape, device: Device, tile: _Tile, units: int, programs: int
+) -> Iterator[Plan]:
+    """Programs share the units, and meet."""
+    columns = max(8, _power_of_2(_cdiv(shape.P, programs))) if shape.projected else 0
+    # (N, K) of the product with w_hh, and of that with w_hr.
+    hh, hr = ((4 * units, shape.P), (columns, shape.H))
+    if kernel == "backward":
+        hh, hr = ((columns or units, 4 * shape.H), (units, shape.P))
+    widest = max(hh[0], hr[0] if columns else 0)
+    if not _spills_nothing(kernel, shape, tile, units, widest):
+        return
+    chunks, chunks_hr = _cdiv(hh[1], tile.chunk), _cdiv(hr[1], tile.chunk) if columns else 0
+    for inputs in _inputs(kernel, shape, tile.chunk):
+        free = device.shared - _staging(tile, widest, shape) - inputs * tile.chunk * 4 * units * shape.kept
+        fits = max(0, free) // (tile.chunk * shape.kept)  # chunks of one column
+        resident = min(chunks, fits // hh[0]) if tile.ahead else 0
+        left = fits - resident * hh[0]
+        resident_hr = min(chunks_hr, left // hr[0]) if columns and tile.ahead else 0
+        if free < 0 or bool(tile.ahead) != bool(resident) or (columns and tile.ahead and not resident_hr):
+            continue
+        kept = tile.chunk * (resident * hh[0] + resident_hr * hr[0] + inputs * 4 * units)
+        streamed = tile.chunk * ((chunks - resident) * hh[0] + (chunks_hr - resident_hr) * hr[0])
+        groups = min(shape.D * _cdiv(shape.B, tile.batch), device.multiprocessors // programs)
+        step = _Step(device, shape, tile.batch, units, groups * programs, meetings=2 if columns else 1)
+        yield _finish(
+            Plan(
+                batch=tile.batch,
+                units=units,
+                columns=columns,
+                chunk=tile.chunk,
+                split=tile.split,
+                ahead=min(tile.ahead, max(resident, resident_hr)),
+                inputs=inputs,
+                resident=resident,
+                streamed=resident < chunks,
+                resident_hr=resident_hr,
+                streamed_hr=resident_hr < chunks_hr,
+                programs=programs,
+                carried=False,
+                precision=shape.precision,
+                stages=tile.stages if resident < chunks or resident_hr < chunks_hr else 1,
+                groups=groups,
+                shared=device.shared - free + kept * shape.kept - inputs * tile.chunk * 4 * units * shape.kept,
+                step=step.time(
+                    states=hh[1] + (hr[1] if columns else 0),
+                    resident=kept,
+                    streamed=streamed,
+                    products=kept + streamed,
+                ),
+                launch=0.0,
+            ),
+            kernel,
+            shape,
+            device,
+        )
+
+
+def _inputs(kernel: str, shape: Shape, chunk: int) -> Iterator[int]:
+    """Numbers of chunks of w_ih to keep: none, after a GEMM, or all, where they are few."""
+    yield 0
+    if kernel == "forward" and _cdiv(shape.I, chunk) <= 4:
+        yield _cdiv(shape.I, chunk)
+
+
+def _spills_nothing(kernel: str, shape: Shape, tile: _Tile, units: int, widest: int) -> bool:
+    return True
+
+
+def _staging(tile: _Tile, widest: int, shape: Shape) -> int:
+    """Shared memory beside the weights: operands on their way, and the exchange of parts and of gates among warps."""
+    states = (tile.ahead + 1) * tile.batch * tile.chunk * shape.kept
+    if tile.stages > 1:
+        states += tile.stages * tile.chunk * (tile.batch + widest) * shape.itemsize
+    return max(states, tile.split * tile.batch * widest * 4) + _RESERVED_SHARED
+
+
+@dataclass(frozen=True)
+class _Step:
+    """The model of the step of one program."""
+
+    device: Device
+    shape: Shape
+    batch: int
+    units: int
+    active: int  # programs that run at the same time
+    meetings: int
+
+    def time(self, states: int, resident: int, streamed: int, products: int) -> float:
+        """Microseconds.
+
+        Args:
+            states: elements of a row that come from other programs.
+            resident, streamed: elements of weights that come from shared memory, and from L2.
+            products: elements of weights that are multiplied with `batch` rows.
+        """
+        device, clocks = self.device, self.device.clock * 1e3  # per microsecond
+        meeting = self.meetings * (device.meeting + _STATE_LATENCY) if states else 0.0
+        l2 = min(_L2_PER_CLOCK * clocks, device.l2 / self.active)
+        weights = resident * self.shape.kept / (_SHARED_PER_CLOCK * clocks)
+        loads = (streamed + states * self.batch) * self.shape.itemsize / l2
+        arithmetic = max(16, self.batch) * products / (self.shape.rate * clocks)
+        elements = self.batch * self.units
+        cell = 0.15 + _CELL_CLOCKS * elements / clocks
+        return meeting + max(weights, arithmetic, loads) + cell
+
+
+def _finish(p: Plan, kernel: str, shape: Shape, device: Device) -> Plan:
+    """The plan with the time of the whole launch, and of the GEMM before it."""
+    rounds = _cdiv(shape.D * _cdiv(shape.B, p.batch), p.groups)
+    launch = shape.T * rounds * p.step
+    if kernel == "forward" and not p.inputs:
+        elements = shape.T * shape.B * shape.D * 4 * shape.H
+        rate = 0.5 * shape.rate * device.multiprocessors * device.clock * 1e3
+        launch += _GEMM + 2 * elements * shape.itemsize / device.l2 + elements * shape.I / rate
+    return replace(p, launch=launch)
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _power_of_2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
