@@ -115,8 +115,8 @@ def extensions():
 setup(
     version=VERSION,
     # Named one by one: the Triton kernels lie in kernels/ and are installed as fusedrnn.kernels.
-    packages=["fusedrnn", "fusedrnn.kernels"],
-    package_dir={"fusedrnn.kernels": "kernels"},
+    packages=["fusedrnn", "fusedrnn.benchmarks", "fusedrnn.kernels"],
+    package_dir={"fusedrnn.benchmarks": "benchmarks", "fusedrnn.kernels": "kernels"},
     package_data={"fusedrnn": ["py.typed"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildNative},

@@ -28,13 +28,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: what follows the program's name; sys.argv[1:] by default.
 
     Returns:
-        The exit status: 0, or 1 if a check failed.
+        The exit status: 0, or 1 if a check failed; of `bench`, see there.
 
     Raises:
         SystemExit: with status 2 for arguments that are wrong or missing, with status 0 after --help and --version.
     """
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments[:1] == ["bench"]:
+        from .benchmarks import command  # which the other commands can do without
+
+        return command.main(arguments[1:])
     parser = _parser()
-    options = parser.parse_args(argv)
+    options = parser.parse_args(arguments)
     if options.command is None:
         parser.print_help()
         return 2
@@ -67,6 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     checks.add_argument("--device", choices=testing.devices(), help="check on this device; by default on all")
     checks.add_argument("--quick", action="store_true", help="small sizes only, and derivatives in random directions")
     checks.set_defaults(command=_check, error=checks.error)
+
+    commands.add_parser("bench", help="measure speed and memory against torch's own LSTM and others", add_help=False)
     return parser
 
 

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = sorted((ROOT / "fusedrnn").glob("*.py"))
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
+BENCHMARKS = sorted((ROOT / "benchmarks").rglob("*.py"))
 NATIVE = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cuh", ".cpp", ".cu"))
 
 # Each module of the package and the siblings that it may import. A new module has to be given its place here.
@@ -26,7 +27,7 @@ BELOW = {
     "convert": {"module"},
 }
 BELOW["check"] = {*BELOW}
-BELOW["cli"] = {*BELOW, "__init__"}
+BELOW["cli"] = {*BELOW, "__init__", "benchmarks"}
 BELOW["__main__"] = {"cli"}
 BELOW["__init__"] = {"convert", "dispatch", "functional", "module"}
 
@@ -54,7 +55,7 @@ def siblings(source, package="fusedrnn"):
         top, _, rest = name.partition(".")
         if top == "fusedrnn":
             module = rest.split(".")[0]
-            found.add(module if module in BELOW or module == "kernels" else "__init__")
+            found.add(module if module in (*BELOW, "kernels", "benchmarks") else "__init__")
     return found
 
 
@@ -111,6 +112,23 @@ def test_triton_kernels_import_torch_triton_and_each_other(path):
     for name in imported(path.read_text(), "fusedrnn.kernels"):
         top = name.split(".")[0]
         assert name.startswith("fusedrnn.kernels.") or top in {"torch", "triton", *sys.stdlib_module_names}, name
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)
+def test_benchmarks_use_what_users_and_checks_use(path):
+    found = siblings(path.read_text(), "fusedrnn.benchmarks")
+    assert found <= {"__init__", "benchmarks", "dispatch", "testing"}
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)
+def test_benchmarks_load_only_torch_until_they_draw_or_meet_a_peer(path):
+    at_the_top = "".join(ast.unparse(node) + "\n" for node in ast.parse(path.read_text()).body if not is_block(node))
+    external = {name.split(".")[0] for name in imported(at_the_top, "fusedrnn.benchmarks")} - {"fusedrnn"}
+    assert external - sys.stdlib_module_names <= {"torch"}
+
+
+def is_block(node):
+    return isinstance(node, (ast.FunctionDef, ast.ClassDef))
 
 
 @pytest.mark.parametrize("path", NATIVE, ids=lambda path: path.name)

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def checkout(tmp_path):
     """A copy of the sources, so that building changes nothing here."""
-    for name in ("fusedrnn", "kernels", "csrc"):
+    for name in ("benchmarks", "fusedrnn", "kernels", "csrc"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "_build.json"))
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)

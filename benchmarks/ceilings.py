@@ -1,0 +1,67 @@
+"""What the machine can do at most, measured in the same run: multiply matrices, and move bytes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+from .cases import DTYPES, Cell
+from .timing import Clock
+from .verify import products
+
+_SAMPLES = 7  # the best of which is the ceiling
+_SAMPLE = 0.01  # seconds that one lasts at least
+_SMALLEST, _LARGEST = 2**20, 2**28  # bytes of the arrays that the bandwidth of a CPU is measured on
+
+
+class Limit(NamedTuple):
+    """The least time that a cell can take here."""
+
+    seconds: float
+    flops_per_second: float  # the ceiling for the dtype of the cell
+    bytes_per_second: float  # the ceiling for its amount of data
+
+
+class Ceilings:
+    """Measures each ceiling when it is first asked for."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._arithmetic = cache(self._measure_arithmetic)
+        self._bandwidth = cache(self._measure_bandwidth)
+
+    def limit(self, cell: Cell) -> Limit:
+        """The larger of the times for arithmetic and for bytes.
+
+        The weights of a small layer stay in a CPU's caches from call to call, so that there the bandwidth is measured
+        on as much data as the cell has; on a GPU, where the cache is overwritten, on more than fits into it.
+        """
+        dtypes = {cell.dtype}
+        if cell.device == "cpu" and cell.dtype != "float64":
+            dtypes.add("float32")  # in which the narrow ones may be computed as well
+        arithmetic = max(self._arithmetic(cell.device, dtype) for dtype in dtypes)
+        size = _LARGEST if cell.device == "cuda" else 2 ** math.ceil(math.log2(cell.bytes))
+        bandwidth = self._bandwidth(cell.device, min(max(size, _SMALLEST), _LARGEST))
+        return Limit(max(cell.flops / arithmetic, cell.bytes / bandwidth), arithmetic, bandwidth)
+
+    def _measure_arithmetic(self, device: str, dtype: str) -> float:
+        size = 8192 if device == "cuda" else 1024
+        a, b = (torch.randn(size, size, device=device).to(DTYPES[dtype]) for _ in range(2))
+        out = torch.empty_like(a)
+        with products(dtype == "tf32"):
+            return 2 * size**3 / self._least_seconds(lambda: torch.mm(a, b, out=out))
+
+    def _measure_bandwidth(self, device: str, size: int) -> float:
+        """Bytes per second of a = b + 3c, over three arrays of `size` bytes together."""
+        count = size // 12
+        a, b, c = (torch.ones(count, device=device) for _ in range(3))
+        return 12 * count / self._least_seconds(lambda: torch.add(b, c, alpha=3, out=a))
+
+    def _least_seconds(self, work: Callable[[], object]) -> float:
+        once = min(self._clock.sample(work, 1) for _ in range(2))
+        calls = max(1, math.ceil(_SAMPLE / max(once, 1e-9)))
+        return min(self._clock.sample(work, calls) for _ in range(_SAMPLES))

@@ -1,0 +1,313 @@
+"""The command line of `python -m fusedrnn bench`."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fusedrnn import dispatch, testing
+
+from . import cases, compare, contenders, models, plot, provenance, report, results, run, training
+from .cases import Cell
+from .ceilings import Ceilings
+from .results import Row
+from .timing import clock
+
+_SUITES = (*cases.SUITES, "models")
+_INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the benchmark, or one of its tools.
+
+    Args:
+        argv: what follows `bench`.
+
+    Returns:
+        The exit status: 0; 1 if fusedrnn was wrong or failed somewhere, or `compare` found a regression; 130 after
+        Ctrl-C, with everything that was measured kept.
+
+    Raises:
+        SystemExit: with status 2 for arguments that are wrong, with status 0 after --help.
+    """
+    parser = _parser()
+    options = parser.parse_args(argv)
+    return options.action(options, parser)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m fusedrnn bench",
+        description="Measure fusedrnn against torch.nn.LSTM and its peers, in turns in one process, after checking "
+        "every result.",
+    )
+    parser.set_defaults(action=_bench)
+    add = parser.add_argument
+    add(
+        "--suite",
+        action="append",
+        choices=_SUITES,
+        metavar="NAME",
+        help=f"what to measure: {', '.join(_SUITES)}; more than one if given again (quick, unless there is a --shape)",
+    )
+    add(
+        "--shape",
+        action="append",
+        type=_converted(cases.parse_shape),
+        default=[],
+        metavar="T,B,I,H[,L[,D]]",
+        help="measure this: time steps, batch, input size, hidden size, layers, directions; may be given again",
+    )
+    _add_choice(parser, "--mode", cases.MODES, "instead of those of the suite; for a --shape, all")
+    _add_choice(parser, "--dtype", tuple(cases.DTYPES), "instead of those of the suite; for a --shape, float32")
+    _add_choice(parser, "--variant", cases.VARIANTS, "what a --shape is given as input; plain by default")
+    add(
+        "--backend",
+        action="append",
+        type=_backend,
+        metavar="NAME",
+        help=f"measure this one of {', '.join(dispatch.TABLE)}; by default all that have kernels and are available",
+    )
+    _add_choice(parser, "--baseline", tuple(contenders.BASELINES), "measure against these; by default against all")
+    add("--device", choices=testing.devices(), help="by default the GPU, if there is one")
+    add("--threads", type=_whole(1), help="of the CPU; by default as many as torch takes")
+    add("--out", type=Path, metavar="FOLDER", help="where results.csv and all else goes; by default out/bench/DATE")
+    settings = run.Settings()
+    add("--rounds", type=_whole(2), default=settings.rounds, help="samples of each contender (%(default)s)")
+    add(
+        "--time-budget",
+        type=_seconds,
+        default=settings.budget,
+        metavar="SECONDS",
+        help="for the rounds of one cell; when it is over, five rounds have to do (%(default)s)",
+    )
+    add("--steps", type=_whole(2), default=10, help="over which losses of a model are compared (%(default)s)")
+    add("--time-wrong", action="store_true", help="time also what was found wrong; it stays marked as such")
+    add("--shrink", type=_whole(1), default=1, metavar="N", help="divide T, B, I and H, to try everything out quickly")
+    add("--limit", type=_whole(1), metavar="N", help="measure only the first N cells")
+
+    actions = parser.add_subparsers(title="instead of measuring", metavar="", prog="python -m fusedrnn bench")
+    what = "A.csv B.csv: what became faster or slower, beyond the noise"
+    comparing = actions.add_parser("compare", help=what, description=compare.__doc__)
+    comparing.add_argument("before", type=Path, metavar="A.csv")
+    comparing.add_argument("after", type=Path, metavar="B.csv")
+    comparing.add_argument(
+        "--threshold", type=_share, default=0.05, help="of a median that has to have moved (%(default)s)"
+    )
+    comparing.add_argument("--relative", action="store_true", help="compare times over those of nn.LSTM")
+    comparing.set_defaults(action=_compare)
+    what = "RESULTS.csv: draw the pictures and write the report again"
+    plotting = actions.add_parser("plot", help=what, description=what)
+    plotting.add_argument("results", type=Path, metavar="RESULTS.csv")
+    plotting.set_defaults(action=_plot)
+    return parser
+
+
+def _add_choice(parser: argparse.ArgumentParser, name: str, known: tuple[str, ...], help: str) -> None:
+    parser.add_argument(
+        name, action="append", choices=known, metavar="NAME", help=f"{', '.join(known)}; {help}; may be given again"
+    )
+
+
+def _converted(convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A type for argparse, which shows the message of an ArgumentTypeError only."""
+
+    def parse(text: str) -> Any:
+        try:
+            return convert(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parse
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise ValueError(f"must be a whole number from {least}, got {text!r}")
+        return int(text)
+
+    return _converted(convert)
+
+
+def _number(text: str, least: float) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = float("nan")
+    if not least <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number from {least:g}, got {text!r}")
+    return number
+
+
+def _seconds(text: str) -> float:
+    return _number(text, 0.0)
+
+
+def _share(text: str) -> float:
+    return _number(text, 0.0)
+
+
+def _backend(name: str) -> str:
+    if name not in dispatch.TABLE:
+        raise argparse.ArgumentTypeError(f"unknown backend {name!r}: expected one of {', '.join(dispatch.TABLE)}")
+    reason = dispatch.backends()[name]
+    if reason is not None:
+        raise argparse.ArgumentTypeError(f"backend {name!r} is not available: {reason}")
+    return name
+
+
+def _cells(options: argparse.Namespace, device: str) -> list[tuple[str, Cell]]:
+    """Suite and cell, in order; what was asked for by --mode and --dtype takes the place of what a suite has."""
+    found = []
+    suites = options.suite or ([] if options.shape else ["quick"])
+    for name in suites:
+        for cell in cases.suite(name, device) if name in cases.SUITES else []:
+            case = cell.case
+            shape = (case.T, case.B, case.I, case.H, case.layers, cell.D)
+            for dtype in options.dtype or [cell.dtype]:
+                for mode in options.mode or [cell.mode]:
+                    found.append((name, cases.cell(shape, mode, dtype, cell.variant, device)))
+    for shape in options.shape:
+        for variant in options.variant or ["plain"]:
+            for dtype in options.dtype or ["float32"]:
+                for mode in options.mode or cases.MODES:
+                    found.append(("shape", cases.cell(shape, mode, dtype, variant, device)))
+    if options.shrink > 1:
+        found = [(name, cases.shrunk(cell, options.shrink)) for name, cell in found]
+    seen = {cell: name for name, cell in reversed(found)}
+    ordered = [(seen[cell], cell) for cell in dict.fromkeys(cell for _, cell in found)]
+    return ordered[: options.limit]
+
+
+def _bench(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    device = options.device or testing.devices()[-1]
+    if device == "cpu":
+        if "gpu" in (options.suite or []):
+            parser.error("argument --suite: gpu needs a GPU, and this would run on the CPU")
+        if "tf32" in (options.dtype or []):
+            parser.error("argument --dtype: tf32 is what a GPU computes in, and this would run on the CPU")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    folder: Path = options.out or Path("out") / "bench" / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "losses.csv").unlink(missing_ok=True)  # of a run before, which the pictures must not show
+        facts = provenance.collect(device)
+        writer = results.Writer(folder / "results.csv", facts)
+    except OSError as error:
+        parser.error(f"argument --out: {folder}: {error.strerror}")
+
+    rows: list[Row] = []
+    curves: list[training.Curve] = []
+
+    def keep(more: Sequence[Row]) -> None:
+        rows.extend(more)
+        writer.write(more)
+
+    interrupted = False
+    try:
+        _measure(options, device, keep, curves)
+    except KeyboardInterrupt:
+        interrupted = True
+    finally:
+        writer.close()
+    results.write_json(folder / "results.json", rows, facts)
+    if curves:
+        _write_curves(folder / "losses.csv", curves)
+    print("\n".join([*results.table(rows), *results.summary(rows)]))
+    _illustrate(rows, facts, folder)
+    print(f"results: {folder / 'results.csv'}; report: {folder / 'report.md'}")
+    if interrupted:
+        print("interrupted: what is above was measured before", file=sys.stderr)
+        return _INTERRUPTED
+    return 1 if any(row.ours and row.status in ("wrong", "failed") for row in rows) else 0
+
+
+def _measure(
+    options: argparse.Namespace, device: str, keep: Callable[[Sequence[Row]], None], curves: list[training.Curve]
+) -> None:
+    entered = contenders.entered(options.backend, options.baseline)
+    keep([Row("", c.name, "unavailable", c.unavailable) for c in entered if c.unavailable is not None])
+    settings = run.Settings(options.rounds, options.time_budget, options.time_wrong)
+    ticking = clock(device)
+    ceilings = Ceilings(ticking)
+    cells: list[Any] = _cells(options, device)
+    whole = [("models", task) for task in models.tasks(options.shrink)] if "models" in (options.suite or []) else []
+    for suite, item in _progress([*cells, *whole]):
+        if isinstance(item, Cell):
+            keep(run.measure(suite, item, entered, ticking, ceilings, settings))
+        else:
+            made, losses = training.measure(item, entered, device, ticking, settings, options.steps)
+            curves += losses
+            keep(made)
+
+
+def _progress(items: list[Any]) -> Iterable[Any]:
+    """The items, with a bar that says what is measured and the time left, where there is a terminal and tqdm."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return items
+    bar = tqdm(items, file=sys.stderr, disable=None, leave=False, unit="cell", smoothing=0)
+
+    def described() -> Iterable[Any]:
+        for suite, item in bar:
+            bar.set_description_str(f"{item.id} {item.mode}" if isinstance(item, Cell) else item.name)
+            yield suite, item
+
+    return described()
+
+
+def _write_curves(path: Path, curves: Sequence[training.Curve]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        lines = csv.writer(file)
+        lines.writerow(("model", "contender", "step", "loss"))
+        for curve in curves:
+            lines.writerows((curve.model, curve.contender, k, loss) for k, loss in enumerate(curve.losses, 1))
+
+
+def _illustrate(rows: Sequence[Row], facts: dict[str, str], folder: Path) -> None:
+    """Pictures and the report; without matplotlib the report alone."""
+    reason, pictures = plot.missing(), list[Path]()
+    if reason is None:
+        pictures = plot.draw(rows, facts, folder)
+        losses = folder / "losses.csv"
+        if losses.is_file():
+            pictures.append(plot.draw_losses(losses))
+    else:
+        print(f"no pictures: {reason}", file=sys.stderr)
+    report.write(rows, facts, pictures, folder / "report.md")
+
+
+def _read(path: Path, parser: argparse.ArgumentParser) -> tuple[list[Row], dict[str, str]]:
+    try:
+        return results.read(path)
+    except OSError as error:
+        parser.error(f"{path}: {error.strerror}")
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _plot(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    rows, facts = _read(options.results, parser)
+    _illustrate(rows, facts, options.results.parent)
+    print(f"report: {options.results.parent / 'report.md'}")
+    return 0
+
+
+def _compare(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    (before, old), (after, new) = (_read(path, parser) for path in (options.before, options.after))
+    for name in ("cpu", "gpu", "threads", "torch"):
+        if old.get(name) != new.get(name):
+            print(f"note: {name} is {old.get(name)!r} in A and {new.get(name)!r} in B")
+    changes = compare.compare(before, after, options.threshold, options.relative)
+    print("\n".join(compare.lines(changes, options.relative)))
+    return 1 if any(change.regression for change in changes) else 0

@@ -1,0 +1,82 @@
+"""What a result was measured with. Nothing in it names the machine's owner, its network or its folders."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+import fusedrnn
+
+_PACKAGES = ("torch", "triton", "onnxruntime", "flashrnn", "haste_pytorch")
+
+
+def collect(device: str) -> dict[str, str]:
+    """Names and values, "" for what there is not here."""
+    commit, changes = _checkout()
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit,
+        "dirty": changes,
+        "machine": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_model(),
+        "cores": str(torch.multiprocessing.cpu_count()),
+        "threads": str(torch.get_num_threads()),
+        "isa": _instruction_set(),
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else "",
+        "driver": _driver() if device == "cuda" else "",
+        "cuda": torch.version.cuda or "",
+        "cudnn": str(torch.backends.cudnn.version() or ""),
+        "python": platform.python_version(),
+        "fusedrnn": fusedrnn.__version__,
+        **{package: _version(package) for package in _PACKAGES},
+    }
+
+
+def _checkout() -> tuple[str, str]:
+    """The commit, and "yes" or "no" for changes in the tree; "" where this is not a checkout."""
+    root = Path(__file__).parents[1]
+    if not (root / "setup.py").is_file():
+        return "", ""
+    commit = _output("git", "rev-parse", "HEAD", folder=root)
+    changes = _output("git", "--no-optional-locks", "status", "--porcelain", folder=root)
+    return commit or "", "" if changes is None else "yes" if changes else "no"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+
+
+def _instruction_set() -> str:
+    if fusedrnn.backends()["cpu"] is not None:
+        return ""
+    return torch.ops.fusedrnn.cpu_isa(None)
+
+
+def _driver() -> str:
+    found = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return found.splitlines()[0] if found else ""
+
+
+def _output(*command: str, folder: Path | None = None) -> str | None:
+    """What a program prints, or None if it is not here or fails."""
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

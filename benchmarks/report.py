@@ -1,0 +1,71 @@
+"""A Markdown report from rows of results alone: where it was measured, means, losing cells, pictures, all rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from .contender import BASELINE
+from .results import COLUMNS, Row, cells, geometric_means, losses, rates, tried, untried
+
+_MEANING = f"""\
+`ratio` is {BASELINE}'s median over this one: above 1 it is faster than {BASELINE}. `us/step` is the median over the
+time steps of the sequence (for a whole model, over its characters, words or steps). `peak MiB` is what one call adds to
+the memory in use. `limit` is the share of the machine's limit: the least time that its arithmetic and its memory allow,
+over the median. How each is measured stands in docs/benchmarks.md.
+"""
+
+
+def write(rows: Sequence[Row], provenance: dict[str, str], pictures: Sequence[Path], path: Path) -> None:
+    """Writes the report next to its pictures."""
+    parts = ["# Benchmark", _table(("", ""), [(name, value) for name, value in provenance.items() if value])]
+    if ceilings := _ceilings(rows):
+        parts += [f"Ceilings measured in the same run: {ceilings}."]
+    if means := geometric_means(rows):
+        lines = [(mode, name, f"{mean:.2f}x", str(count)) for mode, name, mean, count in means]
+        parts += ["## Geometric means", _table(("mode", "contender", f"ratio to {BASELINE}", "cells"), lines)]
+    parts += ["## Cells that lose", "\n".join(f"- {line}" for line in losses(rows)) or "None."]
+    if absent := untried(rows):
+        parts += ["## Not measured", "\n".join(f"- {line}" for line in absent)]
+    models = [row for row in rows if row.suite == "models"]
+    if models:
+        parts += [
+            "## Whole models",
+            _table(("model", "mode", "LSTM", "speed", "ratio", "error of the losses / allowed"), _models(models)),
+        ]
+    if pictures:
+        parts += ["## Pictures", "\n\n".join(f"![{picture.stem}]({picture.name})" for picture in pictures)]
+    parts += ["## All rows", _MEANING, _table(COLUMNS, [cells(row) for row in tried(rows)])]
+    path.write_text("\n\n".join(part.strip() for part in parts) + "\n", encoding="utf-8")
+
+
+def _ceilings(rows: Sequence[Row]) -> str:
+    arithmetic = {row.dtype: row.ceiling_gflops for row in rows if row.ceiling_gflops}
+    bandwidths = [row.ceiling_gbs for row in rows if row.ceiling_gbs]
+    if not bandwidths:
+        return ""
+    products = ", ".join(f"{value:,.0f} GFLOP/s in {dtype}" for dtype, value in arithmetic.items())
+    return f"{products}; {min(bandwidths):,.0f} to {max(bandwidths):,.0f} GB/s, depending on the amount of data"
+
+
+def _models(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """Whole models: how fast, and the error of their losses over what is allowed."""
+    speeds = {id(row): rate for row, rate in rates(rows)}
+    return [
+        (
+            row.case,
+            row.mode,
+            row.contender,
+            speeds.get(id(row), f"{row.status}: {row.reason}"),
+            "-" if row.ratio is None else f"{row.ratio:.2f}x",
+            "-" if row.excess is None else f"{row.excess:.2f}",
+        )
+        for row in rows
+    ]
+
+
+def _table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    def line(texts: Sequence[str]) -> str:
+        return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
+
+    return "\n".join([line(heads), line(["---"] * len(heads)), *map(line, lines)])

@@ -1,0 +1,217 @@
+"""A row of results, the files that rows are kept in, and the table that people read."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from statistics import geometric_mean
+from typing import Any
+
+from .contender import BASELINE, OURS
+
+STATUSES = ("ok", "wrong", "out of memory", "failed", "unsupported", "unavailable")
+
+
+@dataclass
+class Row:
+    """One contender on one cell, or on one step of a model. What was not measured is None, or "" for text."""
+
+    suite: str
+    contender: str
+    status: str = "ok"  # one of STATUSES
+    reason: str = ""  # why it is not "ok"
+    case: str = ""  # Cell.id, or the name of a model
+    mode: str = ""
+    device: str = ""
+    dtype: str = ""
+    variant: str = ""
+    T: int | None = None
+    B: int | None = None
+    I: int | None = None
+    H: int | None = None
+    L: int | None = None
+    D: int | None = None
+    ran: str = ""  # the backend and its plan, or the library and its version
+    median_ms: float | None = None  # of one call
+    p20_ms: float | None = None
+    p80_ms: float | None = None
+    samples: int | None = None
+    calls: int | None = None  # in each sample
+    ratio: float | None = None  # nn.LSTM's median over this one
+    unit: str = "step"
+    unit_us: float | None = None  # microseconds per unit: a time step of the batch; a character, word, ... of a model
+    peak_mib: float | None = None  # that a call adds to the memory in use
+    limit_share: float | None = None  # the least time that the machine could take, over the median
+    gflop: float | None = None
+    mbyte: float | None = None
+    ceiling_gflops: float | None = None
+    ceiling_gbs: float | None = None
+    excess: float | None = None  # the worst error over what the rule allows
+
+    @property
+    def ours(self) -> bool:
+        """It is a backend of fusedrnn."""
+        return self.contender.startswith(OURS)
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What makes a row the same one in another file."""
+        return self.case, self.mode, self.device, self.contender
+
+
+_TYPES: dict[str, Any] = {"str": str, "int | None": int, "float | None": float}
+
+
+class Writer:
+    """A CSV file that grows row by row, each with the provenance; what was written stays if the rest is cut off."""
+
+    def __init__(self, path: Path, provenance: dict[str, str]) -> None:
+        self._file = path.open("w", newline="", encoding="utf-8")
+        self._provenance = provenance
+        self._csv = csv.DictWriter(
+            self._file, [field.name for field in fields(Row)] + list(provenance), lineterminator="\n"
+        )
+        self._csv.writeheader()
+
+    def write(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            values: dict[str, Any] = {
+                name: f"{value:.6g}" if isinstance(value, float) else value for name, value in asdict(row).items()
+            }
+            self._csv.writerow({**values, **self._provenance})
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read(path: Path) -> tuple[list[Row], dict[str, str]]:
+    """The rows of a CSV file and their provenance.
+
+    Raises:
+        ValueError: it is not such a file.
+        OSError: it cannot be read.
+    """
+    types = {field.name: _TYPES[str(field.type)] for field in fields(Row)}
+    with path.open(newline="", encoding="utf-8") as file:
+        lines = csv.DictReader(file)
+        missing = types.keys() - set(lines.fieldnames or ())
+        if missing:
+            raise ValueError(f"{path} is not a file of results: it lacks the columns {', '.join(sorted(missing))}")
+        rows, provenance = [], dict[str, str]()
+        for line in lines:
+            values: dict[str, Any] = {
+                name: kind(line[name]) if kind is str or line[name] else None for name, kind in types.items()
+            }
+            rows.append(Row(**values))
+            provenance = {name: text for name, text in line.items() if name not in types}
+    return rows, provenance
+
+
+def write_json(path: Path, rows: Sequence[Row], provenance: dict[str, str]) -> None:
+    """The same as JSON."""
+    path.write_text(json.dumps({"provenance": provenance, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
+
+
+COLUMNS = ("case", "mode", "contender", "median ms", "p20", "p80", "ratio", "us/step", "peak MiB", "limit", "")
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """A row as text, under `COLUMNS`."""
+    note = "" if row.status == "ok" else f"{row.status}: {row.reason}"
+    return (
+        row.case,
+        row.mode,
+        row.contender,
+        *map(_number, (row.median_ms, row.p20_ms, row.p80_ms)),
+        "-" if row.ratio is None else f"{row.ratio:.2f}x",
+        _number(row.unit_us),
+        "-" if row.peak_mib is None else f"{row.peak_mib:,.1f}",
+        "-" if row.limit_share is None else f"{_number(100 * row.limit_share, 2)}%",
+        note,
+    )
+
+
+def tried(rows: Sequence[Row]) -> list[Row]:
+    """Those that can have a time: not of what is unavailable, or cannot do what the case asks for."""
+    return [row for row in rows if row.status not in ("unavailable", "unsupported")]
+
+
+def untried(rows: Sequence[Row]) -> list[str]:
+    """Who has no row in the table, and why; for the whole run, or for how many cells."""
+    lines = [f"{row.contender}: {row.reason}" for row in rows if row.status == "unavailable"]
+    reasons = Counter((row.contender, row.reason) for row in rows if row.status == "unsupported")
+    return lines + [f"{name}, {count} of the cells: {reason}" for (name, reason), count in reasons.items()]
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """Lines of text, one per row that was tried; the last column says what has no time, and why."""
+    lines = [COLUMNS, *(cells(row) for row in tried(rows))]
+    widths = [max(len(line[k]) for line in lines) for k in range(len(COLUMNS) - 1)]
+    return [
+        "  ".join(
+            [*(f"{text:{'<' if k < 3 else '>'}{widths[k]}}" for k, text in enumerate(line[:-1])), line[-1]]
+        ).rstrip()
+        for line in lines
+    ]
+
+
+def geometric_means(rows: Sequence[Row]) -> list[tuple[str, str, float, int]]:
+    """Mode, contender, geometric mean of the ratios to nn.LSTM, and of how many; whole models are not among them."""
+    groups: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        if row.status == "ok" and row.ratio is not None and row.contender != BASELINE and row.suite != "models":
+            groups.setdefault((row.mode, row.contender), []).append(row.ratio)
+    return [(*key, geometric_mean(ratios), len(ratios)) for key, ratios in groups.items()]
+
+
+def losses(rows: Sequence[Row]) -> list[str]:
+    """Every row of ours that is slower than another contender, or has no time although it was tried."""
+    found = []
+    times = {(row.case, row.mode, row.contender): row.median_ms for row in rows if row.status == "ok" and row.median_ms}
+    others = dict.fromkeys(row.contender for row in rows if not row.ours)
+    for row in rows:
+        if row.ours and row.status in ("wrong", "failed", "out of memory"):
+            found.append(f"{row.case} {row.mode}, {row.contender}: {row.status}: {row.reason}")
+        elif row.ours and row.status == "ok" and row.median_ms:
+            for other in others:
+                theirs = times.get((row.case, row.mode, other))
+                if theirs is not None and theirs < row.median_ms:
+                    ratio = theirs / row.median_ms
+                    found.append(f"{row.case} {row.mode}, {row.contender}: {ratio:.2f}x of {other}")
+    return found
+
+
+def rates(rows: Sequence[Row]) -> list[tuple[Row, str]]:
+    """The rows of whole models that have a time, with how much they get through."""
+    timed = [(row, row.unit_us) for row in rows if row.suite == "models" and row.unit_us]
+    return [(row, f"{1e6 / unit_us:,.0f} {row.unit}s per second") for row, unit_us in timed]
+
+
+def summary(rows: Sequence[Row]) -> list[str]:
+    """What follows the table: rates of models, means, losing cells, and who was not measured."""
+    lines = []
+    if models := rates(rows):
+        lines += ["", "whole models:"]
+        lines += [f"  {row.case}, {row.mode}, {row.contender}: {rate}" for row, rate in models]
+    if means := geometric_means(rows):
+        width = max(len(contender) for _, contender, _, _ in means)
+        lines += ["", f"geometric mean of the ratios to {BASELINE}:"]
+        lines += [f"  {mode:8} {contender:{width}}  {mean:.2f}x over {count}" for mode, contender, mean, count in means]
+    if lost := losses(rows):
+        lines += ["", "slower than another contender, or without a time:", *(f"  {line}" for line in lost)]
+    elif any(row.ours and row.status == "ok" for row in rows):
+        lines += ["", "fusedrnn loses no cell"]
+    if absent := untried(rows):
+        lines += ["", "not measured:", *(f"  {line}" for line in absent)]
+    return lines

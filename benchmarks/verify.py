@@ -1,0 +1,112 @@
+"""Correctness, before anything is timed: every contender is held to the rule of fusedrnn/testing.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fusedrnn import testing
+from fusedrnn.testing import Answer, Inputs
+
+from .cases import Cell, Sequences
+from .contender import Contender
+
+# The rounding of testing.py grows with the roundings that it is made of. TensorFloat-32 keeps 10 bits of an operand, as
+# float16 does, and an operand is rounded as often as a 16-bit dtype is stored.
+_TF32 = testing.roundoff(torch.float16) / testing.roundoff(torch.float32)
+
+
+_MOST_FLOPS = 1e10  # of a forward, in a check on a CPU
+
+
+class WrongError(Exception):
+    """Results that break the rule: `excess` is the worst error over what is allowed."""
+
+    def __init__(self, message: str, excess: float) -> None:
+        super().__init__(message)
+        self.excess = excess
+
+
+@contextmanager
+def products(tf32: bool) -> Iterator[None]:
+    """Inside, a GPU multiplies float32 in TensorFloat-32 or, without, as IEEE has it."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def worst_error(cell: Cell, contender: Contender, module: nn.Module) -> float:
+    """Computes the cell once, on a CPU its `affordable` part, and holds every tensor to the rule.
+
+    In training the gradients of all inputs and parameters are among them.
+
+    Args:
+        module: the contender's, on the device of the cell.
+
+    Returns:
+        The largest error over what is allowed, at most 1.
+
+    Raises:
+        WrongError: it is more; the message names the tensors.
+    """
+    cell = affordable(cell)
+    answers = _answers(cell.case, cell.tf32, cell.device)
+    with contender.active(), products(cell.tf32):
+        ours = _gradients_too(cell, module) if cell.mode == "train" else _outputs(cell, module)
+    worst, complaints = 0.0, []
+    for name, values in ours.items():
+        try:
+            worst = max(worst, testing.assert_as_exact_as(name, values, *answers[name]))
+        except testing.InexactError as error:
+            worst = max(worst, error.excess)
+            complaints.append(str(error))
+    if complaints:
+        raise WrongError("; ".join(complaints), worst)
+    return worst
+
+
+def affordable(cell: Cell) -> Cell:
+    """The cell with as many time steps as a CPU can compute in float64, several times over, in less than a minute."""
+    forward = replace(cell, mode="infer").flops
+    if cell.device != "cpu" or forward <= _MOST_FLOPS:
+        return cell
+    return replace(cell, case=replace(cell.case, T=max(int(cell.case.T * _MOST_FLOPS / forward), min(cell.case.T, 2))))
+
+
+def _outputs(cell: Cell, module: nn.Module) -> dict[str, Tensor]:
+    with torch.set_grad_enabled(cell.mode == "forward"):
+        outputs = testing.call(module, cell.case, cell.case.inputs(cell.device))
+    return {name: values.detach() for name, values in outputs.items()}
+
+
+def _gradients_too(cell: Cell, module: nn.Module) -> dict[str, Tensor]:
+    caller = _call_in_tf32 if cell.tf32 else testing.call
+    return testing.evaluate(caller, lambda *_, **__: module, cell.case, cell.device)
+
+
+def _call_in_tf32(module: Any, case: testing.Case, inputs: Inputs, caller: testing.Call = testing.call) -> Any:
+    # testing.evaluate has just switched it off, and puts back what was there when it is done.
+    torch.backends.cudnn.allow_tf32 = True
+    return caller(module, case, inputs)
+
+
+@lru_cache(maxsize=1)  # the modes of a case follow one another
+def _answers(case: Sequences, tf32: bool, device: str) -> dict[str, Answer]:
+    answers = testing.answers(case, device)
+    if not tf32:
+        return answers
+
+    def torchs(module: Any, case: testing.Case, inputs: Inputs) -> Any:
+        return _call_in_tf32(module, case, inputs, testing.call_torch)
+
+    narrow = testing.evaluate(torchs, nn.LSTM, case, device)
+    return {name: Answer(narrow[name], answer.exact, answer.rounding * _TF32) for name, answer in answers.items()}
