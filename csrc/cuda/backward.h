@@ -1,0 +1,300 @@
+// Backward of one layer, both directions: one launch over the whole sequence, against the order of its steps.
+//
+//   dh_t = dy_t + da_{t+1} @ w_hh       dm = dh_t  or  dh_t @ w_hr       da_t, dc_{t-1} from dm and dc_t: cell.h
+//
+// (t+1 stands for the step after t in the direction's own order.) The weight gradients are matrix products over all
+// steps at once and not part of this: the launch leaves da for them.
+//
+// Blocks exchange da, gathering it, and hold the rows of w_hh^T that give dh of their own units. The other way round, a
+// block would multiply the da of its own units with its own rows of w_hh and hand partial sums of dh to everybody:
+// 4 H numbers of 32 bits for each batch row instead of 4 H of 16, twice the traffic, and a sum over all blocks at the
+// end; with 32-bit operands the traffic is equal. Gathering also makes the backward the forward's exchange and product
+// with another K, and its result the same whatever the plan but for the order of K.
+//
+// Grid and groups: as in forward.h. A block owns 16 * plan.tiles hidden units, a warp a tile of 16 and a part of K,
+// which is 4H here; a lane ends with dh of two units for two batch rows of each column tile. With a projection, the
+// first warps of the group own a tile of 16 numbers of h as well, and da_{t+1} @ w_hh is for these. Registers: the
+// first K blocks of the warp's weights, dh and dc of the lane's units, and the gates, c, dy and dc of the next step,
+// loaded before the wait for da. Shared memory: further weights, da of all units for the rows of the slice, partial
+// sums of split K, and what is about to be sent. K is in the order of the tiles: 8 units of gate i, of f, of g, of o,
+// and on with the next 8 units. Synchronisation: one exchange of da per step inside a group, with a projection one of
+// dh as well; and, where K is split, one barrier of the warps of a tile. Limits: as in forward.h, with da, which is
+// four times h.
+#pragma once
+
+#include "exchange.h"
+#include "geometry.h"
+
+namespace fusedrnn::cuda {
+
+// kColumnTiles: plan.rows / 8.
+template <Math kMath, class Channel, int kColumnTiles, bool kProjected>
+class Backward {
+ public:
+  using M = Arithmetic<kMath>;
+  using S = typename M::Storage;
+  using A = typename M::Compute;
+
+  static FUSEDRNN_DEVICE void run(const BackwardParams& p, char* shared) {
+    const SharedLayout layout = shared_layout(kPass, p.sizes, p.plan);
+    const Role role(p.plan);
+    Backward(p, role, shared, layout).run(shared, layout);
+  }
+
+ private:
+  static constexpr Pass kPass = Pass::kBackward;
+  static constexpr int kSegments = 2;
+  static constexpr int kUnits = tile_units(kPass);
+  static_assert(kUnits == kTileOutputs && kUnits == 8 * kSegments);  // a lane's units and numbers of h have one index
+  static constexpr int kRows = kColumnTiles * kColumns;
+  template <Stage kStage>
+  using Multiplier = WarpProduct<M, kSegments, kColumnTiles, register_blocks(kPass, kStage, kMath, kRows, kProjected)>;
+  using Recurrent = Multiplier<Stage::kRecurrent>;
+  using Projection = Multiplier<Stage::kProjection>;
+  using Results = A[kColumnTiles][kSegments][2];
+
+  FUSEDRNN_DEVICE Backward(const BackwardParams& p, const Role& role, char* shared, const SharedLayout& layout)
+      : p_(p),
+        role_(role),
+        da_channel_(channel(p, role, Stage::kRecurrent, shared, layout)),
+        dh_channel_(channel(p, role, Stage::kProjection, shared, layout)),
+        staging_(reinterpret_cast<S*>(shared + layout.staging + role.warp * layout.warp_staging)),
+        direction_(p.sizes, p.sequence, role.direction),
+        first_unit_(role.tile * kUnits + role.lane / 4) {
+    const int64_t tiles = ceil_div(p.sizes.H, kUnits), outputs = ceil_div(p.sizes.P, kTileOutputs);
+    has_units_ = role.tile < tiles;
+    has_outputs_ = role.tile < outputs;
+    in_units_ = Channel::kIdleWarpsTakePart ? role.rank < blocks_with(tiles, p.plan) : has_units_;
+    in_outputs_ = Channel::kIdleWarpsTakePart ? role.rank < blocks_with(outputs, p.plan) : has_outputs_;
+  }
+
+  static FUSEDRNN_DEVICE Product product_of(const BackwardParams& p, Stage stage) {
+    return product(kPass, stage, p.sizes, kMath, kProjected);
+  }
+  static FUSEDRNN_DEVICE Channel channel(const BackwardParams& p, const Role& role, Stage stage, char* shared,
+                                         const SharedLayout& layout) {
+    const int k = static_cast<int>(stage);
+    return Channel(role, p.sizes, p.plan, kPass, stage, product_of(p, stage), kRows, p.workspace,
+                   shared + layout.operands[k], reinterpret_cast<Mbarrier*>(shared + layout.barriers[k]));
+  }
+
+  FUSEDRNN_DEVICE void run(char* shared, const SharedLayout& layout) {
+    clear_operands(layout, shared, p_.plan);
+    da_channel_.start();
+    if constexpr (kProjected) dh_channel_.start();
+    Channel::started();
+    if (!in_units_) return;
+    const Recurrent recurrent(role_, p_.plan, product_of(p_, Stage::kRecurrent), p_.w_hh, p_.plan.shared_blocks,
+                              shared + layout.weights[0], shared + layout.partial[0]);
+    if constexpr (kProjected) {
+      const Projection projection(role_, p_.plan, product_of(p_, Stage::kProjection), p_.w_hr,
+                                  p_.plan.shared_projection_blocks, shared + layout.weights[1],
+                                  shared + layout.partial[1]);
+      slices(recurrent, &projection);
+    } else {
+      slices(recurrent, nullptr);
+    }
+  }
+
+  FUSEDRNN_DEVICE void slices(const Recurrent& recurrent, const Projection* projection) {
+    for (int64_t b = static_cast<int64_t>(role_.first_slice) * p_.plan.rows; b < p_.sizes.B;
+         b += static_cast<int64_t>(p_.plan.groups) * p_.plan.rows) {
+      start(b);
+      load(p_.sizes.T - 1);
+      FUSEDRNN_NO_UNROLL for (int64_t n = p_.sizes.T - 1; n >= 0; --n) {
+        next_step();
+        Results dm;
+        if constexpr (kProjected) {
+          project(*projection, n, dm);
+        } else {
+          for_each_cell([&](int k, int s, int j) { dm[k][s][j] = dh_[k][s][j] + loaded_[k][s][j].dy; });
+        }
+        cells(dm);
+        send_da();
+        store(n);
+        load(n - 1);
+        if (!in_outputs_) continue;
+        const char* operand = da_channel_.receive();
+        if (!has_outputs_) continue;
+        Results z;
+        recurrent.multiply(operand, z);
+        for_each_cell([&](int k, int s, int j) {
+          if (exists_[k][j]) dh_[k][s][j] = cut_[k][j] ? A(0) : z[k][s][j];
+        });
+      }
+      finish();
+    }
+  }
+
+  // f(n, j) for every column tile n that the warp owns and each of the lane's two columns j in it.
+  template <class F>
+  FUSEDRNN_DEVICE void for_each_column(const F& f) {
+    FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
+      if (!has_units_ || !role_.owns(n)) continue;
+      FUSEDRNN_UNROLL for (int j = 0; j < 2; ++j) f(n, j);
+    }
+  }
+  // f(n, s, j) for each of these, and each of the lane's units s.
+  template <class F>
+  FUSEDRNN_DEVICE void for_each_cell(const F& f) {
+    for_each_column([&](int n, int j) { FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) f(n, s, j); });
+  }
+
+  FUSEDRNN_DEVICE int unit(int s) const { return first_unit_ + s * kColumns; }
+  FUSEDRNN_DEVICE int64_t row(int n, int j) const { return first_row_ + n * kColumns + j; }
+  FUSEDRNN_DEVICE bool is_unit(int n, int s, int j) const { return unit(s) < p_.sizes.H && row(n, j) < p_.sizes.B; }
+  // Whether there is a number of h of that index.
+  FUSEDRNN_DEVICE bool is_output(int n, int s, int j) const { return unit(s) < p_.sizes.P && row(n, j) < p_.sizes.B; }
+  static FUSEDRNN_DEVICE A number(const void* from, int64_t at) { return to_compute(static_cast<const S*>(from)[at]); }
+
+  FUSEDRNN_DEVICE void start(int64_t first_row) {
+    first_row_ = first_row + role_.lane % 4 * 2;
+    for_each_column([&](int n, int j) { lengths_[n][j] = direction_.length(row(n, j)); });
+    for_each_cell([&](int n, int s, int j) {
+      const int64_t b = row(n, j);
+      dh_[n][s][j] = dc_[n][s][j] = 0;
+      if (p_.dhn != nullptr && is_output(n, s, j)) {
+        dh_[n][s][j] = number(p_.dhn, direction_.state(b, p_.sizes.P) + unit(s));
+      }
+      if (p_.dcn != nullptr && is_unit(n, s, j)) {
+        dc_[n][s][j] = number(p_.dcn, direction_.state(b, p_.sizes.H) + unit(s));
+      }
+    });
+  }
+
+  // What the n-th step needs and no other block computes.
+  FUSEDRNN_DEVICE void load(int64_t step) {
+    const int64_t t = direction_.at(step), H = p_.sizes.H;
+    for_each_column([&](int n, int j) {
+      exists_next_[n][j] = Direction::exists(t, lengths_[n][j]);
+      cut_next_[n][j] = exists_next_[n][j] && direction_.is_reset(t, row(n, j));
+    });
+    for_each_cell([&](int n, int s, int j) {
+      Loaded& loaded = loaded_[n][s][j];
+      loaded = Loaded{};
+      if (!is_unit(n, s, j) || !exists_next_[n][j]) return;
+      const int64_t b = row(n, j), gates = direction_.step(t, b, kGates * H) + unit(s);
+      FUSEDRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) {
+        loaded.gates[gate] = number(p_.gates, gates + gate * H);
+      }
+      loaded.c = number(p_.c, direction_.offset(p_.c_strides, t, b) + unit(s));
+      if (!cut_next_[n][j]) {
+        if (!direction_.is_first(t, lengths_[n][j])) {
+          loaded.c_in = number(p_.c, direction_.offset(p_.c_strides, direction_.before(t), b) + unit(s));
+        } else if (p_.c0 != nullptr) {
+          loaded.c_in = number(p_.c0, direction_.state(b, H) + unit(s));
+        }
+      }
+      if (p_.dy != nullptr && is_output(n, s, j)) {
+        loaded.dy = number(p_.dy, direction_.offset(p_.dy_strides, t, b) + unit(s));
+      }
+      if (p_.dc != nullptr) loaded.dc = number(p_.dc, direction_.offset(p_.dc_strides, t, b) + unit(s));
+    });
+  }
+
+  // The first exchange and product of a step: from dh to dm.
+  FUSEDRNN_DEVICE void project(const Projection& projection, int64_t step, Results& dm) {
+    const int64_t t = direction_.at(step);
+    if (in_outputs_) {
+      const auto dh = [&](int n, int s, int j) { return exists_[n][j] ? dh_[n][s][j] + loaded_[n][s][j].dy : A(0); };
+      send<kUnits>(dh_channel_, has_outputs_, [&](int n, int j, int k) { return dh(n, k, j); });
+      dh_channel_.announce();
+      for_each_cell([&](int n, int s, int j) {
+        if (!is_output(n, s, j)) return;
+        static_cast<S*>(p_.dh_out)[direction_.step(t, row(n, j), p_.sizes.P) + unit(s)] = to_storage<S>(dh(n, s, j));
+      });
+    }
+    const char* operand = dh_channel_.receive();
+    if (has_units_) projection.multiply(operand, dm);
+  }
+
+  FUSEDRNN_DEVICE void next_step() {
+    for_each_column([&](int n, int j) {
+      exists_[n][j] = exists_next_[n][j];
+      cut_[n][j] = cut_next_[n][j];
+    });
+  }
+
+  // From dm and dc to da, in the place of the gates, and dc of the step before; and m, in the place of c.
+  FUSEDRNN_DEVICE void cells(const Results& dm) {
+    for_each_cell([&](int n, int s, int j) {
+      Loaded& loaded = loaded_[n][s][j];
+      if (!exists_[n][j]) return;
+      A dc = dc_[n][s][j] + loaded.dc;
+      loaded.c = M::Cell::backward(loaded.gates, loaded.c_in, loaded.c, dm[n][s][j], dc);
+      dc_[n][s][j] = cut_[n][j] ? A(0) : dc;
+    });
+  }
+
+  FUSEDRNN_DEVICE void send_da() {
+    send<kUnits * kGates>(da_channel_, has_units_,
+                          [&](int n, int j, int k) { return loaded_[n][k / kGates][j].gates[k % kGates]; });
+    da_channel_.announce();
+  }
+
+  // Sends value(n, j, k), which is number 8 k + lane / 4 of kChunk, of the column tiles that the warp owns.
+  template <int kChunk, class F>
+  FUSEDRNN_DEVICE void send(Channel& channel, bool has_values, const F& value) {
+    FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
+      if (!has_values || !role_.owns(n)) continue;
+      if (n > 0) sync_warp("the staged results are sent");
+      FUSEDRNN_UNROLL for (int j = 0; j < 2; ++j) {
+        FUSEDRNN_UNROLL for (int k = 0; k < kChunk / 8; ++k) {
+          staging_[(role_.lane % 4 * 2 + j) * kChunk + k * 8 + role_.lane / 4] = M::operand(value(n, j, k));
+        }
+      }
+      send_staged<kChunk* static_cast<int>(sizeof(S))>(channel, role_, reinterpret_cast<const char*>(staging_), n);
+    }
+  }
+
+  FUSEDRNN_DEVICE void store(int64_t step) {
+    const int64_t t = direction_.at(step), H = p_.sizes.H;
+    for_each_cell([&](int n, int s, int j) {
+      if (!is_unit(n, s, j)) return;
+      S* to = static_cast<S*>(p_.da) + direction_.step(t, row(n, j), kGates * H) + unit(s);
+      FUSEDRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) {
+        to[gate * H] = to_storage<S>(loaded_[n][s][j].gates[gate]);
+      }
+      if constexpr (kProjected) {
+        static_cast<S*>(p_.m)[direction_.step(t, row(n, j), H) + unit(s)] = to_storage<S>(loaded_[n][s][j].c);
+      }
+    });
+  }
+
+  FUSEDRNN_DEVICE void finish() {
+    for_each_cell([&](int n, int s, int j) {
+      const int64_t b = row(n, j);
+      if (p_.dh0 != nullptr && is_output(n, s, j)) {
+        static_cast<S*>(p_.dh0)[direction_.state(b, p_.sizes.P) + unit(s)] = to_storage<S>(dh_[n][s][j]);
+      }
+      if (p_.dc0 != nullptr && is_unit(n, s, j)) {
+        static_cast<S*>(p_.dc0)[direction_.state(b, p_.sizes.H) + unit(s)] = to_storage<S>(dc_[n][s][j]);
+      }
+    });
+  }
+
+  // Zero where the step does not exist, and then so is da.
+  struct Loaded {
+    A gates[kGates], c, c_in, dy, dc;
+  };
+
+  const BackwardParams& p_;
+  const Role& role_;
+  Channel da_channel_, dh_channel_;  // the second one only with a projection
+  S* staging_;
+  const Direction direction_;
+  const int first_unit_;
+  // Whether the warp has a tile of units, and of numbers of h; and whether the thread takes part in receiving dh, and
+  // da.
+  bool has_units_, has_outputs_, in_units_, in_outputs_;
+  int64_t first_row_;  // batch row of the first column
+  int lengths_[kColumnTiles][2];
+  // Whether the last step exists and its state was cut, and the same of the step that comes.
+  bool exists_[kColumnTiles][2], cut_[kColumnTiles][2];
+  bool exists_next_[kColumnTiles][2], cut_next_[kColumnTiles][2];
+  A dh_[kColumnTiles][kSegments][2];  // gradients of the state that leaves it
+  A dc_[kColumnTiles][kSegments][2];
+  Loaded loaded_[kColumnTiles][kSegments][2];
+};
+
+}  // namespace fusedrnn::cuda

@@ -1,0 +1,185 @@
+// How the operand of a product gets from the warps that compute it to all blocks that need it: once per step.
+//
+// Every warp that owns results sends them, every block that has a tile of the product receives all. The protocol, with
+// operands counted 0, 1, 2, ... over all steps and slices of the launch:
+//
+//   send operand k  (after the product with operand k - 1)      announce      receive operand k      product with it
+//
+// Operand k lies in buffer k % 2, and this needs no second synchronisation: a block sends operand k only when it has
+// received all of operand k - 1, which every tile of every block sent after its product with operand k - 2, the last
+// use of that buffer. With a projection, two such exchanges take turns. A block then sends operand k of the one when it
+// has received all of operand k of the other, which every tile sent after its product with operand k - 1 of the first:
+// the same, with a step to spare.
+// Every operand that is announced is received by every block that has a tile, before it ends: so nothing is ever sent
+// to a block that has ended.
+//
+// Both policies have the same interface: start() once by all threads, and then started(), once for all exchanges;
+// send() by a warp, announce() and receive() by all threads that take part. kIdleWarpsTakePart says whether those are
+// all of a block that has a tile, or only the warps that have one.
+#pragma once
+
+#include "params.h"
+#include "product.h"
+
+namespace fusedrnn::cuda {
+
+// Through the second-level cache. A block's stores are followed by a barrier of the block and the release of its flag;
+// a warp of each block polls the flags of the group, and its block copies the operand into shared memory.
+// The flag of a block is the number of operands that it has announced.
+class GridExchange {
+ public:
+  static constexpr bool kIdleWarpsTakePart = true;
+
+  FUSEDRNN_DEVICE GridExchange(const Role& role, const Sizes& sizes, const Plan& plan, Pass pass, Stage stage,
+                               const Product& product, int rows, const Workspace& workspace, char* operand, Mbarrier*)
+      : role_(role),
+        rows_(rows),
+        row_bytes_(product.operand.row_bytes()),
+        stride_(product.operand.stride()),
+        warps_(plan.tiles * plan.splits),
+        senders_(blocks_with(product.operand.tiles, plan)),
+        operand_(operand),
+        exchanged_(static_cast<char*>(workspace.exchanged) + int64_t{role.group} * 2 * rows * row_bytes_),
+        flags_(workspace.flags + int64_t{role.group} * plan.blocks) {
+    if (stage == Stage::kProjection) {
+      exchanged_ += exchanged_bytes(pass, Stage::kRecurrent, sizes, plan);
+      flags_ += launched_blocks(sizes, plan);
+    }
+  }
+
+  FUSEDRNN_DEVICE void start() {}
+  static FUSEDRNN_DEVICE void started() {}
+
+  // 16 bytes at `byte` of row `row` of the operand, for every `piece` of the warp.
+  template <class F>
+  FUSEDRNN_DEVICE void send(int pieces, const F& piece) {
+    FUSEDRNN_NO_UNROLL for (int k = role_.lane; k < pieces; k += kWarp) {
+      int row, byte;
+      const Quad quad = piece(k, row, byte);
+      store_exchanged(buffer(sent_) + static_cast<int64_t>(row) * row_bytes_ + byte, quad);
+    }
+  }
+
+  FUSEDRNN_DEVICE void announce() {
+    ++sent_;
+    sync_block("the block's part of the operand is stored");
+    if (thread_index() == 0) release_flag(flags_ + role_.rank, sent_, "the block's flag is released");
+  }
+
+  // The operand in shared memory.
+  FUSEDRNN_DEVICE const char* receive() {
+    const char* from = buffer(received_);
+    const uint32_t expected = ++received_;
+    if (role_.warp == 0) {
+      FUSEDRNN_NO_UNROLL for (int rank = role_.lane; rank < senders_; rank += kWarp) {
+        wait([&] { return static_cast<int32_t>(flag(flags_ + rank) - expected) >= 0; }, "the flags of the group");
+      }
+    }
+    sync_block("the operand is announced");
+    const int quads = row_bytes_ / static_cast<int>(sizeof(Quad));
+    FUSEDRNN_NO_UNROLL for (int row = role_.warp; row < rows_; row += warps_) {
+      FUSEDRNN_NO_UNROLL for (int k = role_.lane; k < quads; k += kWarp) {
+        copy_async(operand_ + row * stride_ + k * sizeof(Quad),
+                   from + static_cast<int64_t>(row) * row_bytes_ + k * sizeof(Quad));
+      }
+    }
+    wait_copies("the thread's copies of the operand");
+    sync_block("the operand is copied");
+    return operand_;
+  }
+
+ private:
+  FUSEDRNN_DEVICE char* buffer(uint32_t k) const {
+    return exchanged_ + static_cast<int64_t>(k & 1) * rows_ * row_bytes_;
+  }
+
+  const Role& role_;
+  int rows_, row_bytes_, stride_, warps_, senders_;
+  char *operand_, *exchanged_;
+  uint32_t* flags_;
+  uint32_t sent_ = 0, received_ = 0;
+};
+
+// Through distributed shared memory. Sixteen bytes at a time go to every block of the cluster, the own one included,
+// and count down the mbarrier of the buffer there; whoever needs the operand waits for that mbarrier. Warps without a
+// tile stay out: nothing they do would keep the others from running ahead of them by two phases of an mbarrier, and
+// then its parity means nothing. Blocks without a tile are not sent to, for the same reason.
+class ClusterExchange {
+ public:
+  static constexpr bool kIdleWarpsTakePart = false;
+
+  FUSEDRNN_DEVICE ClusterExchange(const Role& role, const Sizes&, const Plan& plan, Pass, Stage, const Product& product,
+                                  int rows, const Workspace&, char* operand, Mbarrier* barriers)
+      : role_(role),
+        stride_(product.operand.stride()),
+        buffer_bytes_(rows * stride_),
+        operand_bytes_(rows * product.operand.row_bytes()),
+        receivers_(blocks_with(product.tiles, plan)),
+        first_receiver_(role.rank % receivers_),
+        operand_(operand),
+        barriers_(barriers) {}
+
+  FUSEDRNN_DEVICE void start() {
+    if (thread_index() == 0) {
+      init_mbarrier(barriers_, 1);
+      init_mbarrier(barriers_ + 1, 1);
+    }
+  }
+
+  static FUSEDRNN_DEVICE void started() { sync_cluster("the barriers of the cluster are ready"); }
+
+  template <class F>
+  FUSEDRNN_DEVICE void send(int pieces, const F& piece) {
+    const int buffer = static_cast<int>(sent_ & 1);
+    for (int k = role_.lane; k < pieces * receivers_; k += kWarp) {
+      int row, byte;
+      const Quad quad = piece(k % pieces, row, byte);
+      int rank = first_receiver_ + k / pieces;  // everybody begins with a different one
+      if (rank >= receivers_) rank -= receivers_;
+      push(operand_ + buffer * buffer_bytes_ + row * stride_ + byte, barriers_ + buffer, rank, quad);
+    }
+  }
+
+  FUSEDRNN_DEVICE void announce() { ++sent_; }
+
+  FUSEDRNN_DEVICE const char* receive() {
+    const int buffer = static_cast<int>(received_ & 1);
+    const uint32_t parity = received_ >> 1 & 1;
+    ++received_;
+    // Bytes may come before they are expected: the phase does not end without this arrival.
+    if (thread_index() == 0) expect_bytes(barriers_ + buffer, operand_bytes_);
+    wait([&] { return mbarrier_passed(barriers_ + buffer, parity); }, "the operand has come");
+    return operand_ + buffer * buffer_bytes_;
+  }
+
+ private:
+  const Role& role_;
+  int stride_, buffer_bytes_, operand_bytes_, receivers_, first_receiver_;
+  char* operand_;
+  Mbarrier* barriers_;
+  uint32_t sent_ = 0, received_ = 0;
+};
+
+// Sends what the lanes of a warp put into `staging`, [8][kChunkBytes], as column tile n of the warp's part of the
+// operand. Before the warp stages another column tile it has to meet; before it stages another operand it has received
+// one that these numbers are a part of, or that depends on them.
+template <int kChunkBytes, class Channel>
+FUSEDRNN_DEVICE void send_staged(Channel& channel, const Role& role, const char* staging, int n) {
+  constexpr int kQuads = kChunkBytes / static_cast<int>(sizeof(Quad));
+  sync_warp("the warp's results are staged");
+  channel.send(kColumns * kQuads, [&](int k, int& row, int& byte) {
+    row = n * kColumns + k / kQuads;
+    byte = role.tile * kChunkBytes + k % kQuads * static_cast<int>(sizeof(Quad));
+    return reinterpret_cast<const Quad*>(staging)[k];
+  });
+}
+
+// Zeroes the operand buffers: what lies behind the last tile meets weights that are zero, and must be a number.
+FUSEDRNN_DEVICE void clear_operands(const SharedLayout& layout, char* shared, const Plan& plan) {
+  for (int64_t at = layout.operands[0] + thread_index() * static_cast<int64_t>(sizeof(Quad)); at < layout.operands_end;
+       at += threads(plan) * static_cast<int64_t>(sizeof(Quad))) {
+    *reinterpret_cast<Quad*>(shared + at) = Quad{{0, 0, 0, 0}};
+  }
+}
+
+}  // namespace fusedrnn::cuda

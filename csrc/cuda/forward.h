@@ -1,0 +1,292 @@
+// Forward of one layer, both directions: one launch over the whole sequence.
+//
+//   a_t = xg_t + h_{t-1} @ w_hh^T     i, f, o = sigmoid(a_i, a_f, a_o)     g = tanh(a_g)
+//   c_t = f * c_{t-1} + i * g         m_t = o * tanh(c_t)                  h_t = m_t  or  m_t @ w_hr^T
+//
+// h_t is rounded to the storage dtype before it is fed back; so is m_t where it is an operand of w_hr.
+//
+// Grid: D * plan.groups groups of plan.blocks blocks. A group owns a direction and every plan.groups-th slice of
+// plan.rows batch rows; groups never meet.
+// A block owns 8 * plan.tiles hidden units: all four gates of them, so that the cell needs no exchange. A warp owns a
+// tile of 8 units and one of plan.splits parts of K; a lane ends with the four gates of one unit for two batch rows of
+// each column tile. With a projection, the first warps of the group own a tile of 16 outputs as well.
+// Registers: the first K blocks of the warp's weights, c and h of the lane's units (for the whole sequence, c in the
+// compute dtype), and xg of the next step, loaded before the wait for h. Shared memory: further weights, h_{t-1} of all
+// units for the rows of the slice, partial sums of split K, and what is about to be sent.
+// Synchronisation: one exchange of h per step inside a group (exchange.h), with a projection one of m as well; and,
+// where K is split, one barrier of the warps of a tile. The outputs of a step are stored after the exchange has begun.
+// Limits: 8 or 16 batch rows in a slice; h of all units for these rows fits into shared memory, once (kGrid) or twice
+// (kCluster), and with a projection m.
+#pragma once
+
+#include "exchange.h"
+#include "geometry.h"
+
+namespace fusedrnn::cuda {
+
+// kColumnTiles: plan.rows / 8.
+template <Math kMath, class Channel, int kColumnTiles, bool kProjected>
+class Forward {
+ public:
+  using M = Arithmetic<kMath>;
+  using S = typename M::Storage;
+  using A = typename M::Compute;
+
+  static FUSEDRNN_DEVICE void run(const ForwardParams& p, char* shared) {
+    const SharedLayout layout = shared_layout(kPass, p.sizes, p.plan);
+    const Role role(p.plan);
+    Forward(p, role, shared, layout).run(shared, layout);
+  }
+
+ private:
+  static constexpr Pass kPass = Pass::kForward;
+  static constexpr int kUnits = tile_units(kPass);
+  static constexpr int kOutputs = kProjected ? 2 : 1;  // numbers of h that a lane owns in each of its columns
+  static constexpr int kRows = kColumnTiles * kColumns;
+  template <Stage kStage>
+  using Multiplier =
+      WarpProduct<M, segments(kPass, kStage), kColumnTiles, register_blocks(kPass, kStage, kMath, kRows, kProjected)>;
+  using Recurrent = Multiplier<Stage::kRecurrent>;
+  using Projection = Multiplier<Stage::kProjection>;
+
+  FUSEDRNN_DEVICE Forward(const ForwardParams& p, const Role& role, char* shared, const SharedLayout& layout)
+      : p_(p),
+        role_(role),
+        h_channel_(channel(p, role, Stage::kRecurrent, shared, layout)),
+        m_channel_(channel(p, role, Stage::kProjection, shared, layout)),
+        staging_(reinterpret_cast<S*>(shared + layout.staging + role.warp * layout.warp_staging)),
+        direction_(p.sizes, p.sequence, role.direction),
+        unit_(role.tile * kUnits + role.lane / 4) {
+    const int64_t tiles = ceil_div(p.sizes.H, kUnits), outputs = ceil_div(p.sizes.P, kTileOutputs);
+    has_units_ = role.tile < tiles;
+    has_outputs_ = kProjected ? role.tile < outputs : has_units_;
+    in_units_ = Channel::kIdleWarpsTakePart ? role.rank < blocks_with(tiles, p.plan) : has_units_;
+    in_outputs_ = !kProjected                   ? in_units_
+                  : Channel::kIdleWarpsTakePart ? role.rank < blocks_with(outputs, p.plan)
+                                                : has_outputs_;
+  }
+
+  static FUSEDRNN_DEVICE Product product_of(const ForwardParams& p, Stage stage) {
+    return product(kPass, stage, p.sizes, kMath, kProjected);
+  }
+  static FUSEDRNN_DEVICE Channel channel(const ForwardParams& p, const Role& role, Stage stage, char* shared,
+                                         const SharedLayout& layout) {
+    const int k = static_cast<int>(stage);
+    return Channel(role, p.sizes, p.plan, kPass, stage, product_of(p, stage), kRows, p.workspace,
+                   shared + layout.operands[k], reinterpret_cast<Mbarrier*>(shared + layout.barriers[k]));
+  }
+
+  FUSEDRNN_DEVICE void run(char* shared, const SharedLayout& layout) {
+    clear_operands(layout, shared, p_.plan);
+    h_channel_.start();
+    if constexpr (kProjected) m_channel_.start();
+    Channel::started();
+    if (!in_units_) return;
+    const Recurrent recurrent(role_, p_.plan, product_of(p_, Stage::kRecurrent), p_.w_hh, p_.plan.shared_blocks,
+                              shared + layout.weights[0], shared + layout.partial[0]);
+    if constexpr (kProjected) {
+      const Projection projection(role_, p_.plan, product_of(p_, Stage::kProjection), p_.w_hr,
+                                  p_.plan.shared_projection_blocks, shared + layout.weights[1],
+                                  shared + layout.partial[1]);
+      slices(recurrent, &projection);
+    } else {
+      slices(recurrent, nullptr);
+    }
+  }
+
+  FUSEDRNN_DEVICE void slices(const Recurrent& recurrent, const Projection* projection) {
+    const int64_t T = p_.sizes.T;
+    for (int64_t b = static_cast<int64_t>(role_.first_slice) * p_.plan.rows; b < p_.sizes.B;
+         b += static_cast<int64_t>(p_.plan.groups) * p_.plan.rows) {
+      start(b);
+      load(0);
+      FUSEDRNN_NO_UNROLL for (int64_t n = 0; n < T; ++n) {
+        const char* operand = h_channel_.receive();
+        A z[kColumnTiles][4][2];
+        if (has_units_) {
+          recurrent.multiply(operand, z);
+          cells(z);
+        }
+        if constexpr (kProjected) project(*projection);
+        next_step();
+        if (n + 1 < T) send_h();
+        store(direction_.at(n), z);
+        if (n + 1 < T) load(n + 1);
+      }
+      finish();
+    }
+  }
+
+  // f(n, j) for every column tile n that the warp owns and each of the lane's two columns j in it.
+  template <class F>
+  FUSEDRNN_DEVICE void for_each_column(const F& f) {
+    FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
+      if (!role_.owns(n)) continue;
+      FUSEDRNN_UNROLL for (int j = 0; j < 2; ++j) f(n, j);
+    }
+  }
+  // f(n, j, k) for each of these, and each of the lane's numbers of h.
+  template <class F>
+  FUSEDRNN_DEVICE void for_each_output(const F& f) {
+    for_each_column([&](int n, int j) { FUSEDRNN_UNROLL for (int k = 0; k < kOutputs; ++k) f(n, j, k); });
+  }
+
+  // The batch row of a column, and the index in h of one of the lane's numbers of it.
+  FUSEDRNN_DEVICE int64_t row(int n, int j) const { return first_row_ + n * kColumns + j; }
+  FUSEDRNN_DEVICE int output(int k) const {
+    return kProjected ? role_.tile * kTileOutputs + k * 8 + role_.lane / 4 : unit_;
+  }
+  FUSEDRNN_DEVICE bool is_unit(int n, int j) const { return unit_ < p_.sizes.H && row(n, j) < p_.sizes.B; }
+  FUSEDRNN_DEVICE bool is_output(int n, int j, int k) const { return output(k) < p_.sizes.P && row(n, j) < p_.sizes.B; }
+
+  // The state before the first step. A lane that has a number of h that exists has a unit that does.
+  FUSEDRNN_DEVICE void start(int64_t first_row) {
+    const int64_t t = direction_.at(0);
+    first_row_ = first_row + role_.lane % 4 * 2;
+    for_each_column([&](int n, int j) {
+      const int64_t b = row(n, j);
+      lengths_[n][j] = unit_ < p_.sizes.H ? direction_.length(b) : 0;
+      cut_[n][j] = Direction::exists(t, lengths_[n][j]) && direction_.is_reset(t, b);
+      c_[n][j] = 0;
+      if (p_.c0 != nullptr && is_unit(n, j)) {
+        c_[n][j] = to_compute(static_cast<const S*>(p_.c0)[direction_.state(b, p_.sizes.H) + unit_]);
+      }
+    });
+    for_each_output([&](int n, int j, int k) {
+      h_[n][k][j] = 0;
+      if (p_.h0 != nullptr && is_output(n, j, k)) {
+        h_[n][k][j] = to_compute(static_cast<const S*>(p_.h0)[direction_.state(row(n, j), p_.sizes.P) + output(k)]);
+      }
+    });
+    send_h();
+  }
+
+  // What the n-th step needs and no other block computes.
+  FUSEDRNN_DEVICE void load(int64_t step) {
+    const int64_t t = direction_.at(step), next = direction_.at(step + 1);
+    for_each_column([&](int n, int j) {
+      const int64_t b = row(n, j);
+      exists_[n][j] = Direction::exists(t, lengths_[n][j]);
+      cut_next_[n][j] = Direction::exists(next, lengths_[n][j]) && direction_.is_reset(next, b);
+      FUSEDRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) xg_[n][j][gate] = 0;
+      if (!exists_[n][j]) return;
+      const int64_t at = direction_.offset(p_.xg_strides, t, b) + unit_;
+      FUSEDRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) {
+        const int64_t k = at + gate * p_.sizes.H;
+        xg_[n][j][gate] =
+            p_.xg_wide != 0 ? static_cast<const A*>(p_.xg)[k] : to_compute(static_cast<const S*>(p_.xg)[k]);
+      }
+    });
+  }
+
+  // z: the recurrent affine maps on entry, the gates on exit.
+  FUSEDRNN_DEVICE void cells(A (&z)[kColumnTiles][4][2]) {
+    for_each_column([&](int n, int j) {
+      A gates[kGates], c = cut_[n][j] ? A(0) : c_[n][j];
+      FUSEDRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) gates[gate] = z[n][gate][j] + xg_[n][j][gate];
+      const A m = M::Cell::forward(gates, c);
+      c_[n][j] = exists_[n][j] ? c : c_[n][j];
+      if constexpr (kProjected) {
+        m_[n][j] = m;
+      } else {
+        take(n, j, 0, m);
+      }
+      FUSEDRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) z[n][gate][j] = gates[gate];
+    });
+  }
+
+  // h of the step that is being computed.
+  FUSEDRNN_DEVICE void take(int n, int j, int k, A h) {
+    h_[n][k][j] = exists_[n][j] ? to_compute(to_storage<S>(h)) : h_[n][k][j];
+  }
+
+  // The second exchange and product of a step: from m to h.
+  FUSEDRNN_DEVICE void project(const Projection& projection) {
+    send<kUnits>(m_channel_, has_units_, [&](int n, int j, int) { return m_[n][j]; });
+    m_channel_.announce();
+    if (!in_outputs_) return;
+    const char* operand = m_channel_.receive();
+    if (!has_outputs_) return;
+    A z[kColumnTiles][2][2];
+    projection.multiply(operand, z);
+    for_each_output([&](int n, int j, int k) { take(n, j, k, z[n][k][j]); });
+  }
+
+  FUSEDRNN_DEVICE void next_step() {
+    for_each_column([&](int n, int j) { cut_[n][j] = cut_next_[n][j]; });
+  }
+
+  // Sends the state that enters the step that comes.
+  FUSEDRNN_DEVICE void send_h() {
+    if (!in_outputs_) return;
+    send<kOutputs * 8>(h_channel_, has_outputs_, [&](int n, int j, int k) { return cut_[n][j] ? A(0) : h_[n][k][j]; });
+    h_channel_.announce();
+  }
+
+  // Sends value(n, j, k), which is number 8 k + lane / 4 of kChunk, of the column tiles that the warp owns.
+  template <int kChunk, class F>
+  FUSEDRNN_DEVICE void send(Channel& channel, bool has_values, const F& value) {
+    FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
+      if (!has_values || !role_.owns(n)) continue;
+      if (n > 0) sync_warp("the staged results are sent");
+      FUSEDRNN_UNROLL for (int j = 0; j < 2; ++j) {
+        FUSEDRNN_UNROLL for (int k = 0; k < kChunk / 8; ++k) {
+          staging_[(role_.lane % 4 * 2 + j) * kChunk + k * 8 + role_.lane / 4] = M::operand(value(n, j, k));
+        }
+      }
+      send_staged<kChunk* static_cast<int>(sizeof(S))>(channel, role_, reinterpret_cast<const char*>(staging_), n);
+    }
+  }
+
+  FUSEDRNN_DEVICE void store(int64_t t, const A (&gates)[kColumnTiles][4][2]) {
+    const int64_t H = p_.sizes.H;
+    for_each_output([&](int n, int j, int k) {
+      if (!is_output(n, j, k)) return;
+      static_cast<S*>(p_.y)[direction_.offset(p_.y_strides, t, row(n, j)) + output(k)] =
+          to_storage<S>(exists_[n][j] ? h_[n][k][j] : A(0));
+    });
+    for_each_column([&](int n, int j) {
+      if (!is_unit(n, j)) return;
+      const int64_t b = row(n, j);
+      const bool exists = exists_[n][j];
+      if (p_.c != nullptr) {
+        static_cast<S*>(p_.c)[direction_.offset(p_.c_strides, t, b) + unit_] = to_storage<S>(exists ? c_[n][j] : A(0));
+      }
+      if (p_.gates == nullptr) return;
+      S* to = static_cast<S*>(p_.gates) + direction_.step(t, b, kGates * H) + unit_;
+      FUSEDRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) {
+        to[gate * H] = to_storage<S>(exists ? gates[n][gate][j] : A(0));
+      }
+    });
+  }
+
+  FUSEDRNN_DEVICE void finish() {
+    for_each_output([&](int n, int j, int k) {
+      if (!is_output(n, j, k)) return;
+      static_cast<S*>(p_.hn)[direction_.state(row(n, j), p_.sizes.P) + output(k)] = to_storage<S>(h_[n][k][j]);
+    });
+    for_each_column([&](int n, int j) {
+      if (!is_unit(n, j)) return;
+      static_cast<S*>(p_.cn)[direction_.state(row(n, j), p_.sizes.H) + unit_] = to_storage<S>(c_[n][j]);
+    });
+  }
+
+  const ForwardParams& p_;
+  const Role& role_;
+  Channel h_channel_, m_channel_;  // the second one only with a projection
+  S* staging_;
+  const Direction direction_;
+  const int unit_;
+  // Whether the warp has a tile of units, and of outputs; and whether the thread takes part in receiving h, and m.
+  bool has_units_, has_outputs_, in_units_, in_outputs_;
+  int64_t first_row_;  // batch row of the first column
+  // Of the lane's unit or its numbers of h, for each of its columns.
+  int lengths_[kColumnTiles][2];
+  A h_[kColumnTiles][kOutputs][2], c_[kColumnTiles][2];  // the state
+  A xg_[kColumnTiles][2][kGates];                        // of the step that comes
+  A m_[kColumnTiles][2];
+  bool exists_[kColumnTiles][2];                           // whether that step does
+  bool cut_[kColumnTiles][2], cut_next_[kColumnTiles][2];  // whether the state that enters it, or the next, is zero
+};
+
+}  // namespace fusedrnn::cuda

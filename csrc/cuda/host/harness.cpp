@@ -1,0 +1,149 @@
+// The kernels as a library for tests, on the host: the ABI of launch.h, run by the fibers of runtime.h.
+#include <cstdio>
+#include <cstring>
+
+#include "../backward.h"
+#include "../forward.h"
+#include "../pack.h"
+#include "runtime.h"
+
+#define FUSEDRNN_EXPORT extern "C" __attribute__((visibility("default")))
+
+using namespace fusedrnn::cuda;
+
+namespace {
+
+template <class Params>
+using Body = void (*)(const void*, char*);
+
+template <class Kernel, class Params>
+void body(const void* p, char* shared) {
+  Kernel::run(*static_cast<const Params*>(p), shared);
+}
+
+template <template <Math, class, int, bool> class Kernel, class Params, Math kMath, class Channel>
+Body<Params> body_of(const Sizes& sizes, const Plan& plan) {
+  if (sizes.projected != 0) return body<Kernel<kMath, Channel, 1, true>, Params>;
+  if constexpr (uses_matrix_unit(kMath)) {
+    if (plan.rows == 2 * kColumns) return body<Kernel<kMath, Channel, 2, false>, Params>;
+  }
+  return body<Kernel<kMath, Channel, 1, false>, Params>;
+}
+
+template <template <Math, class, int, bool> class Kernel, class Params, Math kMath>
+Body<Params> body_of(const Sizes& sizes, const Plan& plan) {
+  return plan.exchange == Exchange::kCluster ? body_of<Kernel, Params, kMath, ClusterExchange>(sizes, plan)
+                                             : body_of<Kernel, Params, kMath, GridExchange>(sizes, plan);
+}
+
+template <template <Math, class, int, bool> class Kernel, class Params>
+Body<Params> body_of(const Sizes& sizes, const Plan& plan) {
+  switch (plan.math) {
+#if !defined(FUSEDRNN_HOST_FEW)  // the sanitized build compiles one of each unit
+    case Math::kFloat16: return body_of<Kernel, Params, Math::kFloat16>(sizes, plan);
+    case Math::kTf32: return body_of<Kernel, Params, Math::kTf32>(sizes, plan);
+    case Math::kFloat32: return body_of<Kernel, Params, Math::kFloat32>(sizes, plan);
+#endif
+    case Math::kBFloat16: return body_of<Kernel, Params, Math::kBFloat16>(sizes, plan);
+    case Math::kFloat64: return body_of<Kernel, Params, Math::kFloat64>(sizes, plan);
+    default: return nullptr;
+  }
+}
+
+struct Outcome {
+  char* error;  // what went wrong, or empty
+  char* names;  // of the synchronisations that were met, one in a line
+  int32_t bytes;
+  uint64_t switches;
+};
+
+void copy(char* to, int bytes, const std::string& from) { std::snprintf(to, bytes, "%s", from.c_str()); }
+
+template <template <Math, class, int, bool> class Kernel, class Params>
+int launch(Pass pass, const Params& p, uint64_t seed, const char* remove, Outcome* outcome) {
+  if (const char* why = invalid(pass, p.sizes, p.plan)) {
+    copy(outcome->error, outcome->bytes, why);
+    return 1;
+  }
+  const Body<Params> body = body_of<Kernel, Params>(p.sizes, p.plan);
+  if (body == nullptr) {
+    copy(outcome->error, outcome->bytes, "this build does not have that arithmetic");
+    return 1;
+  }
+  const host::Launch shape{static_cast<int>(launched_blocks(p.sizes, p.plan)),
+                           p.plan.exchange == Exchange::kCluster ? p.plan.blocks : 1,
+                           threads(p.plan),
+                           static_cast<size_t>(shared_bytes(pass, p.sizes, p.plan)),
+                           seed,
+                           remove};
+  const host::Report report = host::run(shape, body, &p);
+  copy(outcome->error, outcome->bytes, report.error);
+  std::string names;
+  for (const auto& name : report.names) names += name + "\n";
+  copy(outcome->names, outcome->bytes, names);
+  outcome->switches = report.switches;
+  return report.error.empty() ? 0 : 1;
+}
+
+}  // namespace
+
+// 0, or 1 with outcome->error. `remove` as in runtime.h, or null.
+FUSEDRNN_EXPORT int fusedrnn_host_forward(const ForwardParams* p, uint64_t seed, const char* remove, Outcome* outcome) {
+  return launch<Forward>(Pass::kForward, *p, seed, remove, outcome);
+}
+
+FUSEDRNN_EXPORT int fusedrnn_host_backward(const BackwardParams* p, uint64_t seed, const char* remove,
+                                           Outcome* outcome) {
+  return launch<Backward>(Pass::kBackward, *p, seed, remove, outcome);
+}
+
+FUSEDRNN_EXPORT void fusedrnn_host_pack(const PackParams* p) {
+  for (int64_t thread = 0; thread < p->threads; ++thread) pack(*p, thread);
+}
+
+// The sizes of the structs as C++ has them, for who mirrors them.
+FUSEDRNN_EXPORT int64_t fusedrnn_host_sizeof(int which) {
+  const size_t sizes[] = {sizeof(ForwardParams), sizeof(BackwardParams), sizeof(PackParams), sizeof(Plan)};
+  return static_cast<int64_t>(sizes[which]);
+}
+
+struct Needs {
+  int64_t shared, exchanged, flags, packed[kStages], blocks, streamed[kStages];
+};
+
+FUSEDRNN_EXPORT const char* fusedrnn_host_needs(Pass pass, const Sizes* sizes, const Plan* plan, Needs* needs) {
+  *needs = {shared_bytes(pass, *sizes, *plan),
+            exchanged_bytes(pass, *sizes, *plan),
+            flags(*sizes, *plan),
+            {packed_bytes(pass, Stage::kRecurrent, *sizes, plan->math),
+             packed_bytes(pass, Stage::kProjection, *sizes, plan->math)},
+            launched_blocks(*sizes, *plan),
+            {streamed_blocks(pass, Stage::kRecurrent, *sizes, *plan),
+             streamed_blocks(pass, Stage::kProjection, *sizes, *plan)}};
+  return invalid(pass, *sizes, *plan);
+}
+
+// Conversions and the matrix instruction, for tests of the primitives themselves.
+FUSEDRNN_EXPORT void fusedrnn_host_convert(int which, int64_t count, const float* from, float* to) {
+  for (int64_t k = 0; k < count; ++k) {
+    to[k] = which == 0   ? to_compute(to_storage<BFloat16>(from[k]))
+            : which == 1 ? to_compute(to_storage<Float16>(from[k]))
+                         : to_tf32(from[k]);
+  }
+}
+
+// A launch in which the threads of a warp disagree, so that none goes on.
+FUSEDRNN_EXPORT int fusedrnn_host_deadlock(Outcome* outcome) {
+  const host::Launch shape{2, 1, 64, 16, 1, nullptr};
+  const host::Report report = host::run(
+      shape,
+      [](const void*, char*) {
+        if (block_index() == 1 && thread_index() >= 32) {
+          wait([] { return false; }, "what never comes");
+        }
+        sync_block("a barrier");
+      },
+      nullptr);
+  copy(outcome->error, outcome->bytes, report.error);
+  return report.error.empty() ? 0 : 1;
+}

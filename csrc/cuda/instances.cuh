@@ -1,0 +1,50 @@
+// The definition of instances.h, for the files that compile the kernels.
+#pragma once
+
+#include <type_traits>
+
+#include "backward.h"
+#include "forward.h"
+#include "instances.h"
+
+namespace fusedrnn::cuda {
+
+extern __shared__ Quad shared_memory[];
+
+// Kernel: Forward or Backward. Clusters do not exist before sm_90, and the launch refuses to use them there.
+template <class Kernel, class Channel, class Params>
+__global__ void __launch_bounds__(kMaxThreads, 1) recurrence(const __grid_constant__ Params params) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  if constexpr (!std::is_same_v<Channel, ClusterExchange>) Kernel::run(params, reinterpret_cast<char*>(shared_memory));
+#else
+  Kernel::run(params, reinterpret_cast<char*>(shared_memory));
+#endif
+}
+
+template <Math kMath, class Channel, int kColumnTiles, bool kProjected>
+void add(Instances& to, Exchange exchange, int variant) {
+  using ForwardKernel = Forward<kMath, Channel, kColumnTiles, kProjected>;
+  using BackwardKernel = Backward<kMath, Channel, kColumnTiles, kProjected>;
+  const int at = static_cast<int>(exchange);
+  to.kernel[static_cast<int>(Pass::kForward)][at][variant] =
+      reinterpret_cast<const void*>(&recurrence<ForwardKernel, Channel, ForwardParams>);
+  to.kernel[static_cast<int>(Pass::kBackward)][at][variant] =
+      reinterpret_cast<const void*>(&recurrence<BackwardKernel, Channel, BackwardParams>);
+}
+
+template <Math kMath, class Channel>
+void add(Instances& to, Exchange exchange) {
+  add<kMath, Channel, 1, false>(to, exchange, 0);
+  if constexpr (max_rows(kMath) > kColumns) add<kMath, Channel, 2, false>(to, exchange, 1);
+  add<kMath, Channel, 1, true>(to, exchange, 2);
+}
+
+template <Math kMath>
+Instances instances() {
+  Instances all{};
+  add<kMath, GridExchange>(all, Exchange::kGrid);
+  add<kMath, ClusterExchange>(all, Exchange::kCluster);
+  return all;
+}
+
+}  // namespace fusedrnn::cuda

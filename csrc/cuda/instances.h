@@ -1,0 +1,27 @@
+// The kernels that are compiled, as addresses to launch. One file for each arithmetic, so that they compile side by
+// side.
+#pragma once
+
+#include "plan.h"
+
+namespace fusedrnn::cuda {
+
+struct Instances {
+  const void* kernel[2][2][3];  // [pass][exchange][variant]; null where there is none
+};
+
+// Which of the kernels of one pass and exchange: 8 rows, 16 rows, or 8 with a projection.
+constexpr int variant(const Sizes& sizes, const Plan& plan) {
+  return sizes.projected != 0 ? 2 : plan.rows / kColumns - 1;
+}
+
+template <Math kMath>
+Instances instances();
+
+extern template Instances instances<Math::kBFloat16>();
+extern template Instances instances<Math::kFloat16>();
+extern template Instances instances<Math::kTf32>();
+extern template Instances instances<Math::kFloat32>();
+extern template Instances instances<Math::kFloat64>();
+
+}  // namespace fusedrnn::cuda

@@ -1,0 +1,137 @@
+// Launches; see launch.h.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "instances.h"
+#include "launch.h"
+
+namespace fusedrnn::cuda {
+namespace {
+
+std::string failure(const char* call, cudaError_t error) {
+  if (error == cudaSuccess) return {};
+  (void)cudaGetLastError();  // so that the next call is not blamed for it
+  return std::string(call) + ": " + cudaGetErrorName(error) + ", " + cudaGetErrorString(error);
+}
+
+// Returns from the function with what failed.
+#define FUSEDRNN_CALL(call, ...)                                                                \
+  do {                                                                                          \
+    if (std::string failed = failure(#call, call(__VA_ARGS__)); !failed.empty()) return failed; \
+  } while (false)
+
+Instances instances_of(Math math) {
+  switch (math) {
+    case Math::kBFloat16: return instances<Math::kBFloat16>();
+    case Math::kFloat16: return instances<Math::kFloat16>();
+    case Math::kTf32: return instances<Math::kTf32>();
+    case Math::kFloat32: return instances<Math::kFloat32>();
+    case Math::kFloat64: return instances<Math::kFloat64>();
+  }
+  return {};
+}
+
+const void* kernel_of(Pass pass, const Sizes& sizes, const Plan& plan) {
+  return instances_of(plan.math).kernel[static_cast<int>(pass)][static_cast<int>(plan.exchange)][variant(sizes, plan)];
+}
+
+// A launch's configuration together with the attributes that it points to.
+struct Configuration {
+  cudaLaunchConfig_t launch{};
+  cudaLaunchAttribute attribute{};
+
+  Configuration(Pass pass, const Sizes& sizes, const Plan& plan, cudaStream_t stream) {
+    launch.gridDim = dim3(static_cast<unsigned>(launched_blocks(sizes, plan)));
+    launch.blockDim = dim3(static_cast<unsigned>(threads(plan)));
+    launch.dynamicSmemBytes = static_cast<size_t>(shared_bytes(pass, sizes, plan));
+    launch.stream = stream;
+    launch.attrs = &attribute;
+    launch.numAttrs = 1;
+    if (plan.exchange == Exchange::kCluster) {
+      attribute.id = cudaLaunchAttributeClusterDimension;
+      attribute.val.clusterDim.x = static_cast<unsigned>(plan.blocks);
+      attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    } else {
+      attribute.id = cudaLaunchAttributeCooperative;  // refused unless all blocks run at the same time
+      attribute.val.cooperative = 1;
+    }
+  }
+  Configuration(const Configuration&) = delete;
+};
+
+// Lets a kernel have the shared memory and the cluster that the plan gives it.
+std::string prepare(const void* kernel, const Configuration& configuration, const Plan& plan) {
+  FUSEDRNN_CALL(cudaFuncSetAttribute, kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                static_cast<int>(configuration.launch.dynamicSmemBytes));
+  if (plan.exchange == Exchange::kCluster && plan.blocks > 8) {
+    FUSEDRNN_CALL(cudaFuncSetAttribute, kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  }
+  return {};
+}
+
+template <class Params>
+std::string launch(Pass pass, const Params& params, void* stream_) {
+  if (const char* why = invalid(pass, params.sizes, params.plan)) return std::string("the plan is invalid: ") + why;
+  const auto stream = static_cast<cudaStream_t>(stream_);
+  const void* kernel = kernel_of(pass, params.sizes, params.plan);
+  const Configuration configuration(pass, params.sizes, params.plan, stream);
+  if (std::string failed = prepare(kernel, configuration, params.plan); !failed.empty()) return failed;
+  if (const int64_t count = flags(params.sizes, params.plan); count > 0) {
+    FUSEDRNN_CALL(cudaMemsetAsync, params.workspace.flags, 0, count * sizeof(uint32_t), stream);
+  }
+  void* arguments[] = {const_cast<Params*>(&params)};
+  FUSEDRNN_CALL(cudaLaunchKernelExC, &configuration.launch, kernel, arguments);
+  return {};
+}
+
+__global__ void __launch_bounds__(kMaxThreads) pack_weights(const __grid_constant__ PackParams params) {
+  pack(params, int64_t{blockIdx.x} * blockDim.x + threadIdx.x);
+}
+
+}  // namespace
+
+std::string launch_pack(const PackParams& given, void* stream) {
+  const int64_t bytes = packed_bytes(given.pass, given.stage, given.sizes, given.math);
+  const int64_t quads = bytes / static_cast<int64_t>(sizeof(Quad));
+  const int64_t blocks = std::min<int64_t>(ceil_div(quads, kMaxThreads), 4096);
+  PackParams params = given;
+  params.threads = blocks * kMaxThreads;
+  const void* kernel = reinterpret_cast<const void*>(&pack_weights);
+  void* arguments[] = {&params};
+  FUSEDRNN_CALL(cudaLaunchKernel, kernel, dim3(static_cast<unsigned>(blocks)), dim3(kMaxThreads), arguments, size_t{0},
+                static_cast<cudaStream_t>(stream));
+  return {};
+}
+
+std::string launch_forward(const ForwardParams& params, void* stream) { return launch(Pass::kForward, params, stream); }
+
+std::string launch_backward(const BackwardParams& params, void* stream) {
+  return launch(Pass::kBackward, params, stream);
+}
+
+std::string room(Pass pass, const Sizes& sizes, const Plan& plan, Room* room) {
+  if (const char* why = invalid(pass, sizes, plan)) return std::string("the plan is invalid: ") + why;
+  int device = 0, processors = 0, shared = 0, major = 0;
+  FUSEDRNN_CALL(cudaGetDevice, &device);
+  FUSEDRNN_CALL(cudaDeviceGetAttribute, &processors, cudaDevAttrMultiProcessorCount, device);
+  FUSEDRNN_CALL(cudaDeviceGetAttribute, &shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  FUSEDRNN_CALL(cudaDeviceGetAttribute, &major, cudaDevAttrComputeCapabilityMajor, device);
+  *room = {shared, 0};
+  const bool cluster = plan.exchange == Exchange::kCluster;
+  if (shared_bytes(pass, sizes, plan) > shared || (cluster && major < 9)) return {};
+  const void* kernel = kernel_of(pass, sizes, plan);
+  const Configuration configuration(pass, sizes, plan, nullptr);
+  if (std::string failed = prepare(kernel, configuration, plan); !failed.empty()) return failed;
+  if (cluster) {
+    FUSEDRNN_CALL(cudaOccupancyMaxActiveClusters, &room->groups, kernel, &configuration.launch);
+    return {};
+  }
+  int blocks = 0;
+  FUSEDRNN_CALL(cudaOccupancyMaxActiveBlocksPerMultiprocessor, &blocks, kernel, threads(plan),
+                configuration.launch.dynamicSmemBytes);
+  room->groups = blocks * processors / plan.blocks;
+  return {};
+}
+
+}  // namespace fusedrnn::cuda

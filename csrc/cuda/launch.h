@@ -1,0 +1,32 @@
+// Launches of the kernels, free of CUDA's headers. Every function works on the current device and the given stream (a
+// cudaStream_t), copies its arguments, does not wait, and can be captured into a graph.
+//
+// They return an empty string, or what failed: the name of the CUDA call and its message. A launch that failed has
+// written nothing.
+#pragma once
+
+#include <string>
+
+#include "pack.h"
+#include "params.h"
+
+namespace fusedrnn::cuda {
+
+// Packs w_hh or w_hr for one pass. PackParams::threads is chosen here.
+std::string launch_pack(const PackParams& params, void* stream);
+
+// Sets the flags of the workspace to zero, then runs the recurrence. The plan has to be valid (plan.h) and to fit.
+std::string launch_forward(const ForwardParams& params, void* stream);
+std::string launch_backward(const BackwardParams& params, void* stream);
+
+// What a plan meets on the current device.
+struct Room {
+  int64_t shared_bytes;  // that a block may have
+  int groups;            // that can run at the same time, of all directions; 0 if not even one fits
+};
+
+// A plan of kGrid needs room for all of its groups, D * plan.groups, since they are launched together; of kCluster for
+// one, and further ones start when others end.
+std::string room(Pass pass, const Sizes& sizes, const Plan& plan, Room* room);
+
+}  // namespace fusedrnn::cuda

@@ -1,0 +1,141 @@
+// The arithmetic of the recurrent product: one K block of a tile of weights times the operand of eight batch rows.
+//
+// A tile is kSegments groups of eight output rows. Of a K block, lane 4 r + q holds 16 bytes for each segment: row r of
+// the segment at bytes 16 q to 16 q + 15 of the block. These are at once the A fragments of two matrix instructions (of
+// 16 rows, two segments, each), given that the inner index of the product may be taken in any order: what lane q reads
+// of the operand with one 16-byte load is the B fragments for the same inner indices. So weights are packed the same
+// way for every dtype, and no fragment is ever shuffled.
+//
+// Results: lane 4 r + q ends with row r of every segment at columns 2 q and 2 q + 1. In the forward the segments are
+// gates, and a lane has the four gates of one unit for two batch rows.
+#pragma once
+
+#include "cell.h"
+#include "plan.h"
+
+namespace fusedrnn::cuda {
+
+// bfloat16 and float16 (m16n8k16) and TensorFloat-32 (m16n8k8) on the matrix unit, accumulated in float.
+template <Operands kOperands, class S>
+struct MatrixUnit {
+  template <int kSegments>
+  struct Accumulator {
+    float sum[kSegments / 2][4];
+  };
+
+  template <int kSegments>
+  static FUSEDRNN_DEVICE void clear(Accumulator<kSegments>& into) {
+    FUSEDRNN_UNROLL for (int m = 0; m < kSegments / 2; ++m) {
+      FUSEDRNN_UNROLL for (int k = 0; k < 4; ++k) into.sum[m][k] = 0;
+    }
+  }
+
+  // rows: the operand of eight batch rows at this K block, `stride` bytes apart.
+  template <int kSegments>
+  static FUSEDRNN_DEVICE void add(Accumulator<kSegments>& into, const Quad (&w)[kSegments], const char* rows,
+                                  int stride, int lane) {
+    const Quad b = *reinterpret_cast<const Quad*>(rows + lane / 4 * stride + lane % 4 * sizeof(Quad));
+    FUSEDRNN_UNROLL for (int half = 0; half < 2; ++half) {
+      const int low = 2 * half, high = low + 1;
+      FUSEDRNN_UNROLL for (int m = 0; m < kSegments / 2; ++m) {
+        mma<kOperands>(into.sum[m], w[2 * m].word[low], w[2 * m + 1].word[low], w[2 * m].word[high],
+                       w[2 * m + 1].word[high], b.word[low], b.word[high]);
+      }
+    }
+  }
+
+  template <int kSegments>
+  static FUSEDRNN_DEVICE void finish(const Accumulator<kSegments>& from, float (&z)[kSegments][2], int) {
+    FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) {
+      FUSEDRNN_UNROLL for (int j = 0; j < 2; ++j) z[s][j] = from.sum[s / 2][s % 2 * 2 + j];
+    }
+  }
+};
+
+// IEEE float and double. A lane sums over its own quarter of the inner dimension, for all eight columns; the quarters
+// come together in finish().
+template <class A>
+struct ScalarUnit {
+  static constexpr int kPerQuad = sizeof(Quad) / sizeof(A);
+
+  template <int kSegments>
+  struct Accumulator {
+    A sum[kSegments][kColumns];
+  };
+
+  template <int kSegments>
+  static FUSEDRNN_DEVICE void clear(Accumulator<kSegments>& into) {
+    FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) {
+      FUSEDRNN_UNROLL for (int n = 0; n < kColumns; ++n) into.sum[s][n] = 0;
+    }
+  }
+
+  template <int kSegments>
+  static FUSEDRNN_DEVICE void add(Accumulator<kSegments>& into, const Quad (&w)[kSegments], const char* rows,
+                                  int stride, int lane) {
+    FUSEDRNN_UNROLL for (int n = 0; n < kColumns; ++n) {
+      const Quad b = *reinterpret_cast<const Quad*>(rows + n * stride + lane % 4 * sizeof(Quad));
+      FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) {
+        FUSEDRNN_UNROLL for (int k = 0; k < kPerQuad; ++k) { into.sum[s][n] += element<A>(w[s], k) * element<A>(b, k); }
+      }
+    }
+  }
+
+  // Of a pair of lanes, each keeps half of the columns and gives the other half away; twice.
+  template <int kSegments>
+  static FUSEDRNN_DEVICE void finish(const Accumulator<kSegments>& from, A (&z)[kSegments][2], int lane) {
+    const bool upper = (lane & 2) != 0, odd = (lane & 1) != 0;
+    FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) {
+      A four[4];
+      FUSEDRNN_UNROLL for (int n = 0; n < 4; ++n) {
+        const A low = from.sum[s][n], high = from.sum[s][n + 4];
+        four[n] = (upper ? high : low) + shuffle_xor(upper ? low : high, 2);
+      }
+      FUSEDRNN_UNROLL for (int n = 0; n < 2; ++n) {
+        z[s][n] = (odd ? four[n + 2] : four[n]) + shuffle_xor(odd ? four[n] : four[n + 2], 1);
+      }
+    }
+  }
+};
+
+// All that depends on the dtype.
+template <Math kMath>
+struct Arithmetic;
+
+template <Math kMath_, class S, class A, class Unit_, class Nonlinear>
+struct ArithmeticOf {
+  static constexpr Math kMath = kMath_;
+  static_assert(sizeof(S) == storage_bytes(kMath) && sizeof(A) == compute_bytes(kMath));
+  using Storage = S;
+  using Compute = A;
+  using Unit = Unit_;
+  using Cell = LstmCell<A, Nonlinear>;
+
+  static FUSEDRNN_DEVICE S operand(A value) { return to_storage<S>(value); }
+  static FUSEDRNN_DEVICE Quad weights(const Quad& quad) { return quad; }
+};
+
+template <>
+struct Arithmetic<Math::kBFloat16>
+    : ArithmeticOf<Math::kBFloat16, BFloat16, float, MatrixUnit<Operands::kBFloat16, BFloat16>, Quick> {};
+template <>
+struct Arithmetic<Math::kFloat16>
+    : ArithmeticOf<Math::kFloat16, Float16, float, MatrixUnit<Operands::kFloat16, Float16>, Quick> {};
+template <>
+struct Arithmetic<Math::kFloat32> : ArithmeticOf<Math::kFloat32, float, float, ScalarUnit<float>, Precise<float>> {};
+template <>
+struct Arithmetic<Math::kFloat64> : ArithmeticOf<Math::kFloat64, double, double, ScalarUnit<double>, Precise<double>> {
+};
+// Both operands are rounded where they enter the product; everything else is float.
+template <>
+struct Arithmetic<Math::kTf32>
+    : ArithmeticOf<Math::kTf32, float, float, MatrixUnit<Operands::kTf32, float>, Precise<float>> {
+  static FUSEDRNN_DEVICE float operand(float value) { return to_tf32(value); }
+  static FUSEDRNN_DEVICE Quad weights(const Quad& quad) {
+    Quad rounded;
+    FUSEDRNN_UNROLL for (int k = 0; k < 4; ++k) rounded.word[k] = as_word(to_tf32(element<float>(quad, k)));
+    return rounded;
+  }
+};
+
+}  // namespace fusedrnn::cuda

@@ -1,0 +1,247 @@
+// How a launch is cut into groups, blocks and warps, and what lies where. A kernel is given a plan and checks nothing;
+// who chooses one asks invalid() first. All of it is arithmetic on sizes, usable on the host and inside of kernels.
+//
+// A group of blocks owns one direction and takes slices of batch rows, one after another. Inside of a group, a warp has
+// a tile of output rows of the recurrent product (hidden units with their gates in the forward, units in the backward)
+// and a part of its inner dimension K. The operand of the product, h or da of all units for the rows of the slice, is
+// what the blocks exchange at every step. With a projection there is a second product in every step, with an operand of
+// its own: m or dh. Its tiles are spread over the same warps.
+//
+// K counts in bytes: 64 bytes of an operand's row are one K block, which is two matrix instructions in any dtype.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "device.h"
+
+namespace fusedrnn::cuda {
+
+enum class Pass : int32_t { kForward, kBackward };
+enum class Stage : int32_t {
+  kRecurrent,   // with w_hh
+  kProjection,  // with w_hr
+};
+constexpr int kStages = 2;
+enum class Exchange : int32_t {
+  kGrid,     // through the second-level cache, announced by flags; all blocks of a launch run at the same time
+  kCluster,  // a group is a cluster: into the peers' shared memory, announced on their mbarriers; sm_90
+};
+enum class Math : int32_t { kBFloat16, kFloat16, kTf32, kFloat32, kFloat64 };
+
+struct Sizes {
+  int64_t T, B, H, P, D;
+  int64_t projected;  // 1 where there is a w_hr; else 0, and P = H
+};
+
+struct Plan {
+  Exchange exchange;
+  Math math;
+  int32_t blocks;         // of a group; of a cluster 1, 2, 4, 8 or 16
+  int32_t tiles;          // of a block: warps next to each other along the outputs
+  int32_t splits;         // warps behind each other along K: a block has 32 * tiles * splits threads
+  int32_t rows;           // batch rows that a group takes at a time, 8 or 16
+  int32_t groups;         // of each direction
+  int32_t shared_blocks;  // K blocks of each warp's weights that lie in shared memory. Before them register_blocks()
+                          // lie in registers; what remains is streamed from the second-level cache at every step
+  int32_t shared_projection_blocks;  // the same for w_hr, with one K block in registers; 0 without a projection
+};
+
+constexpr int kMaxThreads = 256;  // kernels are compiled for it: 255 registers a thread
+constexpr int kColumns = 8;       // batch rows of one matrix instruction
+constexpr int kBlockBytes = 64;   // of a K block in a row of the operand
+
+FUSEDRNN_BOTH constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+FUSEDRNN_BOTH constexpr int storage_bytes(Math math) {
+  return math == Math::kFloat64 ? 8 : math == Math::kTf32 || math == Math::kFloat32 ? 4 : 2;
+}
+FUSEDRNN_BOTH constexpr int compute_bytes(Math math) { return math == Math::kFloat64 ? 8 : 4; }
+FUSEDRNN_BOTH constexpr bool uses_matrix_unit(Math math) {
+  return math == Math::kBFloat16 || math == Math::kFloat16 || math == Math::kTf32;
+}
+FUSEDRNN_BOTH constexpr int max_rows(Math math) { return uses_matrix_unit(math) ? 2 * kColumns : kColumns; }
+
+// Hidden units of a tile: 8 with their gates in the forward, 16 in the backward.
+FUSEDRNN_BOTH constexpr int tile_units(Pass pass) { return pass == Pass::kForward ? 8 : 16; }
+constexpr int kTileOutputs = 16;  // of the projection, in the forward, and of h in its backward
+
+// Groups of eight output rows in a tile, the segments of an accumulator: the four gates of 8 units in the forward, 16
+// units or outputs in the other products.
+FUSEDRNN_BOTH constexpr int segments(Pass pass, Stage stage) {
+  return pass == Pass::kForward && stage == Stage::kRecurrent ? 4 : 2;
+}
+
+// K blocks of weights that a warp keeps in registers; a thread has 4 * segments() registers of each. As many as 255
+// registers leave room for, beside the accumulators and what is loaded ahead of a step. Compiled in.
+FUSEDRNN_BOTH constexpr int register_blocks(Pass pass, Stage stage, Math math, int rows, bool projected) {
+  const bool forward = pass == Pass::kForward, narrow = rows == kColumns;
+  if (math == Math::kFloat64) return projected ? 0 : 1;
+  if (stage == Stage::kProjection) return 1;
+  if (math == Math::kFloat32) return 4;
+  if (projected) return forward ? 5 : 8;
+  if (forward) return narrow ? 7 : math == Math::kTf32 ? 5 : 6;
+  return narrow ? 12 : 6;
+}
+
+FUSEDRNN_BOTH constexpr int threads(const Plan& plan) { return kWarp * plan.tiles * plan.splits; }
+FUSEDRNN_BOTH constexpr int64_t launched_blocks(const Sizes& sizes, const Plan& plan) {
+  return sizes.D * plan.groups * plan.blocks;
+}
+
+// The operand of a product: for each batch row what the tiles put next to each other, 16-byte aligned.
+struct Operand {
+  int64_t tiles;    // of those who send it, over all blocks of the group
+  int chunk_bytes;  // that a tile adds to a row
+
+  FUSEDRNN_BOTH constexpr int row_bytes() const { return static_cast<int>(tiles) * chunk_bytes; }
+  FUSEDRNN_BOTH constexpr int blocks() const { return (row_bytes() + kBlockBytes - 1) / kBlockBytes; }
+  // Of a row in shared memory: odd multiples of 64 bytes, so that eight lanes reading 16 bytes each from two rows meet
+  // in no bank.
+  FUSEDRNN_BOTH constexpr int stride() const { return kBlockBytes * (blocks() | 1); }
+};
+
+// One of the products of a step.
+struct Product {
+  Operand operand;
+  int64_t tiles;  // of its outputs
+  int segments;
+
+  FUSEDRNN_BOTH constexpr int64_t fragment_quads() const { return int64_t{segments} * kWarp; }
+  // Of the packed weights of one direction.
+  FUSEDRNN_BOTH constexpr int64_t packed_quads() const { return tiles * operand.blocks() * fragment_quads(); }
+};
+
+// A kernel knows whether there is a projection when it is compiled.
+FUSEDRNN_BOTH constexpr Product product(Pass pass, Stage stage, const Sizes& sizes, Math math, bool projected) {
+  const int bytes = storage_bytes(math);
+  const int64_t units = ceil_div(sizes.H, tile_units(pass)), outputs = ceil_div(sizes.P, kTileOutputs);
+  const Operand h = {outputs, kTileOutputs * bytes};
+  if (pass == Pass::kForward) {
+    const Operand m = {units, tile_units(pass) * bytes};  // and h, without a projection
+    if (stage == Stage::kProjection) return {m, outputs, 2};
+    return {projected ? h : m, units, 4};
+  }
+  if (stage == Stage::kProjection) return {h, units, 2};
+  return {{units, tile_units(pass) * 4 * bytes}, projected ? outputs : units, 2};
+}
+FUSEDRNN_BOTH constexpr Product product(Pass pass, Stage stage, const Sizes& sizes, Math math) {
+  return product(pass, stage, sizes, math, sizes.projected != 0);
+}
+
+// K blocks of weights that a warp, the one with the longest part of K, loads again at every step. Each is
+// fragment_quads() * 16 bytes.
+FUSEDRNN_BOTH constexpr int64_t streamed_blocks(Pass pass, Stage stage, const Sizes& sizes, const Plan& plan) {
+  const bool recurrent = stage == Stage::kRecurrent;
+  if (!recurrent && sizes.projected == 0) return 0;
+  const int64_t resident = register_blocks(pass, stage, plan.math, plan.rows, sizes.projected != 0) +
+                           (recurrent ? plan.shared_blocks : plan.shared_projection_blocks);
+  const int64_t all = ceil_div(product(pass, stage, sizes, plan.math).operand.blocks(), plan.splits);
+  return all > resident ? all - resident : 0;
+}
+
+// Blocks that have one of so many tiles; in a cluster, some may have none.
+FUSEDRNN_BOTH constexpr int blocks_with(int64_t tiles, const Plan& plan) {
+  return static_cast<int>(ceil_div(tiles, plan.tiles));
+}
+
+FUSEDRNN_BOTH constexpr int stages(const Sizes& sizes) { return sizes.projected != 0 ? 2 : 1; }
+
+// Offsets into a block's shared memory, of each stage.
+struct SharedLayout {
+  int64_t weights[kStages];   // [warp][K blocks in shared memory][segment][lane] quads
+  int64_t operands[kStages];  // [1 or 2][rows] of Operand::stride()
+  int64_t operands_end;       // the operands of all stages lie next to each other
+  int64_t partial[kStages];   // [tile][split][rows / 8][segment][2][lane] of A, where K is split
+  int64_t staging;            // [warp][8] of the longer chunk
+  int64_t warp_staging;       // bytes of it for one warp
+  int64_t barriers[kStages];  // two Mbarriers
+  int64_t bytes;
+};
+
+FUSEDRNN_BOTH constexpr SharedLayout shared_layout(Pass pass, const Sizes& sizes, const Plan& plan) {
+  const int64_t warps = plan.tiles * plan.splits, buffers = plan.exchange == Exchange::kCluster ? 2 : 1;
+  SharedLayout at{};
+  int64_t end = 0;
+  // Loops of a constant count: on the device, an index that is not known would put `at` into local memory.
+  for (int k = 0; k < kStages; ++k) {
+    if (k >= stages(sizes)) continue;
+    const Product each = product(pass, static_cast<Stage>(k), sizes, plan.math);
+    at.weights[k] = end;
+    end += warps * (k == 0 ? plan.shared_blocks : plan.shared_projection_blocks) * each.fragment_quads() *
+           static_cast<int64_t>(sizeof(Quad));
+    if (each.operand.chunk_bytes * kColumns > at.warp_staging) at.warp_staging = each.operand.chunk_bytes * kColumns;
+  }
+  for (int k = 0; k < kStages; ++k) {
+    at.operands[k] = end;
+    if (k >= stages(sizes)) continue;
+    end += buffers * plan.rows * product(pass, static_cast<Stage>(k), sizes, plan.math).operand.stride();
+  }
+  at.operands_end = end;
+  for (int k = 0; k < kStages; ++k) {
+    at.partial[k] = end;
+    if (k >= stages(sizes) || plan.splits == 1) continue;
+    end += warps * (plan.rows / kColumns) * product(pass, static_cast<Stage>(k), sizes, plan.math).segments * 2 *
+           kWarp * compute_bytes(plan.math);
+  }
+  at.staging = end;
+  end += warps * at.warp_staging;
+  for (int k = 0; k < kStages; ++k) {
+    at.barriers[k] = end;
+    if (k < stages(sizes)) end += 2 * static_cast<int64_t>(sizeof(Mbarrier));
+  }
+  at.bytes = end;
+  return at;
+}
+
+FUSEDRNN_BOTH constexpr int64_t shared_bytes(Pass pass, const Sizes& sizes, const Plan& plan) {
+  return shared_layout(pass, sizes, plan).bytes;
+}
+
+// Of Workspace, for one launch: both stages, one after the other.
+FUSEDRNN_BOTH constexpr int64_t exchanged_bytes(Pass pass, Stage stage, const Sizes& sizes, const Plan& plan) {
+  if (plan.exchange == Exchange::kCluster || static_cast<int>(stage) >= stages(sizes)) return 0;
+  return sizes.D * plan.groups * 2 * plan.rows * product(pass, stage, sizes, plan.math).operand.row_bytes();
+}
+FUSEDRNN_BOTH constexpr int64_t exchanged_bytes(Pass pass, const Sizes& sizes, const Plan& plan) {
+  return exchanged_bytes(pass, Stage::kRecurrent, sizes, plan) + exchanged_bytes(pass, Stage::kProjection, sizes, plan);
+}
+FUSEDRNN_BOTH constexpr int64_t flags(const Sizes& sizes, const Plan& plan) {
+  return plan.exchange == Exchange::kCluster ? 0 : stages(sizes) * launched_blocks(sizes, plan);
+}
+
+// Of the packed weights, all directions.
+FUSEDRNN_BOTH constexpr int64_t packed_bytes(Pass pass, Stage stage, const Sizes& sizes, Math math) {
+  return sizes.D * product(pass, stage, sizes, math).packed_quads() * static_cast<int64_t>(sizeof(Quad));
+}
+
+// Why a plan cannot run this problem at all, or null. That the device has the shared memory, the clusters and the room
+// for all blocks at the same time is for the launch to ask (launch.h).
+FUSEDRNN_BOTH constexpr const char* invalid(Pass pass, const Sizes& sizes, const Plan& plan) {
+  if (sizes.T < 1 || sizes.B < 1 || sizes.H < 1 || sizes.D < 1 || sizes.D > 2)
+    return "sizes must be positive, D 1 or 2";
+  if (sizes.T > INT32_MAX || sizes.H > (1 << 20)) return "T must be below 2^31 and H at most 2^20";
+  if (sizes.projected == 0 && sizes.P != sizes.H) return "P must be H without a projection";
+  if (sizes.P < 1 || sizes.P > sizes.H) return "P must be 1 to H";
+  if (plan.blocks < 1 || plan.tiles < 1 || plan.splits < 1 || plan.groups < 1 || plan.shared_blocks < 0 ||
+      plan.shared_projection_blocks < 0) {
+    return "counts must be positive";
+  }
+  if (plan.tiles > kMaxThreads || plan.splits > kMaxThreads || threads(plan) > kMaxThreads) {
+    return "a block has too many threads";
+  }
+  if (plan.rows != kColumns && plan.rows != 2 * kColumns) return "rows must be 8 or 16";
+  if (plan.rows > max_rows(plan.math)) return "rows must be 8 where the matrix unit is not used";
+  if (plan.rows != kColumns && sizes.projected != 0) return "rows must be 8 with a projection";
+  if (int64_t{plan.blocks} * plan.tiles < ceil_div(sizes.H, tile_units(pass))) return "the tiles do not cover H";
+  if (launched_blocks(sizes, plan) > INT32_MAX) return "too many blocks";
+  if (plan.exchange == Exchange::kGrid) return nullptr;
+  if (plan.blocks > 16 || (plan.blocks & (plan.blocks - 1)) != 0) return "a cluster has 1, 2, 4, 8 or 16 blocks";
+  for (int k = 0; k < stages(sizes); ++k) {  // what a phase of an mbarrier can count
+    const Operand operand = product(pass, static_cast<Stage>(k), sizes, plan.math).operand;
+    if (plan.rows * operand.row_bytes() >= (1 << 20)) return "the operand is too large for an mbarrier";
+  }
+  return nullptr;
+}
+
+}  // namespace fusedrnn::cuda

@@ -1,0 +1,158 @@
+// The recurrent product of one warp: its tile of output rows, its part of K, all batch rows of the slice.
+//
+// The weights of a warp are fragments (math.h), K block after K block: the first kRegisterBlocks of them in registers,
+// the next plan.shared_blocks in shared memory, both for the whole launch; the rest is loaded at every step, one K
+// block ahead of the arithmetic. A lane only ever reads fragments that it has put there itself, so weights need no
+// barrier.
+//
+// Where K is split, the warps of a tile hand partial sums to each other in shared memory. Column tile n (eight batch
+// rows) belongs to the warp with split n % splits, which adds them up in the order of K, so that the result does not
+// depend on who owns it, and does the cell's arithmetic of these rows.
+#pragma once
+
+#include "math.h"
+
+namespace fusedrnn::cuda {
+
+// Which part of a launch a thread is.
+struct Role {
+  int lane, warp;
+  int local_tile, split;   // the warp's place in the block
+  int tile;                // and in the group
+  int rank, direction;     // the block's place in its group, the group's direction
+  int group, first_slice;  // of the launch; of the direction
+  int splits;
+
+  explicit FUSEDRNN_DEVICE Role(const Plan& plan) {
+    lane = thread_index() % kWarp;
+    warp = thread_index() / kWarp;
+    split = warp % plan.splits;
+    local_tile = warp / plan.splits;
+    rank = block_index() % plan.blocks;
+    group = block_index() / plan.blocks;
+    direction = group / plan.groups;
+    first_slice = group % plan.groups;
+    splits = plan.splits;
+    tile = rank * plan.tiles + local_tile;
+  }
+
+  FUSEDRNN_DEVICE bool owns(int column_tile) const { return column_tile % splits == split; }
+};
+
+template <class M, int kSegments, int kColumnTiles, int kRegisterBlocks>
+class WarpProduct {
+ public:
+  using A = typename M::Compute;
+  using Unit = typename M::Unit;
+  using Results = A[kColumnTiles][kSegments][2];
+
+  // packed: fragments of all directions, [D][tile][K block][segment][lane]. shared_blocks: how many K blocks of weights
+  // `shared` has room for. A warp without a tile holds nothing, and must not multiply.
+  FUSEDRNN_DEVICE WarpProduct(const Role& role, const Plan& plan, const Product& product, const void* packed,
+                              int shared_blocks, char* shared, char* partial)
+      : role_(role),
+        stride_(product.operand.stride()),
+        barrier_(1 + role.local_tile),
+        partial_(reinterpret_cast<A*>(partial) + role.local_tile * plan.splits * kColumnTiles * kPartial) {
+    if (role.tile >= product.tiles) return;
+    const int blocks = product.operand.blocks(), begin = static_cast<int>(int64_t{role.split} * blocks / plan.splits),
+              end = static_cast<int>(int64_t{role.split + 1} * blocks / plan.splits), all = end - begin;
+    first_byte_ = begin * kBlockBytes;
+    in_registers_ = all < kRegisterBlocks ? all : kRegisterBlocks;
+    const int rest = all - in_registers_;
+    in_shared_ = rest < shared_blocks ? rest : shared_blocks;
+    streamed_ = rest - in_shared_;
+    const Quad* from = static_cast<const Quad*>(packed) + role.direction * product.packed_quads() +
+                       (static_cast<int64_t>(role.tile) * blocks + begin) * kFragment + role.lane;
+    FUSEDRNN_UNROLL for (int k = 0; k < kRegisterBlocks; ++k) {
+      if (k < in_registers_) load(registers_[k], from + k * kFragment);
+    }
+    from += in_registers_ * kFragment;
+    shared_ = reinterpret_cast<Quad*>(shared) + role.warp * shared_blocks * kFragment + role.lane;
+    for (int k = 0; k < in_shared_; ++k) {
+      Quad w[kSegments];
+      load(w, from + k * kFragment);
+      FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) shared_[k * kFragment + s * kWarp] = w[s];
+    }
+    stream_ = from + in_shared_ * kFragment;
+  }
+
+  // z[n] = tile @ operand of the column tiles that this warp owns. All warps of the tile come here.
+  FUSEDRNN_DEVICE void multiply(const char* operand, Results& z) const {
+    typename Unit::template Accumulator<kSegments> sums[kColumnTiles];
+    FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) Unit::clear(sums[n]);
+    const char* rows = operand + first_byte_;
+    FUSEDRNN_UNROLL for (int k = 0; k < kRegisterBlocks; ++k) {
+      if (k < in_registers_) add(sums, registers_[k], rows + k * kBlockBytes);
+    }
+    rows += in_registers_ * kBlockBytes;
+    FUSEDRNN_NO_UNROLL for (int k = 0; k < in_shared_; ++k, rows += kBlockBytes) {
+      Quad w[kSegments];
+      FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) w[s] = shared_[k * kFragment + s * kWarp];
+      add(sums, w, rows);
+    }
+    if (streamed_ > 0) add_streamed(sums, rows);
+    FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) { Unit::finish(sums[n], z[n], role_.lane); }
+    if (role_.splits > 1) add_partial_sums(z);
+  }
+
+ private:
+  static constexpr int kFragment = kSegments * kWarp;     // quads of a K block
+  static constexpr int kPartial = kSegments * 2 * kWarp;  // numbers of a column tile
+  using Sums = typename Unit::template Accumulator<kSegments>[kColumnTiles];
+
+  static FUSEDRNN_DEVICE void load(Quad (&w)[kSegments], const Quad* from) {
+    FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) w[s] = M::weights(load_streamed(from + s * kWarp));
+  }
+
+  FUSEDRNN_DEVICE void add(Sums& sums, const Quad (&w)[kSegments], const char* rows) const {
+    FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
+      Unit::add(sums[n], w, rows + n * kColumns * stride_, stride_, role_.lane);
+    }
+  }
+
+  FUSEDRNN_DEVICE void add_streamed(Sums& sums, const char* rows) const {
+    Quad w[kSegments], ahead[kSegments];
+    load(ahead, stream_);
+    FUSEDRNN_NO_UNROLL for (int k = 0; k < streamed_; ++k, rows += kBlockBytes) {
+      FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) w[s] = ahead[s];
+      if (k + 1 < streamed_) load(ahead, stream_ + (k + 1) * kFragment);
+      add(sums, w, rows);
+    }
+  }
+
+  FUSEDRNN_DEVICE void add_partial_sums(Results& z) const {
+    FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
+      if (role_.owns(n)) continue;
+      A* to = partial(n, role_.split);
+      FUSEDRNN_UNROLL for (int v = 0; v < 2 * kSegments; ++v) to[v * kWarp] = z[n][v / 2][v % 2];
+    }
+    sync_threads(barrier_, role_.splits * kWarp, "partial sums");
+    FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
+      if (!role_.owns(n)) continue;
+      A sum[2 * kSegments];
+      FUSEDRNN_UNROLL for (int v = 0; v < 2 * kSegments; ++v) sum[v] = 0;
+      FUSEDRNN_NO_UNROLL for (int split = 0; split < role_.splits; ++split) {
+        const A* from = partial(n, split);
+        FUSEDRNN_UNROLL for (int v = 0; v < 2 * kSegments; ++v) {
+          sum[v] += split == role_.split ? z[n][v / 2][v % 2] : from[v * kWarp];
+        }
+      }
+      FUSEDRNN_UNROLL for (int v = 0; v < 2 * kSegments; ++v) z[n][v / 2][v % 2] = sum[v];
+    }
+  }
+
+  FUSEDRNN_DEVICE A* partial(int n, int split) const {
+    return partial_ + (split * kColumnTiles + n) * kPartial + role_.lane;
+  }
+
+  const Role& role_;
+  int stride_, barrier_;
+  A* partial_;
+  Quad registers_[kRegisterBlocks > 0 ? kRegisterBlocks : 1][kSegments];
+  int in_registers_ = 0, in_shared_ = 0, streamed_ = 0, first_byte_ = 0;
+  Quad* shared_ = nullptr;
+  const Quad* stream_ = nullptr;
+};
+
+}  // namespace fusedrnn::cuda

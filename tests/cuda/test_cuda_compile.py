@@ -1,0 +1,147 @@
+"""The CUDA kernels compiled by nvcc for every architecture: registers, spills, and the instructions that they hold."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ROOT / "csrc" / "cuda"
+ARCHITECTURES = {"sm_80": "compute_80", "sm_90a": "compute_90a", "sm_100": "compute_100"}
+MATHS = ["bf16", "fp16", "tf32", "fp32", "fp64"]
+FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-Wall", "-Xptxas", "-v"]
+
+
+def tool(name: str) -> str | None:
+    """A program of the CUDA toolkit: in PATH, in CUDA_HOME, or the one that triton brings."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    candidates = [shutil.which(name), shutil.which(name, path=f"{home}/bin")]
+    try:
+        import triton
+    except ImportError:
+        pass
+    else:
+        candidates.append(shutil.which(name, path=str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin")))
+    return next((found for found in candidates if found), None)
+
+
+NVCC = tool("nvcc")
+pytestmark = [
+    pytest.mark.compiles,
+    pytest.mark.skipif(NVCC is None, reason="nvcc is not here: the CUDA kernels are not compiled"),
+    pytest.mark.timeout(900),  # two minutes on two cores that are idle; what has not changed is not compiled again
+]
+
+
+def kernel_name(mangled: str) -> str | None:
+    found = re.search(r"(Forward|Backward)ILNS0_4MathE(\d)ENS0_\d+(Grid|Cluster)ExchangeELi(\d)ELb(\d)E", mangled)
+    if found is None:
+        return None
+    direction, math, exchange, column_tiles, projected = found.groups()
+    rows = f"rows{8 * int(column_tiles)}{' projected' if projected == '1' else ''}"
+    return f"{MATHS[int(math)]} {direction.lower()} {exchange.lower()} {rows}"
+
+
+def resources(output: str) -> list[dict]:
+    """What ptxas says of each kernel."""
+    rows, row = [], {}
+    for line in output.splitlines():
+        if found := re.search(r"Compiling entry function '(\S+)' for '(\S+)'", line):
+            row = {"kernel": kernel_name(found[1]), "arch": found[2]}
+        elif found := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            row |= {"stack": int(found[1]), "spills": int(found[2]) + int(found[3])}
+        elif (found := re.search(r"Used (\d+) registers", line)) and row.get("kernel"):
+            rows.append(row | {"registers": int(found[1])})
+    return rows
+
+
+def compiled(source: str) -> tuple[Path, list[dict]]:
+    """The object of one source, and the resources of its kernels; compiled unless it has been before."""
+    inputs = sorted(path for path in SOURCES.glob("*") if path.is_file() and path.suffix in (".h", ".cuh"))
+    inputs.append(SOURCES / f"{source}.cu")
+    version = subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=True).stdout
+    digest = hashlib.sha256(json.dumps([FLAGS, ARCHITECTURES, version]).encode())
+    for path in inputs:
+        digest.update(path.read_bytes())
+    target = ROOT / "build" / "cuda_compile" / f"{source}-{digest.hexdigest()[:16]}.o"
+    if not target.with_suffix(".json").is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for old in target.parent.glob(f"{source}-*"):
+            old.unlink()
+        codes = [f"-gencode=arch={virtual},code={real}" for real, virtual in ARCHITECTURES.items()]
+        command = [NVCC, *FLAGS, *codes, "-c", str(SOURCES / f"{source}.cu"), "-o", str(target)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        output = result.stdout + result.stderr
+        assert result.returncode == 0, output
+        assert "warning" not in output, output
+        target.with_suffix(".json").write_text(json.dumps(resources(output)))
+    return target, json.loads(target.with_suffix(".json").read_text())
+
+
+@pytest.fixture(scope="module")
+def objects():
+    """Each source's object and the resources of its kernels, compiled two at a time."""
+    sources = [*(f"instances_{math}" for math in MATHS), "launch"]
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(sources, pool.map(compiled, sources), strict=True))
+
+
+def test_registers_and_spills(objects, capsys):
+    """No kernel spills or has a stack, on any architecture; the table of all of them is printed."""
+    rows = [row for _, rows in objects.values() for row in rows]
+    kernels = sorted({row["kernel"] for row in rows})
+    assert len(kernels) == 2 * 2 * (3 * 3 + 2 * 2)  # passes, exchanges; 8 or 16 rows on the matrix unit, projected
+    assert len(rows) == len(kernels) * len(ARCHITECTURES)
+    with capsys.disabled():
+        print(f"\n\n{'registers':40}" + "".join(f"{arch:>8}" for arch in ARCHITECTURES))
+        for kernel in kernels:
+            used = {row["arch"]: row["registers"] for row in rows if row["kernel"] == kernel}
+            cells = ["-" if arch == "sm_80" and "cluster" in kernel else used[arch] for arch in ARCHITECTURES]
+            print(f"{kernel:40}" + "".join(f"{cell:>8}" for cell in cells))
+    assert not [row for row in rows if row["spills"] or row["stack"]]
+
+
+@pytest.mark.parametrize(
+    ("math", "instruction"),
+    [
+        ("bf16", r"HMMA\.16816\.F32\.BF16"),
+        ("fp16", r"HMMA\.16816\.F32 "),
+        ("tf32", r"HMMA\.1688\.F32\.TF32"),
+        ("fp32", r"FFMA"),
+        ("fp64", r"DFMA"),
+    ],
+)
+def test_instructions(objects, math, instruction):
+    """The arithmetic that each is for; in the kernels of clusters, remote stores that complete on an mbarrier."""
+    cuobjdump = tool("cuobjdump")
+    if cuobjdump is None:
+        pytest.skip("cuobjdump is not here: what nvcc made is not read")
+    command = [cuobjdump, "-sass", "-arch", "sm_90a", str(objects[f"instances_{math}"][0])]
+    sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    functions = re.split(r"\n\s*Function : ", sass)[1:]
+    assert len(functions) == (12 if math in ("bf16", "fp16", "tf32") else 8)
+    for function in functions:
+        assert re.search(instruction, function), kernel_name(function)
+        cluster = "ClusterExchange" in function.split("\n")[0]
+        assert bool(re.search(r"\bSTAS", function)) == cluster  # st.async
+        assert bool(re.search(r"\bSYNCS", function)) == cluster  # mbarrier
+        assert bool(re.search(r"\bLDGSTS", function)) != cluster  # cp.async
+        assert not re.search(r"\b(LDL|STL)\b", function)  # local memory
+
+
+def test_a_debug_build_names_the_wait_that_takes_too_long(tmp_path):
+    """With a timeout compiled in, every wait can end the launch, and prints what it waited for."""
+    ptx = tmp_path / "debug.ptx"
+    flags = ["-std=c++20", "-arch=compute_90a", "-DFUSEDRNN_CUDA_TIMEOUT=4000000000LL"]
+    subprocess.run([NVCC, *flags, "-ptx", str(SOURCES / "instances_fp64.cu"), "-o", str(ptx)], check=True)
+    text = ptx.read_text()
+    strings = {bytes(map(int, row.split(","))) for row in re.findall(r"\.b8 \S+\[\d+\] = \{([\d, ]+)\}", text)}
+    for name in (b"the operand has come", b"the flags of the group"):
+        assert any(name in string for string in strings)
+    assert "trap;" in text

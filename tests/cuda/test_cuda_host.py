@@ -1,0 +1,318 @@
+"""The CUDA kernels on the host, every thread a fiber: against the reference in float64, under many schedules.
+
+What they are compiled from, how a layer is put together and what it is held to stands in conftest.py.
+"""
+
+import ctypes
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCHEDULES = 50
+EXCHANGES = ["grid", "cluster"]
+SANITIZED = "FUSEDRNN_CUDA_HOST_SANITIZE" in os.environ
+MATHS = ["bf16", "fp64"] if SANITIZED else ["bf16", "fp16", "tf32", "fp32", "fp64"]
+WIDE = [math for math in MATHS if math in ("bf16", "fp16", "tf32")]  # those with 16 batch rows at a time
+
+
+@pytest.fixture(params=EXCHANGES)
+def exchange(request):
+    return request.param
+
+
+@pytest.fixture(params=MATHS)
+def math(request):
+    return request.param
+
+
+def rows_of(math):
+    return 16 if math in WIDE else 8
+
+
+SIZES = [
+    # T, B, H
+    (1, 1, 1),
+    (1, 3, 16),
+    (2, 1, 33),
+    (2, 9, 5),
+    (7, 3, 16),
+    (7, 9, 40),
+]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_sizes(layer, kit, exchange, math, size):
+    layer(kit.Problem(*size), kit.Plan(exchange, math)).check()
+
+
+@pytest.mark.parametrize("math", WIDE)
+@pytest.mark.parametrize("size", [(1, 1, 1), (2, 9, 33), (7, 3, 40)], ids=str)
+def test_sixteen_rows(layer, kit, exchange, math, size):
+    layer(kit.Problem(*size), kit.Plan(exchange, math, rows=16)).check()
+
+
+OPTIONS = {
+    "bidirectional": {"D": 2},
+    "no-states": {"states": False},
+    "cell-states": {"cell_states": True},
+    "strided": {"strided": True, "D": 2},
+    "narrow-xg": {"wide": False},
+    "lengths": {"lengths": True},
+    "lengths-bidirectional": {"lengths": True, "D": 2, "cell_states": True},
+    "reset": {"reset": True},
+    "reset-bidirectional": {"reset": True, "D": 2},
+    "everything": {"D": 2, "lengths": True, "reset": True, "cell_states": True, "strided": True},
+    "projection": {"proj": 5},
+    "projection-no-states": {"proj": 7, "states": False},
+    "projection-everything": {
+        "proj": 18,
+        "D": 2,
+        "lengths": True,
+        "reset": True,
+        "cell_states": True,
+        "strided": True,
+    },
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_options(layer, kit, exchange, math, options):
+    layer(kit.Problem(5, 5, 19, **options), kit.Plan(exchange, math, tiles=2)).check()
+
+
+@pytest.mark.parametrize("T", [1, 2])
+def test_everything_in_few_steps(layer, kit, exchange, math, T):
+    for name in ("everything", "projection-everything"):
+        layer(kit.Problem(T, 3, 19, **OPTIONS[name]), kit.Plan(exchange, math)).check()
+
+
+# (plan, H): tiles and splits of every shape, and weights in registers, in shared memory and streamed.
+PLANS = {
+    "one-block": ({"tiles": 5}, 40),
+    "tiles-that-are-not-full": ({"tiles": 4}, 40),
+    "two-splits": ({"splits": 2, "tiles": 2}, 40),
+    "more-splits-than-k-blocks": ({"splits": 8}, 5),
+    "shared": ({"splits": 1, "tiles": 3, "shared_blocks": 40}, 90),
+    "streamed": ({"splits": 1, "tiles": 3}, 90),
+    "shared-and-streamed": ({"splits": 2, "tiles": 3, "shared_blocks": 1}, 90),
+}
+
+
+@pytest.mark.parametrize(("options", "H"), PLANS.values(), ids=PLANS.keys())
+@pytest.mark.parametrize("projected", [False, True], ids=["", "projected"])
+def test_plans(layer, kit, exchange, math, options, H, projected):
+    problem = kit.Problem(2, 3, H, D=2, proj=H * 2 // 3 if projected else 0)
+    options = options | {"shared_projection_blocks": options.get("shared_blocks", 0)}
+    layer(problem, kit.Plan(exchange, math, **options)).check()
+
+
+@pytest.mark.parametrize("shared_blocks", [0, 2], ids=["streamed", "shared"])
+@pytest.mark.parametrize("rows", [8, 16])
+@pytest.mark.parametrize("math", WIDE)
+def test_more_k_blocks_than_registers(layer, host, kit, exchange, math, rows, shared_blocks):
+    problem = kit.Problem(2, 2, 170 if math == "tf32" else 330)
+    plan = kit.Plan(exchange, math, tiles=4, rows=rows, shared_blocks=shared_blocks)
+    for direction in (kit.FORWARD, kit.BACKWARD):
+        needs, _ = host.needs(direction, problem.sizes, host.struct(plan, direction, problem.H, problem.B))
+        assert needs.streamed[0] > 0
+    layer(problem, plan).check()
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_groups_take_slices_one_after_another(layer, kit, exchange, math, groups):
+    """A group goes from the last step of a slice to the first of the next without meeting the others in between."""
+    problem = kit.Problem(3, 4 * rows_of(math) - 5, 19, D=2, lengths=True, reset=True)
+    layer(problem, kit.Plan(exchange, math, rows=rows_of(math), groups=groups)).check()
+    layer(kit.replace(problem, proj=9), kit.Plan(exchange, math, groups=groups)).check()
+
+
+def test_idle_blocks(layer, kit, math):
+    """A cluster of 8 of which 5 blocks have a tile."""
+    layer(kit.Problem(4, 3, 40), kit.Plan("cluster", math, blocks=8)).check()
+    layer(kit.Problem(4, 3, 40, proj=20), kit.Plan("cluster", math, blocks=8)).check()
+
+
+def test_inference_writes_no_more_than_outputs(layer, kit, exchange, math):
+    one = layer(kit.Problem(4, 3, 19), kit.Plan(exchange, math))
+    training, inference = one.forward()[0], one.forward(training=False)[0]
+    assert inference.keys() == {"y", "hn", "cn"}
+    assert all(torch.equal(inference[name], training[name]) for name in inference)
+
+
+def test_plans_give_the_same_bits(layer, kit, exchange, math):
+    """Groups, blocks, rows and where the weights lie do not change the order of any sum; only splits of K do."""
+    problem = kit.Problem(3, 9, 40, D=2)
+    first, *others = (
+        layer(problem, kit.Plan(exchange, math, **options)).all()
+        for options in ({}, {"tiles": 3}, {"rows": rows_of(math)}, {"groups": 1}, {"tiles": 2, "shared_blocks": 3})
+    )
+    for other in others:
+        assert all(torch.equal(first[name], other[name]) for name in first)
+
+
+# Two slices for one group, idle warps, partial sums and both column tiles, in little time.
+RACE = {"T": 3, "B": 9, "H": 20, "lengths": True, "reset": True}
+
+
+def race_plan(kit, exchange, math, **options):
+    return kit.Plan(exchange, math, **{"tiles": 2, "splits": 2, "groups": 1, **options})
+
+
+VARIANTS = [(math, {}) for math in MATHS] + [(math, {"proj": 17}) for math in MATHS] + [(m, {"rows": 16}) for m in WIDE]
+
+
+@pytest.mark.parametrize(("math", "variant"), VARIANTS, ids=lambda part: part if part in MATHS else "".join(part))
+def test_every_schedule_gives_the_same_bits(layer, kit, exchange, math, variant):
+    """Of every kernel that is compiled."""
+    problem = kit.Problem(**RACE, proj=variant.get("proj", 0))
+    one = layer(problem, race_plan(kit, exchange, math, rows=variant.get("rows", 8)))
+    one.check()
+    first = one.all()
+    for seed in range(1, SCHEDULES):
+        made, _ = one.forward(seed)
+        back, _ = one.backward(made, seed)
+        for name, value in (made | back).items():
+            assert torch.equal(value, first[name]), f"{name} with seed {seed}"
+
+
+def caught(one, direction, name, expected):
+    """The first schedule in which the launch without the synchronisations of that name fails, and how."""
+    for seed in range(SCHEDULES):
+        try:
+            if direction == "forward":
+                outputs, launched = one.forward(seed, remove=name)
+            else:
+                outputs, launched = one.backward(expected, seed, remove=name)
+        except RuntimeError as error:
+            return str(error)
+        assert name in launched.names
+        if not all(torch.equal(value, expected[key]) for key, value in outputs.items()):
+            return "other results"
+    return None
+
+
+@pytest.mark.parametrize("proj", [0, 17], ids=["", "projected"])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_no_synchronisation_can_be_left_out(layer, kit, exchange, direction, proj):
+    """The test of the tests: each is removed in turn, and that has to be noticed. So none is redundant either."""
+    problem = kit.Problem(**{**RACE, "B": 20}, proj=proj)
+    rows = 8 if proj else 16
+    plans = [race_plan(kit, exchange, "bf16", rows=rows, **options) for options in ({}, {"splits": 1, "tiles": 1})]
+    missed = {}
+    for plan in plans:
+        one = layer(problem, plan)
+        expected = one.all()
+        launched = (one.forward() if direction == "forward" else one.backward(expected))[1]
+        assert len(launched.names) >= 4
+        for name in launched.names:
+            found = caught(one, direction, name, expected)
+            missed[name] = missed.get(name, True) and found is None
+    assert not [name for name, not_found in missed.items() if not_found]
+
+
+def test_a_deadlock_is_reported_with_who_waits_where(host, kit):
+    with pytest.raises(kit.LaunchError) as error:
+        host.launch("fusedrnn_host_deadlock", None, 0, None)
+    assert str(error.value).splitlines() == [
+        "deadlock: no thread can run",
+        "  block 1, threads 0 to 31: waiting at 'a barrier'",
+        "  block 1, threads 32 to 63: waiting at 'what never comes'",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options", "why"),
+    [
+        ({"T": 0}, {}, "sizes must be positive"),
+        ({"D": 3}, {}, "D 1 or 2"),
+        ({"T": 1 << 31}, {}, "T must be below"),
+        ({"P": 4}, {}, "P must be H without a projection"),
+        ({"P": 41, "projected": 1}, {}, "P must be 1 to H"),
+        ({"P": 4, "projected": 1}, {"rows": 16}, "rows must be 8 with a projection"),
+        ({}, {"tiles": 3, "splits": 3}, "too many threads"),
+        ({}, {"rows": 12}, "rows must be 8 or 16"),
+        ({}, {"rows": 16, "math": "fp32"}, "rows must be 8"),
+        ({}, {"blocks": 1}, "do not cover H"),
+        ({}, {"blocks": 6, "exchange": "cluster"}, "1, 2, 4, 8 or 16"),
+        ({}, {"blocks": 32, "exchange": "cluster"}, "1, 2, 4, 8 or 16"),
+        ({}, {"shared_blocks": -1}, "counts must be positive"),
+        ({"H": 20000, "P": 20000}, {"blocks": 16, "tiles": 160, "exchange": "cluster"}, "too many threads"),
+    ],
+    ids=str,
+)
+def test_invalid_plans(host, kit, sizes, options, why):
+    sizes = {"T": 3, "B": 4, "H": 40, "P": 40, "D": 1, **sizes}
+    plan = host.struct(kit.Plan(**options), kit.FORWARD, sizes["H"], sizes["B"])
+    assert why in host.needs(kit.FORWARD, kit.Sizes(**sizes), plan)[1]
+
+
+def test_needs(host, kit):
+    """Sizes worked out by hand: bfloat16, H 512, a cluster of 8 blocks of 8 tiles, 8 rows."""
+    sizes = kit.Sizes(T=9, B=16, H=512, P=512, D=2)
+    plan = host.struct(kit.Plan("cluster", "bf16", tiles=8, rows=8, shared_blocks=9), kit.FORWARD, 512, 16)
+    needs, why = host.needs(kit.FORWARD, sizes, plan)
+    assert why is None
+    assert list(needs.streamed) == [0, 0]  # 16 K blocks, 7 of them in registers
+    # 9 K blocks for each of 8 warps, two operands of 8 rows of 16 | 1 K blocks, staging, two barriers.
+    assert needs.shared == 8 * 9 * 2048 + 2 * 8 * 17 * 64 + 8 * 8 * 16 + 16
+    assert (needs.exchanged, needs.flags, needs.blocks) == (0, 0, 2 * 2 * 8)
+    assert needs.packed[0] == 2 * 4 * 512 * 512 * 2
+    plan.exchange = 0
+    needs, why = host.needs(kit.FORWARD, sizes, plan)
+    assert (needs.exchanged, needs.flags) == (2 * 2 * 2 * 8 * 512 * 2, 2 * 2 * 8)
+
+
+@pytest.mark.parametrize(("which", "dtype"), [(0, torch.bfloat16), (1, torch.float16)], ids=["bf16", "fp16"])
+def test_conversions_are_torchs(host, which, dtype):
+    bits = torch.arange(0, 1 << 32, 65521, dtype=torch.int64) - (1 << 31)
+    values = bits.to(torch.int32).view(torch.float32)
+    values = torch.cat([values, torch.tensor([0.0, -0.0, 65504.0, 65519.0, 65520.0, 2.0**-24, 2.0**-25, 3 * 2.0**-25])])
+    ours = torch.empty_like(values)
+    host.library.fusedrnn_host_convert(
+        which, ctypes.c_int64(len(values)), ctypes.c_void_p(values.data_ptr()), ctypes.c_void_p(ours.data_ptr())
+    )
+    torch.testing.assert_close(ours, values.to(dtype).float(), rtol=0, atol=0, equal_nan=True)
+
+
+def test_tf32_is_the_nearest_of_eleven_bits(host):
+    values = torch.randn(10000)
+    ours = torch.empty_like(values)
+    host.library.fusedrnn_host_convert(
+        2, ctypes.c_int64(len(values)), ctypes.c_void_p(values.data_ptr()), ctypes.c_void_p(ours.data_ptr())
+    )
+    mantissa, exponent = torch.frexp(values.double())
+    assert torch.equal(ours.double(), torch.ldexp((mantissa * 2**11).round(), exponent - 11))
+
+
+@pytest.mark.compiles
+@pytest.mark.skipif(SANITIZED, reason="this is the sanitized run")
+def test_under_sanitizers(host):
+    """The same tests, fewer of them, with a library built with AddressSanitizer and UndefinedBehaviorSanitizer."""
+    compiler = os.environ.get("CXX", "g++")
+    preload = [
+        subprocess.run([compiler, f"-print-file-name={name}.so"], capture_output=True, text=True, check=True).stdout
+        for name in ("libasan", "libstdc++")
+    ]
+    if not all(Path(path.strip()).is_absolute() for path in preload):
+        pytest.skip(f"{compiler} has no AddressSanitizer")
+    chosen = "test_sizes or test_options and everything or test_plans and not many or test_groups or test_idle"
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen],
+        env={
+            **os.environ,
+            "LD_PRELOAD": " ".join(path.strip() for path in preload),
+            "ASAN_OPTIONS": "detect_leaks=0",
+            "FUSEDRNN_CUDA_HOST_SANITIZE": "1",
+        },
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert " passed" in result.stdout
