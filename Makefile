@@ -12,9 +12,10 @@ TORCH_INDEX ?=
 
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h)
+CUDA_SOURCES := $(wildcard csrc/cuda/*.h csrc/cuda/*.cu csrc/cuda/*.cuh csrc/cuda/host/*.h csrc/cuda/host/*.cpp)
 CXX ?= g++
 
-.PHONY: help demo test lint format sanitize clean
+.PHONY: help demo test lint format sanitize kernels clean
 .DELETE_ON_ERROR:
 
 help:
@@ -33,12 +34,12 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(filter csrc/%,$(SOURCES))
+	$(BIN)/clang-format --dry-run --Werror $(filter csrc/%,$(SOURCES)) $(CUDA_SOURCES)
 
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(filter csrc/%,$(SOURCES))
+	$(BIN)/clang-format -i $(filter csrc/%,$(SOURCES)) $(CUDA_SOURCES)
 
 # make sanitize   the kernel tests on a library built with AddressSanitizer and UndefinedBehaviorSanitizer
 sanitize: $(VENV)/.test
@@ -47,6 +48,13 @@ sanitize: $(VENV)/.test
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize/lib FUSEDRNN_EXPECT_SANITIZED=1 \
 	  $(BIN)/pytest tests/test_kernels.py
+
+# make kernels   every GPU kernel compiled for every architecture: registers, spills, instructions; needs no GPU
+kernels: $(VENV)/.test
+	@echo "== Triton =="
+	$(BIN)/python -W ignore -m fusedrnn.kernels.compile
+	@echo "== CUDA C++ =="
+	$(BIN)/pytest -m compiles -s
 
 clean:
 	rm -rf build dist out *.egg-info fusedrnn/*.so fusedrnn/_build.json

@@ -1,8 +1,8 @@
 """What a GPU backend does around its launch: the GEMMs over all time steps, and what makes tensors fit the kernels.
 
-A backend's module supplies `plan_for`, `forward` and `backward` (kernels/launch.py); the launch computes the recurrence,
-from the input's affine maps xg to the states, and backward from the states' gradients to those of the gates' affine
-maps, da. Everything that has no recurrence in it is a GEMM before or after, by torch.
+A backend's module supplies `plan_for`, `forward` and `backward` (kernels/launch.py). Its launch computes the
+recurrence: from the input's affine maps xg to the states, and backward from the states' gradients to da, those of the
+gates' affine maps. Everything that has no recurrence in it is a GEMM before or after, by torch.
 """
 
 from __future__ import annotations
@@ -59,11 +59,10 @@ def _gemms_in(precision: str, x: Tensor) -> Iterator[None]:
         matmul.fp32_precision = before
 
 
-def shape_of(launch: ModuleType, x: Tensor, directions: Sequence[DirectionWeights], ragged: bool) -> Any:
+def _shape(launch: ModuleType, x: Tensor, directions: Sequence[DirectionWeights], ragged: bool) -> Any:
     T, B, I = x.shape
-    w_hh = directions[0].w_hh
-    sizes = (T, B, I, w_hh.shape[0] // 4, w_hh.shape[1], len(directions), x.element_size())
-    return launch.Shape(*sizes, fp32_precision(), ragged)
+    P, H = _sizes(directions)
+    return launch.Shape(T, B, I, H, P, len(directions), x.element_size(), fp32_precision(), ragged)
 
 
 def forward(
@@ -87,7 +86,7 @@ def forward(
     empty = x.new_empty(0)
     if B == 0:
         return y, hn, cn, empty if c is None else c, x.new_empty(D, T, B, 4 * H) if reserve else empty.clone()
-    shape = shape_of(launch, x, directions, lengths is not None or reset is not None)
+    shape = _shape(launch, x, directions, lengths is not None or reset is not None)
     plan = launch.plan_for("forward", shape, x.device)
     xg = None
     if not plan.inputs:
@@ -127,41 +126,36 @@ def backward(
     needs_x, needs_h0, needs_c0, *needs_weights = needs
     empty = x.new_empty(0)
     if B == 0:
-        zeros = [like.new_zeros(like.shape) if need else empty.clone() for like, need in zip(weights, needs_weights)]
-        dh0, dc0 = (x.new_empty(D, 0, n) if need else empty.clone() for n, need in ((P, needs_h0), (H, needs_c0)))
-        return torch.empty_like(x) if needs_x else empty, dh0, dc0, zeros
-    shape = shape_of(launch, x, directions, lengths is not None or reset is not None)
+        shapes = [x.shape, (D, 0, P), (D, 0, H), *(weight.shape for weight in weights)]
+        zeros = [x.new_zeros(shape) if need else empty.clone() for shape, need in zip(shapes, needs, strict=True)]
+        return zeros[0], zeros[1], zeros[2], zeros[3:]
+    shape = _shape(launch, x, directions, lengths is not None or reset is not None)
     da = x.new_empty(D, T, B, 4 * H)
     dh_out = x.new_empty(D, T, B, P) if shape.projected else None
     dh0 = x.new_empty(D, B, P) if needs_h0 else None
     dc0 = x.new_empty(D, B, H) if needs_c0 else None
     _, w_hh, _, _, w_hr = zip(*directions, strict=True)
     plan = launch.plan_for("backward", shape, x.device)
-    launch.backward(
-        plan, dy, dhn, dcn, dc, w_hh, w_hr, c0, lengths, reset, c, gates, da, dh_out, dh0, dc0
-    )
+    launch.backward(plan, dy, dhn, dcn, dc, w_hh, w_hr, c0, lengths, reset, c, gates, da, dh_out, dh0, dc0)
 
-    steps = existing(T, lengths)
-    if steps is not None and any(needs_weights):
-        x = x.where(steps, 0.0)
-    wanted = split_directions(needs_weights, bidirectional)  # type: ignore[type-var]
-    dx, dweights = empty, []
     with _gemms_in(shape.precision, x):
-        if needs_x:
-            dx = _gradient_of_input(da, directions).view_as(x)
-        for d, w in enumerate(wanted):
-            y_d, c_d = y[..., d * P : (d + 1) * P], c[..., d * H : (d + 1) * H]
-            a = da[d].flatten(0, 1)
-            dweights.append(a.T @ x.flatten(0, 1) if w.w_ih else empty.clone())
-            first = h0[d] if h0 is not None else None
+        dx = _gradient_of_input(da, directions).view_as(x) if needs_x else empty
+        steps = existing(T, lengths)
+        if steps is not None and any(needs_weights):
+            x = x.where(steps, 0.0)
+        needed, dweights = iter(needs_weights), []
+        for d, w in enumerate(directions):
+            a, y_d, c_d = da[d].flatten(0, 1), y[..., d * P : (d + 1) * P], c[..., d * H : (d + 1) * H]
+            first = None if h0 is None else h0[d]
+            dweights.append(a.T @ x.flatten(0, 1) if next(needed) else empty.clone())
+            recurrent = next(needed)
             dweights.append(
-                _gradient_of_recurrence(da[d], y_d, first, steps, reset, d == 1) if w.w_hh else empty.clone()
+                _gradient_of_recurrence(da[d], y_d, first, steps, reset, d == 1) if recurrent else empty.clone()
             )
             if w.b_ih is not None:
-                bias = a.sum(0) if w.b_ih or w.b_hh else empty
-                dweights += [bias.clone() if need else empty.clone() for need in (w.b_ih, w.b_hh)]
-            if w.w_hr is not None:
-                dweights.append(_gradient_of_projection(dh_out[d], c_d, gates[d]) if w.w_hr else empty.clone())
+                dweights += [a.sum(0) if next(needed) else empty.clone() for _ in (w.b_ih, w.b_hh)]
+            if dh_out is not None:
+                dweights.append(_gradient_of_projection(dh_out[d], c_d, gates[d]) if next(needed) else empty.clone())
     return dx, empty.clone() if dh0 is None else dh0, empty.clone() if dc0 is None else dc0, dweights
 
 

@@ -47,22 +47,29 @@ def multiply(
     AHEAD is how many chunks of the states are on their way before the first of them is multiplied. STREAMED says
     whether there are chunks that are not resident.
     """
+    # Every chunk is read at a constant distance from the first: one register for its address, not one for each chunk.
     if SPLIT == 1:
         acc = tl.zeros((BATCH, N), tl.float32)
+        o_k = tl.arange(0, CHUNK)[None, :]
+        p_states = p_rows[:, None] + o_k
+        mask = m_rows[:, None]
     else:
         acc = tl.zeros((SPLIT, BATCH, N), tl.float32)
+        o_k = tl.reshape(tl.arange(0, CHUNK), (SPLIT, CHUNK // SPLIT))[:, None, :]
+        p_states = p_rows[None, :, None] + o_k
+        mask = m_rows[None, :, None]
     states = ()
     for i in tl.static_range(RESIDENT + AHEAD):
         if i < RESIDENT:
             if i == RESIDENT - 1 and not STREAMED:
-                states = states + (_states(p_rows, m_rows, K, i * CHUNK, CHUNK, SPLIT, True),)
+                states = states + (_states(p_states + i * CHUNK, mask & (o_k < K - i * CHUNK)),)
             else:
-                states = states + (_states(p_rows, m_rows, K, i * CHUNK, CHUNK, SPLIT, False),)
+                states = states + (_states(p_states + i * CHUNK, mask),)
         if i >= AHEAD:
             acc = tl.dot(states[i - AHEAD], chunks[i - AHEAD], acc, input_precision=PRECISION)
     if STREAMED:
         for k in tl.range(RESIDENT * CHUNK, K, CHUNK):
-            b_s = _states(p_rows, m_rows, K, k, CHUNK, SPLIT, True)
+            b_s = _states(p_states + k, mask & (o_k < K - k))
             b_w = _weights(w, o_n, m_n, stride_k, K, k, CHUNK, SPLIT)
             acc = tl.dot(b_s, b_w, acc, input_precision=PRECISION)
     if SPLIT > 1:
@@ -71,20 +78,9 @@ def multiply(
 
 
 @triton.jit
-def _states(p_rows, m_rows, K, k, CHUNK: tl.constexpr, SPLIT: tl.constexpr, PARTIAL: tl.constexpr):
-    # Past L1, which does not see what other programs write. Only the last chunk can be PARTIAL.
-    if SPLIT == 1:
-        o_k = k + tl.arange(0, CHUNK)
-        mask = m_rows[:, None]
-        if PARTIAL:
-            mask = mask & (o_k < K)[None, :]
-        return tl.load(p_rows[:, None] + o_k[None, :], mask=mask, other=0.0, cache_modifier=".cg")
-    else:
-        o_k = k + tl.reshape(tl.arange(0, CHUNK), (SPLIT, CHUNK // SPLIT))
-        mask = m_rows[None, :, None]
-        if PARTIAL:
-            mask = mask & (o_k < K)[:, None, :]
-        return tl.load(p_rows[None, :, None] + o_k[:, None, :], mask=mask, other=0.0, cache_modifier=".cg")
+def _states(p_states, mask):
+    # Past L1, which does not see what other programs write.
+    return tl.load(p_states, mask=mask, other=0.0, cache_modifier=".cg")
 
 
 @triton.jit

@@ -6,10 +6,10 @@
 
 The gradients of x and of the weights are GEMMs over da after the launch: nothing is summed up over time in here.
 
-Grid, ownership and meetings are those of forward.py: a program owns UNITS hidden units, here columns of w_hh, and with a
-projection COLUMNS of its outputs. da_t is exchanged through da itself, the result, in global memory; with a projection
-dh_t is exchanged as well, through dh_out, which the gradient of w_hr needs. dc stays in float32 registers. If one
-program owns all units (CARRIED), da_t does not leave its registers, and nobody meets.
+Grid, ownership and meetings are those of forward.py: a program owns UNITS hidden units, here columns of w_hh, and with
+a projection COLUMNS of its outputs. da_t is exchanged through da itself, the result, in global memory; with a
+projection dh_t is exchanged as well, through dh_out, which the gradient of w_hr needs. dc stays in float32 registers.
+If one program owns all units (CARRIED), da_t does not leave its registers, and nobody meets.
 
 Steps run against the forward's order. dh of the state that enters a step is found by the step taken after it; so dh0,
 by one that lies outside of the sequence.
@@ -65,7 +65,6 @@ def lstm_backward(
     RESIDENT: tl.constexpr,
     STREAMED: tl.constexpr,
     RESIDENT_HR: tl.constexpr,
-    STREAMED_HR: tl.constexpr,
     PROGRAMS: tl.constexpr,
     CARRIED: tl.constexpr,
     PHASE: tl.constexpr,
@@ -104,7 +103,9 @@ def lstm_backward(
         if CARRIED:
             kept_hh = ()
             for k in tl.static_range(4):
-                kept_hh = kept_hh + load_weights(w_hh + tl.cast(k * H, tl.int64) * P, o_p.to(tl.int64), m_p, P, H, 1, CHUNK, 1)
+                kept_hh = kept_hh + load_weights(
+                    w_hh + tl.cast(k * H, tl.int64) * P, o_p.to(tl.int64), m_p, P, H, 1, CHUNK, 1
+                )
         else:
             kept_hh = load_weights(w_hh, o_p.to(tl.int64), m_p, P, 4 * H, RESIDENT, CHUNK, SPLIT)
         kept_hr = load_weights(w_hr, o_u.to(tl.int64), m_u, H, P, RESIDENT_HR, CHUNK, SPLIT)
@@ -183,7 +184,8 @@ def lstm_backward(
                 else:
                     wait(counter, arrivals, MEET)
                     b_dm = multiply(
-                        da + ((d * T + after) * B + b0) * (4 * H) + o_b * (4 * H), passes, 4 * H, kept_hh, w_hh, o_p.to(tl.int64), m_p, P,
+                        da + ((d * T + after) * B + b0) * (4 * H) + o_b * (4 * H), passes, 4 * H,
+                        kept_hh, w_hh, o_p.to(tl.int64), m_p, P,
                         BATCH, OUTPUTS, RESIDENT, STREAMED, CHUNK, SPLIT, AHEAD, PRECISION,
                     )  # fmt: skip
                     if dh0 is not None:
@@ -201,8 +203,9 @@ def lstm_backward(
                 if COLUMNS:
                     wait(counter, arrivals, MEET)
                     b_dm = multiply(
-                        dh_out + ((d * T + t) * B + b0) * P + o_b * P, exists, P, kept_hr, w_hr, o_u.to(tl.int64), m_u, H,
-                        BATCH, UNITS, RESIDENT_HR, STREAMED_HR, CHUNK, SPLIT, AHEAD, PRECISION,
+                        dh_out + ((d * T + t) * B + b0) * P + o_b * P, exists, P,
+                        kept_hr, w_hr, o_u.to(tl.int64), m_u, H,
+                        BATCH, UNITS, RESIDENT_HR, STREAMED, CHUNK, SPLIT, AHEAD, PRECISION,
                     )  # fmt: skip
                 da_i, da_f, da_g, da_o, dc_in = cell_backward(b_i, b_f, b_g, b_o, c_in, b_c, b_dm, dc_t)
                 da_i = tl.where(exists[:, None], da_i, 0.0).to(dtype)

@@ -1,16 +1,25 @@
-"""Compiles the kernels of a plan ahead of time, for any architecture, on a machine without a GPU.
+"""Compiles the kernels ahead of time, for any architecture, on a machine without a GPU.
 
-    python -m fusedrnn.kernels.compile [--device NAME] [--quick]
+    python -m fusedrnn.kernels.compile           every plan that the planner chooses over a wide grid of problems
+    python -m fusedrnn.kernels.compile --quick   over a small one
 
-prints registers, shared memory and spills of every plan that the planner chooses over a grid of problems.
+prints the registers, the spilled bytes and the shared memory of each; the exit status is 1 if one spills, or takes more
+shared memory than its plan says.
 """
 
 from __future__ import annotations
 
+import argparse
+import itertools
+import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,14 +27,41 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from . import plan as planner
 from .backward import lstm_backward
 from .forward import lstm_forward
-from .plan import Plan
+from .plan import Device, Plan, Shape
 
 KERNELS = {"forward": lstm_forward, "backward": lstm_backward}
 _POINTERS = {"lengths": "*i64", "reset": "*i1", "carry": "*fp32", "counters": "*i32"}
 _SIZES = ("T", "B", "I", "H", "P", "begin", "end")
 _ALIGNED = ("I", "H", "P")  # the others are not specialised
+
+
+class Variant(NamedTuple):
+    """What a kernel is compiled for."""
+
+    kernel: str  # "forward" or "backward"
+    capability: int  # 90 for sm_90
+    dtype: str  # Triton's name: "fp32", "bf16" or "fp16"
+    D: int
+    projected: bool
+    ragged: bool  # with every optional tensor; otherwise with none but what training needs
+    aligned: bool  # H, P and, where x is read, I are multiples of 16
+    plan: Plan
+
+    def __str__(self) -> str:
+        p = self.plan
+        options = [f"D{self.D}", *(name for name in ("projected", "ragged") if getattr(self, name))]
+        options += [] if self.aligned else ["unaligned"]
+        size = f"{p.batch} x {p.units}" + (f" x {p.columns}" if p.columns else "")
+        weights = f"{p.resident} chunks of {p.chunk}" if p.resident else f"chunks of {p.chunk}"
+        weights += f", {p.resident_hr} of w_hr" if p.resident_hr else ""
+        weights += f", {p.inputs} of w_ih" if p.inputs else ""
+        return (
+            f"{self.kernel:8} sm_{self.capability:<3} {self.dtype} {p.precision if self.dtype == 'fp32' else '':6} "
+            f"{p.regime:8} {size:12} {weights:24} {' '.join(options)}"
+        )
 
 
 class Resources(NamedTuple):
@@ -34,30 +70,21 @@ class Resources(NamedTuple):
     registers: int  # of each thread
     spilled: int  # bytes of each thread
     shared: int  # bytes of each block
+    ttgir: str  # Triton's last representation that still has tensors
     ptx: str
 
 
-def compile(kernel: str, plan: Plan, capability: int, dtype: str, *, full: bool, aligned: bool, D: int, projected: bool) -> Resources:
-    """Compiles one kernel.
-
-    Args:
-        kernel: "forward" or "backward".
-        plan: its plan.
-        capability: 90 for sm_90.
-        dtype: Triton's name, "fp32", "bf16" or "fp16".
-        full: with every optional tensor, or with none.
-        aligned: whether I, H and P are multiples of 16.
-        D, projected: directions, and whether there is a projection.
-    """
+def compile(variant: Variant) -> Resources:
+    """Compiles one kernel."""
+    kernel, capability, dtype, D, projected, ragged, aligned, plan = variant
     function = KERNELS[kernel]
     constants: dict[str, Any] = {**plan.constants(kernel), "D": D, "PHASE": 0, "MEET": plan.programs > 1}
     absent = {"carry"}
     if not projected:
         absent |= {"w_hr0", "w_hr1", "m", "dh_out"}
     absent |= {"xg"} if plan.inputs else {"x", "w_ih0", "w_ih1", "b_ih0", "b_ih1", "b_hh0", "b_hh1"}
-    if not full:
+    if not ragged:
         absent |= {"lengths", "reset", "h0", "c0", "dhn", "dcn", "dc", "dh0", "dc0"}
-        absent |= {"c", "gates"} if kernel == "forward" else set()
     constants |= {name: None for name in absent if name in function.arg_names}
     signature, attributes = {}, {}
     for index, name in enumerate(function.arg_names):
@@ -70,7 +97,7 @@ def compile(kernel: str, plan: Plan, capability: int, dtype: str, *, full: bool,
     source = ASTSource(function, signature, {k: v for k, v in constants.items() if k in signature}, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=plan.options)
     registers, spilled = _usage(compiled.asm["cubin"])
-    return Resources(registers, spilled, compiled.metadata.shared, compiled.asm["ptx"])
+    return Resources(registers, spilled, compiled.metadata.shared, compiled.asm["ttgir"], compiled.asm["ptx"])
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:
@@ -83,3 +110,97 @@ def _usage(cubin: bytes) -> tuple[int, int]:
     if usage is None:
         raise RuntimeError(f"cuobjdump says nothing of registers: {text}")
     return int(usage[1]), int(usage[2]) + int(usage[3])
+
+
+def variants(devices: Sequence[Device], shapes: Sequence[Shape]) -> Iterator[Variant]:
+    """Both kernels for every problem on every device; what is compiled alike comes once."""
+    seen = set()
+    for device, shape, kernel in itertools.product(devices, shapes, KERNELS):
+        try:
+            plan = planner.plan(kernel, shape, device)
+        except ValueError:  # too large for the device, which is what a user is told then
+            continue
+        # What differs in these is compiled alike.
+        alike = replace(plan, programs=min(plan.programs, 2), groups=0, step=0.0, launch=0.0)
+        dtype, aligned = (
+            "bf16" if shape.itemsize == 2 else "fp32",
+            shape.aligned and (not plan.inputs or shape.I % 16 == 0),
+        )
+        variant = Variant(kernel, device.capability, dtype, shape.D, shape.projected, shape.ragged, aligned, plan)
+        if variant._replace(plan=alike) not in seen:
+            seen.add(variant._replace(plan=alike))
+            yield variant
+
+
+def grid(quick: bool) -> list[Shape]:
+    """The problems whose plans are compiled. Training, with T = 128, and T = 1, where x is part of the launch."""
+    if quick:
+        shapes = [Shape(128, B, H, H, H, 1, 2, "tf32") for H, B in ((64, 1), (512, 64), (1024, 1), (2048, 64))]
+        shapes += [Shape(128, 64, 256, 256, 256, 2, 4, precision, True) for precision in ("tf32", "tf32x3", "ieee")]
+        shapes += [Shape(1, 1, 256, 256, 256, 1, 2, "tf32"), Shape(128, 32, 512, 512, 256, 2, 2, "tf32", True)]
+        return [*shapes, Shape(128, 32, 650, 650, 650, 2, 2, "tf32", True)]
+    shapes = []
+    kinds = ((2, "tf32"), (4, "tf32"), (4, "tf32x3"), (4, "ieee"))
+    for H, B, kind in itertools.product((64, 100, 128, 256, 512, 650, 1024, 2048), (1, 32, 128), kinds):
+        shapes.append(Shape(128, B, H, H, H, 1, *kind))
+        shapes.append(Shape(1, B, H, H, H, 1, *kind))
+        shapes.append(Shape(128, B, H, H, H, 2, *kind, ragged=True))
+        shapes.append(Shape(128, B, H, H, H // 2, 2, *kind, ragged=True))
+    return shapes
+
+
+class Report(NamedTuple):
+    """The outcome for one variant."""
+
+    variant: Variant
+    registers: int
+    spilled: int
+    shared: int
+
+    @property
+    def failure(self) -> str | None:
+        if self.spilled:
+            return f"spills {self.spilled} bytes"
+        if self.shared > self.variant.plan.shared:
+            return f"takes {self.shared} bytes of shared memory, planned {self.variant.plan.shared}"
+        return None
+
+    def __str__(self) -> str:
+        figures = f"{self.registers:4} {self.spilled:7} {self.shared:7} {self.variant.plan.shared:7}"
+        return f"{figures}  {self.variant}{f'  <- {self.failure}' if self.failure else ''}"
+
+
+def report(variant: Variant) -> Report:
+    """Compiles a variant and keeps the figures."""
+    return Report(variant, *compile(variant)[:3])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; see the top of this file."""
+    parser = argparse.ArgumentParser(prog="python -m fusedrnn.kernels.compile", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a small grid")
+    parser.add_argument(
+        "--device", action="append", choices=[d.name for d in planner.DEVICES], help="by default one of each generation"
+    )
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes; by default one for each core")
+    options = parser.parse_args(argv)
+    names = options.device or [d.name for d in planner.DEVICES if d is not planner.H100]  # which is planned as an H200
+    devices = [d for d in planner.DEVICES if d.name in names]
+    reports = []
+    print("regs spilled  shared planned  kernel", file=sys.stderr)
+    with ProcessPoolExecutor(options.jobs) as pool:
+        for outcome in pool.map(report, list(variants(devices, grid(options.quick)))):
+            reports.append(outcome)
+            print(outcome, file=sys.stderr if options.json else sys.stdout, flush=True)
+    if options.json:
+        rows = [
+            {**r._asdict(), "variant": str(r.variant), "regime": r.variant.plan.regime, "failure": r.failure}
+            for r in reports
+        ]
+        print(json.dumps(rows))
+    return 1 if any(outcome.failure for outcome in reports) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -86,7 +86,6 @@ def lstm_forward(
     RESIDENT: tl.constexpr,
     STREAMED: tl.constexpr,
     RESIDENT_HR: tl.constexpr,
-    STREAMED_HR: tl.constexpr,
     PROGRAMS: tl.constexpr,
     CARRIED: tl.constexpr,
     PHASE: tl.constexpr,
@@ -264,7 +263,7 @@ def lstm_forward(
                 wait(counter, arrivals, MEET)
                 acc = multiply(
                     m + row0 * H + o_b * H, exists, H, kept_hr, w_hr, o_p.to(tl.int64) * H, m_p, 1,
-                    BATCH, COLUMNS, RESIDENT_HR, STREAMED_HR, CHUNK, SPLIT, AHEAD, PRECISION,
+                    BATCH, COLUMNS, RESIDENT_HR, STREAMED, CHUNK, SPLIT, AHEAD, PRECISION,
                 )  # fmt: skip
                 tl.store(y + ((t * B + b0) * D + d) * P + o_y, acc, mask=m_h)
                 arrive(counter, MEET)

@@ -106,7 +106,15 @@ def _launch(
     if not INTERPRETED:
         with torch.cuda.device_of(like):
             function[grid](
-                *tensors, None, counters, begin=0, end=steps, MEET=plan.programs > 1, PHASE=0, **constants, **plan.options
+                *tensors,
+                None,
+                counters,
+                begin=0,
+                end=steps,
+                MEET=plan.programs > 1,
+                PHASE=0,
+                **constants,
+                **plan.options,
             )
     elif plan.programs == 1:
         function[grid](*tensors, None, counters, begin=0, end=steps, MEET=False, PHASE=0, **constants)
@@ -132,9 +140,12 @@ def _plan(kernel: str, shape: Shape, device: Device) -> Plan:
 def plan_for(kernel: str, shape: Shape, device: torch.device) -> Plan:
     """The plan of "forward" or "backward" on a device.
 
+    T and B are rounded up to powers of 2 first: what a kernel is compiled for does not follow every length and batch.
+
     Raises:
         ValueError: no plan fits.
     """
+    shape = shape._replace(T=min(planner.power_of_2(shape.T), 1024), B=planner.power_of_2(shape.B))
     if INTERPRETED:
         return _plan(kernel, shape, planner.INTERPRETER)
     return _plan(kernel, shape, _device(device.index if device.index is not None else torch.cuda.current_device()))

@@ -3,6 +3,8 @@
 Pure arithmetic: no Triton, no GPU. The devices that tests and the ahead-of-time compiler know stand here as data; at
 run time the figures come from the driver. Times are microseconds, sizes bytes.
 
+    python -m fusedrnn.kernels.plan            what is predicted for an H200, as a table; --device NAME for another
+
 The model of one step of one program:
 
     step = meeting + latency + max(states, weights, arithmetic) + cell
@@ -19,6 +21,7 @@ A launch takes steps * items / groups of them, where an item is a direction and 
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -48,7 +51,7 @@ RTX4090 = Device("NVIDIA GeForce RTX 4090", 89, 128, 101_376, 2.52, 5.0e6, 1.2)
 B200 = Device("NVIDIA B200", 100, 148, 232_448, 1.85, 7.0e6, 1.4)
 DEVICES = (A100, H100, H200, RTX4090, B200)
 # What Triton's interpreter is planned for: few programs, since it runs one after another.
-INTERPRETER = H200._replace(name="Triton's interpreter", multiprocessors=4)
+INTERPRETER = H200._replace(name="Triton's interpreter", multiprocessors=16)
 
 
 def device_of(properties: Any) -> Device:
@@ -68,11 +71,10 @@ def device_of(properties: Any) -> Device:
     )
 
 
-
 _STATE_LATENCY = 0.5  # microseconds from the end of a meeting to the first state in a register
 _L2_PER_CLOCK, _SHARED_PER_CLOCK = 64, 128  # bytes, per multiprocessor
 _CELL_CLOCKS = 0.4  # for each element of a tile
-# Multiply-adds per clock and multiprocessor, by what the operands are computed in; mma.sync, dense.
+# Multiply-adds per clock and multiprocessor, by what operands are multiplied in.
 _RATES = {"16": 1024.0, "tf32": 512.0, "tf32x3": 512.0 / 3, "ieee": 96.0}
 
 
@@ -96,7 +98,7 @@ class Shape(NamedTuple):
     @property
     def aligned(self) -> bool:
         """Whether rows can be read many elements at a time."""
-        return self.H % 16 == 0 and self.P % 16 == 0 and self.I % 16 == 0
+        return self.H % 16 == 0 and self.P % 16 == 0
 
     @property
     def rate(self) -> float:
@@ -122,7 +124,6 @@ class Plan:
     resident: int
     streamed: bool
     resident_hr: int
-    streamed_hr: bool
     programs: int
     carried: bool
     precision: str
@@ -136,13 +137,11 @@ class Plan:
     def regime(self) -> str:
         if self.carried:
             return "rows"
-        if not (self.streamed or self.streamed_hr):
-            return "resident"
-        return "partly resident" if self.resident else "streamed"
+        return "streamed" if self.streamed else "resident"
 
     def constants(self, kernel: str) -> dict[str, int | bool | str]:
         """The compile-time constants of "forward" or "backward" that the plan decides, by name."""
-        names = "batch units columns chunk split ahead resident streamed resident_hr streamed_hr programs carried"
+        names = "batch units columns chunk split ahead resident streamed resident_hr programs carried"
         constants = {name.upper(): getattr(self, name) for name in names.split()}
         if kernel == "forward":
             constants["INPUTS"] = self.inputs
@@ -162,7 +161,6 @@ class Plan:
         explained = {
             "rows": "a program has whole rows and all weights, nobody meets",
             "resident": "weights stay in shared memory",
-            "partly resident": "weights in shared memory as far as they fit",
             "streamed": "weights come from L2 at every step",
         }[self.regime]
         inputs = ", x in the launch" if self.inputs else ""
@@ -173,21 +171,48 @@ class Plan:
 
 
 class _Tile(NamedTuple):
-    """Batch rows of a program, and how its products are cut up (affine.py)."""
+    """Batch rows and units of a program, and how its products are cut up (affine.py)."""
 
     batch: int
+    units: int
     split: int
     chunk: int
     ahead: int
-    stages: int = 1
+    stages: int  # of the pipeline that streams weights, or 1 where they are resident
 
 
-# Those that starve no warp and, as compile.py shows, spill no register. Sizes that are no multiples of 16, lengths and
-# resets take registers of their own.
-_RESIDENT = (_Tile(16, 8, 128, 2), _Tile(32, 4, 64, 2), _Tile(64, 1, 32, 2))
-_STREAMED = (_Tile(16, 1, 64, 0, 3), _Tile(32, 1, 64, 0, 3), _Tile(64, 1, 32, 0, 3))
+def _tiles(kernel: str, shape: Shape) -> Iterator[_Tile]:
+    """The tiles that spill no registers, as compile.py shows.
+
+    Lengths and resets take registers for masks, and rows that are no multiples of 16 an address for every element.
+    The states that meet resident weights are all on their way at the same time: `held` bytes of them at most.
+    """
+    plain = shape.itemsize == 4 and shape.precision == "ieee"  # without matrix instructions it takes the most
+    masks = (2 if shape.ragged or plain else 1) * (shape.kept // shape.itemsize)
+    longest = max(shape.P, shape.H if shape.projected else 0) if kernel == "forward" else 4 * shape.H
+    for batch, split, chunk in ((16, 8, 128), (32, 4, 64)):
+        for units in (8, 16, 32) if shape.aligned and not shape.projected else (8, 16):
+            held = (64 if units < 32 else 48) * 1024 // masks if shape.aligned else 8 * 1024
+            if batch * _cdiv(longest, chunk) * chunk * shape.kept <= held:
+                yield _Tile(batch, units, split, chunk, 3, 1)
+    batches, widest, elements = ((16, 32, 64), 128, 2048) if shape.aligned else ((16,), 32, 512)
+    if shape.itemsize == 4:
+        shrink = {"tf32": 2, "tf32x3": 3, "ieee": 4}[shape.precision]
+        widest, elements = widest // shrink, elements // shrink
+    for batch in batches:
+        for units in (8, 16, 32, 64, 128):
+            if units <= widest and batch * units <= elements:
+                yield _Tile(batch, units, 1, 32 if shape.aligned and units <= 32 and not plain else 16, 0, 3)
+
+
+def _most_carried(shape: Shape) -> int:
+    """Units that one program can have, whatever its shared memory."""
+    if shape.itemsize == 2:
+        return 128 if shape.aligned and not shape.ragged else 64
+    return 64 if shape.precision == "tf32" else 32
+
+
 _CARRIED = 16  # rows
-_UNITS = (8, 16, 32, 64, 128)
 _GEMM = 6.0  # a launch before the launch
 
 
@@ -202,37 +227,35 @@ def plan(kernel: str, shape: Shape, device: Device) -> Plan:
     Raises:
         ValueError: no plan fits the device.
     """
-    plans = [p for p in _plans(kernel, shape, device) if p.shared <= device.shared]
-    if not plans:
+    fitting = [p for p in plans(kernel, shape, device) if p.shared <= device.shared]
+    if not fitting:
         raise ValueError(
             f"H = {shape.H}, P = {shape.P} does not fit {device.name}: {device.multiprocessors} programs at a time, "
             f"{device.shared // 1024} KiB of shared memory each"
         )
-    return min(plans, key=lambda p: p.launch)
+    return min(fitting, key=lambda p: p.launch)
 
 
-def _plans(kernel: str, shape: Shape, device: Device) -> Iterator[Plan]:
+def plans(kernel: str, shape: Shape, device: Device) -> Iterator[Plan]:
+    """Every plan that `plan` chooses from; some need more shared memory than there is."""
     if not shape.projected:
         yield from _carried(kernel, shape, device)
-    for units in _UNITS:
-        programs = _cdiv(shape.H, units)
-        if programs > device.multiprocessors:
-            continue
-        for tile in (*_RESIDENT, *_STREAMED):
-            yield from _shared(kernel, shape, device, tile, units, programs)
+    for tile in _tiles(kernel, shape):
+        yield from _shared(kernel, shape, device, tile)
 
 
 def _carried(kernel: str, shape: Shape, device: Device) -> Iterator[Plan]:
     """One program has all units."""
-    units = max(16, _power_of_2(shape.H))
-    if units > 128:
+    units = max(16, power_of_2(shape.H))
+    if units > _most_carried(shape):
         return
     weights = 4 * units * units
     groups = min(shape.D * _cdiv(shape.B, _CARRIED), device.multiprocessors)
     for inputs in _inputs(kernel, shape, units):
+        if inputs and units == _most_carried(shape):
+            continue
         kept = weights + inputs * units * 4 * units
-        shared = kept * shape.kept + _staging(_Tile(_CARRIED, 1, units, 1), 4 * units, shape)
-        products = 2 * weights + inputs * units * 4 * units
+        shared = kept * shape.kept + _staging(_Tile(_CARRIED, units, 1, units, 1, 1), 4 * units, shape)
         step = _Step(device, shape, _CARRIED, units, groups, meetings=0)
         yield _finish(
             Plan(
@@ -246,14 +269,13 @@ def _carried(kernel: str, shape: Shape, device: Device) -> Iterator[Plan]:
                 resident=1,
                 streamed=False,
                 resident_hr=0,
-                streamed_hr=False,
                 programs=1,
                 carried=True,
                 precision=shape.precision,
                 stages=1,
                 groups=groups,
                 shared=shared,
-                step=step.time(states=0, resident=kept, streamed=0, products=products // 2),
+                step=step.time(states=0, resident=kept, streamed=0, products=kept),
                 launch=0.0,
             ),
             kernel,
@@ -262,30 +284,26 @@ def _carried(kernel: str, shape: Shape, device: Device) -> Iterator[Plan]:
         )
 
 
-def _shared(
-    kernel: str, shape: Shape, device: Device, tile: _Tile, units: int, programs: int
-) -> Iterator[Plan]:
+def _shared(kernel: str, shape: Shape, device: Device, tile: _Tile) -> Iterator[Plan]:
     """Programs share the units, and meet."""
-    columns = max(8, _power_of_2(_cdiv(shape.P, programs))) if shape.projected else 0
+    units = tile.units
+    programs = _cdiv(shape.H, units)
+    if programs > device.multiprocessors:
+        return
+    columns = max(8, power_of_2(_cdiv(shape.P, programs))) if shape.projected else 0
     # (N, K) of the product with w_hh, and of that with w_hr.
     hh, hr = ((4 * units, shape.P), (columns, shape.H))
     if kernel == "backward":
         hh, hr = ((columns or units, 4 * shape.H), (units, shape.P))
-    widest = max(hh[0], hr[0] if columns else 0)
-    if not _spills_nothing(kernel, shape, tile, units, widest):
-        return
     chunks, chunks_hr = _cdiv(hh[1], tile.chunk), _cdiv(hr[1], tile.chunk) if columns else 0
-    for inputs in _inputs(kernel, shape, tile.chunk):
-        free = device.shared - _staging(tile, widest, shape) - inputs * tile.chunk * 4 * units * shape.kept
-        fits = max(0, free) // (tile.chunk * shape.kept)  # chunks of one column
-        resident = min(chunks, fits // hh[0]) if tile.ahead else 0
-        left = fits - resident * hh[0]
-        resident_hr = min(chunks_hr, left // hr[0]) if columns and tile.ahead else 0
-        if free < 0 or bool(tile.ahead) != bool(resident) or (columns and tile.ahead and not resident_hr):
-            continue
-        kept = tile.chunk * (resident * hh[0] + resident_hr * hr[0] + inputs * 4 * units)
-        streamed = tile.chunk * ((chunks - resident) * hh[0] + (chunks_hr - resident_hr) * hr[0])
-        groups = min(shape.D * _cdiv(shape.B, tile.batch), device.multiprocessors // programs)
+    weights = tile.chunk * (chunks * hh[0] + chunks_hr * hr[0])
+    streamed = tile.stages > 1
+    widest = max(hh[0], hr[0] if columns else 0)
+    groups = min(shape.D * _cdiv(shape.B, tile.batch), device.multiprocessors // programs)
+    # In float32, x in the launch takes the registers that a tile of more units has left.
+    alone = streamed or (shape.itemsize == 4 and units > 8)
+    for inputs in (0,) if alone else _inputs(kernel, shape, tile.chunk):
+        kept = inputs * tile.chunk * 4 * units + (0 if streamed else weights)
         step = _Step(device, shape, tile.batch, units, groups * programs, meetings=2 if columns else 1)
         yield _finish(
             Plan(
@@ -294,23 +312,22 @@ def _shared(
                 columns=columns,
                 chunk=tile.chunk,
                 split=tile.split,
-                ahead=min(tile.ahead, max(resident, resident_hr)),
+                ahead=min(tile.ahead, max(chunks, chunks_hr)),
                 inputs=inputs,
-                resident=resident,
-                streamed=resident < chunks,
-                resident_hr=resident_hr,
-                streamed_hr=resident_hr < chunks_hr,
+                resident=0 if streamed else chunks,
+                resident_hr=0 if streamed else chunks_hr,
+                streamed=streamed,
                 programs=programs,
                 carried=False,
                 precision=shape.precision,
-                stages=tile.stages if resident < chunks or resident_hr < chunks_hr else 1,
+                stages=tile.stages,
                 groups=groups,
-                shared=device.shared - free + kept * shape.kept - inputs * tile.chunk * 4 * units * shape.kept,
+                shared=kept * shape.kept + _staging(tile, widest, shape),
                 step=step.time(
                     states=hh[1] + (hr[1] if columns else 0),
                     resident=kept,
-                    streamed=streamed,
-                    products=kept + streamed,
+                    streamed=weights if streamed else 0,
+                    products=kept + (weights if streamed else 0),
                 ),
                 launch=0.0,
             ),
@@ -323,12 +340,9 @@ def _shared(
 def _inputs(kernel: str, shape: Shape, chunk: int) -> Iterator[int]:
     """Numbers of chunks of w_ih to keep: none, after a GEMM, or all, where they are few."""
     yield 0
-    if kernel == "forward" and _cdiv(shape.I, chunk) <= 4:
+    most = 0 if shape.ragged or kernel == "backward" else 4 if shape.aligned and shape.I % 16 == 0 else 1
+    if _cdiv(shape.I, chunk) <= most:
         yield _cdiv(shape.I, chunk)
-
-
-def _spills_nothing(kernel: str, shape: Shape, tile: _Tile, units: int, widest: int) -> bool:
-    return True
 
 
 def _staging(tile: _Tile, widest: int, shape: Shape) -> int:
@@ -384,5 +398,29 @@ def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _power_of_2(n: int) -> int:
+def power_of_2(n: int) -> int:
+    """The smallest power of 2 that is at least n."""
     return 1 << max(0, n - 1).bit_length()
+
+
+def predictions(device: Device) -> str:
+    """Markdown: regime, programs and microseconds of a step, forward and backward, of one layer with I = H, T = 128."""
+    lines = ["| dtype | H | B | forward | us | backward | us |", "| --- | --- | --- | --- | --- | --- | --- |"]
+    for dtype, itemsize, precision in (("bfloat16", 2, "tf32"), ("float32, TF32", 4, "tf32")):
+        for H in (128, 256, 512, 768, 1024, 1536, 2048):
+            for B in (1, 16, 64, 256):
+                shape = Shape(128, B, H, H, H, 1, itemsize, precision)
+                cells = []
+                for kernel in ("forward", "backward"):
+                    p = plan(kernel, shape, device)
+                    rounds = _cdiv(_cdiv(B, p.batch), p.groups)
+                    cells += [f"{p.regime}, {p.groups} x {p.programs}", f"{rounds * p.step:.1f}"]
+                lines.append(f"| {dtype} | {H} | {B} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m fusedrnn.kernels.plan", description="Print what is predicted.")
+    parser.add_argument("--device", choices=[d.name for d in DEVICES], default=H200.name)
+    name = parser.parse_args().device
+    print(predictions(next(d for d in DEVICES if d.name == name)))

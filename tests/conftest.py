@@ -1,5 +1,7 @@
 """Fixtures that the tests of the Python layer share: where to compute, pairs of modules, and what equal means."""
 
+import importlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -15,6 +17,22 @@ from torch.nn.utils.rnn import PackedSequence
 
 import fusedrnn
 from fusedrnn import dispatch, testing
+
+
+def _interpret_triton() -> None:
+    """Loads Triton and its kernels in the interpreter, for tests/test_triton.py, where there is no GPU.
+
+    Triton decides it for good when it is first loaded, and other tests load it through torch. The variable is gone
+    afterwards: nothing but the tests that set it again sees a backend that is interpreted.
+    """
+    if torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+        return
+    os.environ["TRITON_INTERPRET"] = "1"
+    importlib.import_module("fusedrnn.kernels.launch")
+    del os.environ["TRITON_INTERPRET"]
+
+
+_interpret_triton()
 
 
 class Place(NamedTuple):

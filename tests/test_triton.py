@@ -1,0 +1,448 @@
+"""The Triton kernels: all results of a layer, forward and backward, in every regime that the planner knows.
+
+On a GPU they run as they are. Elsewhere they run in Triton's interpreter, one program after another, which tests them
+in two forms of launch: all steps in one launch where a program has all units, and one step, or one phase of it, for
+each launch where programs would meet. The tolerance is that of fusedrnn/testing.py; outputs are poisoned with NaN.
+"""
+
+import dataclasses
+import importlib.util
+import math
+
+import pytest
+import torch
+
+import fusedrnn
+from fusedrnn import dispatch, gpu, testing
+from fusedrnn.testing import Case
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+
+
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch):
+    """Where there is no GPU, Triton is told to interpret before it sees a kernel, and while it runs one."""
+    if not ON_GPU:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def launch(interpreter):
+    from fusedrnn.kernels import launch
+
+    assert launch.INTERPRETED != ON_GPU
+    return launch
+
+
+@pytest.fixture
+def planner(launch):
+    return launch.planner
+
+
+def check(case):
+    with fusedrnn.use_backend("triton"), testing.poisoned():
+        ours = testing.evaluate(testing.call, fusedrnn.LSTM, case, DEVICE)
+    expected = testing.answers(case, DEVICE)
+    assert ours.keys() == expected.keys()
+    for name, answer in expected.items():
+        testing.assert_as_exact_as(f"{case.id}: {name}", ours[name], *answer)
+
+
+SIZES = [
+    # T, B, I, H
+    (1, 1, 5, 1),
+    (1, 3, 31, 30),
+    (1, 17, 300, 64),
+    (2, 3, 24, 129),
+    (2, 1, 3, 512),
+    (7, 17, 33, 30),
+    (63, 1, 9, 64),
+    (128, 3, 2, 30),
+]
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_sizes(size, dtype):
+    check(Case(*size, dtype=dtype))
+
+
+OPTIONS = {
+    "layers": {"layers": 3},
+    "bidirectional": {"bidirectional": True},
+    "no-bias": {"bias": False},
+    "no-hx": {"hx": False},
+    "projection": {"proj_size": 11},
+    "projection-bidirectional-no-bias": {"proj_size": 11, "bidirectional": True, "bias": False},
+    "batch-first-strided": {"batch_first": True, "strided": True},
+    "packed-bidirectional": {"packed": True, "bidirectional": True},
+    "lengths": {"lengths": True},
+    "lengths-bidirectional": {"lengths": True, "bidirectional": True},
+    "lengths-no-hx-bidirectional": {"lengths": True, "bidirectional": True, "hx": False},
+    "reset": {"reset": True},
+    "states": {"states": True},
+    "everything": {
+        "layers": 2,
+        "bidirectional": True,
+        "proj_size": 11,
+        "batch_first": True,
+        "lengths": True,
+        "reset": True,
+        "states": True,
+        "strided": True,
+    },
+}
+EVERYTHING = {"bidirectional": True, "lengths": True, "reset": True, "states": True}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_options(options):
+    check(Case(5, 3, 7, 30, **options))
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("name", ["projection", "lengths-bidirectional", "everything"])
+def test_options_in_16_bits(name, dtype):
+    check(Case(5, 3, 7, 30, dtype=dtype, **OPTIONS[name]))
+
+
+PLAIN, PROJECTED = {}, {**EVERYTHING, "proj_size": 32}
+
+
+@pytest.mark.skipif(ON_GPU, reason="plans the interpreter's device: a GPU has one of its own")
+@pytest.mark.parametrize(
+    ("regime", "groups", "dtype", "options"),
+    [
+        ("resident", "rounds", F32, PLAIN),
+        ("resident", "groups", F32, EVERYTHING),
+        ("resident", "groups", F32, PROJECTED),
+        ("resident", "groups", BF16, PLAIN),
+        ("resident", "rounds", BF16, PROJECTED),
+        ("streamed", "rounds", F32, PLAIN),
+        ("streamed", "groups", F32, EVERYTHING),
+        ("streamed", "groups", F32, PROJECTED),
+        ("streamed", "groups", BF16, EVERYTHING),
+        ("streamed", "rounds", BF16, PROJECTED),
+    ],
+    ids=lambda value: str(value) if isinstance(value, (str, torch.dtype)) else "-".join(value) or "plain",
+)
+def test_regimes(regime, groups, dtype, options, launch, planner, monkeypatch):
+    """Several programs share 112 units; items of the batch and directions go to groups side by side, or to one."""
+    chosen = {}
+
+    def plan(kernel, shape, device):
+        found = [p for p in planner.plans(kernel, shape, device) if p.regime == regime and p.programs > 1]
+        fewest = min(found, key=lambda p: p.programs)
+        items = shape.D * -(-shape.B // fewest.batch)
+        chosen[kernel] = dataclasses.replace(fewest, groups=1 if groups == "rounds" else items)
+        return chosen[kernel]
+
+    monkeypatch.setenv("FUSEDRNN_FP32", "tf32")  # which the interpreter multiplies as float32
+    monkeypatch.setattr(launch, "_plan", plan)
+    check(Case(3, 20, 5, 112, dtype=dtype, **options))
+    assert chosen.keys() == {"forward", "backward"}
+
+
+def test_one_launch_over_all_steps_of_a_program_that_exchanges_with_itself(launch, planner, monkeypatch):
+    """With a projection h is exchanged through memory even where there is but one program."""
+    if ON_GPU:
+        pytest.skip("plans the interpreter's device: a GPU has one of its own")
+    monkeypatch.setattr(planner, "INTERPRETER", planner.INTERPRETER._replace(multiprocessors=1))
+    plan = launch.plan_for("forward", launch.Shape(6, 3, 5, 16, 10, 2, 4, "ieee", True), torch.device("cpu"))
+    assert plan.programs == 1
+    assert not plan.carried
+    check(Case(6, 3, 5, 16, proj_size=10, **EVERYTHING))
+
+
+def test_input_affine_in_the_launch_and_before_it(launch, planner, monkeypatch):
+    """The planner has both, and both compute the same."""
+    shape = launch.Shape(4, 3, 16, 16, 16, 2, 4, "ieee")
+    device = launch._device(0) if ON_GPU else planner.INTERPRETER
+    found = {bool(plan.inputs): plan for plan in planner.plans("forward", shape, device) if plan.carried}
+    assert found.keys() == {False, True}
+    planned = launch._plan
+    for chosen in found.values():
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                launch,
+                "_plan",
+                lambda kernel, *rest, own=chosen: own if kernel == "forward" else planned(kernel, *rest),
+            )
+            check(Case(4, 3, 16, 16, bidirectional=True))
+
+
+def activations(a, through):
+    """sigmoid and tanh of a, as two units compute them: h = o * tanh(40) = o of the one, c = 1 * g of the other.
+
+    a enters through "x", one value for each row, or through the "bias", where an infinity does not meet a weight of 0.
+    """
+    count = a.numel() if through == "bias" else 1
+    gates = torch.tensor([[-100.0, 100.0, 0.0, math.nan], [100.0, -100.0, math.nan, 0.0]])  # NaN is where a belongs
+    gates = gates.T.repeat_interleave(count, dim=1)
+    asked = gates.isnan()
+    weight = asked.flatten().float().unsqueeze(1) if through == "x" else torch.zeros(gates.numel(), 1)
+    bias = gates.nan_to_num()
+    if through == "bias":
+        bias[2, count:], bias[3, :count] = a, a
+    rows = a.view(1, -1, 1) if through == "x" else torch.zeros(1, 1, 1)
+    c0 = torch.tensor([40.0, 0.0]).repeat_interleave(count).expand(1, rows.shape[1], -1)
+    weights = [weight, torch.zeros(gates.numel(), 2 * count), bias.flatten(), torch.zeros(gates.numel())]
+    moved = [t.contiguous().to(DEVICE) for t in (rows, c0, *weights)]
+    x, c0, *weights = moved
+    h, _, cn, *_ = torch.ops.fusedrnn.triton_forward(x, weights, False, None, c0, None, None, False, False)
+    return h[0, :, :count].flatten().cpu(), cn[0, :, count:].flatten().cpu()
+
+
+def test_activations():
+    magnitude = torch.logspace(-30, 1.9, 700, base=10.0)
+    a = torch.cat([magnitude, -magnitude, 4 * torch.rand(600) - 2])
+    sigmoid, tanh = activations(a, "x")
+    exact = a.double().tanh()
+    ulp = torch.nextafter(exact.float().abs(), torch.tensor(math.inf)).double() - exact.float().abs().double()
+    assert ((tanh.double() - exact).abs() / ulp).max() <= 3
+    assert (sigmoid.double() - a.double().sigmoid()).abs().max() <= 2 * torch.finfo(F32).eps
+
+
+def test_activations_at_the_edges():
+    a = torch.tensor([math.nan, math.inf, -math.inf, 0.0])
+    sigmoid, tanh = activations(a, "bias")
+    assert sigmoid[0].isnan()
+    assert tanh[0].isnan()
+    assert sigmoid[1:].tolist() == [1.0, 0.0, 0.5]
+    assert tanh[1:].tolist() == [1.0, -1.0, 0.0]
+
+
+def operator_arguments(T=3, B=2, I=5, H=4, D=2, device=DEVICE):
+    weights = [
+        w
+        for _ in range(D)
+        for w in (torch.randn(4 * H, I), torch.randn(4 * H, H), torch.randn(4 * H), torch.randn(4 * H))
+    ]
+    lengths, reset = torch.tensor([3, 1]), torch.rand(T, B) < 0.5
+    tensors = (torch.randn(T, B, I), weights, D == 2, torch.randn(D, B, H), torch.randn(D, B, H), lengths, reset)
+    moved = tuple(
+        [w.to(device) for w in t] if isinstance(t, list) else t.to(device) if isinstance(t, torch.Tensor) else t
+        for t in tensors
+    )
+    return (*moved, True, True)
+
+
+def test_operators_pass_opcheck():
+    arguments = operator_arguments()
+    op = torch.ops.fusedrnn
+    torch.library.opcheck(op.triton_forward, arguments, test_utils=("test_schema", "test_faketensor"))
+    y, hn, cn, c, reserve = op.triton_forward(*arguments)
+    needs = [True] * (3 + len(arguments[1]))
+    backward = (y, hn, cn, c, *arguments[:7], y, c, reserve, needs)
+    torch.library.opcheck(op.triton_backward, backward, test_utils=("test_schema", "test_faketensor"))
+    fewer = (y, None, None, None, *arguments[:7], y, c, reserve, [k % 2 == 0 for k in range(len(needs))])
+    torch.library.opcheck(op.triton_backward, fewer, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_empty_batch():
+    with fusedrnn.use_backend("triton"):
+        lstm = fusedrnn.LSTM(3, 4, bidirectional=True, device=DEVICE)
+        x = torch.randn(5, 0, 3, device=DEVICE, requires_grad=True)
+        y, _ = lstm(x)
+        assert y.shape == (5, 0, 8)
+        grads = torch.autograd.grad(y.sum(), [x, *lstm.parameters()])
+    assert grads[0].shape == x.shape
+    assert all(not grad.any() for grad in grads[1:])
+
+
+def test_operator_clamps_lengths():
+    x, weights, two, h0, c0, _, reset, *flags = operator_arguments()
+    run = torch.ops.fusedrnn.triton_forward
+    wild, tame = (
+        run(x, weights, two, h0, c0, torch.tensor(n, device=DEVICE), reset, *flags) for n in ([-5, 99], [0, 3])
+    )
+    for a, b in zip(wild, tame, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_same_bits_twice(monkeypatch):
+    monkeypatch.setenv("FUSEDRNN_FP32", "tf32")
+    case = Case(4, 5, 7, 144, **EVERYTHING)
+    with fusedrnn.use_backend("triton"):
+        first, second = (testing.evaluate(testing.call, fusedrnn.LSTM, case, DEVICE) for _ in range(2))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def test_what_is_not_asked_for_is_not_computed(launch, monkeypatch):
+    """One launch forward and one backward for a bidirectional layer; xg's memory becomes that of the gates."""
+    launches = []
+    original = launch._launch
+    monkeypatch.setattr(launch, "_launch", lambda kernel, *rest: launches.append(kernel) or original(kernel, *rest))
+    lstm = fusedrnn.LSTM(3, 4, bidirectional=True, device=DEVICE)
+    with fusedrnn.use_backend("triton"):
+        y, _ = lstm(torch.randn(5, 2, 3, device=DEVICE))
+        torch.autograd.grad(y.sum(), lstm.weight_hh_l0)
+    assert launches == ["forward", "backward"]
+
+
+def test_explain_shows_both_plans():
+    with fusedrnn.use_backend("triton"):
+        explanation = fusedrnn.explain(fusedrnn.LSTM(3, 40, device=DEVICE), torch.randn(5, 2, 3, device=DEVICE))
+    assert explanation.backend == "triton"
+    assert "forward: 1 x 1 programs" in explanation.plan
+    assert "backward: 1 x 1 programs" in explanation.plan
+    assert "us a step predicted" in explanation.plan
+
+
+def problem(**changes):
+    return dispatch.Problem(
+        **{"device": DEVICE, "dtype": F32, "T": 2, "B": 2, "I": 3, "H": 4, "P": 4, "D": 1, **changes}
+    )
+
+
+def test_float64_is_left_to_others():
+    with fusedrnn.use_backend("triton"):
+        assert "float64" in dispatch.supports("triton", problem(dtype=F64))
+        with pytest.raises(RuntimeError, match=r"'triton' was asked for and cannot run: .*float64"):
+            fusedrnn.LSTM(3, 4, dtype=F64, device=DEVICE)(torch.randn(2, 2, 3, dtype=F64, device=DEVICE))
+
+
+def test_a_layer_that_no_plan_fits():
+    with fusedrnn.use_backend("triton"):
+        assert "does not fit" in dispatch.supports("triton", problem(H=1 << 20, P=1 << 20))
+
+
+@pytest.mark.skipif(ON_GPU, reason="there is a GPU")
+def test_the_interpreter_runs_only_where_it_is_asked_for():
+    assert "asked for by name" in dispatch.supports("triton", problem())
+    assert dispatch.select(problem()) != "triton"
+    with fusedrnn.use_backend("triton"):
+        assert dispatch.supports("triton", problem()) is None
+
+
+@pytest.mark.skipif(ON_GPU, reason="there is a GPU")
+def test_without_gpu_and_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert fusedrnn.backends()["triton"] == "torch finds no GPU"
+    with pytest.raises(RuntimeError, match="torch finds no GPU"), fusedrnn.use_backend("triton"):
+        pass
+
+
+def test_without_triton(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install triton" in fusedrnn.backends()["triton"]
+
+
+@pytest.mark.parametrize(
+    ("switch", "variable", "expected"),
+    [
+        ("tf32", None, "tf32"),
+        ("ieee", None, "ieee"),
+        ("tf32", "ieee", "ieee"),
+        ("ieee", "tf32x3", "tf32x3"),
+        ("ieee", "", "ieee"),
+    ],
+)
+def test_fp32_precision(switch, variable, expected, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", switch)
+    if variable is not None:
+        monkeypatch.setenv("FUSEDRNN_FP32", variable)
+    assert gpu.fp32_precision() == expected
+
+
+def test_older_switch(monkeypatch):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        assert gpu.fp32_precision() == "ieee"
+
+
+def test_unknown_precision(monkeypatch):
+    monkeypatch.setenv("FUSEDRNN_FP32", "fp8")
+    with pytest.raises(ValueError, match="one of ieee, tf32, tf32x3, got 'fp8'"):
+        gpu.fp32_precision()
+    with fusedrnn.use_backend("triton"), pytest.raises(RuntimeError, match="FUSEDRNN_FP32"):
+        fusedrnn.LSTM(3, 4, device=DEVICE)(torch.randn(2, 2, 3, device=DEVICE))
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32x3"])
+def test_precisions(precision, monkeypatch):
+    """The interpreter multiplies float32 alike in all of them; on a GPU the 3-pass form has to come close to IEEE."""
+    monkeypatch.setenv("FUSEDRNN_FP32", precision)
+    check(Case(3, 3, 7, 144, bidirectional=True))
+
+
+gpu_only = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+
+
+@gpu_only
+def test_many_time_steps():
+    """T above 65535: in one launch, equal to two launches with the state passed on."""
+    lstm, x = fusedrnn.LSTM(2, 20, device=DEVICE), torch.randn(70_000, 3, 2, device=DEVICE)
+    with fusedrnn.use_backend("triton"), torch.no_grad():
+        y, (hn, cn) = lstm(x)
+        _, state = lstm(x[:35_000])
+        later, (hn2, cn2) = lstm(x[35_000:], state)
+    assert torch.equal(y[35_000:], later)
+    assert torch.equal(hn, hn2)
+    torch.testing.assert_close(cn, cn2)
+
+
+@gpu_only
+def test_more_than_2_to_the_31_elements():
+    """T * B * 4H above 2^31: the last steps are those of a short run that starts from the state before them."""
+    T, B, H = 4200, 512, 256
+    lstm = fusedrnn.LSTM(8, H, device=DEVICE, dtype=BF16)
+    x = torch.randn(T, B, 8, device=DEVICE, dtype=BF16)
+    assert T * B * 4 * H > 2**31
+    with fusedrnn.use_backend("triton"):
+        y, _ = lstm(x)
+        with torch.no_grad():
+            _, state = lstm(x[: T - 5])
+            later, _ = lstm(x[T - 5 :], state)
+        torch.testing.assert_close(y[T - 5 :].detach(), later)
+        grads = torch.autograd.grad(y.float().sum(), lstm.weight_hh_l0)
+    assert grads[0].isfinite().all()
+
+
+@gpu_only
+@pytest.mark.parametrize("H", [64, 300])
+def test_cuda_graph_with_changed_inputs(H):
+    """Forward and backward with lengths and resets are captured, and replayed on other values."""
+    lstm = fusedrnn.LSTM(16, H, bidirectional=True, device=DEVICE)
+    x, dy = torch.randn(9, 5, 16, device=DEVICE), torch.randn(9, 5, 2 * H, device=DEVICE)
+    x.requires_grad_()
+    lengths, reset = torch.tensor([9, 1, 0, 4, 7], device=DEVICE), torch.rand(9, 5, device=DEVICE) < 0.2
+
+    def work():
+        y, _ = lstm(x, lengths=lengths, reset=reset)
+        return y, *torch.autograd.grad(y, [x, *lstm.parameters()], dy)
+
+    with fusedrnn.use_backend("triton"):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            work()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = work()
+        with torch.no_grad():
+            x.copy_(torch.randn_like(x))
+            lengths.copy_(torch.tensor([3, 9, 2, 0, 9]))
+            reset.copy_(torch.rand(9, 5, device=DEVICE) < 0.2)
+        graph.replay()
+        torch.cuda.synchronize()
+        for a, b in zip(captured, work(), strict=True):
+            assert torch.equal(a, b)
+
+
+@gpu_only
+def test_another_stream():
+    lstm, x = fusedrnn.LSTM(16, 300, device=DEVICE), torch.randn(50, 5, 16, device=DEVICE)
+    with fusedrnn.use_backend("triton"), torch.no_grad():
+        expected, _ = lstm(x)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            y, _ = lstm(x)
+        side.synchronize()
+    assert torch.equal(y, expected)
