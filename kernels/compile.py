@@ -3,8 +3,9 @@
     python -m fusedrnn.kernels.compile           every plan that the planner chooses over a wide grid of problems
     python -m fusedrnn.kernels.compile --quick   over a small one
 
-prints the registers, the spilled bytes and the shared memory of each; the exit status is 1 if one spills, or takes more
-shared memory than its plan says.
+prints the registers, the spilled bytes and the shared memory of each; the exit status is 1 if one takes more shared
+memory than its plan says, or spills. Registers are dealt out by the compiler, so the planner's tiles are fitted to one
+release of Triton; with another, what spills is printed and no failure.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from .backward import lstm_backward
 from .forward import lstm_forward
 from .plan import Device, Plan, Shape
 
+FITTED = "3.9"  # Triton's release
 KERNELS = {"forward": lstm_forward, "backward": lstm_backward}
 _POINTERS = {"lengths": "*i64", "reset": "*i1", "carry": "*fp32", "counters": "*i32"}
 _SIZES = ("T", "B", "I", "H", "P", "begin", "end")
@@ -159,7 +161,7 @@ class Report(NamedTuple):
 
     @property
     def failure(self) -> str | None:
-        if self.spilled:
+        if self.spilled and triton.__version__.startswith(f"{FITTED}."):
             return f"spills {self.spilled} bytes"
         if self.shared > self.variant.plan.shared:
             return f"takes {self.shared} bytes of shared memory, planned {self.variant.plan.shared}"

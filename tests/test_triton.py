@@ -8,6 +8,9 @@ each launch where programs would meet. The tolerance is that of fusedrnn/testing
 import dataclasses
 import importlib.util
 import math
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -446,3 +449,24 @@ def test_another_stream():
             y, _ = lstm(x)
         side.synchronize()
     assert torch.equal(y, expected)
+
+
+SMALL = """
+import torch, fusedrnn
+from fusedrnn import testing
+from fusedrnn.testing import Case
+with fusedrnn.use_backend("triton"):
+    for H in (30, 160):
+        case = Case(4, 5, 7, H, bidirectional=True, lengths=True, reset=True, states=True)
+        testing.evaluate(testing.call, fusedrnn.LSTM, case, "cuda")
+torch.cuda.synchronize()
+"""
+
+
+@gpu_only
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not installed")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
+def test_compute_sanitizer(tool):
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SMALL]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
