@@ -198,7 +198,7 @@ def _tiles(kernel: str, shape: Shape) -> Iterator[_Tile]:
     batches, widest, elements = ((16, 32, 64), 128, 2048) if shape.aligned else ((16,), 32, 512)
     if shape.itemsize == 4:
         shrink = {"tf32": 2, "tf32x3": 3, "ieee": 4}[shape.precision]
-        widest, elements = widest // shrink, elements // shrink
+        widest, elements = max(widest // shrink, 16), max(elements // shrink, 256)
     for batch in batches:
         for units in (8, 16, 32, 64, 128):
             if units <= widest and batch * units <= elements:
