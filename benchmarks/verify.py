@@ -37,11 +37,17 @@ class WrongError(Exception):
 def products(tf32: bool) -> Iterator[None]:
     """Inside, a GPU multiplies float32 in TensorFloat-32 or, without, as IEEE has it."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    _allow_tf32(tf32, tf32)
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+        _allow_tf32(*before)
+
+
+def _allow_tf32(products: bool, cudnn: bool) -> None:
+    # As torch.backends.cudnn.allow_tf32 = ... does, which is forbidden once torch's own test helpers are loaded.
+    torch.backends.cuda.matmul.allow_tf32 = products
+    torch._C._set_cudnn_allow_tf32(cudnn)
 
 
 def worst_error(cell: Cell, contender: Contender, module: nn.Module) -> float:
@@ -95,7 +101,7 @@ def _gradients_too(cell: Cell, module: nn.Module) -> dict[str, Tensor]:
 
 def _call_in_tf32(module: Any, case: testing.Case, inputs: Inputs, caller: testing.Call = testing.call) -> Any:
     # testing.evaluate has just switched it off, and puts back what was there when it is done.
-    torch.backends.cudnn.allow_tf32 = True
+    torch._C._set_cudnn_allow_tf32(True)
     return caller(module, case, inputs)
 
 
