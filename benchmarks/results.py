@@ -79,10 +79,7 @@ class Writer:
 
     def write(self, rows: Sequence[Row]) -> None:
         for row in rows:
-            values: dict[str, Any] = {
-                name: f"{value:.6g}" if isinstance(value, float) else value for name, value in asdict(row).items()
-            }
-            self._csv.writerow({**values, **self._provenance})
+            self._csv.writerow({**asdict(row), **self._provenance})
         self._file.flush()
 
     def close(self) -> None:
