@@ -9,6 +9,7 @@ TORCH ?= 2.13.0
 # Without an NVIDIA GPU the wheel without CUDA will do; the other one brings several GB of CUDA packages.
 TORCH_SPEC ?= torch==$(TORCH)$(if $(shell command -v nvidia-smi),,+cpu)
 TORCH_INDEX ?=
+GRID ?=
 
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h)
@@ -49,10 +50,10 @@ sanitize: $(VENV)/.test
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize/lib FUSEDRNN_EXPECT_SANITIZED=1 \
 	  $(BIN)/pytest tests/test_kernels.py
 
-# make kernels   every GPU kernel compiled for every architecture: registers, spills, instructions; needs no GPU
+# make kernels   the GPU kernels compiled for every architecture: registers, spills, instructions; GRID=--quick for fewer
 kernels: $(VENV)/.test
 	@echo "== Triton =="
-	$(BIN)/python -W ignore -m fusedrnn.kernels.compile
+	$(BIN)/python -W ignore -m fusedrnn.kernels.compile $(GRID)
 	@echo "== CUDA C++ =="
 	$(BIN)/pytest -m compiles -s
 
