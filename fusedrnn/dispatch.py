@@ -99,7 +99,12 @@ def _cpu_plan(problem: Problem) -> str:
 TABLE = {
     backend.name: backend
     for backend in (
-        Backend("cuda", lambda: "the kernels in csrc/cuda are not built into the package yet", _dtype_unsupported, lambda _: ""),
+        Backend(
+            "cuda",
+            lambda: "the kernels in csrc/cuda are not built into the package yet",
+            _dtype_unsupported,
+            lambda _: "",
+        ),
         Backend("triton", ops.triton_unavailable, _triton_unsupported, _triton_plan),
         Backend("cpu", lambda: ops.cpu_unavailable, _cpu_unsupported, _cpu_plan),
         Backend("aten", lambda: None, _aten_unsupported, lambda _: "torch's own LSTM for this device"),
