@@ -2,9 +2,9 @@
 
     acc[b, n] = sum_k s[b, k] * w[k, n]        element (k, n) of the weight lies at w + o_n[n] + k * stride_k
 
-K is cut into chunks of CHUNK. The first RESIDENT chunks of the weight are loaded once, by `load_weights`, before the
-loop over time: as operands of every step's product they stay on the chip, where the compiler keeps them in shared
-memory. The rest is streamed from L2 at every step, behind the arithmetic.
+K is cut into chunks of CHUNK. RESIDENT chunks of the weight are loaded once, by `load_weights`, before the loop over
+time: as operands of every step's product they stay on the chip, where the compiler keeps them in shared memory. What is
+STREAMED comes from L2 at every step, behind the arithmetic. The planner chooses the one for all chunks, or the other.
 
 Few rows cannot keep all warps of a program busy: then each chunk is cut into SPLIT parts, one for a warp, which
 multiplies all columns, and the parts are summed up. With SPLIT = 1 the warps share the columns instead.

@@ -8,8 +8,9 @@ Grid: groups of PROGRAMS programs. A group computes one item after another; an i
 and items never need each other.
 
 A program owns UNITS hidden units with all four gates and, with a projection, COLUMNS of its outputs. Its rows of w_hh,
-w_hr and w_ih stay on the chip over all steps, or as many chunks of them as fit (affine.py); c stays in float32
-registers. H is limited to UNITS * PROGRAMS, so by the programs that can run at the same time.
+w_hr and w_ih stay on the chip over all steps or, where the plan is to stream, those of w_hh and w_hr are read at each
+(affine.py); c stays in float32 registers. H is limited to UNITS * PROGRAMS, so by the programs that can run at the same
+time.
 
 h_t is exchanged through y itself, in global memory: the group meets once for each step (grid.py), and once more with a
 projection, where m is exchanged first. If one program owns all units (CARRIED), h does not leave its registers, and

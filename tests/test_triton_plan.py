@@ -135,3 +135,16 @@ def test_unknown_device_takes_after_the_most_alike():
 def test_the_predictions_in_the_documentation_are_the_models():
     text = (Path(__file__).parents[1] / "docs" / "gpu_performance.md").read_text()
     assert planner.predictions(H200) in text
+
+
+@pytest.mark.parametrize(
+    ("itemsize", "precision", "aligned", "odd"),
+    [(2, "tf32", 16896, 4224), (4, "tf32", 8448, 2112), (4, "ieee", 4224, 2112), (4, "tf32x3", 4224, 2112)],
+)
+def test_limits_of_h_that_the_readme_states(itemsize, precision, aligned, odd):
+    for limit, largest in ((aligned, aligned), (odd, odd - 1)):
+        for kernel in ("forward", "backward"):
+            planner.plan(kernel, Shape(128, 16, largest, largest, largest, 1, itemsize, precision, True), H200)
+        above = limit + (16 if largest == aligned else 1)
+        with pytest.raises(ValueError, match="does not fit"):
+            planner.plan("forward", Shape(128, 16, above, above, above, 1, itemsize, precision, True), H200)
