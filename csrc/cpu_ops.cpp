@@ -108,8 +108,25 @@ void add_product(const Tensor& out, const Tensor& a, const Tensor& b) {
 
 Tensor transposed(const Tensor& a) { return torch::stable::transpose(a, 0, 1); }
 
-Tensor empty(const Tensor& like, std::initializer_list<int64_t> size, ScalarType dtype) {
-  return torch::stable::new_empty(like, size, dtype);
+int32_t dtype_code(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double: return aoti_torch_dtype_float64();
+    case ScalarType::BFloat16: return aoti_torch_dtype_bfloat16();
+    case ScalarType::Half: return aoti_torch_dtype_float16();
+    default: return aoti_torch_dtype_float32();
+  }
+}
+
+// On the CPU. Not through the dispatcher, which a single time step would feel.
+Tensor empty(std::initializer_list<int64_t> size, ScalarType dtype) {
+  std::array<int64_t, 4> strides{};
+  int64_t numel = 1;
+  for (size_t k = size.size(); k-- > 0; numel *= std::max<int64_t>(1, size.begin()[k])) strides[k] = numel;
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(size.size()), size.begin(),
+                                                         strides.data(), dtype_code(dtype),
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
 }
 
 Tensor as(const Tensor& tensor, ScalarType dtype) {
@@ -120,8 +137,10 @@ ScalarType compute_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-OptionalTensor contiguous(const OptionalTensor& tensor) {
-  return tensor.has_value() ? OptionalTensor(torch::stable::contiguous(*tensor)) : std::nullopt;
+Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+
+OptionalTensor dense(const OptionalTensor& tensor) {
+  return tensor.has_value() ? OptionalTensor(dense(*tensor)) : std::nullopt;
 }
 
 const void* pointer(const OptionalTensor& tensor) { return tensor.has_value() ? tensor->const_data_ptr() : nullptr; }
@@ -143,7 +162,7 @@ struct Weights {
     count = static_cast<int64_t>(flat.size()) / directions;
     STD_TORCH_CHECK(count >= 2 && count <= 5 && count * directions == static_cast<int64_t>(flat.size()),
                     "weights must be 2 to 5 tensors per direction, got ", flat.size());
-    for (const Tensor& weight : flat) all.push_back(torch::stable::contiguous(weight));
+    for (const Tensor& weight : flat) all.push_back(dense(weight));
   }
 
   bool biased() const { return count >= 4; }
@@ -161,12 +180,12 @@ struct Weights {
 struct Layer {
   Layer(const Tensor& x_in, const Tensors& flat, bool bidirectional, const OptionalTensor& h0_in,
         const OptionalTensor& c0_in, const OptionalTensor& lengths_in, const OptionalTensor& reset_in)
-      : x(torch::stable::contiguous(x_in)),
+      : x(dense(x_in)),
         weights(flat, bidirectional),
-        h0(contiguous(h0_in)),
-        c0(contiguous(c0_in)),
-        lengths(contiguous(lengths_in)),
-        reset(contiguous(reset_in)),
+        h0(dense(h0_in)),
+        c0(dense(c0_in)),
+        lengths(dense(lengths_in)),
+        reset(dense(reset_in)),
         compute(compute_type(x_in)),
         kernels(kernels_of(x_in)) {
     STD_TORCH_CHECK(x.dim() == 3 && weights.w_hh(0).dim() == 2, "x and w_hh must have 3 and 2 dimensions");
@@ -277,7 +296,7 @@ std::string cpu_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int6
 Tensor packed(const Layer& layer, Pack pack, const Tensor& (Weights::*weight)(int64_t) const, int64_t outputs,
               int64_t width, int64_t inputs) {
   const int64_t D = layer.sizes.D, blocks = blocks_of(outputs, width), lanes = 4 * layer.kernels.lanes;
-  Tensor panels = empty(layer.x, {D, blocks * inputs * lanes}, layer.compute);
+  Tensor panels = empty({D, blocks * inputs * lanes}, layer.compute);
   auto* to = static_cast<char*>(pointer(panels));
   const int64_t bytes = blocks * inputs * lanes * panels.element_size();
   torch::stable::parallel_for(
@@ -290,40 +309,10 @@ Tensor packed(const Layer& layer, Pack pack, const Tensor& (Weights::*weight)(in
   return panels;
 }
 
-template <class A>
-void add(const A* a, const A* b, A* out, int64_t count) {
-  for (int64_t k = 0; k < count; ++k) out[k] = a[k] + b[k];
-}
-
-// b_ih + b_hh of each direction, [D][4H] in the compute dtype.
-OptionalTensor biases(const Layer& layer) {
-  if (!layer.weights.biased()) return std::nullopt;
-  Tensor sum = empty(layer.x, {layer.sizes.D, 4 * layer.sizes.H}, layer.compute);
-  for (int64_t d = 0; d < layer.sizes.D; ++d) {
-    const Tensor b_ih = as(layer.weights.b_ih(d), layer.compute), b_hh = as(layer.weights.b_hh(d), layer.compute);
-    const Tensor out = torch::stable::select(sum, 0, d);
-    if (layer.compute == ScalarType::Double) {
-      add(b_ih.const_data_ptr<double>(), b_hh.const_data_ptr<double>(), out.mutable_data_ptr<double>(), out.numel());
-    } else {
-      add(b_ih.const_data_ptr<float>(), b_hh.const_data_ptr<float>(), out.mutable_data_ptr<float>(), out.numel());
-    }
-  }
-  return sum;
-}
-
 // One time step: nothing is packed, and both affine maps happen in the kernel.
 void forward_step(const Layer& layer, ForwardParams& params) {
   const Sizes& s = layer.sizes;
-  std::vector<const void*> w_ih, w_hh, w_hr;
-  for (int64_t d = 0; d < s.D; ++d) {
-    w_ih.push_back(layer.weights.w_ih(d).const_data_ptr());
-    w_hh.push_back(layer.weights.w_hh(d).const_data_ptr());
-    if (s.projected) w_hr.push_back(layer.weights.w_hr(d).const_data_ptr());
-  }
   params.x = layer.x.const_data_ptr();
-  params.w_ih = w_ih.data();
-  params.w_hh = w_hh.data();
-  params.w_hr = w_hr.data();
   const auto grain = [&](int64_t flops_per_unit) {
     return std::max<int64_t>(layer.kernels.lanes,
                              static_cast<int64_t>(kSerialFlops) / std::max<int64_t>(1, flops_per_unit));
@@ -345,11 +334,11 @@ void forward_sequence(const Layer& layer, ForwardParams& params, Tensor& xg) {
     Tensor out = torch::stable::view(torch::stable::select(xg, 0, d), {s.T * s.B, 4 * s.H});
     multiply_into(out, rows, transposed(as(layer.weights.w_ih(d), layer.compute)));
   }
-  const Tensor panel_hh = packed(layer, kernels.pack_gates, &Weights::w_hh, s.H, kernels.lanes, s.P);
-  OptionalTensor panel_hr;
+  OptionalTensor panel_hh, panel_hr;
+  if (s.T * s.B > kUnpackedRows) panel_hh = packed(layer, kernels.pack_gates, &Weights::w_hh, s.H, kernels.lanes, s.P);
   if (s.projected) panel_hr = packed(layer, kernels.pack_rows, &Weights::w_hr, s.P, 4 * kernels.lanes, s.H);
   params.xg = xg.const_data_ptr();
-  params.panel_hh = panel_hh.const_data_ptr();
+  params.panel_hh = pointer(panel_hh);
   params.panel_hr = pointer(panel_hr);
   params.team = plan_team(layer);
   const Lines lines(params.team, s, kernels);
@@ -364,21 +353,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_forward(Tensor x, Tensors
   const Layer layer(x, flat, bidirectional, h0, c0, lengths, reset);
   const Sizes& s = layer.sizes;
   const ScalarType dtype = x.scalar_type();
-  Tensor y = empty(x, {s.T, s.B, s.D * s.P}, dtype), hn = empty(x, {s.D, s.B, s.P}, dtype),
-         cn = empty(x, {s.D, s.B, s.H}, dtype);
-  Tensor c = cell_states || reserve ? empty(x, {s.T, s.B, s.D * s.H}, dtype) : empty(x, {0}, dtype);
-  Tensor gates = reserve ? empty(x, {s.D, s.T, s.B, 4 * s.H}, dtype) : empty(x, {0}, dtype);
+  Tensor y = empty({s.T, s.B, s.D * s.P}, dtype), hn = empty({s.D, s.B, s.P}, dtype),
+         cn = empty({s.D, s.B, s.H}, dtype);
+  Tensor c = cell_states || reserve ? empty({s.T, s.B, s.D * s.H}, dtype) : empty({0}, dtype);
+  Tensor gates = reserve ? empty({s.D, s.T, s.B, 4 * s.H}, dtype) : empty({0}, dtype);
   if (s.B == 0) return {y, hn, cn, c, gates};
 
-  const OptionalTensor bias = biases(layer);
-  Tensor h = empty(x, {2, s.D, s.B, s.P}, layer.compute), c_state = empty(x, {s.D, s.B, s.H}, layer.compute);
-  OptionalTensor m;
-  if (s.projected) m = empty(x, {s.D, s.B, s.H}, layer.compute);
+  const int64_t h_size = 2 * s.D * s.B * s.P, c_size = s.D * s.B * s.H;
+  Tensor scratch = empty({h_size + (s.projected ? 2 : 1) * c_size}, layer.compute);
+  auto* const h = static_cast<char*>(pointer(scratch));
+  auto* const c_state = h + h_size * scratch.element_size();
 
   ForwardParams params{};
   params.sizes = s;
   params.sequence = layer.sequence();
-  params.bias = pointer(bias);
+  for (int64_t d = 0; d < s.D; ++d) {
+    params.w_ih[d] = layer.weights.w_ih(d).const_data_ptr();
+    params.w_hh[d] = layer.weights.w_hh(d).const_data_ptr();
+    params.w_hr[d] = s.projected ? layer.weights.w_hr(d).const_data_ptr() : nullptr;
+    params.b_ih[d] = layer.weights.biased() ? layer.weights.b_ih(d).const_data_ptr() : nullptr;
+    params.b_hh[d] = layer.weights.biased() ? layer.weights.b_hh(d).const_data_ptr() : nullptr;
+  }
   params.h0 = pointer(layer.h0);
   params.c0 = pointer(layer.c0);
   params.y = pointer(y);
@@ -386,14 +381,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_forward(Tensor x, Tensors
   params.cn = pointer(cn);
   params.c = cell_states || reserve ? pointer(c) : nullptr;
   params.gates = reserve ? pointer(gates) : nullptr;
-  params.h = pointer(h);
-  params.c_state = pointer(c_state);
-  params.m = m.has_value() ? pointer(*m) : nullptr;
+  params.h = h;
+  params.c_state = c_state;
+  params.m = s.projected ? c_state + c_size * scratch.element_size() : nullptr;
   if (s.T == 1) {
     forward_step(layer, params);
   } else {
     // The gates take the place of their affine maps where both are of one dtype.
-    Tensor xg = reserve && dtype == layer.compute ? gates : empty(x, {s.D, s.T, s.B, 4 * s.H}, layer.compute);
+    Tensor xg = reserve && dtype == layer.compute ? gates : empty({s.D, s.T, s.B, 4 * s.H}, layer.compute);
     forward_sequence(layer, params, xg);
   }
   return {y, hn, cn, c, gates};
@@ -412,13 +407,13 @@ StepGradients backward_sequence(const Layer& layer, BackwardParams& params, bool
   const Sizes& s = layer.sizes;
   const Kernels& kernels = layer.kernels;
   const int64_t N = s.T * s.B;
-  const auto make = [&](int64_t width) { return empty(layer.x, {s.D, N, width}, layer.compute); };
+  const auto make = [&](int64_t width) { return empty({s.D, N, width}, layer.compute); };
   StepGradients steps{make(4 * s.H), std::nullopt, std::nullopt, std::nullopt};
   if (needs_w_hh) steps.h_in = make(s.P);
   if (s.projected) steps.dh_out = make(s.P);
   if (s.projected) steps.m = make(s.H);
-  Tensor dh_state = empty(layer.x, {s.D, s.B, s.P}, layer.compute);
-  Tensor dc_state = empty(layer.x, {s.D, s.B, s.H}, layer.compute);
+  Tensor dh_state = empty({s.D, s.B, s.P}, layer.compute);
+  Tensor dc_state = empty({s.D, s.B, s.H}, layer.compute);
   OptionalTensor panel_hh, panel_hr;
   if (s.T > 1 || params.dh0 != nullptr) {
     panel_hh = packed(layer, kernels.pack_columns, &Weights::w_hh, s.P, 4 * kernels.lanes, 4 * s.H);
@@ -446,7 +441,7 @@ StepGradients backward_sequence(const Layer& layer, BackwardParams& params, bool
 Tensor input_gradient(const Layer& layer, const StepGradients& steps) {
   const Sizes& s = layer.sizes;
   Tensor da = steps.da;
-  Tensor dx = empty(layer.x, {s.T * s.B, s.I}, layer.compute);
+  Tensor dx = empty({s.T * s.B, s.I}, layer.compute);
   multiply_into(dx, torch::stable::select(da, 0, 0), as(layer.weights.w_ih(0), layer.compute));
   if (s.D == 2) add_product(dx, torch::stable::select(da, 0, 1), as(layer.weights.w_ih(1), layer.compute));
   return as(torch::stable::view(dx, {s.T, s.B, s.I}), layer.x.scalar_type());
@@ -455,7 +450,7 @@ Tensor input_gradient(const Layer& layer, const StepGradients& steps) {
 // The weight gradients, each as one matrix product, or sum, over all steps; empty where not needed.
 template <class Needs>
 Tensors weight_gradients(const Layer& layer, const StepGradients& steps, const Needs& needs_weight) {
-  const Tensor none = empty(layer.x, {0}, layer.x.scalar_type());
+  const Tensor none = empty({0}, layer.x.scalar_type());
   Tensors dweights;
   OptionalTensor rows;
   for (int64_t d = 0; d < layer.sizes.D; ++d) {
@@ -495,13 +490,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> cpu_backward(OptionalTensor dy, Opti
   const bool needs_x = needs[0], needs_h0 = needs[1], needs_c0 = needs[2];
   const auto needs_weight = [&](int64_t d, int64_t k) { return needs[3 + d * layer.weights.count + k]; };
 
-  y = torch::stable::contiguous(y);
-  c = torch::stable::contiguous(c);
-  reserve = torch::stable::contiguous(reserve);
+  y = dense(y);
+  c = dense(c);
+  reserve = dense(reserve);
   check_size("y", y, {s.T, s.B, s.D * s.P});
   check_size("c", c, {s.T, s.B, s.D * s.H});
   check_size("reserve", reserve, {s.D, s.T, s.B, 4 * s.H});
-  const std::array<OptionalTensor, 4> gradients{contiguous(dy), contiguous(dhn), contiguous(dcn), contiguous(dc)};
+  const std::array<OptionalTensor, 4> gradients{dense(dy), dense(dhn), dense(dcn), dense(dc)};
   if (gradients[0].has_value()) check_size("dy", *gradients[0], {s.T, s.B, s.D * s.P});
   layer.check_state("dhn", gradients[1], s.P);
   layer.check_state("dcn", gradients[2], s.H);
@@ -512,12 +507,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> cpu_backward(OptionalTensor dy, Opti
       STD_TORCH_CHECK(tensor->scalar_type() == dtype, "gradients and saved tensors must have the dtype of x");
   }
 
-  const Tensor none = empty(x, {0}, dtype);
-  Tensor dh0 = needs_h0 ? empty(x, {s.D, s.B, s.P}, dtype) : none;
-  Tensor dc0 = needs_c0 ? empty(x, {s.D, s.B, s.H}, dtype) : torch::stable::clone(none);
+  const Tensor none = empty({0}, dtype);
+  Tensor dh0 = needs_h0 ? empty({s.D, s.B, s.P}, dtype) : none;
+  Tensor dc0 = needs_c0 ? empty({s.D, s.B, s.H}, dtype) : torch::stable::clone(none);
   if (s.B == 0) {
     Tensors dweights;
-    Tensor dx = needs_x ? empty(x, {s.T, s.B, s.I}, dtype) : torch::stable::clone(none);
+    Tensor dx = needs_x ? empty({s.T, s.B, s.I}, dtype) : torch::stable::clone(none);
     for (size_t k = 0; k < flat.size(); ++k) {
       Tensor zero = torch::stable::empty_like(flat[k]);
       dweights.push_back(needs[3 + k] ? torch::stable::zero_(zero) : torch::stable::clone(none));

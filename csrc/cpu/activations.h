@@ -38,48 +38,84 @@ struct InverseFactorials {
 };
 static constexpr InverseFactorials kInverseFactorial;
 
+// Of e^x = 2^n e^r.
 template <class A>
 struct ExpParts {
   Vec<A> scale;  // 2^n
   Vec<A> expm1;  // e^r - 1, to full relative precision
 };
 
-// x in [kLowest, kHighest] or NaN.
+// The larger, or smaller, of a limit and x; NaN stays.
 template <class A>
-FUSEDRNN_INLINE ExpParts<A> exp_parts(Vec<A> x) {
+FUSEDRNN_INLINE Vec<A> at_least(A limit, Vec<A> x) {
+  return larger<A>(broadcast<A>(limit), x);
+}
+template <class A>
+FUSEDRNN_INLINE Vec<A> at_most(A limit, Vec<A> x) {
+  return smaller<A>(broadcast<A>(limit), x);
+}
+
+template <class A>
+FUSEDRNN_INLINE IntVec<A> sign_of(Vec<A> x) {
+  return bit_cast<IntVec<A>>(x) & bit_cast<IntVec<A>>(broadcast<A>(A(-0.0)));
+}
+
+// 1 / (1 + e^-x)
+struct Sigmoid {
+  template <class A>
+  static FUSEDRNN_INLINE Vec<A> exponent(Vec<A> x) {
+    using C = ExpConstants<A>;
+    return at_least<A>(C::kLowest, at_most<A>(C::kHighest, -x));
+  }
+  template <class A>
+  static FUSEDRNN_INLINE Vec<A> result(Vec<A>, const ExpParts<A>& e) {
+    return A(1) / (A(1) + e.scale * (A(1) + e.expm1));
+  }
+};
+
+// (e^2a - 1) / (e^2a + 1) for a = |x|, with the sign of x
+struct Tanh {
+  template <class A>
+  static FUSEDRNN_INLINE Vec<A> exponent(Vec<A> x) {
+    const Vec<A> a = at_most<A>(ExpConstants<A>::kTanhIsOne, bit_cast<Vec<A>>(bit_cast<IntVec<A>>(x) ^ sign_of<A>(x)));
+    return a + a;
+  }
+  template <class A>
+  static FUSEDRNN_INLINE Vec<A> result(Vec<A> x, const ExpParts<A>& e) {
+    const Vec<A> expm1 = e.scale * e.expm1 + (e.scale - A(1));
+    return bit_cast<Vec<A>>(bit_cast<IntVec<A>>(expm1 / (expm1 + A(2))) | sign_of<A>(x));
+  }
+};
+
+// x[k] = F_k(x[k]) for the k-th of the functions. One of them is a chain of some twenty dependent operations: the steps
+// of all of them are taken in turns, so that the processor has others to do while it waits.
+template <class A, class... F>
+FUSEDRNN_INLINE void apply(Vec<A> (&x)[sizeof...(F)]) {
   using C = ExpConstants<A>;
+  constexpr int N = sizeof...(F);
   constexpr A kLog2E = A(1.4426950408889634074);
-  const Vec<A> shifted = x * kLog2E + C::kRound;
-  const Vec<A> n = shifted - C::kRound;
-  const Vec<A> r = (x - n * C::kLn2High) - n * C::kLn2Low;
+  Vec<A> e[N], r[N], p[N];  // exponents in [kLowest, kHighest] or NaN
+  IntVec<A> n[N];
+  int k = 0;
+  ((e[k] = F::template exponent<A>(x[k]), ++k), ...);
+#pragma GCC unroll 8
+  for (int k = 0; k < N; ++k) {
+    const Vec<A> shifted = e[k] * kLog2E + C::kRound;
+    n[k] = bit_cast<IntVec<A>>(shifted) - bit_cast<IntVec<A>>(broadcast<A>(C::kRound)) + C::kBias;
+    r[k] = e[k] - (shifted - C::kRound) * C::kLn2High;
+    r[k] = r[k] - (shifted - C::kRound) * C::kLn2Low;
+    p[k] = broadcast<A>(A(kInverseFactorial.of[C::kDegree]));
+  }
   // Taylor: the first omitted term is below half a unit in the last place of e^r on this interval.
-  Vec<A> p = broadcast<A>(A(kInverseFactorial.of[C::kDegree]));
 #pragma GCC unroll 16
-  for (int k = C::kDegree - 1; k >= 2; --k) p = p * r + A(kInverseFactorial.of[k]);
-  p = p * (r * r) + r;
-  const IntVec<A> exponent = bit_cast<IntVec<A>>(shifted) - bit_cast<IntVec<A>>(broadcast<A>(C::kRound)) + C::kBias;
-  return {bit_cast<Vec<A>>(exponent << C::kMantissa), p};
-}
-
-template <class A>
-FUSEDRNN_INLINE Vec<A> sigmoid(Vec<A> x) {
-  using C = ExpConstants<A>;
-  Vec<A> z = -x;
-  z = z > C::kHighest ? broadcast<A>(C::kHighest) : z;  // comparisons are false for NaN, which stays
-  z = z < C::kLowest ? broadcast<A>(C::kLowest) : z;
-  const ExpParts<A> e = exp_parts<A>(z);
-  return A(1) / (A(1) + e.scale * (A(1) + e.expm1));
-}
-
-template <class A>
-FUSEDRNN_INLINE Vec<A> tanh(Vec<A> x) {
-  using C = ExpConstants<A>;
-  const IntVec<A> sign = bit_cast<IntVec<A>>(x) & bit_cast<IntVec<A>>(broadcast<A>(A(-0.0)));
-  Vec<A> a = bit_cast<Vec<A>>(bit_cast<IntVec<A>>(x) ^ sign);
-  a = a > C::kTanhIsOne ? broadcast<A>(C::kTanhIsOne) : a;
-  const ExpParts<A> e = exp_parts<A>(a + a);
-  const Vec<A> expm1 = e.scale * e.expm1 + (e.scale - A(1));
-  return bit_cast<Vec<A>>(bit_cast<IntVec<A>>(expm1 / (expm1 + A(2))) | sign);
+  for (int degree = C::kDegree - 1; degree >= 2; --degree) {
+#pragma GCC unroll 8
+    for (int k = 0; k < N; ++k) p[k] = p[k] * r[k] + A(kInverseFactorial.of[degree]);
+  }
+#pragma GCC unroll 8
+  for (int k = 0; k < N; ++k) p[k] = p[k] * (r[k] * r[k]) + r[k];
+  k = 0;
+  ((x[k] = F::template result<A>(x[k], ExpParts<A>{bit_cast<Vec<A>>(n[k] << C::kMantissa), p[k]}), ++k), ...);
 }
 
 }  // namespace fusedrnn::FUSEDRNN_ISA

@@ -118,19 +118,18 @@ class Backward {
     const Direction direction(s_, p_.sequence, d);
     const int64_t t = direction.at(n), next = direction.after(t);  // n = -1 gives a t that does not exist
     const bool last = n == s_.T - 1;
-    for_each_tile(row_begin, row_end, [&](auto rows, int64_t b) {
-      constexpr int R = decltype(rows)::kCount;
-      V sum[R][4];
-      clear(sum);
-      if (!last && direction.any_exists(next, b, R)) {
+    for_each_chunk(row_begin, row_end, [&](int64_t b, int64_t rows) {
+      V sum[kRowsAtATime][4];
+      if (!last) {
         const int64_t panel_size = kGates * s_.H * kWide<A>;
         const A* panel = static_cast<const A*>(p_.panel_hh) + (d * output_blocks() + block) * panel_size;
-        multiply<A, R>(sum, da(d, next, b), kGates * s_.H, panel, kGates * s_.H);
+        multiply<A>(sum, da(d, next, b), kGates * s_.H, panel, kGates * s_.H, rows, s_.B == 1,
+                    [&](int64_t first, int64_t count) { return direction.any_exists(next, b + first, count); });
       }
-      for (int r = 0; r < R; ++r) {
+      for (int64_t r = 0; r < rows; ++r) {
         for (int v = 0; v < 4; ++v) {
           const int64_t output = block * kWide<A> + v * kUnits<A>;
-          if (output < s_.P) output_gradient(direction, n, t, d, b + r, output, sum[r][v]);
+          if (output < s_.P) output_gradient(direction, n, t, d, b + r, output, last ? V{} : sum[r][v]);
         }
       }
     });
@@ -165,12 +164,11 @@ class Backward {
     const Direction direction(s_, p_.sequence, d);
     const int64_t t = direction.at(n);
     const A* panel = static_cast<const A*>(p_.panel_hr) + (d * unit_blocks() + block) * s_.P * kWide<A>;
-    for_each_tile(row_begin, row_end, [&](auto rows, int64_t b) {
-      constexpr int R = decltype(rows)::kCount;
-      V sum[R][4];
-      clear(sum);
-      if (direction.any_exists(t, b, R)) multiply<A, R>(sum, dh_out(d, t, b), s_.P, panel, s_.P);
-      for (int r = 0; r < R; ++r) {
+    for_each_chunk(row_begin, row_end, [&](int64_t b, int64_t rows) {
+      V sum[kRowsAtATime][4];
+      multiply<A>(sum, dh_out(d, t, b), s_.P, panel, s_.P, rows, s_.B == 1,
+                  [&](int64_t first, int64_t count) { return direction.any_exists(t, b + first, count); });
+      for (int64_t r = 0; r < rows; ++r) {
         for (int v = 0; v < 4; ++v) {
           const int64_t unit = block * kWide<A> + v * kUnits<A>;
           if (unit < s_.H) unit_gradients(direction, t, d, b + r, unit, direction.exists(t, b + r), sum[r][v]);

@@ -12,28 +12,35 @@ template <class A>
 struct LstmCell {
   using V = Vec<A>;
 
-  // gates: the affine maps on entry, the gates on exit. Returns m = o * tanh(c) and replaces c_{t-1} by c_t.
-  static FUSEDRNN_INLINE V forward(V (&gates)[kGates], V& c) {
-    gates[0] = sigmoid<A>(gates[0]);
-    gates[1] = sigmoid<A>(gates[1]);
-    gates[2] = tanh<A>(gates[2]);
-    gates[3] = sigmoid<A>(gates[3]);
-    c = gates[1] * c + gates[0] * gates[2];
-    return gates[3] * tanh<A>(c);
+  // For R rows: gates holds the affine maps on entry and the gates on exit, c holds c_{t-1} and then c_t; m becomes
+  // o * tanh(c_t).
+  template <int R>
+  static FUSEDRNN_INLINE void forward(V (*gates)[kGates], V (&c)[R], V (&m)[R]) {
+    for (int r = 0; r < R; ++r) {
+      apply<A, Sigmoid, Sigmoid, Tanh, Sigmoid>(gates[r]);
+      m[r] = c[r] = gates[r][1] * c[r] + gates[r][0] * gates[r][2];
+    }
+    if constexpr (R == 4) {
+      apply<A, Tanh, Tanh, Tanh, Tanh>(m);
+    } else {
+      for (int r = 0; r < R; ++r) apply<A, Tanh>(reinterpret_cast<V(&)[1]>(m[r]));
+    }
+    for (int r = 0; r < R; ++r) m[r] *= gates[r][3];
   }
 
   // gates: the gates on entry, the gradients of their affine maps on exit. dm is the gradient of m; dc that of c_t from
   // everywhere else on entry and that of c_{t-1} on exit. Returns m.
   static FUSEDRNN_INLINE V backward(V (&gates)[kGates], V c_in, V c, V dm, V& dc) {
     const V i = gates[0], f = gates[1], g = gates[2], o = gates[3];
-    const V tanh_c = tanh<A>(c);
-    const V dc_t = dc + dm * o * (A(1) - tanh_c * tanh_c);
+    V tanh_c[1] = {c};
+    apply<A, Tanh>(tanh_c);
+    const V dc_t = dc + dm * o * (A(1) - tanh_c[0] * tanh_c[0]);
     gates[0] = dc_t * g * i * (A(1) - i);
     gates[1] = dc_t * c_in * f * (A(1) - f);
     gates[2] = dc_t * i * (A(1) - g * g);
-    gates[3] = dm * tanh_c * o * (A(1) - o);
+    gates[3] = dm * tanh_c[0] * o * (A(1) - o);
     dc = dc_t * f;
-    return o * tanh_c;
+    return o * tanh_c[0];
   }
 };
 

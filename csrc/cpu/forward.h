@@ -8,7 +8,8 @@
 // Split by rows: a worker takes its rows through all steps and never waits. Split by units: a chunk is a block, and
 // workers meet after each step, or twice a step with a projection (team.h). h_{t-1} and h_t lie in two buffers, so that
 // no block reads what another has written in the same step.
-// A single step (T = 1) reads the weights as they lie, as dot products along K, and packs nothing.
+// A single step, or a single row, has no use for a tile: the weights are read as they lie, as dot products along K, and
+// nothing is packed.
 #pragma once
 
 #include "geometry.h"
@@ -64,7 +65,7 @@ class Forward {
       const int64_t first = begin > d * s_.H ? begin - d * s_.H : 0;
       const int64_t last = end < (d + 1) * s_.H ? end - d * s_.H : s_.H;
       for (int64_t unit = first; unit < last; unit += kUnits<A>) {
-        step_units(d, unit, last - unit < kUnits<A> ? last - unit : kUnits<A>);
+        dot_units(0, d, unit, last - unit < kUnits<A> ? last - unit : kUnits<A>);
       }
     }
   }
@@ -80,7 +81,7 @@ class Forward {
         V sum{};
         for (int64_t k = 0; k < s_.H; k += kUnits<A>)
           sum += load(w_hr + k, s_.H - k) * load(m + b * s_.H + k, s_.H - k);
-        write_output(direction, 0, d, b, output, broadcast<A>(horizontal_sum<A>(sum)), 1);
+        Outputs(*this, direction, 0, d, b, output).template write<true>(0, broadcast<A>(horizontal_sum<A>(sum)), 1);
       }
     }
   }
@@ -117,50 +118,81 @@ class Forward {
     const Direction direction(s_, p_.sequence, d);
     const int64_t t = direction.at(n), unit = block * kUnits<A>;
     const int64_t count = s_.H - unit < kUnits<A> ? s_.H - unit : kUnits<A>;
+    if (p_.panel_hh == nullptr) return dot_units(n, d, unit, count);
     const A* panel = static_cast<const A*>(p_.panel_hh) + (d * unit_blocks() + block) * s_.P * kWide<A>;
-    for_each_tile(row_begin, row_end, [&](auto rows, int64_t b) {
-      constexpr int R = decltype(rows)::kCount;
-      V sum[R][4];
-      clear(sum);
-      if (direction.any_exists(t, b, R)) multiply<A, R>(sum, h(n, d) + b * s_.P, s_.P, panel, s_.P);
-      for (int r = 0; r < R; ++r) {
-        const A* xg = static_cast<const A*>(p_.xg) + direction_major(s_, d, t, b + r, kGates * s_.H) + unit;
-        for (int gate = 0; gate < kGates; ++gate) sum[r][gate] += load(xg + gate * s_.H, count);
-        finish(direction, n, d, b + r, unit, count, sum[r]);
-      }
+    for_each_chunk(row_begin, row_end, [&](int64_t b, int64_t rows) {
+      const A* xg = static_cast<const A*>(p_.xg) + direction_major(s_, d, t, b, kGates * s_.H) + unit;
+      for (int64_t k = 0; k < kTogether * kGates; ++k) __builtin_prefetch(xg + k * s_.H);
+      V sum[kRowsAtATime][4];
+      multiply<A>(sum, h(n, d) + b * s_.P, s_.P, panel, s_.P, rows, s_.B == 1,
+                  [&](int64_t first, int64_t count) { return direction.any_exists(t, b + first, count); });
+      finish(direction, n, d, b, rows, unit, count, sum);
     });
   }
 
-  // From the affine maps of some hidden units of one row, without bias, to everything that is written about them.
-  FUSEDRNN_INLINE void finish(const Direction& direction, int64_t n, int64_t d, int64_t b, int64_t unit, int64_t count,
-                              V (&gates)[kGates]) const {
-    const int64_t t = direction.at(n);
-    S* c_all = p_.c == nullptr ? nullptr : static_cast<S*>(p_.c) + time_major(s_, t, b, d, s_.H) + unit;
-    S* gates_all =
-        p_.gates == nullptr ? nullptr : static_cast<S*>(p_.gates) + direction_major(s_, d, t, b, kGates * s_.H) + unit;
-    if (!direction.exists(t, b)) {
-      if (c_all != nullptr) store(c_all, V{}, count);
-      for (int gate = 0; gates_all != nullptr && gate < kGates; ++gate) store(gates_all + gate * s_.H, V{}, count);
-      if (!s_.projected) write_output(direction, n, d, b, unit, V{}, count);
-      return;
-    }
-    if (p_.bias != nullptr) {
-      const A* bias = static_cast<const A*>(p_.bias) + d * kGates * s_.H + unit;
-      for (int gate = 0; gate < kGates; ++gate) gates[gate] += load(bias + gate * s_.H, count);
-    }
-    A* c_state_row = c_state(d) + b * s_.H + unit;
-    V c = direction.is_reset(t, b) ? V{} : load(c_state_row, count);
-    const V m = LstmCell<A>::forward(gates, c);
-    store(c_state_row, c, count);
-    if (direction.is_last(t, b)) store(static_cast<S*>(p_.cn) + state(s_, d, b, s_.H) + unit, c, count);
-    if (c_all != nullptr) store(c_all, c, count);
-    for (int gate = 0; gates_all != nullptr && gate < kGates; ++gate) {
-      store(gates_all + gate * s_.H, gates[gate], count);
-    }
-    if (s_.projected) {
-      store(static_cast<A*>(p_.m) + state(s_, d, b, s_.H) + unit, m, count);
+  // From the affine maps of some hidden units, without biases and the input's where it was computed before, to
+  // everything that is written about them.
+  FUSEDRNN_INLINE void finish(const Direction& direction, int64_t n, int64_t d, int64_t b, int64_t rows, int64_t unit,
+                              int64_t count, V (*gates)[kGates]) const {
+    if (count == kUnits<A> && !direction.ragged()) {  // known when compiled: nothing to test per row
+      finish_all<false>(direction, n, d, b, rows, unit, kUnits<A>, gates);
     } else {
-      write_output(direction, n, d, b, unit, m, count);
+      finish_all<true>(direction, n, d, b, rows, unit, count, gates);
+    }
+  }
+
+  template <bool kRagged>
+  FUSEDRNN_INLINE void finish_all(const Direction& direction, int64_t n, int64_t d, int64_t b, int64_t rows,
+                                  int64_t unit, int64_t count, V (*gates)[kGates]) const {
+    V bias[kGates] = {};
+    for (int gate = 0; p_.b_ih[d] != nullptr && gate < kGates; ++gate) {
+      bias[gate] = load(static_cast<const S*>(p_.b_ih[d]) + gate * s_.H + unit, count) +
+                   load(static_cast<const S*>(p_.b_hh[d]) + gate * s_.H + unit, count);
+    }
+    for (int64_t r = 0; r < rows; r += kTogether) {
+      with_rows<kTogether>(rows - r < kTogether ? rows - r : kTogether, [&](auto R) {
+        finish_rows<kRagged, R.kCount>(direction, n, d, b + r, unit, count, bias, gates + r);
+      });
+    }
+  }
+
+  template <bool kRagged, int R>
+  FUSEDRNN_INLINE void finish_rows(const Direction& direction, int64_t n, int64_t d, int64_t b, int64_t unit,
+                                   int64_t count, const V (&bias)[kGates], V (*gates)[kGates]) const {
+    const int64_t t = direction.at(n), H = s_.H, c_step = s_.D * H;
+    const int64_t gates_at = direction_major(s_, d, t, b, kGates * H) + unit;
+    const A* xg = p_.xg == nullptr ? nullptr : static_cast<const A*>(p_.xg) + gates_at;
+    S* gates_all = p_.gates == nullptr ? nullptr : static_cast<S*>(p_.gates) + gates_at;
+    S* c_all = p_.c == nullptr ? nullptr : static_cast<S*>(p_.c) + time_major(s_, t, b, d, H) + unit;
+    A* c_state = this->c_state(d) + b * H + unit;
+    A* m_all = s_.projected ? static_cast<A*>(p_.m) + state(s_, d, b, H) + unit : nullptr;
+    S* cn = static_cast<S*>(p_.cn) + state(s_, d, b, H) + unit;
+    const Outputs outputs(*this, direction, n, d, b, unit);
+    V c[R], m[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      for (int gate = 0; gate < kGates; ++gate) gates[r][gate] += bias[gate];
+      if (xg != nullptr) {
+        for (int gate = 0; gate < kGates; ++gate) gates[r][gate] += load(xg + (r * kGates + gate) * H, count);
+        for (int gate = 0; gate < kGates; ++gate) __builtin_prefetch(xg + ((r + kTogether) * kGates + gate) * H);
+      }
+      c[r] = kRagged && direction.is_reset(t, b + r) ? V{} : load(c_state + r * H, count);
+    }
+    LstmCell<A>::template forward<R>(gates, c, m);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const bool exists = !kRagged || direction.exists(t, b + r);
+      if (c_all != nullptr) store(c_all + r * c_step, exists ? c[r] : V{}, count);
+      for (int gate = 0; gates_all != nullptr && gate < kGates; ++gate) {
+        store(gates_all + (r * kGates + gate) * H, exists ? gates[r][gate] : V{}, count);
+      }
+      if (exists) store(c_state + r * H, c[r], count);
+      if (exists && (kRagged ? direction.is_last(t, b + r) : n + 1 == s_.T)) store(cn + r * H, c[r], count);
+      if (!s_.projected) {
+        outputs.template write<kRagged>(r, m[r], count);
+      } else if (exists) {
+        store(m_all + r * H, m[r], count);
+      }
     }
   }
 
@@ -168,93 +200,80 @@ class Forward {
   void outputs(int64_t n, int64_t d, int64_t block, int64_t row_begin, int64_t row_end) const {
     const Direction direction(s_, p_.sequence, d);
     const A* panel = static_cast<const A*>(p_.panel_hr) + (d * output_blocks() + block) * s_.H * kWide<A>;
-    for_each_tile(row_begin, row_end, [&](auto rows, int64_t b) {
-      constexpr int R = decltype(rows)::kCount;
-      V sum[R][4];
-      clear(sum);
-      if (direction.any_exists(direction.at(n), b, R)) {
-        multiply<A, R>(sum, static_cast<const A*>(p_.m) + state(s_, d, b, s_.H), s_.H, panel, s_.H);
-      }
-      for (int r = 0; r < R; ++r) {
-        for (int v = 0; v < 4; ++v) {
-          const int64_t output = block * kWide<A> + v * kUnits<A>;
-          if (output < s_.P) write_output(direction, n, d, b + r, output, sum[r][v], s_.P - output);
-        }
+    for_each_chunk(row_begin, row_end, [&](int64_t b, int64_t rows) {
+      V sum[kRowsAtATime][4];
+      multiply<A>(
+          sum, static_cast<const A*>(p_.m) + state(s_, d, b, s_.H), s_.H, panel, s_.H, rows, s_.B == 1,
+          [&](int64_t first, int64_t count) { return direction.any_exists(direction.at(n), b + first, count); });
+      for (int v = 0; v < 4; ++v) {
+        const int64_t output = block * kWide<A> + v * kUnits<A>;
+        if (output >= s_.P) break;
+        const Outputs outputs(*this, direction, n, d, b, output);
+        for (int64_t r = 0; r < rows; ++r) outputs.template write<true>(r, sum[r][v], s_.P - output);
       }
     });
   }
 
-  // h_t to where it goes: the output, the state that enters the next step, the final state.
-  FUSEDRNN_INLINE void write_output(const Direction& direction, int64_t n, int64_t d, int64_t b, int64_t output,
-                                    V value, int64_t count) const {
-    const int64_t t = direction.at(n);
-    const bool exists = direction.exists(t, b);
-    store(static_cast<S*>(p_.y) + time_major(s_, t, b, d, s_.P) + output, exists ? value : V{}, count);
-    if (exists && direction.is_last(t, b)) {
-      store(static_cast<S*>(p_.hn) + state(s_, d, b, s_.P) + output, value, count);
-    }
-    if (n + 1 == s_.T) return;
-    const V next = exists ? rounded<S>(value) : load(h(n, d) + b * s_.P + output, count);
-    const bool cut = direction.is_reset(direction.at(n + 1), b);
-    store(h(n + 1, d) + b * s_.P + output, cut ? V{} : next, count);
-  }
+  // Where some outputs of rows from b on go at the n-th step: the output, the state that enters the next step, and the
+  // final state.
+  struct Outputs {
+    Outputs(const Forward& forward, const Direction& direction, int64_t n, int64_t d, int64_t b, int64_t output)
+        : direction(direction),
+          t(direction.at(n)),
+          next(direction.at(n + 1)),
+          b(b),
+          P(forward.s_.P),
+          y_step(forward.s_.D * forward.s_.P),
+          final(n + 1 == forward.s_.T),
+          y(static_cast<S*>(forward.p_.y) + time_major(forward.s_, t, b, d, P) + output),
+          hn(static_cast<S*>(forward.p_.hn) + state(forward.s_, d, b, P) + output),
+          h_in(forward.h(n, d) + b * P + output),
+          h_out(forward.h(n + 1, d) + b * P + output) {}
 
-  // T = 1: some hidden units, for all rows, by dot products.
-  void step_units(int64_t d, int64_t unit, int64_t count) const {
+    template <bool kRagged>
+    FUSEDRNN_INLINE void write(int64_t r, V value, int64_t count) const {
+      const bool exists = !kRagged || direction.exists(t, b + r);
+      store(y + r * y_step, exists ? value : V{}, count);
+      if (exists && (kRagged ? direction.is_last(t, b + r) : final)) store(hn + r * P, value, count);
+      if (final) return;
+      const V after = exists ? rounded<S>(value) : load(h_in + r * P, count);
+      store(h_out + r * P, kRagged && direction.is_reset(next, b + r) ? V{} : after, count);
+    }
+
+    const Direction& direction;
+    int64_t t, next, b, P, y_step;
+    bool final;
+    S *y, *hn;
+    const A* h_in;
+    A* h_out;
+  };
+
+  // The n-th step of the hidden units [unit, unit + count), at most `lanes`, for all rows: dot products with the
+  // weights as they lie.
+  void dot_units(int64_t n, int64_t d, int64_t unit, int64_t count) const {
     const Direction direction(s_, p_.sequence, d);
-    for (int64_t b = 0; b < s_.B; b += kStepRows) {
-      const int64_t rows = s_.B - b < kStepRows ? s_.B - b : kStepRows;
-      A dots[kStepRows][kGates][kUnits<A>] = {};
-      for (int64_t lane = 0; lane < count; ++lane) {
-        if (rows == kStepRows) {
-          dot_unit<kStepRows>(d, unit + lane, b, dots, lane);
-        } else {
-          for (int64_t r = 0; r < rows; ++r) dot_unit<1>(d, unit + lane, b + r, dots + r, lane);
+    const S* w_hh = static_cast<const S*>(p_.w_hh[d]) + unit * s_.P;
+    const bool recurs = n > 0 || p_.h0 != nullptr;
+    for_each_chunk(0, s_.B, [&](int64_t b, int64_t rows) {
+      V gates[kRowsAtATime][kGates];
+      for (int gate = 0; gate < kGates; ++gate) {
+        for (int64_t r = 0; r < rows; ++r) {
+          V sums[kUnits<A>];
+          for (int64_t u = 0; u < kUnits<A>; ++u) sums[u] = V{};
+          if (p_.x != nullptr) {
+            const S* w_ih = static_cast<const S*>(p_.w_ih[d]) + (gate * s_.H + unit) * s_.I;
+            add_dots<A>(sums, w_ih, count, static_cast<const S*>(p_.x) + (b + r) * s_.I, s_.I);
+          }
+          // The states of rows that are reset were made zero where they were written.
+          if (recurs) add_dots<A>(sums, w_hh + gate * s_.H * s_.P, count, h(n, d) + (b + r) * s_.P, s_.P);
+          gates[r][gate] = sum_each<A>(sums);
         }
       }
-      for (int64_t r = 0; r < rows; ++r) {
-        V gates[kGates];
-        for (int gate = 0; gate < kGates; ++gate) gates[gate] = load(dots[r][gate]);
-        finish(direction, 0, d, b + r, unit, count, gates);
-      }
-    }
+      finish(direction, n, d, b, rows, unit, count, gates);
+    });
   }
 
-  // dots[r][gate][lane] = w_ih[gate, unit] . x[b + r] + w_hh[gate, unit] . h0[b + r]
-  template <int R>
-  FUSEDRNN_INLINE void dot_unit(int64_t d, int64_t unit, int64_t b, A (*dots)[kGates][kUnits<A>], int64_t lane) const {
-    V sum[R][kGates];
-    clear(sum);
-    const S* x = static_cast<const S*>(p_.x) + b * s_.I;
-    add_dots<R>(sum, static_cast<const S*>(p_.w_ih[d]) + unit * s_.I, x, s_.I);
-    if (p_.h0 != nullptr) {
-      // The states of rows that are reset here were made zero by start(), in h.
-      add_dots<R>(sum, static_cast<const S*>(p_.w_hh[d]) + unit * s_.P, h(0, d) + b * s_.P, s_.P);
-    }
-    for (int r = 0; r < R; ++r) {
-      for (int gate = 0; gate < kGates; ++gate) dots[r][gate][lane] = horizontal_sum<A>(sum[r][gate]);
-    }
-  }
-
-  // sum[r][gate] += w[gate * H][k] * a[r][k], lane by lane; w points at one unit's row of the first gate.
-  template <int R, class Operand>
-  FUSEDRNN_INLINE void add_dots(V (&sum)[R][kGates], const S* w, const Operand* a, int64_t K) const {
-    const int64_t whole = K - K % kUnits<A>;
-    for (int64_t k = 0; k < whole; k += kUnits<A>) add_dots_at<R>(sum, w, a, K, k, kUnits<A>);
-    if (whole < K) add_dots_at<R>(sum, w, a, K, whole, K - whole);
-  }
-  template <int R, class Operand>
-  FUSEDRNN_INLINE void add_dots_at(V (&sum)[R][kGates], const S* w, const Operand* a, int64_t K, int64_t k,
-                                   int64_t count) const {
-    V weights[kGates];
-    for (int gate = 0; gate < kGates; ++gate) weights[gate] = load(w + gate * s_.H * K + k, count);
-    for (int r = 0; r < R; ++r) {
-      const V values = load(a + r * K + k, count);
-      for (int gate = 0; gate < kGates; ++gate) sum[r][gate] += weights[gate] * values;
-    }
-  }
-
-  static constexpr int kStepRows = FUSEDRNN_VECTOR_BYTES == 64 ? 4 : 2;
+  static constexpr int kTogether = 4;  // rows whose cells are computed at the same time
 
   const ForwardParams& p_;
   const Sizes& s_;

@@ -13,6 +13,9 @@ class Direction {
 
   int64_t at(int64_t n) const { return reverse_ ? T_ - 1 - n : n; }
 
+  // Whether a step may not exist, or be reset, for some rows.
+  bool ragged() const { return sequence_.lengths != nullptr || sequence_.reset != nullptr; }
+
   int64_t length(int64_t b) const {
     if (sequence_.lengths == nullptr) return T_;
     const int64_t length = sequence_.lengths[b];

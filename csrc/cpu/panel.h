@@ -1,50 +1,77 @@
-// The matrix product under everything: a tile of R batch rows times a panel.
+// The matrix product under everything: batch rows times a panel.
 //
-// A panel holds the weights of one block of outputs for all K inputs, [K][4][lanes], so that its product with R rows
-// stays in 4 * R vector registers while K runs, every panel element is loaded once per R rows, and every number of the
-// rows is broadcast. In forward the four vectors are the gates of `lanes` hidden units; elsewhere they are
-// 4 * lanes outputs next to each other. The sum over K runs in the same order whatever R is, so that a row's result
-// does not depend on which rows it shares a tile with, and therefore not on the number of threads.
+// A panel holds the weights of one block of outputs for all K inputs: four vectors for each of them, in two halves,
+// [2][K][2][lanes]. In forward the four are the gates of `lanes` hidden units; elsewhere they are 4 * lanes outputs
+// next to each other. A tile of R rows and V of the four vectors stays in R * V registers while K runs: every panel
+// element is loaded once per tile, and every number of the rows is broadcast. V is two where there are many rows, so
+// that a tile is tall and half a panel, kDepth deep, stays in the first-level cache while the rows pass by; four where
+// there are so few that a pass over the panel is all there is.
+//
+// The sum over K runs in the same order whatever the tile is, so that a row's result does not depend on which rows it
+// shares one with, and therefore not on the number of threads.
 #pragma once
 
 #include "cell.h"
 
 namespace fusedrnn::FUSEDRNN_ISA {
 
-// Rows of a tile: as many as the registers hold beside a panel row (32 registers with AVX-512, else 16).
-#if FUSEDRNN_VECTOR_BYTES == 64
-constexpr int kTileRows = 6;
-#else
-constexpr int kTileRows = 3;
-#endif
-
 template <class A>
 constexpr int64_t kUnits = Simd<A>::kLanes;  // hidden units of a forward block
 template <class A>
 constexpr int64_t kWide = 4 * Simd<A>::kLanes;  // outputs of every other block
 
-// sum[r][v] += sum over k of a[r][k] * panel[k][v]
-template <class A, int R>
-FUSEDRNN_INLINE void multiply(Vec<A> (&sum)[R][4], const A* a, int64_t stride, const A* panel, int64_t K) {
-  for (int64_t k = 0; k < K; ++k) {
-    const A* row = panel + k * kWide<A>;
-    const Vec<A> w0 = load(row), w1 = load(row + kUnits<A>), w2 = load(row + 2 * kUnits<A>),
-                 w3 = load(row + 3 * kUnits<A>);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const A scalar = a[r * stride + k];
-      sum[r][0] += scalar * w0;
-      sum[r][1] += scalar * w1;
-      sum[r][2] += scalar * w2;
-      sum[r][3] += scalar * w3;
-    }
-  }
+// Rows of a tile of two vectors: as many as the registers hold beside them (32 registers with AVX-512, else 16).
+constexpr int kTileRows = FUSEDRNN_VECTOR_BYTES == 64 ? 12 : 6;
+// Steps along K for which half a panel takes half of a first-level cache of 32 KiB.
+constexpr int64_t kDepth = 16384 / (2 * FUSEDRNN_VECTOR_BYTES);
+// Rows whose sums are kept between the product and what follows it.
+constexpr int64_t kRowsAtATime = 4 * kTileRows;
+
+// Where the v-th vector of input k lies in a panel of K inputs.
+template <class A>
+FUSEDRNN_INLINE int64_t in_panel(int64_t K, int64_t k, int64_t v) {
+  return (v / 2 * K * 2 + k * 2 + v % 2) * kUnits<A>;
 }
 
-template <class V, int R>
-FUSEDRNN_INLINE void clear(V (&sum)[R][4]) {
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = sum[r][2] = sum[r][3] = V{};
+// sum[r][v] += sum over k < depth of a[r][k] * panel[k][v], for V vectors of a panel of K inputs. With two Chains, even
+// and odd k are summed apart: a single row has too few sums to hide the latency of an addition.
+template <class A, int R, int V, int Chains = 1>
+FUSEDRNN_INLINE void accumulate(Vec<A> (*sum)[4], const A* a, int64_t stride, const A* panel, int64_t K,
+                                int64_t depth) {
+  Vec<A> acc[Chains][R][V];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      acc[0][r][v] = sum[r][v];
+      for (int chain = 1; chain < Chains; ++chain) acc[chain][r][v] = Vec<A>{};
+    }
+  }
+  const auto step = [&](int64_t k, int chain) {
+    Vec<A> w[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) w[v] = load(panel + in_panel<A>(K, k, v));
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const A scalar = a[r * stride + k];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) acc[chain][r][v] += scalar * w[v];
+    }
+  };
+  int64_t k = 0;
+  for (; k + Chains <= depth; k += Chains) {
+#pragma GCC unroll 2
+    for (int chain = 0; chain < Chains; ++chain) step(k + chain, chain);
+  }
+  for (; k < depth; ++k) step(k, 0);
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      sum[r][v] = acc[0][r][v];
+      for (int chain = 1; chain < Chains; ++chain) sum[r][v] += acc[chain][r][v];
+    }
+  }
 }
 
 template <int R>
@@ -52,27 +79,54 @@ struct Rows {
   static constexpr int kCount = R;
 };
 
-// Calls f(Rows<R>, first row) for tiles that cover [begin, end), as even as possible.
-template <class F>
-FUSEDRNN_INLINE void for_each_tile(int64_t begin, int64_t end, const F& f) {
-  const int64_t tiles = blocks_of(end - begin, kTileRows);
-  for (int64_t tile = 0; tile < tiles; ++tile) {
-    const int64_t first = begin + tile * (end - begin) / tiles;
-    const int64_t next = begin + (tile + 1) * (end - begin) / tiles;
-    switch (next - first) {
-      case 1: f(Rows<1>{}, first); break;
-      case 2: f(Rows<2>{}, first); break;
-      case 3: f(Rows<3>{}, first); break;
-#if FUSEDRNN_VECTOR_BYTES == 64
-      case 4: f(Rows<4>{}, first); break;
-      case 5: f(Rows<5>{}, first); break;
-      case 6: f(Rows<6>{}, first); break;
-#endif
+// f(Rows<rows>), for rows from 1 to Most.
+template <int Most, class F>
+FUSEDRNN_INLINE void with_rows(int64_t rows, const F& f) {
+  if constexpr (Most > 1) {
+    if (rows < Most) return with_rows<Most - 1>(rows, f);
+  }
+  f(Rows<Most>{});
+}
+
+// sum[r] = a[r] @ panel for r in [0, rows), rows at most kRowsAtATime. Tiles without a row that is wanted(first, count)
+// are left out: their sums are zero. `alone` says that the layer has a single row, which then needs no tile.
+template <class A, class Wanted>
+inline void multiply(Vec<A> (*sum)[4], const A* a, int64_t stride, const A* panel, int64_t K, int64_t rows, bool alone,
+                     const Wanted& wanted) {
+  for (int64_t r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = sum[r][2] = sum[r][3] = Vec<A>{};
+  if (rows <= kTileRows / 2) {
+    if (!wanted(0, rows)) return;
+    if (alone) return accumulate<A, 1, 4, 2>(sum, a, stride, panel, K, K);
+    return with_rows<kTileRows / 2>(rows, [&](auto R) { accumulate<A, R.kCount, 4>(sum, a, stride, panel, K, K); });
+  }
+  const int64_t tiles = blocks_of(rows, kTileRows);
+  for (int64_t k = 0; k < K; k += kDepth) {
+    const int64_t depth = K - k < kDepth ? K - k : kDepth;
+    for (int half = 0; half < 4; half += 2) {
+      const A* part = panel + in_panel<A>(K, k, half);
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t first = tile * rows / tiles, count = (tile + 1) * rows / tiles - first;
+        if (!wanted(first, count)) continue;
+        with_rows<kTileRows>(count, [&](auto R) {
+          accumulate<A, R.kCount, 2>(reinterpret_cast<Vec<A>(*)[4]>(&sum[first][half]), a + first * stride + k, stride,
+                                     part, K, depth);
+        });
+      }
     }
   }
 }
 
-// panel[block][k][gate][lane] = w[gate * H + block * lanes + lane][k] for w [4H][K]
+// f(first row, rows) for chunks of at most kRowsAtATime that cover [begin, end), as even as possible.
+template <class F>
+FUSEDRNN_INLINE void for_each_chunk(int64_t begin, int64_t end, const F& f) {
+  const int64_t chunks = blocks_of(end - begin, kRowsAtATime);
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const int64_t first = begin + chunk * (end - begin) / chunks;
+    f(first, begin + (chunk + 1) * (end - begin) / chunks - first);
+  }
+}
+
+// For each block: the gate-th vector of input k, lane by lane, = w[gate * H + block * lanes + lane][k] for w [4H][K]
 template <class S>
 void pack_gates(const void* w, int64_t rows, int64_t K, void* panel, int64_t begin, int64_t end) {
   using A = Compute<S>;
@@ -83,30 +137,30 @@ void pack_gates(const void* w, int64_t rows, int64_t K, void* panel, int64_t beg
     for (int64_t gate = 0; gate < kGates; ++gate) {
       for (int64_t lane = 0; lane < kUnits<A>; ++lane) {
         const int64_t unit = block * kUnits<A> + lane;
-        A* column = to + block * K * kWide<A> + gate * kUnits<A> + lane;
+        A* column = to + block * K * kWide<A> + in_panel<A>(K, 0, gate) + lane;
         const S* row = from + (gate * H + unit) * K;
-        for (int64_t k = 0; k < K; ++k) column[k * kWide<A>] = unit < H ? to_compute(row[k]) : A(0);
+        for (int64_t k = 0; k < K; ++k) column[k * 2 * kUnits<A>] = unit < H ? to_compute(row[k]) : A(0);
       }
     }
   }
 }
 
-// panel[block][k][lane] = w[block * 4 * lanes + lane][k] for w [N][K]
+// For each block: the v-th vector of input k, lane by lane, = w[(block * 4 + v) * lanes + lane][k], for w [N][K]
 template <class S>
 void pack_rows(const void* w, int64_t N, int64_t K, void* panel, int64_t begin, int64_t end) {
   using A = Compute<S>;
   const S* from = static_cast<const S*>(w);
   A* to = static_cast<A*>(panel);
   for (int64_t block = begin; block < end; ++block) {
-    for (int64_t lane = 0; lane < kWide<A>; ++lane) {
-      const int64_t n = block * kWide<A> + lane;
-      A* column = to + block * K * kWide<A> + lane;
-      for (int64_t k = 0; k < K; ++k) column[k * kWide<A>] = n < N ? to_compute(from[n * K + k]) : A(0);
+    for (int64_t wide = 0; wide < kWide<A>; ++wide) {
+      const int64_t n = block * kWide<A> + wide, v = wide / kUnits<A>, lane = wide % kUnits<A>;
+      A* column = to + block * K * kWide<A> + in_panel<A>(K, 0, v) + lane;
+      for (int64_t k = 0; k < K; ++k) column[k * 2 * kUnits<A>] = n < N ? to_compute(from[n * K + k]) : A(0);
     }
   }
 }
 
-// panel[block][k][lane] = w[k][block * 4 * lanes + lane] for w [K][N]
+// For each block: the v-th vector of input k, lane by lane, = w[k][(block * 4 + v) * lanes + lane], for w [K][N]
 template <class S>
 void pack_columns(const void* w, int64_t K, int64_t N, void* panel, int64_t begin, int64_t end) {
   using A = Compute<S>;
@@ -117,10 +171,31 @@ void pack_columns(const void* w, int64_t K, int64_t N, void* panel, int64_t begi
       for (int64_t v = 0; v < 4; ++v) {
         const int64_t first = block * kWide<A> + v * kUnits<A>;
         const Vec<A> values = first < N ? load(from + k * N + first, N - first) : Vec<A>{};
-        store(to + (block * K + k) * kWide<A> + v * kUnits<A>, values);
+        store(to + block * K * kWide<A> + in_panel<A>(K, k, v), values);
       }
     }
   }
+}
+
+// sums[u] += w[u] * a, lane by lane along K, for w [units][K]; units is at most `lanes`. The sums of units that are not
+// there are not defined.
+template <class A, class S, class Operand>
+FUSEDRNN_INLINE void add_dots(Vec<A> (&sums)[kUnits<A>], const S* w, int64_t units, const Operand* a, int64_t K) {
+  const int64_t whole = K - K % kUnits<A>;
+  if (units == kUnits<A>) {
+    for (int64_t k = 0; k < whole; k += kUnits<A>) {
+      const Vec<A> value = load(a + k);
+#pragma GCC unroll 16
+      for (int64_t u = 0; u < kUnits<A>; ++u) sums[u] += load(w + u * K + k) * value;
+    }
+  } else {
+    for (int64_t u = 0; u < units; ++u) {
+      for (int64_t k = 0; k < whole; k += kUnits<A>) sums[u] += load(w + u * K + k) * load(a + k);
+    }
+  }
+  if (whole == K) return;
+  const Vec<A> value = load(a + whole, K - whole);
+  for (int64_t u = 0; u < units; ++u) sums[u] += load(w + u * K + whole, K - whole) * value;
 }
 
 }  // namespace fusedrnn::FUSEDRNN_ISA

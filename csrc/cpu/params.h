@@ -51,23 +51,24 @@ struct Team {
 struct ForwardParams {
   Sizes sizes;
   Sequence sequence;
-  // The affine maps of a sequence (T > 1): the input's was done before, the recurrent one's weights are packed.
-  const void* xg;        // A [D][T][B][4H]: x @ w_ih^T, without biases
-  const void* panel_hh;  // A, packed by pack_gates: one buffer per direction
+  // The input: of a sequence (T > 1) its affine maps, which were computed before; of a single step x itself.
+  const void* xg;  // A [D][T][B][4H]: x @ w_ih^T, without biases; null if T = 1
+  const void* x;   // S [B][I]; null if T > 1
+  // The weights of each direction as they are in nn.LSTM, and packed for the rows of a batch over a sequence.
+  const void* w_ih[2];   // S [4H][I]
+  const void* w_hh[2];   // S [4H][P]
+  const void* w_hr[2];   // S [P][H], or null
+  const void* panel_hh;  // A, packed by pack_gates: one buffer per direction; null if T = 1 or B = 1
   const void* panel_hr;  // A, packed by pack_rows from w_hr, or null
-  // The affine maps of a single step (T = 1): straight from nn.LSTM's tensors, nothing is packed.
-  const void* x;            // S [B][I]
-  const void* const* w_ih;  // D pointers to S [4H][I]
-  const void* const* w_hh;  // D pointers to S [4H][P]
-  const void* const* w_hr;  // D pointers to S [P][H], or null
-  const void* bias;         // A [D][4H]: b_ih + b_hh, or null
-  const void* h0;           // S [D][B][P] or null
-  const void* c0;           // S [D][B][H] or null
-  void* y;                  // S [T][B][D][P]
-  void* hn;                 // S [D][B][P]
-  void* cn;                 // S [D][B][H]
-  void* c;                  // S [T][B][D][H] or null
-  void* gates;              // S [D][T][B][4H] or null; may be xg itself where S is A
+  const void* b_ih[2];   // S [4H] for each direction, or null
+  const void* b_hh[2];   // S [4H] for each direction, or null
+  const void* h0;        // S [D][B][P] or null
+  const void* c0;        // S [D][B][H] or null
+  void* y;               // S [T][B][D][P]
+  void* hn;              // S [D][B][P]
+  void* cn;              // S [D][B][H]
+  void* c;               // S [T][B][D][H] or null
+  void* gates;           // S [D][T][B][4H] or null; may be xg itself where S is A
   // Scratch, uninitialised.
   void* h;        // A [2][D][B][P]: the state entering this step and the next
   void* c_state;  // A [D][B][H]

@@ -7,8 +7,10 @@
 
 namespace fusedrnn {
 
-constexpr double kSerialFlops = 2e5;        // below this a parallel region costs more than it brings
+constexpr double kSerialFlops = 5e5;        // below this a parallel region costs more than it brings
 constexpr int64_t kCacheBytes = 512 << 10;  // what a core keeps of the weights from one step to the next
+
+constexpr int64_t kUnpackedRows = 16;  // steps times batch rows, up to which packing weights costs more than it brings
 
 // Rows need no synchronisation; units are shared where there are fewer rows than threads, or where every thread would
 // stream weights that fit no cache for a handful of rows.

@@ -64,6 +64,30 @@ FUSEDRNN_INLINE Vec<A> broadcast(A value) {
   return value - Vec<A>{};
 }
 
+// a < b ? a : b and a > b ? a : b: b where either is NaN. One instruction on x86, which the compiler does not find.
+template <class A>
+FUSEDRNN_INLINE Vec<A> smaller(Vec<A> a, Vec<A> b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4) return __builtin_ia32_minps512_mask(a, b, Vec<A>{}, -1, 4);
+  if constexpr (sizeof(A) == 8) return __builtin_ia32_minpd512_mask(a, b, Vec<A>{}, -1, 4);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(A) == 4) return __builtin_ia32_minps256(a, b);
+  if constexpr (sizeof(A) == 8) return __builtin_ia32_minpd256(a, b);
+#endif
+  return a < b ? a : b;
+}
+template <class A>
+FUSEDRNN_INLINE Vec<A> larger(Vec<A> a, Vec<A> b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4) return __builtin_ia32_maxps512_mask(a, b, Vec<A>{}, -1, 4);
+  if constexpr (sizeof(A) == 8) return __builtin_ia32_maxpd512_mask(a, b, Vec<A>{}, -1, 4);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(A) == 4) return __builtin_ia32_maxps256(a, b);
+  if constexpr (sizeof(A) == 8) return __builtin_ia32_maxpd256(a, b);
+#endif
+  return a > b ? a : b;
+}
+
 typedef uint16_t NarrowVec __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES / 2)));
 typedef uint32_t WordVec __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES)));
 
@@ -164,6 +188,38 @@ FUSEDRNN_INLINE Vec<Compute<S>> rounded(Vec<Compute<S>> value) {
     return widen(narrow(value, S{}), S{});
   } else {
     return value;
+  }
+}
+
+// Lane l of the result is the sum of lanes l & ~step and l | step of a where l & step is 0, and of b where it is not.
+template <class A, int step>
+FUSEDRNN_INLINE Vec<A> add_neighbours(Vec<A> a, Vec<A> b) {
+  constexpr int kLanes = Simd<A>::kLanes;
+#if defined(__GNUC__) && !defined(__clang__)
+  IntVec<A> first, second;
+  for (int l = 0; l < kLanes; ++l) {
+    first[l] = (l & step ? kLanes : 0) + (l & ~step);
+    second[l] = (l & step ? kLanes : 0) + (l | step);
+  }
+  return __builtin_shuffle(a, b, first) + __builtin_shuffle(a, b, second);
+#else
+  Vec<A> sum;
+  for (int l = 0; l < kLanes; ++l) sum[l] = l & step ? b[l & ~step] + b[l] : a[l] + a[l | step];
+  return sum;
+#endif
+}
+
+// Lane l of the result is the sum of all lanes of values[l], in a fixed order. Writes over values.
+template <class A, int step = 1>
+FUSEDRNN_INLINE Vec<A> sum_each(Vec<A>* values) {
+  if constexpr (step == Simd<A>::kLanes) {
+    return values[0];
+  } else {
+#pragma GCC unroll 16
+    for (int k = 0; k < Simd<A>::kLanes / step; k += 2) {
+      values[k / 2] = add_neighbours<A, step>(values[k], values[k + 1]);
+    }
+    return sum_each<A, 2 * step>(values);
   }
 }
 
