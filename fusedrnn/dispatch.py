@@ -166,6 +166,24 @@ def select(problem: Problem) -> str:
     raise RuntimeError(f"no backend can compute this: {reasons}")
 
 
+def plain_inference(input: Tensor) -> bool:
+    """Whether `select` gives "cpu" for any one layer with this input, and no autograd, autocast, transform or trace is on.
+
+    A shorter question than `select`'s.
+    """
+    return (
+        input.device.type == "cpu"
+        and (_forced == "auto" or _forced == "cpu")
+        and ops.cpu_unavailable is None
+        and not torch.is_grad_enabled()
+        and not torch._C._is_any_autocast_enabled()
+        and not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
+        and not torch._C._are_functorch_transforms_active()
+        and torch.autograd.forward_ad._current_level < 0
+    )
+
+
 def backends() -> dict[str, str | None]:
     """Every backend in order of preference, with None where it is available and the reason where it is not."""
     return {name: backend.unavailable() for name, backend in TABLE.items()}

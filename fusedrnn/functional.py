@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from . import dispatch
+from . import dispatch, ops
 from .autograd import lstm_layer
 
 _VF = torch._VF  # the functions behind nn.LSTM: torch's own path, our `aten` backend
@@ -78,6 +78,10 @@ def lstm(
             exception type and wording. RuntimeError also if a backend was asked for and cannot compute this.
         NotImplementedError: inside torch.func.vmap or forward-mode differentiation.
     """
+    if num_layers == 1 and batch_sizes is None and lengths is None and reset is None and not return_states:
+        quick = _infer(input, weights, hx, batch_first, bidirectional)
+        if quick is not None:
+            return quick
     form = _form_of(input, batch_first, batch_sizes)
     h0, c0 = _split_hx(hx, "lstm")
     _check_hx_dims(h0, c0, form)
@@ -163,6 +167,12 @@ def lstm_cell(
     Raises:
         TypeError, ValueError, RuntimeError: as `lstm`.
     """
+    if isinstance(input, Tensor) and input.dim() == 2 and b_ih is not None and b_hh is not None:
+        if hx is None or (type(hx) is tuple and all(isinstance(s, Tensor) for s in hx)):
+            states = None if hx is None else [s.unsqueeze(0) for s in hx]
+            quick = _infer(input.unsqueeze(0), [w_ih, w_hh, b_ih, b_hh], states)
+            if quick is not None:
+                return quick[1][0].squeeze(0), quick[1][1].squeeze(0)
     if not isinstance(input, Tensor):
         raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
     if input.dim() not in (1, 2):
@@ -199,6 +209,31 @@ def lstm_cell(
         _, hn, cn, _ = lstm_layer(backend, x, weights, False, h, c, None, None, False)
         hn, cn = hn.squeeze(0), cn.squeeze(0)
     return (hn, cn) if batched else (hn.squeeze(0), cn.squeeze(0))
+
+
+def _infer(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    hx: Sequence[Tensor] | None,
+    batch_first: bool = False,
+    bidirectional: bool = False,
+) -> tuple[Tensor, tuple[Tensor, Tensor]] | None:
+    """One layer on the CPU where nothing but its results is asked for; None where that is not so, or something is wrong.
+
+    A single time step takes less than all the questions that `lstm` asks. The operator makes sure of shapes and dtypes
+    by itself, in fewer words: whoever gets None asks them all, and finds the words.
+    """
+    if type(input) is not Tensor or input.dim() != 3 or not dispatch.plain_inference(input):
+        return None
+    if hx is not None and len(hx) != 2:
+        return None
+    h0, c0 = (None, None) if hx is None else hx
+    x = input.transpose(0, 1) if batch_first else input
+    try:
+        y, hn, cn, _, _ = ops.forward_op("cpu")(x, weights, bidirectional, h0, c0, None, None, False, False)
+    except (RuntimeError, TypeError, ValueError):
+        return None
+    return y.transpose(0, 1) if batch_first else y, (hn, cn)
 
 
 class _Form(NamedTuple):
