@@ -466,7 +466,12 @@ Tensors weight_gradients(const Layer& layer, const StepGradients& steps, const N
     });
     append(1, [&] { return multiply(transposed(da), own(*steps.h_in)); });
     if (layer.weights.biased()) {
-      const auto bias_gradient = [&] { return torch::stable::sum(da, std::array<int64_t, 1>{0}); };
+      OptionalTensor db;
+      const auto bias_gradient = [&] {
+        if (db.has_value()) return torch::stable::clone(*db);  // both biases have the same
+        db = torch::stable::sum(da, std::array<int64_t, 1>{0});
+        return *db;
+      };
       append(2, bias_gradient);
       append(3, bias_gradient);
     }

@@ -167,9 +167,8 @@ def select(problem: Problem) -> str:
 
 
 def plain_inference(input: Tensor) -> bool:
-    """Whether `select` gives "cpu" for any one layer with this input, and no autograd, autocast, transform or trace is on.
-
-    A shorter question than `select`'s.
+    """Whether `select` gives "cpu" for any one layer with this input, and there is no autograd, autocast, transform or
+    trace. A shorter question than `select`'s.
     """
     return (
         input.device.type == "cpu"

@@ -167,12 +167,12 @@ def lstm_cell(
     Raises:
         TypeError, ValueError, RuntimeError: as `lstm`.
     """
-    if isinstance(input, Tensor) and input.dim() == 2 and b_ih is not None and b_hh is not None:
-        if hx is None or (type(hx) is tuple and all(isinstance(s, Tensor) for s in hx)):
-            states = None if hx is None else [s.unsqueeze(0) for s in hx]
-            quick = _infer(input.unsqueeze(0), [w_ih, w_hh, b_ih, b_hh], states)
-            if quick is not None:
-                return quick[1][0].squeeze(0), quick[1][1].squeeze(0)
+    states_fit = hx is None or (type(hx) is tuple and all(isinstance(s, Tensor) for s in hx))
+    if isinstance(input, Tensor) and input.dim() == 2 and states_fit and b_ih is not None and b_hh is not None:
+        states = None if hx is None else [s.unsqueeze(0) for s in hx]
+        quick = _infer(input.unsqueeze(0), [w_ih, w_hh, b_ih, b_hh], states)
+        if quick is not None:
+            return quick[1][0].squeeze(0), quick[1][1].squeeze(0)
     if not isinstance(input, Tensor):
         raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
     if input.dim() not in (1, 2):
@@ -218,7 +218,7 @@ def _infer(
     batch_first: bool = False,
     bidirectional: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]] | None:
-    """One layer on the CPU where nothing but its results is asked for; None where that is not so, or something is wrong.
+    """One layer on the CPU where only its results are asked for; None where that is not so, or something is wrong.
 
     A single time step takes less than all the questions that `lstm` asks. The operator makes sure of shapes and dtypes
     by itself, in fewer words: whoever gets None asks them all, and finds the words.

@@ -116,7 +116,7 @@ class Backward {
   void outputs(int64_t n, int64_t d, int64_t block, int64_t row_begin, int64_t row_end) const {
     if (n < 0 && p_.dh0 == nullptr) return;
     const Direction direction(s_, p_.sequence, d);
-    const int64_t t = direction.at(n), next = direction.after(t);  // n = -1 gives a t that does not exist
+    const int64_t next = direction.after(direction.at(n));  // n = -1 gives an at(n) that does not exist
     const bool last = n == s_.T - 1;
     for_each_chunk(row_begin, row_end, [&](int64_t b, int64_t rows) {
       V sum[kRowsAtATime][4];
@@ -126,36 +126,53 @@ class Backward {
         multiply<A>(sum, da(d, next, b), kGates * s_.H, panel, kGates * s_.H, rows, s_.B == 1,
                     [&](int64_t first, int64_t count) { return direction.any_exists(next, b + first, count); });
       }
-      for (int64_t r = 0; r < rows; ++r) {
-        for (int v = 0; v < 4; ++v) {
-          const int64_t output = block * kWide<A> + v * kUnits<A>;
-          if (output < s_.P) output_gradient(direction, n, t, d, b + r, output, last ? V{} : sum[r][v]);
+      for (int v = 0; v < 4; ++v) {
+        const int64_t output = block * kWide<A> + v * kUnits<A>, count = s_.P - output;
+        if (count <= 0) break;
+        if (count >= kUnits<A> && !direction.ragged()) {  // known when compiled: nothing to test per row
+          output_gradients<false>(direction, n, d, b, rows, output, kUnits<A>, sum, v);
+        } else {
+          output_gradients<true>(direction, n, d, b, rows, output, count, sum, v);
         }
       }
     });
   }
 
-  // product: da_next @ w_hh for some outputs of one row.
-  FUSEDRNN_INLINE void output_gradient(const Direction& direction, int64_t n, int64_t t, int64_t d, int64_t b,
-                                       int64_t output, V product) const {
-    const int64_t count = s_.P - output, next = direction.after(t);
-    V dh = load(dh_state(d, b) + output, count);  // handed on by steps that do not exist, dhn at the end
-    if (n < s_.T - 1 && direction.exists(next, b)) dh = direction.is_reset(next, b) ? V{} : product;
-    if (n < 0) {
-      store(static_cast<S*>(p_.dh0) + state(s_, d, b, s_.P) + output, dh, count);
-      return;
-    }
-    const bool exists = direction.exists(t, b);
-    if (!exists) {
-      store(dh_state(d, b) + output, dh, count);
-      dh = V{};
-    } else if (p_.dy != nullptr) {
-      dh += load(static_cast<const S*>(p_.dy) + time_major(s_, t, b, d, s_.P) + output, count);
-    }
-    if (s_.projected) {
-      store(dh_out(d, t, b) + output, dh, count);
-    } else {
-      unit_gradients(direction, t, d, b, output, exists, dh);
+  // sum[r][v]: da_next @ w_hh for some outputs of row b + r; undefined at the last step.
+  template <bool kRagged>
+  FUSEDRNN_INLINE void output_gradients(const Direction& direction, int64_t n, int64_t d, int64_t b, int64_t rows,
+                                        int64_t output, int64_t count, const V (*sum)[4], int v) const {
+    const int64_t t = direction.at(n), next = direction.after(t), P = s_.P, y_step = s_.D * P;
+    const bool last = n == s_.T - 1;
+    A* handed_on = dh_state(d, b) + output;  // by steps that do not exist; dhn at the end
+    S* dh0 = n < 0 ? static_cast<S*>(p_.dh0) + state(s_, d, b, P) + output : nullptr;
+    const S* dy =
+        n < 0 || p_.dy == nullptr ? nullptr : static_cast<const S*>(p_.dy) + time_major(s_, t, b, d, P) + output;
+    A* out = n < 0 || !s_.projected ? nullptr : dh_out(d, t, b) + output;
+    const Units units(*this, direction, t < 0 || t >= s_.T ? 0 : t, d, b, output);
+    for (int64_t r = 0; r < rows; ++r) {
+      V dh{};
+      if (!last && (!kRagged || direction.exists(next, b + r))) {
+        if (!kRagged || !direction.is_reset(next, b + r)) dh = sum[r][v];
+      } else {
+        dh = load(handed_on + r * P, count);
+      }
+      if (dh0 != nullptr) {
+        store(dh0 + r * P, dh, count);
+        continue;
+      }
+      const bool exists = !kRagged || direction.exists(t, b + r);
+      if (!exists) {
+        store(handed_on + r * P, dh, count);
+        dh = V{};
+      } else if (dy != nullptr) {
+        dh += load(dy + r * y_step, count);
+      }
+      if (out != nullptr) {
+        store(out + r * P, dh, count);
+      } else {
+        units.template gradients<kRagged>(r, count, exists, dh);
+      }
     }
   }
 
@@ -168,45 +185,68 @@ class Backward {
       V sum[kRowsAtATime][4];
       multiply<A>(sum, dh_out(d, t, b), s_.P, panel, s_.P, rows, s_.B == 1,
                   [&](int64_t first, int64_t count) { return direction.any_exists(t, b + first, count); });
-      for (int64_t r = 0; r < rows; ++r) {
-        for (int v = 0; v < 4; ++v) {
-          const int64_t unit = block * kWide<A> + v * kUnits<A>;
-          if (unit < s_.H) unit_gradients(direction, t, d, b + r, unit, direction.exists(t, b + r), sum[r][v]);
+      for (int v = 0; v < 4; ++v) {
+        const int64_t unit = block * kWide<A> + v * kUnits<A>;
+        if (unit >= s_.H) break;
+        const Units units(*this, direction, t, d, b, unit);
+        for (int64_t r = 0; r < rows; ++r) {
+          units.template gradients<true>(r, s_.H - unit, direction.exists(t, b + r), sum[r][v]);
         }
       }
     });
   }
 
-  // From dm of some hidden units of one row to da, and dc for the step before.
-  FUSEDRNN_INLINE void unit_gradients(const Direction& direction, int64_t t, int64_t d, int64_t b, int64_t unit,
-                                      bool exists, V dm) const {
-    const int64_t count = s_.H - unit;
-    A* da_row = da(d, t, b) + unit;
-    A* m_row = p_.m == nullptr ? nullptr : static_cast<A*>(p_.m) + direction_major(s_, d, t, b, s_.H) + unit;
-    if (!exists) {
-      for (int gate = 0; gate < kGates; ++gate) store(da_row + gate * s_.H, V{}, count);
-      if (m_row != nullptr) store(m_row, V{}, count);
-      return;
+  // Some hidden units of rows from b on at step t: from dm to da, and dc for the step before.
+  struct Units {
+    Units(const Backward& backward, const Direction& direction, int64_t t, int64_t d, int64_t b, int64_t unit)
+        : direction(direction), t(t), b(b), H(backward.s_.H), c_step(backward.s_.D * H) {
+      const Sizes& s = backward.s_;
+      const BackwardParams& p = backward.p_;
+      const int64_t c_at = time_major(s, t, b, d, H) + unit, gates_at = direction_major(s, d, t, b, kGates * H) + unit;
+      first = direction.is_first(t, b);
+      gates = static_cast<const S*>(p.gates) + gates_at;
+      da = static_cast<A*>(p.da) + gates_at;
+      c = static_cast<const S*>(p.c) + c_at;
+      // Of the step before t, which exists unless t is the first.
+      c_before = c + (direction.before(t) - t) * s.B * c_step;
+      c0 = p.c0 == nullptr ? nullptr : static_cast<const S*>(p.c0) + state(s, d, b, H) + unit;
+      dc_all = p.dc == nullptr ? nullptr : static_cast<const S*>(p.dc) + c_at;
+      dc_state = backward.dc_state(d, b) + unit;
+      m = p.m == nullptr ? nullptr : static_cast<A*>(p.m) + direction_major(s, d, t, b, H) + unit;
     }
-    const S* c_all = static_cast<const S*>(p_.c);
-    const bool cut = direction.is_reset(t, b);
-    V c_in{};
-    if (!cut && !direction.is_first(t, b)) {
-      c_in = load(c_all + time_major(s_, direction.before(t), b, d, s_.H) + unit, count);
-    } else if (!cut && p_.c0 != nullptr) {
-      c_in = load(static_cast<const S*>(p_.c0) + state(s_, d, b, s_.H) + unit, count);
+
+    template <bool kRagged>
+    FUSEDRNN_INLINE void gradients(int64_t r, int64_t count, bool exists, V dm) const {
+      if (!exists) {
+        for (int gate = 0; gate < kGates; ++gate) store(da + (r * kGates + gate) * H, V{}, count);
+        if (m != nullptr) store(m + r * H, V{}, count);
+        return;
+      }
+      const bool cut = kRagged && direction.is_reset(t, b + r);
+      V c_in{};
+      if (!cut && !(kRagged ? direction.is_first(t, b + r) : first)) {
+        c_in = load(c_before + r * c_step, count);
+      } else if (!cut && c0 != nullptr) {
+        c_in = load(c0 + r * H, count);
+      }
+      V dc = load(dc_state + r * H, count);
+      if (dc_all != nullptr) dc += load(dc_all + r * c_step, count);
+      V gate[kGates];
+      for (int k = 0; k < kGates; ++k) gate[k] = load(gates + (r * kGates + k) * H, count);
+      for (int k = 0; k < kGates; ++k) __builtin_prefetch(gates + ((r + kAhead) * kGates + k) * H);
+      const V out = LstmCell<A>::backward(gate, c_in, load(c + r * c_step, count), dm, dc);
+      for (int k = 0; k < kGates; ++k) store(da + (r * kGates + k) * H, gate[k], count);
+      if (m != nullptr) store(m + r * H, out, count);
+      store(dc_state + r * H, cut ? V{} : dc, count);
     }
-    V dc = load(dc_state(d, b) + unit, count);
-    if (p_.dc != nullptr) dc += load(static_cast<const S*>(p_.dc) + time_major(s_, t, b, d, s_.H) + unit, count);
-    V gates[kGates];
-    const S* gates_row = static_cast<const S*>(p_.gates) + direction_major(s_, d, t, b, kGates * s_.H) + unit;
-    for (int gate = 0; gate < kGates; ++gate) gates[gate] = load(gates_row + gate * s_.H, count);
-    const V c = load(c_all + time_major(s_, t, b, d, s_.H) + unit, count);
-    const V m = LstmCell<A>::backward(gates, c_in, c, dm, dc);
-    for (int gate = 0; gate < kGates; ++gate) store(da_row + gate * s_.H, gates[gate], count);
-    if (m_row != nullptr) store(m_row, m, count);
-    store(dc_state(d, b) + unit, cut ? V{} : dc, count);
-  }
+
+    static constexpr int kAhead = 4;  // rows whose gates are on their way
+    const Direction& direction;
+    int64_t t, b, H, c_step;
+    bool first;
+    const S *gates, *c, *c_before, *c0, *dc_all;
+    A *da, *dc_state, *m;
+  };
 
   const BackwardParams& p_;
   const Sizes& s_;

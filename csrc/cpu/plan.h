@@ -7,8 +7,9 @@
 
 namespace fusedrnn {
 
-constexpr double kSerialFlops = 5e5;        // below this a parallel region costs more than it brings
-constexpr int64_t kCacheBytes = 512 << 10;  // what a core keeps of the weights from one step to the next
+constexpr double kSerialFlops = 5e5;         // below this a parallel region costs more than it brings
+constexpr int64_t kCacheBytes = 512 << 10;   // what a core keeps of the weights from one step to the next
+constexpr int64_t kStreamedBytes = 4 << 20;  // of weights that a core streams faster than it computes with them
 
 constexpr int64_t kUnpackedRows = 16;  // steps times batch rows, up to which packing weights costs more than it brings
 
@@ -18,8 +19,9 @@ inline Team plan_team(const Sizes& s, const Kernels& kernels, bool is_double, in
   const double flops = 8.0 * s.T * s.B * s.D * s.H * (s.P + (s.projected ? s.P / 4.0 : 0));
   if (flops < kSerialFlops) threads = 1;
   const int64_t rows = s.D * s.B, units = s.D * blocks_of(s.H, kernels.lanes);
-  const bool fits = 4 * s.H * s.P * (is_double ? 8 : 4) <= kCacheBytes;
-  const bool by_rows = threads == 1 || (rows >= threads && (fits || rows >= threads * kernels.tile_rows));
+  const int64_t weights = 4 * s.H * s.P * (is_double ? 8 : 4);
+  const bool streams = rows >= threads * kernels.tile_rows && weights <= kStreamedBytes;
+  const bool by_rows = threads == 1 || (rows >= threads && (weights <= kCacheBytes || streams));
   return {by_rows ? Team::Split::kRows : Team::Split::kUnits,
           static_cast<int>(std::min(threads, by_rows ? rows : units)), nullptr};
 }
