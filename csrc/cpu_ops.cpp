@@ -312,7 +312,6 @@ Tensor packed(const Layer& layer, Pack pack, const Tensor& (Weights::*weight)(in
 // One time step: nothing is packed, and both affine maps happen in the kernel.
 void forward_step(const Layer& layer, ForwardParams& params) {
   const Sizes& s = layer.sizes;
-  params.x = layer.x.const_data_ptr();
   const auto grain = [&](int64_t flops_per_unit) {
     return std::max<int64_t>(layer.kernels.lanes,
                              static_cast<int64_t>(kSerialFlops) / std::max<int64_t>(1, flops_per_unit));
@@ -325,19 +324,24 @@ void forward_step(const Layer& layer, ForwardParams& params) {
                               [&](int64_t begin, int64_t end) { layer.kernels.step_project(params, begin, end); });
 }
 
-// A whole sequence: one matrix product for the input's affine map, then the recurrence. xg may be written over.
-void forward_sequence(const Layer& layer, ForwardParams& params, Tensor& xg) {
+// A whole sequence, in one launch after one matrix product for the input's affine map, unless it is short.
+void forward_sequence(const Layer& layer, ForwardParams& params, Tensor& gates) {
   const Sizes& s = layer.sizes;
   const Kernels& kernels = layer.kernels;
-  const Tensor rows = layer.input_rows(false);
-  for (int64_t d = 0; d < s.D; ++d) {
-    Tensor out = torch::stable::view(torch::stable::select(xg, 0, d), {s.T * s.B, 4 * s.H});
-    multiply_into(out, rows, transposed(as(layer.weights.w_ih(d), layer.compute)));
+  OptionalTensor xg, panel_hh, panel_hr;
+  if (s.T * s.B > kUnpackedRows) {
+    // The gates take the place of their affine maps where both are of one dtype.
+    const bool in_place = params.gates != nullptr && layer.x.scalar_type() == layer.compute;
+    xg = in_place ? gates : empty({s.D, s.T, s.B, 4 * s.H}, layer.compute);
+    const Tensor rows = layer.input_rows(false);
+    for (int64_t d = 0; d < s.D; ++d) {
+      Tensor out = torch::stable::view(torch::stable::select(*xg, 0, d), {s.T * s.B, 4 * s.H});
+      multiply_into(out, rows, transposed(as(layer.weights.w_ih(d), layer.compute)));
+    }
+    panel_hh = packed(layer, kernels.pack_gates, &Weights::w_hh, s.H, kernels.lanes, s.P);
   }
-  OptionalTensor panel_hh, panel_hr;
-  if (s.T * s.B > kUnpackedRows) panel_hh = packed(layer, kernels.pack_gates, &Weights::w_hh, s.H, kernels.lanes, s.P);
   if (s.projected) panel_hr = packed(layer, kernels.pack_rows, &Weights::w_hr, s.P, 4 * kernels.lanes, s.H);
-  params.xg = xg.const_data_ptr();
+  params.xg = pointer(xg);
   params.panel_hh = pointer(panel_hh);
   params.panel_hr = pointer(panel_hr);
   params.team = plan_team(layer);
@@ -384,12 +388,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_forward(Tensor x, Tensors
   params.h = h;
   params.c_state = c_state;
   params.m = s.projected ? c_state + c_size * scratch.element_size() : nullptr;
+  params.x = layer.x.const_data_ptr();
   if (s.T == 1) {
     forward_step(layer, params);
   } else {
-    // The gates take the place of their affine maps where both are of one dtype.
-    Tensor xg = reserve && dtype == layer.compute ? gates : empty({s.D, s.T, s.B, 4 * s.H}, layer.compute);
-    forward_sequence(layer, params, xg);
+    forward_sequence(layer, params, gates);
   }
   return {y, hn, cn, c, gates};
 }

@@ -253,6 +253,7 @@ class Forward {
   void dot_units(int64_t n, int64_t d, int64_t unit, int64_t count) const {
     const Direction direction(s_, p_.sequence, d);
     const S* w_hh = static_cast<const S*>(p_.w_hh[d]) + unit * s_.P;
+    const S* x = static_cast<const S*>(p_.x) + direction.at(n) * s_.B * s_.I;
     const bool recurs = n > 0 || p_.h0 != nullptr;
     for_each_chunk(0, s_.B, [&](int64_t b, int64_t rows) {
       V gates[kRowsAtATime][kGates];
@@ -260,10 +261,8 @@ class Forward {
         for (int64_t r = 0; r < rows; ++r) {
           V sums[kUnits<A>];
           for (int64_t u = 0; u < kUnits<A>; ++u) sums[u] = V{};
-          if (p_.x != nullptr) {
-            const S* w_ih = static_cast<const S*>(p_.w_ih[d]) + (gate * s_.H + unit) * s_.I;
-            add_dots<A>(sums, w_ih, count, static_cast<const S*>(p_.x) + (b + r) * s_.I, s_.I);
-          }
+          const S* w_ih = static_cast<const S*>(p_.w_ih[d]) + (gate * s_.H + unit) * s_.I;
+          add_dots<A>(sums, w_ih, count, x + (b + r) * s_.I, s_.I);
           // The states of rows that are reset were made zero where they were written.
           if (recurs) add_dots<A>(sums, w_hh + gate * s_.H * s_.P, count, h(n, d) + (b + r) * s_.P, s_.P);
           gates[r][gate] = sum_each<A>(sums);

@@ -126,6 +126,19 @@ FUSEDRNN_INLINE void for_each_chunk(int64_t begin, int64_t end, const F& f) {
   }
 }
 
+// to[k * 2 * lanes + lane] = w[lane][k] for w [units][K], and 0 for lanes from units on; units may be more than lanes.
+template <class S>
+FUSEDRNN_INLINE void transpose_into(const S* w, int64_t units, int64_t K, Compute<S>* to) {
+  using A = Compute<S>;
+  for (int64_t k = 0; k < K; k += kUnits<A>) {
+    Vec<A> square[kUnits<A>];
+    for (int64_t u = 0; u < kUnits<A>; ++u) square[u] = u < units ? load(w + u * K + k, K - k) : Vec<A>{};
+    transpose<A>(square);
+    const int64_t count = K - k < kUnits<A> ? K - k : kUnits<A>;
+    for (int64_t u = 0; u < count; ++u) store(to + (k + u) * 2 * kUnits<A>, square[u]);
+  }
+}
+
 // For each block: the gate-th vector of input k, lane by lane, = w[gate * H + block * lanes + lane][k] for w [4H][K]
 template <class S>
 void pack_gates(const void* w, int64_t rows, int64_t K, void* panel, int64_t begin, int64_t end) {
@@ -135,12 +148,8 @@ void pack_gates(const void* w, int64_t rows, int64_t K, void* panel, int64_t beg
   const int64_t H = rows / kGates;
   for (int64_t block = begin; block < end; ++block) {
     for (int64_t gate = 0; gate < kGates; ++gate) {
-      for (int64_t lane = 0; lane < kUnits<A>; ++lane) {
-        const int64_t unit = block * kUnits<A> + lane;
-        A* column = to + block * K * kWide<A> + in_panel<A>(K, 0, gate) + lane;
-        const S* row = from + (gate * H + unit) * K;
-        for (int64_t k = 0; k < K; ++k) column[k * 2 * kUnits<A>] = unit < H ? to_compute(row[k]) : A(0);
-      }
+      const int64_t unit = block * kUnits<A>, units = H - unit;
+      transpose_into(from + (gate * H + unit) * K, units, K, to + block * K * kWide<A> + in_panel<A>(K, 0, gate));
     }
   }
 }
@@ -152,10 +161,9 @@ void pack_rows(const void* w, int64_t N, int64_t K, void* panel, int64_t begin, 
   const S* from = static_cast<const S*>(w);
   A* to = static_cast<A*>(panel);
   for (int64_t block = begin; block < end; ++block) {
-    for (int64_t wide = 0; wide < kWide<A>; ++wide) {
-      const int64_t n = block * kWide<A> + wide, v = wide / kUnits<A>, lane = wide % kUnits<A>;
-      A* column = to + block * K * kWide<A> + in_panel<A>(K, 0, v) + lane;
-      for (int64_t k = 0; k < K; ++k) column[k * 2 * kUnits<A>] = n < N ? to_compute(from[n * K + k]) : A(0);
+    for (int64_t v = 0; v < 4; ++v) {
+      const int64_t n = block * kWide<A> + v * kUnits<A>;
+      transpose_into(from + n * K, N - n, K, to + block * K * kWide<A> + in_panel<A>(K, 0, v));
     }
   }
 }

@@ -51,14 +51,14 @@ struct Team {
 struct ForwardParams {
   Sizes sizes;
   Sequence sequence;
-  // The input: of a sequence (T > 1) its affine maps, which were computed before; of a single step x itself.
-  const void* xg;  // A [D][T][B][4H]: x @ w_ih^T, without biases; null if T = 1
-  const void* x;   // S [B][I]; null if T > 1
-  // The weights of each direction as they are in nn.LSTM, and packed for the rows of a batch over a sequence.
+  // Where T * B is large, the input's affine maps were computed before and the recurrent weights are packed; where it
+  // is small, both affine maps are dot products with the weights as they are in nn.LSTM.
+  const void* x;         // S [T][B][I]
+  const void* xg;        // A [D][T][B][4H]: x @ w_ih^T, without biases; or null
   const void* w_ih[2];   // S [4H][I]
   const void* w_hh[2];   // S [4H][P]
   const void* w_hr[2];   // S [P][H], or null
-  const void* panel_hh;  // A, packed by pack_gates: one buffer per direction; null if T = 1 or B = 1
+  const void* panel_hh;  // A, packed by pack_gates: one buffer per direction; null where xg is
   const void* panel_hr;  // A, packed by pack_rows from w_hr, or null
   const void* b_ih[2];   // S [4H] for each direction, or null
   const void* b_hh[2];   // S [4H] for each direction, or null

@@ -223,6 +223,34 @@ FUSEDRNN_INLINE Vec<A> sum_each(Vec<A>* values) {
   }
 }
 
+// Lane l of rows[k] for lane k of rows[l].
+template <class A, int step = 1>
+FUSEDRNN_INLINE void transpose(Vec<A> (&rows)[Simd<A>::kLanes]) {
+  constexpr int kLanes = Simd<A>::kLanes;
+  if constexpr (step < kLanes) {
+#pragma GCC unroll 16
+    for (int k = 0; k < kLanes; ++k) {
+      if (k & step) continue;
+      const Vec<A> a = rows[k], b = rows[k | step];
+#if defined(__GNUC__) && !defined(__clang__)
+      IntVec<A> first, second;
+      for (int l = 0; l < kLanes; ++l) {
+        first[l] = l & step ? kLanes + (l ^ step) : l;
+        second[l] = l & step ? kLanes + l : l ^ step;
+      }
+      rows[k] = __builtin_shuffle(a, b, first);
+      rows[k | step] = __builtin_shuffle(a, b, second);
+#else
+      for (int l = 0; l < kLanes; ++l) {
+        rows[k][l] = l & step ? b[l ^ step] : a[l];
+        rows[k | step][l] = l & step ? b[l] : a[l ^ step];
+      }
+#endif
+    }
+    transpose<A, 2 * step>(rows);
+  }
+}
+
 // Sum of all lanes, in a fixed order.
 template <class A>
 FUSEDRNN_INLINE A horizontal_sum(Vec<A> value) {
