@@ -14,7 +14,7 @@ import torch
 
 from fusedrnn import dispatch, testing
 
-from . import cases, compare, contenders, models, plot, provenance, report, results, run, training
+from . import cases, compare, contenders, micro, models, plot, provenance, report, results, run, training
 from .cases import Cell
 from .ceilings import Ceilings
 from .results import Row
@@ -107,7 +107,26 @@ def _parser() -> argparse.ArgumentParser:
     plotting = actions.add_parser("plot", help=what, description=what)
     plotting.add_argument("results", type=Path, metavar="RESULTS.csv")
     plotting.set_defaults(action=_plot)
+    what = "microbenchmarks of the GPU: what the planners' cost models assume, measured"
+    smallest = actions.add_parser(
+        "micro",
+        help=what,
+        description=what,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_micro_names(),
+    )
+    add = smallest.add_argument
+    add("names", nargs="*", metavar="NAME", help="measure this; by default everything")
+    add("--out", type=Path, metavar="FOLDER", help="where micro.csv and all else goes; by default out/micro/DATE")
+    add("--samples", type=_whole(1), default=30, help="launches that are timed for each measurement (%(default)s)")
+    add("--build", action="store_true", help="build the program and print its path; needs nvcc and no GPU")
+    add("--host", action="store_true", help="run the kernels' logic on the host, where times mean nothing")
+    smallest.set_defaults(action=_micro)
     return parser
+
+
+def _micro_names() -> str:
+    return "\n".join(["measurements:", *(f"  {name:17} {what}" for name, what in micro.NAMES.items())])
 
 
 def _add_choice(parser: argparse.ArgumentParser, name: str, known: tuple[str, ...], help: str) -> None:
@@ -196,7 +215,7 @@ def _bench(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             parser.error("argument --dtype: tf32 is what a GPU computes in, and this would run on the CPU")
     if options.threads:
         torch.set_num_threads(options.threads)
-    folder: Path = options.out or Path("out") / "bench" / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    folder = _folder(options.out, "bench")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "losses.csv").unlink(missing_ok=True)  # of a run before, which the pictures must not show
@@ -229,6 +248,10 @@ def _bench(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         print("interrupted: what is above was measured before", file=sys.stderr)
         return _INTERRUPTED
     return 1 if any(row.ours and row.status in ("wrong", "failed") for row in rows) else 0
+
+
+def _folder(given: Path | None, kind: str) -> Path:
+    return given or Path("out") / kind / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
 
 
 def _measure(
@@ -311,3 +334,44 @@ def _compare(options: argparse.Namespace, parser: argparse.ArgumentParser) -> in
     changes = compare.compare(before, after, options.threshold, options.relative)
     print("\n".join(compare.lines(changes, options.relative)))
     return 1 if any(change.regression for change in changes) else 0
+
+
+def _micro(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    unknown = [name for name in options.names if name not in micro.NAMES]
+    if unknown:
+        parser.error(f"argument NAME: unknown {', '.join(unknown)}: expected some of {', '.join(micro.NAMES)}")
+    try:
+        program = micro.program(options.host)
+    except micro.UnavailableError as error:
+        parser.error(str(error))
+    if options.build:
+        print(program)
+        return 0
+    names = list(dict.fromkeys(options.names)) or [
+        name for name in micro.NAMES if not (options.host and name == "launch")
+    ]
+    folder = _folder(options.out, "micro")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writer = micro.Writer(folder, provenance.collect(testing.devices()[-1]))
+    except OSError as error:
+        parser.error(f"argument --out: {folder}: {error.strerror}")
+    device: dict[str, Any] = {}
+    measurements: list[micro.Measurement] = []
+    try:
+        for line in micro.run(program, names, options.samples):
+            if "device" in line:
+                device = line
+                writer.device(line)
+            else:
+                writer.write(line)
+                measurements.append(micro.measurement(line))
+                print("  ".join(micro.table(measurements[-1:])[1]).rstrip(), flush=True)
+    except micro.UnavailableError as error:
+        parser.error(str(error))
+    finally:
+        writer.close()
+    micro.write_report(device, measurements, folder / "micro.md")
+    print("\n".join("  ".join(line) for line in micro.assumptions(device, measurements)))
+    print(f"results: {folder / 'micro.csv'}; report: {folder / 'micro.md'}")
+    return 1 if any(measured.status == "failed" for measured in measurements) else 0

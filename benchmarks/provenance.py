@@ -28,7 +28,8 @@ def collect(device: str) -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "isa": _instruction_set(),
         "gpu": torch.cuda.get_device_name() if device == "cuda" else "",
-        "driver": _driver() if device == "cuda" else "",
+        "driver": _nvidia_smi("driver_version") if device == "cuda" else "",
+        "clocks": _nvidia_smi("clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem") if device == "cuda" else "",
         "cuda": torch.version.cuda or "",
         "cudnn": str(torch.backends.cudnn.version() or ""),
         "python": platform.python_version(),
@@ -68,8 +69,9 @@ def _instruction_set() -> str:
     return torch.ops.fusedrnn.cpu_isa(None)
 
 
-def _driver() -> str:
-    found = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+def _nvidia_smi(query: str) -> str:
+    """What the driver tells of the first GPU."""
+    found = _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
     return found.splitlines()[0] if found else ""
 
 
