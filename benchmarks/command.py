@@ -92,6 +92,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--time-wrong", action="store_true", help="time also what was found wrong; it stays marked as such")
     add("--shrink", type=_whole(1), default=1, metavar="N", help="divide T, B, I and H, to try everything out quickly")
     add("--limit", type=_whole(1), metavar="N", help="measure only the first N cells")
+    add(
+        "--resume",
+        action="store_true",
+        help="go on in the FOLDER of --out, with the cells that are not in it yet",
+    )
 
     actions = parser.add_subparsers(title="instead of measuring", metavar="", prog="python -m fusedrnn bench")
     what = "A.csv B.csv: what became faster or slower, beyond the noise"
@@ -209,23 +214,29 @@ def _cells(options: argparse.Namespace, device: str) -> list[tuple[str, Cell]]:
 def _bench(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     device = options.device or testing.devices()[-1]
     if device == "cpu":
-        if "gpu" in (options.suite or []):
+        if "gpu" in (options.suite or []) and options.shrink == 1:
             parser.error("argument --suite: gpu needs a GPU, and this would run on the CPU")
         if "tf32" in (options.dtype or []):
             parser.error("argument --dtype: tf32 is what a GPU computes in, and this would run on the CPU")
+    if options.resume and (options.out is None or "models" in (options.suite or [])):
+        parser.error("argument --resume: it needs the --out of the run before, and the suite models cannot be resumed")
     if options.threads:
         torch.set_num_threads(options.threads)
     folder = _folder(options.out, "bench")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "losses.csv").unlink(missing_ok=True)  # of a run before, which the pictures must not show
-        facts = provenance.collect(device)
-        writer = results.Writer(folder / "results.csv", facts)
-    except OSError as error:
-        parser.error(f"argument --out: {folder}: {error.strerror}")
-
     rows: list[Row] = []
     curves: list[training.Curve] = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not options.resume:
+            (folder / "losses.csv").unlink(missing_ok=True)  # of a run before, which the pictures must not show
+        facts = provenance.collect(device)
+        writer = results.Writer(folder / "results.csv", facts, options.resume)
+        if options.resume:
+            rows, _ = results.read(folder / "results.csv")
+    except OSError as error:
+        parser.error(f"argument --out: {folder}: {error.strerror}")
+    except ValueError as error:
+        parser.error(f"argument --resume: {error}")
 
     def keep(more: Sequence[Row]) -> None:
         rows.extend(more)
@@ -233,7 +244,7 @@ def _bench(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
     interrupted = False
     try:
-        _measure(options, device, keep, curves)
+        _measure(options, device, keep, curves, {(row.case, row.mode, row.device) for row in rows})
     except KeyboardInterrupt:
         interrupted = True
     finally:
@@ -255,14 +266,22 @@ def _folder(given: Path | None, kind: str) -> Path:
 
 
 def _measure(
-    options: argparse.Namespace, device: str, keep: Callable[[Sequence[Row]], None], curves: list[training.Curve]
+    options: argparse.Namespace,
+    device: str,
+    keep: Callable[[Sequence[Row]], None],
+    curves: list[training.Curve],
+    done: set[tuple[str, str, str]],
 ) -> None:
+    """Measures all cells but those that are `done`: case, mode and device."""
     entered = contenders.entered(options.backend, options.baseline)
-    keep([Row("", c.name, "unavailable", c.unavailable) for c in entered if c.unavailable is not None])
+    if not done:
+        keep([Row("", c.name, "unavailable", c.unavailable) for c in entered if c.unavailable is not None])
     settings = run.Settings(options.rounds, options.time_budget, options.time_wrong)
     ticking = clock(device)
     ceilings = Ceilings(ticking)
-    cells: list[Any] = _cells(options, device)
+    cells: list[Any] = [
+        (suite, cell) for suite, cell in _cells(options, device) if (cell.id, cell.mode, cell.device) not in done
+    ]
     whole = [("models", task) for task in models.tasks(options.shrink)] if "models" in (options.suite or []) else []
     for suite, item in _progress([*cells, *whole]):
         if isinstance(item, Cell):

@@ -67,15 +67,28 @@ _TYPES: dict[str, Any] = {"str": str, "int | None": int, "float | None": float}
 
 
 class Writer:
-    """A CSV file that grows row by row, each with the provenance; what was written stays if the rest is cut off."""
+    """A CSV file that grows row by row, each with the provenance; what was written stays if the rest is cut off.
 
-    def __init__(self, path: Path, provenance: dict[str, str]) -> None:
-        self._file = path.open("w", newline="", encoding="utf-8")
+    With `append`, what is in the file stays as well, but for a last line that was cut off.
+
+    Raises:
+        ValueError: the file to append to has other columns.
+    """
+
+    def __init__(self, path: Path, provenance: dict[str, str], append: bool = False) -> None:
+        columns = [field.name for field in fields(Row)] + list(provenance)
+        append = append and path.is_file()
+        if append:
+            text = path.read_bytes()
+            path.write_bytes(text[: text.rfind(b"\n") + 1])
+            head = text.decode(errors="replace").split("\n")[0]
+            if head != ",".join(columns):
+                raise ValueError(f"{path} has other columns than this version writes")
+        self._file = path.open("a" if append else "w", newline="", encoding="utf-8")
         self._provenance = provenance
-        self._csv = csv.DictWriter(
-            self._file, [field.name for field in fields(Row)] + list(provenance), lineterminator="\n"
-        )
-        self._csv.writeheader()
+        self._csv = csv.DictWriter(self._file, columns, lineterminator="\n")
+        if not append:
+            self._csv.writeheader()
 
     def write(self, rows: Sequence[Row]) -> None:
         for row in rows:

@@ -130,7 +130,7 @@ def test_what_is_measured_is_in_the_machine_code(architecture):
         assert re.search(r"\bBRA\b", code), f"{kernel} has no loop"
 
 
-# ------------------------------------------------------------------------------------------------ what is made of results
+# ---------------------------------------------------------------------------------------------- what is made of results
 
 
 def test_latency_and_rates_of_samples():
