@@ -154,7 +154,8 @@ def _check(options: argparse.Namespace) -> int:
     backends = list(dict.fromkeys(options.backend or available))
     for name in options.backend or []:
         smallest = (dispatch.Problem(device, torch.float32, T=1, B=1, I=1, H=1, P=1, D=1) for device in devices)
-        reasons = [dispatch.supports(name, problem) for problem in smallest]
+        with dispatch.use_backend(name):  # as it is checked: some run only where they are asked for
+            reasons = [dispatch.supports(name, problem) for problem in smallest]
         if None not in reasons:
             options.error(f"argument --backend: backend {name!r} cannot be checked here: {reasons[0]}")
 
