@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import datetime
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -14,14 +13,13 @@ import torch
 
 from fusedrnn import dispatch, testing
 
-from . import cases, compare, contenders, micro, models, plot, provenance, report, results, run, training
+from . import arguments, cases, compare, contenders, models, on_a_gpu, plot, provenance, report, results, run, training
 from .cases import Cell
 from .ceilings import Ceilings
 from .results import Row
 from .timing import clock
 
 _SUITES = (*cases.SUITES, "models")
-_INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 
 
 def main(argv: Sequence[str]) -> int:
@@ -60,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--shape",
         action="append",
-        type=_converted(cases.parse_shape),
+        type=arguments.converted(cases.parse_shape),
         default=[],
         metavar="T,B,I,H[,L[,D]]",
         help="measure this: time steps, batch, input size, hidden size, layers, directions; may be given again",
@@ -71,27 +69,33 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--backend",
         action="append",
-        type=_backend,
+        type=arguments.backend,
         metavar="NAME",
         help=f"measure this one of {', '.join(dispatch.TABLE)}; by default all that have kernels and are available",
     )
     _add_choice(parser, "--baseline", tuple(contenders.BASELINES), "measure against these; by default against all")
     add("--device", choices=testing.devices(), help="by default the GPU, if there is one")
-    add("--threads", type=_whole(1), help="of the CPU; by default as many as torch takes")
+    add("--threads", type=arguments.whole(1), help="of the CPU; by default as many as torch takes")
     add("--out", type=Path, metavar="FOLDER", help="where results.csv and all else goes; by default out/bench/DATE")
     settings = run.Settings()
-    add("--rounds", type=_whole(2), default=settings.rounds, help="samples of each contender (%(default)s)")
+    add("--rounds", type=arguments.whole(2), default=settings.rounds, help="samples of each contender (%(default)s)")
     add(
         "--time-budget",
-        type=_seconds,
+        type=arguments.seconds,
         default=settings.budget,
         metavar="SECONDS",
         help="for the rounds of one cell; when it is over, five rounds have to do (%(default)s)",
     )
-    add("--steps", type=_whole(2), default=10, help="over which losses of a model are compared (%(default)s)")
+    add("--steps", type=arguments.whole(2), default=10, help="over which losses of a model are compared (%(default)s)")
     add("--time-wrong", action="store_true", help="time also what was found wrong; it stays marked as such")
-    add("--shrink", type=_whole(1), default=1, metavar="N", help="divide T, B, I and H, to try everything out quickly")
-    add("--limit", type=_whole(1), metavar="N", help="measure only the first N cells")
+    add(
+        "--shrink",
+        type=arguments.whole(1),
+        default=1,
+        metavar="N",
+        help="divide T, B, I and H, to try everything out quickly",
+    )
+    add("--limit", type=arguments.whole(1), metavar="N", help="measure only the first N cells")
     add(
         "--resume",
         action="store_true",
@@ -104,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     comparing.add_argument("before", type=Path, metavar="A.csv")
     comparing.add_argument("after", type=Path, metavar="B.csv")
     comparing.add_argument(
-        "--threshold", type=_share, default=0.05, help="of a median that has to have moved (%(default)s)"
+        "--threshold", type=arguments.share, default=0.05, help="of a median that has to have moved (%(default)s)"
     )
     comparing.add_argument("--relative", action="store_true", help="compare times over those of nn.LSTM")
     comparing.set_defaults(action=_compare)
@@ -112,80 +116,14 @@ def _parser() -> argparse.ArgumentParser:
     plotting = actions.add_parser("plot", help=what, description=what)
     plotting.add_argument("results", type=Path, metavar="RESULTS.csv")
     plotting.set_defaults(action=_plot)
-    what = "microbenchmarks of the GPU: what the planners' cost models assume, measured"
-    smallest = actions.add_parser(
-        "micro",
-        help=what,
-        description=what,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=_micro_names(),
-    )
-    add = smallest.add_argument
-    add("names", nargs="*", metavar="NAME", help="measure this; by default everything")
-    add("--out", type=Path, metavar="FOLDER", help="where micro.csv and all else goes; by default out/micro/DATE")
-    add("--samples", type=_whole(1), default=30, help="launches that are timed for each measurement (%(default)s)")
-    add("--build", action="store_true", help="build the program and print its path; needs nvcc and no GPU")
-    add("--host", action="store_true", help="run the kernels' logic on the host, where times mean nothing")
-    smallest.set_defaults(action=_micro)
+    on_a_gpu.add_actions(actions)
     return parser
-
-
-def _micro_names() -> str:
-    return "\n".join(["measurements:", *(f"  {name:17} {what}" for name, what in micro.NAMES.items())])
 
 
 def _add_choice(parser: argparse.ArgumentParser, name: str, known: tuple[str, ...], help: str) -> None:
     parser.add_argument(
         name, action="append", choices=known, metavar="NAME", help=f"{', '.join(known)}; {help}; may be given again"
     )
-
-
-def _converted(convert: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A type for argparse, which shows the message of an ArgumentTypeError only."""
-
-    def parse(text: str) -> Any:
-        try:
-            return convert(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-
-    return parse
-
-
-def _whole(least: int) -> Callable[[str], int]:
-    def convert(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise ValueError(f"must be a whole number from {least}, got {text!r}")
-        return int(text)
-
-    return _converted(convert)
-
-
-def _number(text: str, least: float) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = float("nan")
-    if not least <= number < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number from {least:g}, got {text!r}")
-    return number
-
-
-def _seconds(text: str) -> float:
-    return _number(text, 0.0)
-
-
-def _share(text: str) -> float:
-    return _number(text, 0.0)
-
-
-def _backend(name: str) -> str:
-    if name not in dispatch.TABLE:
-        raise argparse.ArgumentTypeError(f"unknown backend {name!r}: expected one of {', '.join(dispatch.TABLE)}")
-    reason = dispatch.backends()[name]
-    if reason is not None:
-        raise argparse.ArgumentTypeError(f"backend {name!r} is not available: {reason}")
-    return name
 
 
 def _cells(options: argparse.Namespace, device: str) -> list[tuple[str, Cell]]:
@@ -222,7 +160,7 @@ def _bench(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         parser.error("argument --resume: it needs the --out of the run before, and the suite models cannot be resumed")
     if options.threads:
         torch.set_num_threads(options.threads)
-    folder = _folder(options.out, "bench")
+    folder = arguments.folder(options.out, "bench")
     rows: list[Row] = []
     curves: list[training.Curve] = []
     try:
@@ -257,12 +195,8 @@ def _bench(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     print(f"results: {folder / 'results.csv'}; report: {folder / 'report.md'}")
     if interrupted:
         print("interrupted: what is above was measured before", file=sys.stderr)
-        return _INTERRUPTED
+        return arguments.INTERRUPTED
     return 1 if any(row.ours and row.status in ("wrong", "failed") for row in rows) else 0
-
-
-def _folder(given: Path | None, kind: str) -> Path:
-    return given or Path("out") / kind / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
 
 
 def _measure(
@@ -329,68 +263,18 @@ def _illustrate(rows: Sequence[Row], facts: dict[str, str], folder: Path) -> Non
     report.write(rows, facts, pictures, folder / "report.md")
 
 
-def _read(path: Path, parser: argparse.ArgumentParser) -> tuple[list[Row], dict[str, str]]:
-    try:
-        return results.read(path)
-    except OSError as error:
-        parser.error(f"{path}: {error.strerror}")
-    except ValueError as error:
-        parser.error(str(error))
-
-
 def _plot(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    rows, facts = _read(options.results, parser)
+    rows, facts = arguments.read(options.results, parser)
     _illustrate(rows, facts, options.results.parent)
     print(f"report: {options.results.parent / 'report.md'}")
     return 0
 
 
 def _compare(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    (before, old), (after, new) = (_read(path, parser) for path in (options.before, options.after))
+    (before, old), (after, new) = (arguments.read(path, parser) for path in (options.before, options.after))
     for name in ("cpu", "gpu", "threads", "torch"):
         if old.get(name) != new.get(name):
             print(f"note: {name} is {old.get(name)!r} in A and {new.get(name)!r} in B")
     changes = compare.compare(before, after, options.threshold, options.relative)
     print("\n".join(compare.lines(changes, options.relative)))
     return 1 if any(change.regression for change in changes) else 0
-
-
-def _micro(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    unknown = [name for name in options.names if name not in micro.NAMES]
-    if unknown:
-        parser.error(f"argument NAME: unknown {', '.join(unknown)}: expected some of {', '.join(micro.NAMES)}")
-    try:
-        program = micro.program(options.host)
-    except micro.UnavailableError as error:
-        parser.error(str(error))
-    if options.build:
-        print(program)
-        return 0
-    names = list(dict.fromkeys(options.names)) or [
-        name for name in micro.NAMES if not (options.host and name == "launch")
-    ]
-    folder = _folder(options.out, "micro")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        writer = micro.Writer(folder, provenance.collect(testing.devices()[-1]))
-    except OSError as error:
-        parser.error(f"argument --out: {folder}: {error.strerror}")
-    device: dict[str, Any] = {}
-    measurements: list[micro.Measurement] = []
-    try:
-        for line in micro.run(program, names, options.samples):
-            if "device" in line:
-                device = line
-                writer.device(line)
-            else:
-                writer.write(line)
-                measurements.append(micro.measurement(line))
-                print("  ".join(micro.table(measurements[-1:])[1]).rstrip(), flush=True)
-    except micro.UnavailableError as error:
-        parser.error(str(error))
-    finally:
-        writer.close()
-    micro.write_report(device, measurements, folder / "micro.md")
-    print("\n".join("  ".join(line) for line in micro.assumptions(device, measurements)))
-    print(f"results: {folder / 'micro.csv'}; report: {folder / 'micro.md'}")
-    return 1 if any(measured.status == "failed" for measured in measurements) else 0

@@ -56,33 +56,36 @@ class UnavailableError(Exception):
     """There is no program, and none can be built; the message says why."""
 
 
+def unavailable(host: bool = False) -> str | None:
+    """Why there is no program and none can be built, or None."""
+    entry = _entry(host)
+    if not entry.is_file():
+        return f"the sources of the microbenchmarks are not here ({entry.name}): run it in a checkout"
+    target = _target(host)
+    if target.is_file() or _compiler(host) is not None:
+        return None
+    return f"{target.relative_to(ROOT)} is not here, nor is {'a C++ compiler' if host else 'nvcc'} to build it with"
+
+
 def program(host: bool = False) -> Path:
     """The program, built now unless it is there.
 
     Raises:
-        UnavailableError: it is not there, and neither are its sources or a compiler; or it does not compile.
+        UnavailableError: as `unavailable` says; or it does not compile.
     """
-    entry = SOURCES / ("micro_host.cpp" if host else "micro.cu")
-    if not entry.is_file():
-        raise UnavailableError(f"the sources of the microbenchmarks are not here ({entry.name}): run it in a checkout")
-    inputs = [*sorted(SOURCES.glob("*.h")), DEVICE / "device.h", DEVICE / f"device_{'host' if host else 'ptx'}.h"]
-    inputs += sorted((DEVICE / "host").glob("[rf]*")) if host else []  # runtime.h, runtime.cpp and fiber.h
-    digest = hashlib.sha256(json.dumps([NVCC_FLAGS, ARCHITECTURES, HOST_FLAGS]).encode())
-    for path in (*inputs, entry):
-        digest.update(path.read_bytes())
-    target = ROOT / "build" / "micro" / f"{entry.stem}-{digest.hexdigest()[:16]}"
+    reason = unavailable(host)
+    if reason is not None:
+        raise UnavailableError(reason)
+    entry, target = _entry(host), _target(host)
     if target.is_file():
         return target
-    compiler = os.environ.get("CXX", "g++") if host else nvcc()
-    if compiler is None or shutil.which(compiler) is None:
-        missing = "a C++ compiler" if host else "nvcc"
-        raise UnavailableError(f"{target.relative_to(ROOT)} is not here, nor is {missing} to build it with")
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.{os.getpid()}")
-    command = [compiler, *HOST_FLAGS, str(DEVICE / "host" / "runtime.cpp")]
+    flags = [*HOST_FLAGS, str(DEVICE / "host" / "runtime.cpp")]
     if not host:
-        command = [compiler, *NVCC_FLAGS, *(f"-gencode=arch={v},code={r}" for r, v in ARCHITECTURES.items())]
-    built = subprocess.run([*command, str(entry), "-o", str(partial)], capture_output=True, text=True, check=False)
+        flags = [*NVCC_FLAGS, *(f"-gencode=arch={v},code={r}" for r, v in ARCHITECTURES.items())]
+    command = [str(_compiler(host)), *flags, str(entry), "-o", str(partial)]
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
     if built.returncode != 0:
         raise UnavailableError(f"{entry.name} does not compile: {(built.stdout + built.stderr).strip()}")
     for old in target.parent.glob(f"{entry.stem}-*"):
@@ -90,6 +93,25 @@ def program(host: bool = False) -> Path:
             old.unlink()
     partial.replace(target)
     return target
+
+
+def _entry(host: bool) -> Path:
+    return SOURCES / ("micro_host.cpp" if host else "micro.cu")
+
+
+def _target(host: bool) -> Path:
+    """Where the program of these sources is, or would be."""
+    entry = _entry(host)
+    inputs = [*sorted(SOURCES.glob("*.h")), DEVICE / "device.h", DEVICE / f"device_{'host' if host else 'ptx'}.h"]
+    inputs += sorted((DEVICE / "host").glob("[rf]*")) if host else []  # runtime.h, runtime.cpp and fiber.h
+    digest = hashlib.sha256(json.dumps([NVCC_FLAGS, ARCHITECTURES, HOST_FLAGS]).encode())
+    for path in (*inputs, entry):
+        digest.update(path.read_bytes())
+    return ROOT / "build" / "micro" / f"{entry.stem}-{digest.hexdigest()[:16]}"
+
+
+def _compiler(host: bool) -> str | None:
+    return shutil.which(os.environ.get("CXX", "g++")) if host else nvcc()
 
 
 def nvcc() -> str | None:
@@ -243,7 +265,7 @@ def read(path: Path) -> tuple[dict[str, Any], list[Measurement]]:
     """
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        device = next((line for line in lines if "device" in line), {})
+        device: dict[str, Any] = next((line for line in lines if "device" in line), {})
         return device, [measurement(line) for line in lines if "name" in line]
     except (json.JSONDecodeError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is not a file of microbenchmarks: {error}") from error

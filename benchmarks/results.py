@@ -89,6 +89,7 @@ class Writer:
         self._csv = csv.DictWriter(self._file, columns, lineterminator="\n")
         if not append:
             self._csv.writeheader()
+            self._file.flush()
 
     def write(self, rows: Sequence[Row]) -> None:
         for row in rows:

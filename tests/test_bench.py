@@ -847,3 +847,14 @@ def test_resuming_needs_a_folder(capsys):
     with pytest.raises(SystemExit):
         bench(*SMALL, "--resume")
     assert "it needs the --out of the run before" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_backend_that_runs_only_where_it_is_asked_for_is_measured(tmp_path, capsys, monkeypatch):
+    table = fusedrnn.dispatch.TABLE
+
+    def unless_forced(_):
+        return None if fusedrnn.dispatch._forced == "reference" else "it has to be asked for"
+
+    monkeypatch.setitem(table, "reference", table["reference"]._replace(unsupported=unless_forced))
+    assert bench("--out", tmp_path, *SMALL, "--backend", "reference", "--device", "cpu", "--limit", 1) == 0
+    assert {row.contender: row.status for row in rows_of(tmp_path)} == {BASELINE: "ok", f"{OURS}reference": "ok"}
