@@ -26,7 +26,7 @@ from fusedrnn.kernels import plan as planner
 from .report import markdown
 from .timing import percentiles
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 SOURCES, DEVICE = ROOT / "benchmarks" / "cuda", ROOT / "csrc" / "cuda"
 ARCHITECTURES = {"sm_80": "compute_80", "sm_90a": "compute_90a", "sm_100": "compute_100"}
 NVCC_FLAGS = ["-std=c++20", "-O3", "-cudart", "static", "-Xcompiler", "-Wall,-Wextra"]
@@ -111,13 +111,13 @@ def _target(host: bool) -> Path:
 
 
 def _compiler(host: bool) -> str | None:
-    return shutil.which(os.environ.get("CXX", "g++")) if host else nvcc()
+    return shutil.which(os.environ.get("CXX", "g++")) if host else cuda_tool("nvcc")
 
 
-def nvcc() -> str | None:
-    """The CUDA compiler: in PATH, or where CUDA_HOME says."""
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    return shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+def cuda_tool(name: str) -> str | None:
+    """A program of the CUDA toolkit: in PATH, or where CUDA_HOME says."""
+    home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
+    return shutil.which(name) or shutil.which(name, path=f"{home / 'bin'}{os.pathsep}{home / name}")
 
 
 @dataclass(frozen=True)

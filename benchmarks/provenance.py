@@ -14,7 +14,7 @@ import torch
 
 import fusedrnn
 
-_ROOT = Path(__file__).parents[1]
+_ROOT = Path(__file__).resolve().parents[1]
 _NOTE = Path("build") / "checkout.json"
 _PACKAGES = ("torch", "triton", "onnxruntime", "flashrnn", "haste_pytorch")
 

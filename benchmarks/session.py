@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +26,7 @@ import fusedrnn
 from . import micro, predict, provenance
 from .report import markdown
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 STATUSES = ("passed", "failed", "timed out", "cut off", "running", "skipped", "not reached")
 _UNFINISHED = ("timed out", "cut off", "running", "not reached")
 _LEAST = 5.0  # seconds: with less no part is begun
@@ -107,9 +106,9 @@ def parts(folder: Path, dry: bool) -> list[Part]:
     predicting = (*bench, "predict", str(results), *(("--device", predict.planner.H200.name) if dry else ()))
     what = "what the planners predicted next to what was measured"
     found.append(Part("predictions", what, 20, predicting, last=True, needs=results))
-    found += _tests(folder, dry)
+    found += _tests(folder, dry, [] if dry else [name for name, (skip, _) in backends.items() if not skip])
     found += [check(name) for name in ("aten", "reference")]
-    tool = shutil.which("compute-sanitizer")
+    tool = micro.cuda_tool("compute-sanitizer")
     missing = "compute-sanitizer is not installed" if tool is None else "it watches a GPU" if dry else ""
     for kind in ("memcheck", "racecheck", "synccheck"):
         watched = (tool or "compute-sanitizer", "--tool", kind, "--error-exitcode", "9", sys.executable, "-c", _SMALL)
@@ -149,7 +148,7 @@ def _grid(folder: Path, backends: dict[str, tuple[str, dict[str, str]]], dry: bo
 _NEEDED = {"tests/test_torch_samples.py": "expecttest", "tests/test_hypothesis.py": "hypothesis"}
 
 
-def _tests(folder: Path, dry: bool) -> list[Part]:
+def _tests(folder: Path, dry: bool, expected: list[str]) -> list[Part]:
     chosen = {
         "tests-gpu": ("CUDA graphs, streams, determinism", "tests/test_gpu.py", ""),
         "tests-torch": ("torch's samples of nn.LSTM, with their derivatives", "tests/test_torch_samples.py", "cuda"),
@@ -158,13 +157,13 @@ def _tests(folder: Path, dry: bool) -> list[Part]:
     }
     found = []
     for name, (what, path, words) in chosen.items():
-        command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", path, "-m", "not compiles"]
+        command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / path), "-m", "not compiles"]
         command += ["--override-ini=addopts=--import-mode=importlib -ra", f"--junitxml={folder / f'{name}.xml'}"]
-        command += [
-            f"--ignore={file}" for file, module in _NEEDED.items() if file != path and find_spec(module) is None
-        ]
+        absent = [file for file, module in _NEEDED.items() if file != path and find_spec(module) is None]
+        command += [f"--ignore={ROOT / file}" for file in absent]
         command += ["--collect-only"] if dry else ["-k", words] if words else []
-        found.append(Part(name, what, 90, tuple(command), _untestable(path)))
+        expecting = {"FUSEDRNN_EXPECT": ",".join(expected)}
+        found.append(Part(name, what, 90, tuple(command), _untestable(path), expecting))
     return found
 
 
@@ -273,7 +272,7 @@ class Session:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                cwd=ROOT,
+                cwd=self.folder,  # not in a tree that is not installed, where half of the package would be found
                 env=environment,
                 start_new_session=True,  # so that what it starts is ended with it
             )

@@ -105,8 +105,7 @@ CLUSTERED = {
 
 
 def cuobjdump():
-    home = Path(micro.nvcc() or "nvcc").parent
-    found = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=str(home))
+    found = micro.cuda_tool("cuobjdump")
     if found is None:
         triton = pytest.importorskip("triton", reason="cuobjdump is not here: what nvcc made is not read")
         found = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
@@ -115,7 +114,7 @@ def cuobjdump():
 
 @pytest.mark.compiles
 @pytest.mark.timeout(300)
-@pytest.mark.skipif(micro.nvcc() is None, reason="nvcc is not here: the microbenchmarks are not compiled")
+@pytest.mark.skipif(micro.cuda_tool("nvcc") is None, reason="nvcc is not here: the microbenchmarks are not compiled")
 @pytest.mark.parametrize("architecture", micro.ARCHITECTURES)
 def test_what_is_measured_is_in_the_machine_code(architecture):
     command = [cuobjdump(), "-sass", "-arch", architecture, str(micro.program())]
@@ -211,7 +210,7 @@ def test_results_are_there_as_soon_as_they_are_measured(tmp_path):
 
 
 def test_neither_program_nor_compiler(tmp_path, monkeypatch):
-    monkeypatch.setattr(micro, "nvcc", lambda: None)
+    monkeypatch.setattr(micro, "cuda_tool", lambda name: None)
     monkeypatch.setattr(micro, "NVCC_FLAGS", ["--of-another-build"])
     with pytest.raises(micro.UnavailableError, match=r"build/micro/micro-\w+ is not here, nor is nvcc"):
         micro.program()

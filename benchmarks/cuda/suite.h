@@ -282,6 +282,7 @@ void products(Runner& run, const char* operands, int one) {
     c.name = "mma_latency";
     c.quantity = Quantity::kLatency;
     c.threads = kWarp;
+    c.iterations *= m.shrink > 1 ? 1 : 8;
     c.work = 1;
     run.template measure<MatrixProduct<kOperands, 1>>(c);
   }
