@@ -367,7 +367,9 @@ def assumptions(device: dict[str, Any], measurements: list[Measurement]) -> list
 
 
 def device_row(device: dict[str, Any], measurements: list[Measurement]) -> str | None:
-    """The line for the table of devices in kernels/plan.py, or None where a figure in it was not measured."""
+    """The line for the table of devices in kernels/plan.py, or None where a figure in it was not measured on a GPU."""
+    if "capability" not in device:
+        return None
     try:
         l2, meeting = _l2(measurements), _latency("grid_barrier", "counter")(measurements)
         clock = _clock(measurements)
@@ -391,7 +393,8 @@ def _planned(device: dict[str, Any]) -> planner.Device:
 def write_report(device: dict[str, Any], measurements: list[Measurement], path: Path) -> None:
     """Markdown: what is assumed next to what was measured, the line to paste, and all measurements."""
     assumed, measured = assumptions(device, measurements), table(measurements)
-    parts = [f"# Microbenchmarks: {device.get('device', 'no device')}"]
+    title = f"# Microbenchmarks: {device.get('device', 'no device')}"
+    parts = [title if "capability" in device else f"{title}: its times mean nothing"]
     parts += ["## What kernels/plan.py assumes", markdown(assumed[0], assumed[1:])]
     if row := device_row(device, measurements):
         parts += ["For the table of devices there:", f"```python\n{row}\n```"]

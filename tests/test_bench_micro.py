@@ -165,6 +165,7 @@ def test_the_row_for_the_planner_is_what_was_measured():
     assert lines["Device.meeting"] == (f"{planner.H200.meeting:.4g}", "1.1", f"{1.1 / planner.H200.meeting:.4g}")
     assert lines["_RATES['16']"][1:] == ("-", "-")
     assert micro.device_row(H200, measured[3:]) is None
+    assert micro.device_row({"device": "the host, on fibers"}, measured) is None, "a host tells nothing of a GPU"
 
 
 def stub(path, body):
@@ -224,7 +225,10 @@ def test_command_on_the_host(host, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "release, acquire" in out
     assert {path.name for path in tmp_path.iterdir()} == {"micro.jsonl", "micro.csv", "micro.md"}
-    assert "Device.meeting" in (tmp_path / "micro.md").read_text()
+    report = (tmp_path / "micro.md").read_text()
+    assert "Device.meeting" in report
+    assert "its times mean nothing" in report
+    assert "measured=True" not in report
 
 
 def test_command_with_a_name_that_there_is_not(capsys):
