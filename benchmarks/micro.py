@@ -257,14 +257,15 @@ class Writer:
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[Measurement]]:
-    """The device and the measurements of a micro.jsonl.
+    """The device and the measurements of a micro.jsonl, but for a last line that was cut off.
 
     Raises:
         ValueError: it is not such a file.
         OSError: it cannot be read.
     """
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        text = path.read_text(encoding="utf-8")
+        lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
         device: dict[str, Any] = next((line for line in lines if "device" in line), {})
         return device, [measurement(line) for line in lines if "name" in line]
     except (json.JSONDecodeError, TypeError, KeyError) as error:

@@ -71,6 +71,7 @@ def add_actions(actions: Any) -> None:
         help="launches that are timed of each (%(default)s)",
     )
     add("--build", action="store_true", help="build the program and print its path; needs nvcc and no GPU")
+    add("--report", type=Path, metavar="FILE", help="measure nothing, and write micro.md anew from this micro.jsonl")
     add("--host", action="store_true", help="run the kernels' logic on the host, where times mean nothing")
     smallest.set_defaults(action=_micro)
 
@@ -83,6 +84,11 @@ def _micro(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     unknown = [name for name in options.names if name not in micro.NAMES]
     if unknown:
         parser.error(f"argument NAME: unknown {', '.join(unknown)}: expected some of {', '.join(micro.NAMES)}")
+    if options.report:
+        try:
+            return _conclude(*micro.read(options.report), options.report.parent)
+        except (OSError, ValueError) as error:
+            parser.error(f"argument --report: {error}")
     try:
         program = micro.program(options.host)
     except micro.UnavailableError as error:
@@ -90,9 +96,7 @@ def _micro(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if options.build:
         print(program)
         return 0
-    names = list(dict.fromkeys(options.names)) or [
-        name for name in micro.NAMES if not (options.host and name == "launch")
-    ]
+    all_names = [name for name in micro.NAMES if not (options.host and name == "launch")]
     folder = arguments.folder(options.out, "micro")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -101,8 +105,9 @@ def _micro(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         parser.error(f"argument --out: {folder}: {error.strerror}")
     device: dict[str, Any] = {}
     measurements: list[micro.Measurement] = []
+    interrupted = False
     try:
-        for line in micro.run(program, names, options.samples):
+        for line in micro.run(program, list(dict.fromkeys(options.names)) or all_names, options.samples):
             if "device" in line:
                 device = line
                 writer.device(line)
@@ -112,8 +117,15 @@ def _micro(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
                 print("  ".join(micro.table(measurements[-1:])[1]).rstrip(), flush=True)
     except micro.UnavailableError as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        interrupted = True
     finally:
         writer.close()
+    status = _conclude(device, measurements, folder)
+    return arguments.INTERRUPTED if interrupted else status
+
+
+def _conclude(device: dict[str, Any], measurements: list[micro.Measurement], folder: Path) -> int:
     micro.write_report(device, measurements, folder / "micro.md")
     print("\n".join("  ".join(line) for line in micro.assumptions(device, measurements)))
     print(f"results: {folder / 'micro.csv'}; report: {folder / 'micro.md'}")

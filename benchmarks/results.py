@@ -115,6 +115,8 @@ def read(path: Path) -> tuple[list[Row], dict[str, str]]:
             raise ValueError(f"{path} is not a file of results: it lacks the columns {', '.join(sorted(missing))}")
         rows, provenance = [], dict[str, str]()
         for line in lines:
+            if None in line.values():  # the last one, where a run was killed as it wrote
+                continue
             values: dict[str, Any] = {
                 name: kind(line[name]) if kind is str or line[name] else None for name, kind in types.items()
             }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import os
 import platform
 import sys
@@ -72,7 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     checks.add_argument("--device", choices=testing.devices(), help="check on this device; by default on all")
     checks.add_argument("--quick", action="store_true", help="small sizes only, and derivatives in random directions")
-    checks.add_argument("--limit", type=int, metavar="N", help="only N of the jobs, spread over all of them")
+    checks.add_argument(
+        "--limit", type=int, metavar="N", help="only N of the jobs, from all over: those farthest apart first"
+    )
     checks.add_argument("--record", metavar="FILE", help="append every outcome to this file as it comes, as JSON lines")
     checks.set_defaults(command=_check, error=checks.error)
 
@@ -163,7 +166,7 @@ def _check(options: argparse.Namespace) -> int:
     if options.limit is not None:
         if options.limit < 1:
             options.error(f"argument --limit: must be a whole number from 1, got {options.limit}")
-        jobs = jobs[:: max(1, -(-len(jobs) // options.limit))]
+        jobs = _spread(jobs)[: options.limit]
     outcomes: list[Outcome] = []
     with _record(options) as record:
         for job in _progress(jobs):
@@ -182,6 +185,16 @@ def _check(options: argparse.Namespace) -> int:
     for job, backend, failure in failures:
         print(f"FAILED {job.check} on {backend}, {job.device}: {job.case.id}\n{indent(failure, '  ')}")
     return 1 if failures else 0
+
+
+def _spread(jobs: list[check.Job]) -> list[check.Job]:
+    """In an order of which every beginning comes from all over; the jobs of a case, which share work, stay together."""
+    cases: dict[tuple[Any, ...], list[check.Job]] = {}
+    for job in jobs:
+        cases.setdefault((job.case, job.device), []).append(job)
+    groups = list(cases.values())
+    stride = next(k for k in range(int(0.618 * len(groups)) + 1, 2 * len(groups) + 2) if math.gcd(k, len(groups)) == 1)
+    return [job for k in range(len(groups)) for job in groups[k * stride % len(groups)]]
 
 
 @contextmanager

@@ -825,6 +825,7 @@ def test_a_run_that_was_cut_off_is_resumed(tmp_path, capsys, monkeypatch):
     path = tmp_path / "results.csv"
     first = path.read_text()
     path.write_text(first + "shape,nn.LSTM,ok")  # a line that was cut off
+    assert len(rows_of(tmp_path)) == len(first.splitlines()) - 1
     measured, right = [], run.measure
     monkeypatch.setattr(
         run, "measure", lambda suite, cell, *rest: (measured.append(cell.mode), right(suite, cell, *rest))[1]

@@ -231,6 +231,28 @@ def test_command_on_the_host(host, tmp_path, capsys):
     assert "measured=True" not in report
 
 
+def test_what_was_measured_before_an_interruption_is_reported(tmp_path, capsys, monkeypatch):
+    def interrupted(*_):
+        yield H200
+        yield json.loads(OK_LINE[6:-1])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(micro, "program", lambda host: tmp_path / "micro")
+    monkeypatch.setattr(micro, "run", interrupted)
+    assert cli.main(["bench", "micro", "--out", str(tmp_path)]) == 130
+    written = (tmp_path / "micro.md").read_text()
+    assert "| flag |" in written
+    path = tmp_path / "micro.jsonl"
+    path.write_text(path.read_text() + '{"name": "fl')  # killed as it wrote
+    (tmp_path / "micro.md").unlink()
+    assert cli.main(["bench", "micro", "--report", str(path)]) == 0
+    assert (tmp_path / "micro.md").read_text() == written
+    path.write_text("{}\nnot json\n")
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "micro", "--report", str(path)])
+    assert "is not a file of microbenchmarks" in " ".join(capsys.readouterr().err.split())
+
+
 def test_command_with_a_name_that_there_is_not(capsys):
     with pytest.raises(SystemExit) as exit:
         cli.main(["bench", "micro", "warp"])

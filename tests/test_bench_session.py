@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -232,3 +233,24 @@ def test_without_a_gpu(capsys, tmp_path):
     assert exit.value.code == 2
     assert "--dry-run goes through the same steps on the CPU" in " ".join(capsys.readouterr().err.split())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_the_make_target_needs_no_installation(tmp_path):
+    """What it imports is the tree it stands in, by links, from a Python that has torch and no fusedrnn."""
+    code = "import fusedrnn, fusedrnn.benchmarks.session as s, fusedrnn.kernels.plan; print(fusedrnn.__file__, s.ROOT)"
+    arguments = ["make", "-s", "gpu", f"PYTHON={sys.executable}", f"OUT={tmp_path / 'out'}", "GPU=--list --dry-run"]
+    listed = subprocess.run(arguments, cwd=session.ROOT, capture_output=True, text=True, check=False, timeout=120)
+    assert listed.returncode == 0, listed.stderr
+    assert "plans-triton" in listed.stdout
+    assert not (tmp_path / "out").exists()
+    links = session.ROOT / "build" / "links"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=links,
+        env={**os.environ, "PYTHONPATH": str(links)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == [str(links / "fusedrnn" / "__init__.py"), str(session.ROOT)]

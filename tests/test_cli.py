@@ -243,6 +243,8 @@ def test_a_limit_takes_jobs_from_everywhere(capsys):
     assert sum(passed for passed, _, _ in found.values()) <= 8
     assert {key[0] for key in found} >= {"gradcheck", "nn.LSTM"}
     assert {key[1] for key in found} >= {"float64", "float32"}
+    jobs = check.jobs(["cpu"], quick=True)
+    assert sorted(map(jobs.index, cli._spread(jobs))) == list(range(len(jobs)))
     with pytest.raises(SystemExit):
         cli.main(["check", "--limit", "0"])
     assert "from 1, got 0" in capsys.readouterr().err
