@@ -87,7 +87,7 @@ def parts(folder: Path, dry: bool) -> list[Part]:
 
     def check(name: str, skip: str = "", environment: dict[str, str] | None = None) -> Part:
         command = ["-m", "fusedrnn", "check", "--quick", "--device", device, "--backend", name]
-        # Kernels that are compiled at their first call take longer than there is time: from all over, as far as it gets.
+        # Kernels that are compiled at their first call take longer than there is: from all over, as far as it gets.
         command += ["--record", str(folder / f"check-{name}.jsonl"), "--limit", "4" if dry else "1000"]
         what = f"gradcheck, gradgradcheck and comparison with nn.LSTM, quick, of {name}"
         return Part(f"check-{name}", what, 75, tuple(command), skip, environment or {})
