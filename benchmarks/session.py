@@ -23,7 +23,7 @@ from typing import Any
 
 import fusedrnn
 
-from . import micro, predict, provenance
+from . import micro, plans, predict, provenance
 from .report import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -163,6 +163,8 @@ def _tests(folder: Path, dry: bool, expected: list[str]) -> list[Part]:
         absent = [file for file, module in _NEEDED.items() if file != path and find_spec(module) is None]
         command += [f"--ignore={ROOT / file}" for file in absent]
         command += ["--collect-only"] if dry else ["-k", words] if words else []
+        if not dry and path != "tests/test_gpu.py" and find_spec("xdist"):  # most of the time goes into compiling
+            command += ["-n", str(plans.processes("cuda"))]
         expecting = {"FUSEDRNN_EXPECT": ",".join(expected)}
         found.append(Part(name, what, 90, tuple(command), _untestable(path), expecting))
     return found
@@ -324,7 +326,8 @@ def read(folder: Path) -> tuple[list[Outcome], bool]:
 
 def _end(process: subprocess.Popen[Any]) -> None:
     """Ends a process and all that it started: asked first, so that it can write what it has."""
-    for number, seconds in ((signal.SIGINT, _GRACE), (signal.SIGKILL, None)):
+    # One that a driver holds on to cannot be killed, and is not waited for for ever.
+    for number, seconds in ((signal.SIGINT, _GRACE), (signal.SIGKILL, 2 * _GRACE)):
         if process.poll() is None or number == signal.SIGKILL:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, number)

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from fusedrnn.benchmarks import micro
+from fusedrnn.benchmarks import micro, on_a_gpu
 from fusedrnn.benchmarks.micro import Measurement
 from fusedrnn.kernels import plan as planner
 
@@ -150,7 +150,7 @@ def test_latency_and_rates_of_samples():
 H200 = {"device": "NVIDIA H200", "capability": 90, "multiprocessors": 132, "shared": 232448, "clock_khz": 1980000}
 
 
-def test_the_row_for_the_planner_is_what_was_measured():
+def test_the_row_for_the_planner_is_what_was_measured(tmp_path, capsys):
     measured = [
         Measurement("grid_barrier", "counter", iterations=1000, blocks=128, group=64, ns=(9e5,), cycles=(1e6,)),
         Measurement("grid_barrier", "counter", iterations=1000, blocks=132, group=132, ns=(1.1e6,), cycles=(2.2e6,)),
@@ -161,6 +161,9 @@ def test_the_row_for_the_planner_is_what_was_measured():
     row = micro.device_row(H200, measured)
     device = eval(row, vars(planner))
     assert device == planner.H200._replace(clock=2.0, l2=4.0e6, meeting=1.1, measured=True)
+    assert on_a_gpu._conclude(H200, measured, tmp_path) == 0
+    assert row in capsys.readouterr().out
+    assert row in (tmp_path / "micro.md").read_text()
     lines = {line[0]: line[2:] for line in micro.assumptions(H200, measured)}
     assert lines["Device.meeting"] == (f"{planner.H200.meeting:.4g}", "1.1", f"{1.1 / planner.H200.meeting:.4g}")
     assert lines["_RATES['16']"][1:] == ("-", "-")
