@@ -10,13 +10,15 @@ TORCH ?= 2.13.0
 TORCH_SPEC ?= torch==$(TORCH)$(if $(shell command -v nvidia-smi),,+cpu)
 TORCH_INDEX ?=
 GRID ?=
+OUT ?=
+GPU ?=
 
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h)
-CUDA_SOURCES := $(wildcard csrc/cuda/*.h csrc/cuda/*.cu csrc/cuda/*.cuh csrc/cuda/host/*.h csrc/cuda/host/*.cpp)
+CUDA_SOURCES := $(wildcard csrc/cuda/*.h csrc/cuda/*.cu csrc/cuda/*.cuh csrc/cuda/host/*.h csrc/cuda/host/*.cpp benchmarks/cuda/*)
 CXX ?= g++
 
-.PHONY: help demo test lint format sanitize kernels clean
+.PHONY: help demo test lint format sanitize kernels gpu gpu-build clean
 .DELETE_ON_ERROR:
 
 help:
@@ -56,6 +58,24 @@ kernels: $(VENV)/.test
 	$(BIN)/python -W ignore -m fusedrnn.kernels.compile $(GRID)
 	@echo "== CUDA C++ =="
 	$(BIN)/pytest -m compiles -s
+
+# make gpu-build   on a machine with nvcc, a GPU or none: what make gpu takes along, in fusedrnn/ and in build/
+gpu-build: $(VENV)/.test
+	FUSEDRNN_BUILD_CUDA=1 $(BIN)/pip install --no-build-isolation --no-deps -e .
+	$(BIN)/python -m fusedrnn bench gpu --prepare
+
+# make gpu         on a machine with a GPU: everything there is to find out, into OUT; GPU=--resume goes on with it,
+# make gpu         GPU="--only micro" does one part, GPU=--list names them, GPU=--dry-run needs no GPU
+#
+# With PYTHON, which has the torch for that GPU, and nothing but that: no network, and no installation, for which a
+# folder of links to this tree stands in. Libraries that are here are taken as they are, others built if they can be.
+LINKS := build/links
+gpu:
+	$(if $(wildcard fusedrnn/_*.so),,-$(PYTHON) setup.py -q build_ext --inplace)
+	rm -rf $(LINKS) && mkdir -p $(LINKS)/fusedrnn
+	ln -s $(CURDIR)/fusedrnn/* $(CURDIR)/benchmarks $(CURDIR)/kernels $(LINKS)/fusedrnn
+	cd $(LINKS) && PYTHONPATH=$(CURDIR)/$(LINKS) \
+	  $(PYTHON) -m fusedrnn bench gpu --out $(or $(abspath $(OUT)),$(CURDIR)/out/gpu) $(GPU)
 
 clean:
 	rm -rf build dist out *.egg-info fusedrnn/*.so fusedrnn/_build.json

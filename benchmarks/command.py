@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import datetime
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -14,14 +13,13 @@ import torch
 
 from fusedrnn import dispatch, testing
 
-from . import cases, compare, contenders, models, plot, provenance, report, results, run, training
+from . import arguments, cases, compare, contenders, models, on_a_gpu, plot, provenance, report, results, run, training
 from .cases import Cell
 from .ceilings import Ceilings
 from .results import Row
 from .timing import clock
 
 _SUITES = (*cases.SUITES, "models")
-_INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 
 
 def main(argv: Sequence[str]) -> int:
@@ -60,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--shape",
         action="append",
-        type=_converted(cases.parse_shape),
+        type=arguments.converted(cases.parse_shape),
         default=[],
         metavar="T,B,I,H[,L[,D]]",
         help="measure this: time steps, batch, input size, hidden size, layers, directions; may be given again",
@@ -71,27 +69,38 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--backend",
         action="append",
-        type=_backend,
+        type=arguments.backend,
         metavar="NAME",
         help=f"measure this one of {', '.join(dispatch.TABLE)}; by default all that have kernels and are available",
     )
     _add_choice(parser, "--baseline", tuple(contenders.BASELINES), "measure against these; by default against all")
     add("--device", choices=testing.devices(), help="by default the GPU, if there is one")
-    add("--threads", type=_whole(1), help="of the CPU; by default as many as torch takes")
+    add("--threads", type=arguments.whole(1), help="of the CPU; by default as many as torch takes")
     add("--out", type=Path, metavar="FOLDER", help="where results.csv and all else goes; by default out/bench/DATE")
     settings = run.Settings()
-    add("--rounds", type=_whole(2), default=settings.rounds, help="samples of each contender (%(default)s)")
+    add("--rounds", type=arguments.whole(2), default=settings.rounds, help="samples of each contender (%(default)s)")
     add(
         "--time-budget",
-        type=_seconds,
+        type=arguments.seconds,
         default=settings.budget,
         metavar="SECONDS",
         help="for the rounds of one cell; when it is over, five rounds have to do (%(default)s)",
     )
-    add("--steps", type=_whole(2), default=10, help="over which losses of a model are compared (%(default)s)")
+    add("--steps", type=arguments.whole(2), default=10, help="over which losses of a model are compared (%(default)s)")
     add("--time-wrong", action="store_true", help="time also what was found wrong; it stays marked as such")
-    add("--shrink", type=_whole(1), default=1, metavar="N", help="divide T, B, I and H, to try everything out quickly")
-    add("--limit", type=_whole(1), metavar="N", help="measure only the first N cells")
+    add(
+        "--shrink",
+        type=arguments.whole(1),
+        default=1,
+        metavar="N",
+        help="divide T, B, I and H, to try everything out quickly",
+    )
+    add("--limit", type=arguments.whole(1), metavar="N", help="measure only the first N cells")
+    add(
+        "--resume",
+        action="store_true",
+        help="go on in the FOLDER of --out, with the cells that are not in it yet",
+    )
 
     actions = parser.add_subparsers(title="instead of measuring", metavar="", prog="python -m fusedrnn bench")
     what = "A.csv B.csv: what became faster or slower, beyond the noise"
@@ -99,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     comparing.add_argument("before", type=Path, metavar="A.csv")
     comparing.add_argument("after", type=Path, metavar="B.csv")
     comparing.add_argument(
-        "--threshold", type=_share, default=0.05, help="of a median that has to have moved (%(default)s)"
+        "--threshold", type=arguments.share, default=0.05, help="of a median that has to have moved (%(default)s)"
     )
     comparing.add_argument("--relative", action="store_true", help="compare times over those of nn.LSTM")
     comparing.set_defaults(action=_compare)
@@ -107,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     plotting = actions.add_parser("plot", help=what, description=what)
     plotting.add_argument("results", type=Path, metavar="RESULTS.csv")
     plotting.set_defaults(action=_plot)
+    on_a_gpu.add_actions(actions)
     return parser
 
 
@@ -114,54 +124,6 @@ def _add_choice(parser: argparse.ArgumentParser, name: str, known: tuple[str, ..
     parser.add_argument(
         name, action="append", choices=known, metavar="NAME", help=f"{', '.join(known)}; {help}; may be given again"
     )
-
-
-def _converted(convert: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A type for argparse, which shows the message of an ArgumentTypeError only."""
-
-    def parse(text: str) -> Any:
-        try:
-            return convert(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-
-    return parse
-
-
-def _whole(least: int) -> Callable[[str], int]:
-    def convert(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise ValueError(f"must be a whole number from {least}, got {text!r}")
-        return int(text)
-
-    return _converted(convert)
-
-
-def _number(text: str, least: float) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = float("nan")
-    if not least <= number < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number from {least:g}, got {text!r}")
-    return number
-
-
-def _seconds(text: str) -> float:
-    return _number(text, 0.0)
-
-
-def _share(text: str) -> float:
-    return _number(text, 0.0)
-
-
-def _backend(name: str) -> str:
-    if name not in dispatch.TABLE:
-        raise argparse.ArgumentTypeError(f"unknown backend {name!r}: expected one of {', '.join(dispatch.TABLE)}")
-    reason = dispatch.backends()[name]
-    if reason is not None:
-        raise argparse.ArgumentTypeError(f"backend {name!r} is not available: {reason}")
-    return name
 
 
 def _cells(options: argparse.Namespace, device: str) -> list[tuple[str, Cell]]:
@@ -190,23 +152,29 @@ def _cells(options: argparse.Namespace, device: str) -> list[tuple[str, Cell]]:
 def _bench(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     device = options.device or testing.devices()[-1]
     if device == "cpu":
-        if "gpu" in (options.suite or []):
+        if "gpu" in (options.suite or []) and options.shrink == 1:
             parser.error("argument --suite: gpu needs a GPU, and this would run on the CPU")
         if "tf32" in (options.dtype or []):
             parser.error("argument --dtype: tf32 is what a GPU computes in, and this would run on the CPU")
+    if options.resume and (options.out is None or "models" in (options.suite or [])):
+        parser.error("argument --resume: it needs the --out of the run before, and the suite models cannot be resumed")
     if options.threads:
         torch.set_num_threads(options.threads)
-    folder: Path = options.out or Path("out") / "bench" / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "losses.csv").unlink(missing_ok=True)  # of a run before, which the pictures must not show
-        facts = provenance.collect(device)
-        writer = results.Writer(folder / "results.csv", facts)
-    except OSError as error:
-        parser.error(f"argument --out: {folder}: {error.strerror}")
-
+    folder = arguments.folder(options.out, "bench")
     rows: list[Row] = []
     curves: list[training.Curve] = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not options.resume:
+            (folder / "losses.csv").unlink(missing_ok=True)  # of a run before, which the pictures must not show
+        facts = provenance.collect(device)
+        writer = results.Writer(folder / "results.csv", facts, options.resume)
+        if options.resume:
+            rows, _ = results.read(folder / "results.csv")
+    except OSError as error:
+        parser.error(f"argument --out: {folder}: {error.strerror}")
+    except ValueError as error:
+        parser.error(f"argument --resume: {error}")
 
     def keep(more: Sequence[Row]) -> None:
         rows.extend(more)
@@ -214,7 +182,7 @@ def _bench(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
     interrupted = False
     try:
-        _measure(options, device, keep, curves)
+        _measure(options, device, keep, curves, {(row.case, row.mode, row.device) for row in rows})
     except KeyboardInterrupt:
         interrupted = True
     finally:
@@ -227,19 +195,27 @@ def _bench(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     print(f"results: {folder / 'results.csv'}; report: {folder / 'report.md'}")
     if interrupted:
         print("interrupted: what is above was measured before", file=sys.stderr)
-        return _INTERRUPTED
+        return arguments.INTERRUPTED
     return 1 if any(row.ours and row.status in ("wrong", "failed") for row in rows) else 0
 
 
 def _measure(
-    options: argparse.Namespace, device: str, keep: Callable[[Sequence[Row]], None], curves: list[training.Curve]
+    options: argparse.Namespace,
+    device: str,
+    keep: Callable[[Sequence[Row]], None],
+    curves: list[training.Curve],
+    done: set[tuple[str, str, str]],
 ) -> None:
+    """Measures all cells but those that are `done`: case, mode and device."""
     entered = contenders.entered(options.backend, options.baseline)
-    keep([Row("", c.name, "unavailable", c.unavailable) for c in entered if c.unavailable is not None])
+    if not done:
+        keep([Row("", c.name, "unavailable", c.unavailable) for c in entered if c.unavailable is not None])
     settings = run.Settings(options.rounds, options.time_budget, options.time_wrong)
     ticking = clock(device)
     ceilings = Ceilings(ticking)
-    cells: list[Any] = _cells(options, device)
+    cells: list[Any] = [
+        (suite, cell) for suite, cell in _cells(options, device) if (cell.id, cell.mode, cell.device) not in done
+    ]
     whole = [("models", task) for task in models.tasks(options.shrink)] if "models" in (options.suite or []) else []
     for suite, item in _progress([*cells, *whole]):
         if isinstance(item, Cell):
@@ -287,24 +263,15 @@ def _illustrate(rows: Sequence[Row], facts: dict[str, str], folder: Path) -> Non
     report.write(rows, facts, pictures, folder / "report.md")
 
 
-def _read(path: Path, parser: argparse.ArgumentParser) -> tuple[list[Row], dict[str, str]]:
-    try:
-        return results.read(path)
-    except OSError as error:
-        parser.error(f"{path}: {error.strerror}")
-    except ValueError as error:
-        parser.error(str(error))
-
-
 def _plot(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    rows, facts = _read(options.results, parser)
+    rows, facts = arguments.read(options.results, parser)
     _illustrate(rows, facts, options.results.parent)
     print(f"report: {options.results.parent / 'report.md'}")
     return 0
 
 
 def _compare(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    (before, old), (after, new) = (_read(path, parser) for path in (options.before, options.after))
+    (before, old), (after, new) = (arguments.read(path, parser) for path in (options.before, options.after))
     for name in ("cpu", "gpu", "threads", "torch"):
         if old.get(name) != new.get(name):
             print(f"note: {name} is {old.get(name)!r} in A and {new.get(name)!r} in B")

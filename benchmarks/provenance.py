@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import importlib.metadata
+import json
 import platform
 import subprocess
 from pathlib import Path
@@ -12,6 +14,8 @@ import torch
 
 import fusedrnn
 
+_ROOT = Path(__file__).resolve().parents[1]
+_NOTE = Path("build") / "checkout.json"
 _PACKAGES = ("torch", "triton", "onnxruntime", "flashrnn", "haste_pytorch")
 
 
@@ -28,7 +32,8 @@ def collect(device: str) -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "isa": _instruction_set(),
         "gpu": torch.cuda.get_device_name() if device == "cuda" else "",
-        "driver": _driver() if device == "cuda" else "",
+        "driver": _nvidia_smi("driver_version") if device == "cuda" else "",
+        "clocks": _nvidia_smi("clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem") if device == "cuda" else "",
         "cuda": torch.version.cuda or "",
         "cudnn": str(torch.backends.cudnn.version() or ""),
         "python": platform.python_version(),
@@ -37,14 +42,46 @@ def collect(device: str) -> dict[str, str]:
     }
 
 
+def remember() -> Path:
+    """Notes commit and changes in build/checkout.json, for a copy of the tree that has no history.
+
+    Raises:
+        RuntimeError: this is no checkout with a history either.
+    """
+    commit, changes = _from_git()
+    if not commit:
+        raise RuntimeError("this is not a checkout with its history, so there is no commit to note")
+    path = _ROOT / _NOTE
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"commit": commit, "dirty": changes, "digest": _digest()}) + "\n", encoding="utf-8")
+    return path
+
+
 def _checkout() -> tuple[str, str]:
-    """The commit, and "yes" or "no" for changes in the tree; "" where this is not a checkout."""
-    root = Path(__file__).parents[1]
-    if not (root / "setup.py").is_file():
+    """The commit, and "yes" or "no" for changes in the tree; "" where this is not a checkout, nor a copy of one."""
+    if not (_ROOT / "setup.py").is_file():
         return "", ""
-    commit = _output("git", "rev-parse", "HEAD", folder=root)
-    changes = _output("git", "--no-optional-locks", "status", "--porcelain", folder=root)
+    commit, changes = _from_git()
+    if commit or not (_ROOT / _NOTE).is_file():
+        return commit, changes
+    note = json.loads((_ROOT / _NOTE).read_text(encoding="utf-8"))
+    return note["commit"], note["dirty"] if note["digest"] == _digest() else "yes"
+
+
+def _from_git() -> tuple[str, str]:
+    commit = _output("git", "rev-parse", "HEAD", folder=_ROOT)
+    changes = _output("git", "--no-optional-locks", "status", "--porcelain", folder=_ROOT)
     return commit or "", "" if changes is None else "yes" if changes else "no"
+
+
+def _digest() -> str:
+    """Of all sources of the package."""
+    digest = hashlib.sha256()
+    for folder in ("fusedrnn", "kernels", "benchmarks", "csrc"):
+        for path in sorted((_ROOT / folder).rglob("*")):
+            if path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh"):
+                digest.update(path.relative_to(_ROOT).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def _version(package: str) -> str:
@@ -68,8 +105,9 @@ def _instruction_set() -> str:
     return torch.ops.fusedrnn.cpu_isa(None)
 
 
-def _driver() -> str:
-    found = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+def _nvidia_smi(query: str) -> str:
+    """What the driver tells of the first GPU."""
+    found = _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
     return found.splitlines()[0] if found else ""
 
 

@@ -18,12 +18,12 @@ over the median. How each is measured stands in docs/benchmarks.md.
 
 def write(rows: Sequence[Row], provenance: dict[str, str], pictures: Sequence[Path], path: Path) -> None:
     """Writes the report next to its pictures."""
-    parts = ["# Benchmark", _table(("", ""), [(name, value) for name, value in provenance.items() if value])]
+    parts = ["# Benchmark", markdown(("", ""), [(name, value) for name, value in provenance.items() if value])]
     if ceilings := _ceilings(rows):
         parts += [f"Ceilings measured in the same run: {ceilings}."]
     if means := geometric_means(rows):
         lines = [(mode, name, f"{mean:.2f}x", str(count)) for mode, name, mean, count in means]
-        parts += ["## Geometric means", _table(("mode", "contender", f"ratio to {BASELINE}", "cells"), lines)]
+        parts += ["## Geometric means", markdown(("mode", "contender", f"ratio to {BASELINE}", "cells"), lines)]
     parts += ["## Cells that lose", "\n".join(f"- {line}" for line in losses(rows)) or "None."]
     if absent := untried(rows):
         parts += ["## Not measured", "\n".join(f"- {line}" for line in absent)]
@@ -31,11 +31,11 @@ def write(rows: Sequence[Row], provenance: dict[str, str], pictures: Sequence[Pa
     if models:
         parts += [
             "## Whole models",
-            _table(("model", "mode", "LSTM", "speed", "ratio", "error of the losses / allowed"), _models(models)),
+            markdown(("model", "mode", "LSTM", "speed", "ratio", "error of the losses / allowed"), _models(models)),
         ]
     if pictures:
         parts += ["## Pictures", "\n\n".join(f"![{picture.stem}]({picture.name})" for picture in pictures)]
-    parts += ["## All rows", _MEANING, _table(COLUMNS, [cells(row) for row in tried(rows)])]
+    parts += ["## All rows", _MEANING, markdown(COLUMNS, [cells(row) for row in tried(rows)])]
     path.write_text("\n\n".join(part.strip() for part in parts) + "\n", encoding="utf-8")
 
 
@@ -64,7 +64,9 @@ def _models(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     ]
 
 
-def _table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table."""
+
     def line(texts: Sequence[str]) -> str:
         return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
 

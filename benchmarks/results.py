@@ -67,15 +67,29 @@ _TYPES: dict[str, Any] = {"str": str, "int | None": int, "float | None": float}
 
 
 class Writer:
-    """A CSV file that grows row by row, each with the provenance; what was written stays if the rest is cut off."""
+    """A CSV file that grows row by row, each with the provenance; what was written stays if the rest is cut off.
 
-    def __init__(self, path: Path, provenance: dict[str, str]) -> None:
-        self._file = path.open("w", newline="", encoding="utf-8")
+    With `append`, what is in the file stays as well, but for a last line that was cut off.
+
+    Raises:
+        ValueError: the file to append to has other columns.
+    """
+
+    def __init__(self, path: Path, provenance: dict[str, str], append: bool = False) -> None:
+        columns = [field.name for field in fields(Row)] + list(provenance)
+        append = append and path.is_file()
+        if append:
+            text = path.read_bytes()
+            path.write_bytes(text[: text.rfind(b"\n") + 1])
+            head = text.decode(errors="replace").split("\n")[0]
+            if head != ",".join(columns):
+                raise ValueError(f"{path} has other columns than this version writes")
+        self._file = path.open("a" if append else "w", newline="", encoding="utf-8")
         self._provenance = provenance
-        self._csv = csv.DictWriter(
-            self._file, [field.name for field in fields(Row)] + list(provenance), lineterminator="\n"
-        )
-        self._csv.writeheader()
+        self._csv = csv.DictWriter(self._file, columns, lineterminator="\n")
+        if not append:
+            self._csv.writeheader()
+            self._file.flush()
 
     def write(self, rows: Sequence[Row]) -> None:
         for row in rows:
@@ -101,6 +115,8 @@ def read(path: Path) -> tuple[list[Row], dict[str, str]]:
             raise ValueError(f"{path} is not a file of results: it lacks the columns {', '.join(sorted(missing))}")
         rows, provenance = [], dict[str, str]()
         for line in lines:
+            if None in line.values():  # the last one, where a run was killed as it wrote
+                continue
             values: dict[str, Any] = {
                 name: kind(line[name]) if kind is str or line[name] else None for name, kind in types.items()
             }

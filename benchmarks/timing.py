@@ -94,10 +94,15 @@ class Lane:
 
     def percentiles(self) -> tuple[float, float, float]:
         """The 20th, 50th and 80th percentile of the samples, of which there must be one or more."""
-        if len(self.seconds) == 1:
-            return self.seconds[0], self.seconds[0], self.seconds[0]
-        fifths, halves = (quantiles(self.seconds, n=n, method="inclusive") for n in (5, 2))
-        return fifths[0], halves[0], fifths[3]
+        return percentiles(self.seconds)
+
+
+def percentiles(samples: Sequence[float]) -> tuple[float, float, float]:
+    """The 20th, 50th and 80th percentile of one or more samples."""
+    if len(samples) == 1:
+        return samples[0], samples[0], samples[0]
+    fifths, halves = (quantiles(samples, n=n, method="inclusive") for n in (5, 2))
+    return fifths[0], halves[0], fifths[3]
 
 
 def take_turns(lanes: Sequence[Lane], clock: Clock, rounds: int, budget: float, repeat: bool = True) -> None:

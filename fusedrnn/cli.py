@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import os
 import platform
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from textwrap import indent
 from typing import Any, TypeVar
 
@@ -71,6 +73,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     checks.add_argument("--device", choices=testing.devices(), help="check on this device; by default on all")
     checks.add_argument("--quick", action="store_true", help="small sizes only, and derivatives in random directions")
+    checks.add_argument(
+        "--limit", type=int, metavar="N", help="only N of the jobs, from all over: those farthest apart first"
+    )
+    checks.add_argument("--record", metavar="FILE", help="append every outcome to this file as it comes, as JSON lines")
     checks.set_defaults(command=_check, error=checks.error)
 
     commands.add_parser("bench", help="measure speed and memory against torch's own LSTM and others", add_help=False)
@@ -151,13 +157,22 @@ def _check(options: argparse.Namespace) -> int:
     backends = list(dict.fromkeys(options.backend or available))
     for name in options.backend or []:
         smallest = (dispatch.Problem(device, torch.float32, T=1, B=1, I=1, H=1, P=1, D=1) for device in devices)
-        reasons = [dispatch.supports(name, problem) for problem in smallest]
+        with dispatch.use_backend(name):  # as it is checked: some run only where they are asked for
+            reasons = [dispatch.supports(name, problem) for problem in smallest]
         if None not in reasons:
             options.error(f"argument --backend: backend {name!r} cannot be checked here: {reasons[0]}")
 
+    jobs = check.jobs(devices, options.quick)
+    if options.limit is not None:
+        if options.limit < 1:
+            options.error(f"argument --limit: must be a whole number from 1, got {options.limit}")
+        jobs = _spread(jobs)[: options.limit]
     outcomes: list[Outcome] = []
-    for job in _progress(check.jobs(devices, options.quick)):
-        outcomes += check.run(job, backends)
+    with _record(options) as record:
+        for job in _progress(jobs):
+            made = check.run(job, backends)
+            outcomes += made
+            record(made)
 
     print("\n".join(_table(outcomes)))
     for name, reason in dispatch.backends().items():
@@ -170,6 +185,38 @@ def _check(options: argparse.Namespace) -> int:
     for job, backend, failure in failures:
         print(f"FAILED {job.check} on {backend}, {job.device}: {job.case.id}\n{indent(failure, '  ')}")
     return 1 if failures else 0
+
+
+def _spread(jobs: list[check.Job]) -> list[check.Job]:
+    """In an order of which every beginning comes from all over; the jobs of a case, which share work, stay together."""
+    cases: dict[tuple[Any, ...], list[check.Job]] = {}
+    for job in jobs:
+        cases.setdefault((job.case, job.device), []).append(job)
+    groups = list(cases.values())
+    stride = next(k for k in range(int(0.618 * len(groups)) + 1, 2 * len(groups) + 2) if math.gcd(k, len(groups)) == 1)
+    return [job for k in range(len(groups)) for job in groups[k * stride % len(groups)]]
+
+
+@contextmanager
+def _record(options: argparse.Namespace) -> Iterator[Callable[[list[Outcome]], None]]:
+    """What appends outcomes to the file that was asked for, if one was; what is in it stays if the rest is cut off."""
+    if options.record is None:
+        yield lambda outcomes: None
+        return
+    try:
+        file = open(options.record, "a", encoding="utf-8")  # noqa: SIM115 - closed below
+    except OSError as error:
+        options.error(f"argument --record: {options.record}: {error.strerror}")
+
+    def record(outcomes: list[Outcome]) -> None:
+        for o in outcomes:
+            line: dict[str, Any] = {"check": o.job.check, "case": o.job.case.id, "device": o.job.device}
+            line |= {"backend": o.backend, "excess": o.excess, "failure": o.failure, "inapplicable": o.inapplicable}
+            file.write(json.dumps(line) + "\n")
+        file.flush()
+
+    with file:
+        yield record
 
 
 def _progress(items: list[Item]) -> Iterable[Item]:

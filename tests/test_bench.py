@@ -814,3 +814,48 @@ def test_large_cells_are_checked_over_fewer_steps():
     assert replace(checked.case, T=64) == large.case
     for untouched in (cell((100, 16, 256, 256), "train"), replace(large, device="cuda")):
         assert verify.affordable(untouched) is untouched
+
+
+# ------------------------------------------------------------------------------------------------ resuming
+
+
+def test_a_run_that_was_cut_off_is_resumed(tmp_path, capsys, monkeypatch):
+    arguments = ["--out", tmp_path, *SMALL, "--backend", "reference", "--device", "cpu"]
+    assert bench(*arguments, "--limit", 2) == 0
+    path = tmp_path / "results.csv"
+    first = path.read_text()
+    path.write_text(first + "shape,nn.LSTM,ok")  # a line that was cut off
+    assert len(rows_of(tmp_path)) == len(first.splitlines()) - 1
+    measured, right = [], run.measure
+    monkeypatch.setattr(
+        run, "measure", lambda suite, cell, *rest: (measured.append(cell.mode), right(suite, cell, *rest))[1]
+    )
+    assert bench(*arguments, "--resume") == 0
+    assert measured == ["train"]
+    assert path.read_text().startswith(first)
+    rows = [row for row in rows_of(tmp_path) if row.case]
+    assert [(row.mode, row.contender) for row in rows] == [
+        (mode, contender) for mode in cases.MODES for contender in (BASELINE, f"{OURS}reference")
+    ]
+    assert "train" in capsys.readouterr().out
+    path.write_text("other,columns\n")
+    with pytest.raises(SystemExit):
+        bench(*arguments, "--resume")
+    assert "argument --resume" in capsys.readouterr().err
+
+
+def test_resuming_needs_a_folder(capsys):
+    with pytest.raises(SystemExit):
+        bench(*SMALL, "--resume")
+    assert "it needs the --out of the run before" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_backend_that_runs_only_where_it_is_asked_for_is_measured(tmp_path, capsys, monkeypatch):
+    table = fusedrnn.dispatch.TABLE
+
+    def unless_forced(_):
+        return None if fusedrnn.dispatch._forced == "reference" else "it has to be asked for"
+
+    monkeypatch.setitem(table, "reference", table["reference"]._replace(unsupported=unless_forced))
+    assert bench("--out", tmp_path, *SMALL, "--backend", "reference", "--device", "cpu", "--limit", 1) == 0
+    assert {row.contender: row.status for row in rows_of(tmp_path)} == {BASELINE: "ok", f"{OURS}reference": "ok"}

@@ -200,7 +200,54 @@ def test_a_backend_that_was_asked_for_is_never_left_out(capsys, monkeypatch, nam
     assert message in " ".join(capsys.readouterr().err.split())
 
 
+def test_a_backend_that_runs_only_where_it_is_asked_for_is_checked(capsys, small, monkeypatch):
+    def unless_forced(_):
+        return None if dispatch._forced == "reference" else "it has to be asked for"
+
+    monkeypatch.setitem(dispatch.TABLE, "reference", dispatch.TABLE["reference"]._replace(unsupported=unless_forced))
+    assert cli.main(["check", "--quick", "--backend", "reference", "--device", "cpu", "--limit", "2"]) == 0
+    assert all(passed and not skipped for passed, _, skipped in rows(capsys.readouterr().out).values())
+
+
 def test_backend_more_than_once(capsys, small):
     arguments = ["--backend", "aten", "--backend", "reference", "--backend", "aten"]
     assert cli.main(["check", "--quick", "--device", "cpu", *arguments]) == 0
     assert rows(capsys.readouterr().out)["nn.LSTM", "float32", "aten"] == (1, 0, 1)
+
+
+def test_outcomes_are_recorded_as_they_come(capsys, small, tmp_path, monkeypatch):
+    """Those before an interruption are there, and what a run before left stays."""
+    path, right, calls = tmp_path / "outcomes.jsonl", check.run, []
+
+    def interrupted(job, backends):
+        calls.append(job)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return right(job, backends)
+
+    monkeypatch.setattr(check, "run", interrupted)
+    arguments = ["check", "--quick", "--backend", "reference", "--device", "cpu", "--record", str(path)]
+    with pytest.raises(KeyboardInterrupt):
+        cli.main(arguments)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["check"], line["backend"], line["failure"]) for line in lines] == [
+        (job.check, "reference", None) for job in calls[:2]
+    ]
+    assert cli.main([*arguments, "--limit", "1"]) == 0
+    assert len(path.read_text().splitlines()) == 3
+
+
+def test_a_limit_takes_jobs_from_everywhere(capsys):
+    assert cli.main(["check", "--quick", "--backend", "reference", "--device", "cpu", "--limit", "8"]) == 0
+    found = rows(capsys.readouterr().out)
+    assert sum(passed for passed, _, _ in found.values()) <= 8
+    assert {key[0] for key in found} >= {"gradcheck", "nn.LSTM"}
+    assert {key[1] for key in found} >= {"float64", "float32"}
+    jobs = check.jobs(["cpu"], quick=True)
+    assert sorted(map(jobs.index, cli._spread(jobs))) == list(range(len(jobs)))
+    with pytest.raises(SystemExit):
+        cli.main(["check", "--limit", "0"])
+    assert "from 1, got 0" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["check", "--quick", "--backend", "reference", "--record", "nowhere/file"])
+    assert "argument --record: nowhere/file" in capsys.readouterr().err

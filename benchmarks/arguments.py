@@ -1,0 +1,77 @@
+"""What the commands share: arguments and their errors, where results go, and how a run that was interrupted ends."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fusedrnn import dispatch
+
+from . import results
+from .results import Row
+
+INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
+
+
+def converted(convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A type for argparse, which shows the message of an ArgumentTypeError only."""
+
+    def parse(text: str) -> Any:
+        try:
+            return convert(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parse
+
+
+def whole(least: int) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise ValueError(f"must be a whole number from {least}, got {text!r}")
+        return int(text)
+
+    return converted(convert)
+
+
+def _number(text: str, least: float) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = float("nan")
+    if not least <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number from {least:g}, got {text!r}")
+    return number
+
+
+def seconds(text: str) -> float:
+    return _number(text, 0.0)
+
+
+def share(text: str) -> float:
+    return _number(text, 0.0)
+
+
+def backend(name: str) -> str:
+    if name not in dispatch.TABLE:
+        raise argparse.ArgumentTypeError(f"unknown backend {name!r}: expected one of {', '.join(dispatch.TABLE)}")
+    reason = dispatch.backends()[name]
+    if reason is not None:
+        raise argparse.ArgumentTypeError(f"backend {name!r} is not available: {reason}")
+    return name
+
+
+def folder(given: Path | None, kind: str) -> Path:
+    return given or Path("out") / kind / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+
+
+def read(path: Path, parser: argparse.ArgumentParser) -> tuple[list[Row], dict[str, str]]:
+    try:
+        return results.read(path)
+    except OSError as error:
+        parser.error(f"{path}: {error.strerror}")
+    except ValueError as error:
+        parser.error(str(error))

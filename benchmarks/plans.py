@@ -1,0 +1,200 @@
+"""Every plan that a backend chooses, or could, held to the rule of fusedrnn/testing.py: forward, and all gradients.
+
+What is asked of a backend is the grid of sizes and dtypes that it is timed on, and options. Two problems that get the
+same plan are one trial. Where a planner can be told which plan to take (`FORCED`), those that it does not choose
+follow, one for each kernel that is compiled differently.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+from fusedrnn.kernels import plan as planner
+
+import fusedrnn
+from fusedrnn import dispatch
+
+from .cases import Cell, cell
+from .contender import OURS
+from .contenders import entered
+from .results import Row
+from .run import blame
+from .verify import WrongError, products, worst_error
+
+_DTYPES = ("bfloat16", "tf32", "float16", "float32")
+_HIDDEN = (128, 256, 512, 768, 1024, 1536, 2048)
+_BATCH = (1, 8, 16, 32, 64, 128, 256)
+_PREDICTED = re.compile(r",? *[\d.]+ us a step predicted")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One problem, and the plan that it is computed with."""
+
+    backend: str
+    cell: Cell
+    plan: str  # as `explain` shows it, without what it predicts
+    forced: tuple[planner.Plan, planner.Plan] | None = None  # forward and backward, instead of those chosen
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What makes a row of results the outcome of this trial: its contender, case and `ran`."""
+        return OURS + self.backend, self.cell.id, self.plan
+
+
+def trials(backend: str, device: str, shrink: int = 1) -> list[Trial]:
+    """Those of the plans that are chosen, coarse grid first, then the others.
+
+    Args:
+        backend: a name from `fusedrnn.backends()`, available here.
+        device: where.
+        shrink: divides B and H.
+    """
+    chosen: dict[str, Trial] = {}
+    with fusedrnn.use_backend(backend):
+        for made in _problems(device, shrink):
+            case = made.case
+            options = {"lengths": case.lengths, "reset": case.reset}
+            problem = dispatch.Problem(device, case.dtype, case.T, case.B, case.I, case.H, case.H, made.D, **options)
+            with products(made.tf32):
+                if dispatch.supports(backend, problem) is None:
+                    plan = _PREDICTED.sub("", dispatch.TABLE[backend].plan(problem))
+                    chosen.setdefault(f"{made.dtype} {plan}", Trial(backend, made, plan))
+    found = list(chosen.values())
+    return [*found, *FORCED[backend](found, device)] if backend in FORCED else found
+
+
+def _problems(device: str, shrink: int) -> Iterator[Cell]:
+    dtypes = _DTYPES if device == "cuda" else ("float32", "bfloat16")
+
+    def problem(T: int, B: int, H: int, dtype: str, variant: str = "plain", D: int = 1) -> Cell:
+        B, H = max(B // shrink, 1), max(H // shrink, 2)
+        return cell((T, B, H, H, 1, D), "train", dtype, variant, device)
+
+    T = 128 if shrink == 1 else 4
+    for dtype, H, B in itertools.product(dtypes, (128, 512, 1024, 2048), (1, 64, 256)):
+        yield problem(T, B, H, dtype)
+    for dtype, H, variant in itertools.product(dtypes, (100, 256, 1024), ("lengths", "reset")):
+        yield problem(T, 32, H, dtype, variant, D=2)
+    for dtype, H, B in itertools.product(dtypes, _HIDDEN, _BATCH):
+        yield problem(T, B, H, dtype)
+        yield problem(1, B, H, dtype)
+
+
+def _triton_trials(chosen: list[Trial], device: str) -> Iterator[Trial]:
+    """Plans of the Triton kernels that fit and are not chosen: as many pairs as hold every kernel once."""
+    from fusedrnn.kernels import launch
+
+    seen: set[tuple[Any, ...]] = set()
+    for trial in chosen:
+        case = trial.cell.case
+        itemsize = torch.empty(0, dtype=case.dtype).element_size()
+        precision = "tf32" if trial.cell.tf32 else "ieee"
+        ragged = trial.cell.variant != "plain"
+        shape = planner.Shape(case.T, case.B, case.I, case.H, case.H, trial.cell.D, itemsize, precision, ragged)
+        there = planner.INTERPRETER if launch.INTERPRETED else planner.device_of(torch.cuda.get_device_properties(0))
+        fitting = [
+            [plan for plan in planner.plans(kernel, shape, there) if plan.shared <= there.shared]
+            for kernel in ("forward", "backward")
+        ]
+        # The shorter list begins anew.
+        for forward, backward in itertools.islice(
+            zip(itertools.cycle(fitting[0]), itertools.cycle(fitting[1]), strict=False), max(map(len, fitting))
+        ):
+            new = {
+                (kernel, shape.itemsize, precision, ragged, tuple(plan.constants(kernel).items()))
+                for kernel, plan in (("forward", forward), ("backward", backward))
+            }
+            if not new <= seen:
+                seen |= new
+                plan = _PREDICTED.sub("", f"forward: {forward}; backward: {backward}")
+                yield replace(trial, plan=plan, forced=(forward, backward))
+
+
+@contextmanager
+def _forced_in_triton(forward: planner.Plan, backward: planner.Plan) -> Iterator[None]:
+    from fusedrnn.kernels import launch
+
+    module: Any = launch
+    before = module.plan_for
+    module.plan_for = lambda kernel, *_: forward if kernel == "forward" else backward
+    try:
+        yield
+    finally:
+        module.plan_for = before
+
+
+# By backend: the trials of plans that it does not choose, and what makes it take them.
+FORCED: dict[str, Callable[[list[Trial], str], Iterator[Trial]]] = {"triton": _triton_trials}
+_FORCES: dict[str, Callable[..., AbstractContextManager[None]]] = {"triton": _forced_in_triton}
+
+
+def attempt(trial: Trial) -> Row:
+    """The outcome of a trial, as a row of results without a time; its `ran` is the plan."""
+    case = trial.cell.case
+    row = Row("plans", OURS + trial.backend, case=trial.cell.id, mode=trial.cell.mode, ran=trial.plan)
+    row.device, row.dtype, row.variant = trial.cell.device, trial.cell.dtype, trial.cell.variant
+    row.T, row.B, row.I, row.H, row.L, row.D = case.T, case.B, case.I, case.H, case.layers, trial.cell.D
+    contender = entered([trial.backend], [])[-1]
+    forcing = _FORCES[trial.backend](*trial.forced) if trial.forced else nullcontext()
+    try:
+        with forcing:
+            row.excess = worst_error(trial.cell, contender, case.module(contender.build, trial.cell.device))
+    except WrongError as error:
+        row.status, row.reason, row.excess = "wrong", str(error), error.excess
+    except Exception as error:  # of whatever kind: it is this plan that failed
+        blame(row, error)
+    return row
+
+
+_spoilt = False  # the process has met an error of the device, after which nothing on it works any longer
+
+
+def _attempt_in_worker(trial: Trial) -> Row | None:
+    global _spoilt
+    if _spoilt:
+        return None
+    row = attempt(trial)
+    if trial.cell.device == "cuda":
+        try:
+            torch.cuda.synchronize()
+        except Exception:  # torch's own types for it differ from version to version
+            _spoilt = True
+    return row
+
+
+def run(todo: list[Trial], jobs: int) -> Iterator[tuple[Trial, Row]]:
+    """Trials and their outcomes, as they come.
+
+    Args:
+        todo: what to try.
+        jobs: processes that share the device, since most of the time goes into compiling; 1 for this one. A trial that
+            falls to a process whose device has failed before has no outcome, and is left out.
+    """
+    if jobs == 1:
+        yield from ((trial, attempt(trial)) for trial in todo)
+        return
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        futures = {pool.submit(_attempt_in_worker, trial): trial for trial in todo}
+        try:
+            for future in as_completed(futures):
+                row = future.result()
+                if row is not None:
+                    yield futures[future], row
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def processes(device: str) -> int:
+    """How many share a device."""
+    return min(8, max(1, (os.cpu_count() or 1) // 2)) if device == "cuda" else 1

@@ -1,0 +1,256 @@
+"""python -m fusedrnn bench gpu: parts in order and in time, what is kept when it is cut off, and a dry run."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from fusedrnn.benchmarks import session
+from fusedrnn.benchmarks.session import Outcome, Part, Session
+
+from fusedrnn import cli
+
+
+def python(name, code, seconds=20.0, **options):
+    return Part(name, f"what {name} does", seconds, ("-c", code), **options)
+
+
+def statuses(made):
+    return {name: outcome.status for name, outcome in made.outcomes.items()}
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch):
+    monkeypatch.setattr(session, "_LEAST", 0.1)
+    monkeypatch.setattr(session, "_GRACE", 2.0)
+    monkeypatch.setattr(session, "_RESERVE", 1.0)
+
+
+def test_every_part_has_an_outcome_and_a_log(tmp_path, capsys):
+    todo = [
+        python("good", "print('measured')"),
+        python("bad", "import sys; print('some'); sys.exit('the reason')"),
+        python("absent", "", skip="it is not installed"),
+        python("closing", "print('closed')", last=True),
+        python("after", "", last=True, needs=tmp_path / "grid" / "results.csv"),
+    ]
+    made = Session(tmp_path, todo, dry=True)
+    made.run(60)
+    assert statuses(made) == {
+        "good": "passed",
+        "bad": "failed",
+        "absent": "skipped",
+        "closing": "passed",
+        "after": "skipped",
+    }
+    assert [outcome.name for outcome in made.failed] == ["bad"]
+    assert made.outcomes["bad"].reason == "exit status 1: the reason"
+    assert made.outcomes["absent"].reason == "it is not installed"
+    assert made.outcomes["after"].reason == "there is no grid/results.csv"
+    assert "measured" in (tmp_path / "logs" / "good.log").read_text()
+    summary = (tmp_path / "summary.md").read_text()
+    assert "| bad | what bad does | failed |" in summary
+    assert "its numbers mean nothing" in summary
+    assert session.read(tmp_path) == (list(made.outcomes.values()), True)
+
+
+WRITES_AND_HANGS = """
+import pathlib, signal, subprocess, sys, time
+folder = pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else pathlib.Path({folder!r})
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+(folder / "child").write_text(str(child.pid))
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+time.sleep(600)
+"""
+
+
+def test_a_part_that_overruns_is_ended_with_all_it_started(tmp_path, monkeypatch):
+    monkeypatch.setattr(session, "_GRACE", 0.3)
+    todo = [python("slow", WRITES_AND_HANGS.format(folder=str(tmp_path)), 3.0), python("next", "")]
+    made = Session(tmp_path, todo, dry=True)
+    begin = time.monotonic()
+    made.run(5.0)
+    assert time.monotonic() - begin < 30
+    assert statuses(made)["slow"] == "timed out"
+    assert made.outcomes["slow"].reason.startswith("it was ended after ")
+    child = int((tmp_path / "child").read_text())
+    for _ in range(100):  # it is somebody else's to bury
+        if not os.path.exists(f"/proc/{child}") or " Z " in open(f"/proc/{child}/stat").read():  # noqa: SIM115
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("the child of the part still runs")
+
+
+def test_a_part_is_asked_to_end_before_it_is_made_to(tmp_path):
+    code = "import time\ntry:\n    time.sleep(600)\nexcept KeyboardInterrupt:\n    print('kept')"
+    made = Session(tmp_path, [python("polite", code, 2.0)], dry=True)
+    made.run(2.5)
+    assert statuses(made) == {"polite": "timed out"}
+    assert "kept" in (tmp_path / "logs" / "polite.log").read_text()
+
+
+def test_what_there_is_no_time_for_is_said(tmp_path):
+    made = Session(tmp_path, [python("first", ""), python("last", "print(1)", last=True)], dry=True)
+    made.run(0.0)
+    assert statuses(made) == {"first": "not reached", "last": "passed"}
+    assert made.outcomes["first"].reason == "there was no time left for it"
+    assert [outcome.name for outcome in made.unfinished] == ["first"]
+
+
+COUNTS = (
+    "import pathlib; p = pathlib.Path({path!r}); p.write_text(p.read_text() + '{name} ' if p.exists() else '{name} ')"
+)
+
+
+def counting(tmp_path, name, more="", seconds=20.0, **options):
+    code = COUNTS.format(path=str(tmp_path / "order"), name=name) + "\n" + more
+    return python(name, code, seconds, **options)
+
+
+def test_a_session_goes_on_with_what_was_not_begun_and_then_with_what_did_not_end(tmp_path):
+    before = [
+        Outcome("done", "passed", times=1),
+        Outcome("slow", "timed out", times=1),
+        Outcome("wrong", "failed", times=1),
+        Outcome("cut", "running", times=1),
+    ]
+    names = ["done", "slow", "wrong", "cut", "new"]
+    made = Session(tmp_path, [counting(tmp_path, name) for name in names], True, before)
+    assert statuses(made)["cut"] == "cut off"
+    made.run(60)
+    assert (tmp_path / "order").read_text().split() == ["new", "slow", "cut"]
+    assert statuses(made) == {name: "failed" if name == "wrong" else "passed" for name in names}
+    assert made.outcomes["slow"].times == 2
+
+
+def test_a_part_that_is_asked_for_is_done_again(tmp_path):
+    before = [Outcome("one", "passed", times=1), Outcome("two", "passed", times=1)]
+    made = Session(tmp_path, [counting(tmp_path, name) for name in ("one", "two")], True, before)
+    made.run(60, only=["two"])
+    assert (tmp_path / "order").read_text().split() == ["two"]
+
+
+def test_time_that_is_left_goes_to_what_did_not_end(tmp_path):
+    """It sleeps at the first time, and ends at the second."""
+    waits = f"import time\nif open({str(tmp_path / 'order')!r}).read().count('slow') == 1: time.sleep(600)"
+    todo = [counting(tmp_path, "slow", waits, 2.0), counting(tmp_path, "quick")]
+    made = Session(tmp_path, todo, dry=True)
+    made.run(40)
+    assert (tmp_path / "order").read_text().split() == ["slow", "quick", "slow"]
+    assert statuses(made) == {"slow": "passed", "quick": "passed"}
+
+
+HARD_KILL = """
+import pathlib, sys
+from fusedrnn.benchmarks.session import Part, Session
+folder = pathlib.Path(sys.argv[1])
+todo = [Part("one", "", 60, ("-c", "print(1)")), Part("two", "", 60, ("-c", "import time; time.sleep(20)"))]
+Session(folder, todo, True).run(100)
+"""
+
+
+def test_a_session_that_is_killed_leaves_what_it_knew(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", HARD_KILL, str(tmp_path)], stdout=subprocess.DEVNULL) as process:
+        for _ in range(600):
+            if (tmp_path / "session.json").is_file():
+                found = {outcome.name: outcome.status for outcome in session.read(tmp_path)[0]}
+                if found.get("two") == "running":
+                    break
+            time.sleep(0.1)
+        process.kill()
+    assert {outcome.name: outcome.status for outcome in session.read(tmp_path)[0]} == {
+        "one": "passed",
+        "two": "running",
+    }
+    assert "| one |" in (tmp_path / "summary.md").read_text()
+
+
+def test_an_interrupted_session_says_so(tmp_path):
+    """By SIGINT or SIGTERM: the part is ended, the closing ones are done."""
+    code = f"import os, signal, time\nos.kill({os.getpid()}, signal.SIGINT)\ntime.sleep(600)"
+    made = Session(tmp_path, [python("one", code), python("two", ""), python("end", "", last=True)], dry=True)
+    with pytest.raises(KeyboardInterrupt):
+        made.run(100)
+    assert statuses(made) == {"one": "cut off", "two": "not reached", "end": "passed"}
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+def gpu(*arguments):
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        return cli.main(["bench", "gpu", *map(str, arguments)])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_parts_stand_in_order_of_importance(capsys):
+    assert gpu("--list") == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    wanted = ["info", "check-cuda", "check-triton", "micro", "plans-cuda", "grid", "predictions", "tests-gpu", "report"]
+    assert [name for name in names if name in wanted] == wanted
+    assert {f"{tool}-{name}" for tool in ("memcheck", "racecheck", "synccheck") for name in ("cuda", "triton")} <= set(
+        names
+    )
+
+
+def test_a_short_dry_run(tmp_path, capsys, monkeypatch):
+    """The same steps on the CPU: every part that was asked for has passed, or says why not."""
+    monkeypatch.setattr(session, "_backends", lambda dry: {"cpu": ("", {}), "warp": ("there is no such backend", {})})
+    asked = ["info", "check-cpu", "plans-cpu", "plans-warp", "grid", "predictions", "memcheck-cpu", "report"]
+    arguments = ["--dry-run", "--out", tmp_path]
+    assert gpu(*arguments, *(f"--only={name}" for name in asked)) == 0, capsys.readouterr().out
+    outcomes = {outcome.name: outcome for outcome in session.read(tmp_path)[0]}
+    assert {name: outcomes[name].status for name in asked} == {
+        name: "skipped" if name in ("plans-warp", "memcheck-cpu") else "passed" for name in asked
+    }
+    assert outcomes["plans-warp"].reason == "there is no such backend"
+    for name in ("check-cpu.jsonl", "plans-cpu/results.csv", "grid/report.md", "grid/predictions.md", "summary.md"):
+        assert (tmp_path / name).stat().st_size > 0, name
+    assert json.loads((tmp_path / "logs" / "info.log").read_text().split("\n", 1)[1])["backends"]
+    assert "[grid/report.md](grid/report.md)" in (tmp_path / "summary.md").read_text()
+
+    for more, message in (
+        (arguments, "has a session"),
+        (["--list", "--dry-run", "--only", "warp"], "unknown warp: expected some of info"),
+    ):
+        with pytest.raises(SystemExit) as exit:
+            gpu(*more)
+        assert exit.value.code == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.skipif("cuda" in session.fusedrnn.testing.devices(), reason="there is a GPU")
+def test_without_a_gpu(capsys, tmp_path):
+    with pytest.raises(SystemExit) as exit:
+        gpu("--out", tmp_path)
+    assert exit.value.code == 2
+    assert "--dry-run goes through the same steps on the CPU" in " ".join(capsys.readouterr().err.split())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_the_make_target_needs_no_installation(tmp_path):
+    """What it imports is the tree it stands in, by links, from a Python that has torch and no fusedrnn."""
+    code = "import fusedrnn, fusedrnn.benchmarks.session as s, fusedrnn.kernels.plan; print(fusedrnn.__file__, s.ROOT)"
+    arguments = ["make", "-s", "gpu", f"PYTHON={sys.executable}", f"OUT={tmp_path / 'out'}", "GPU=--list --dry-run"]
+    listed = subprocess.run(arguments, cwd=session.ROOT, capture_output=True, text=True, check=False, timeout=120)
+    assert listed.returncode == 0, listed.stderr
+    assert "plans-triton" in listed.stdout
+    assert not (tmp_path / "out").exists()
+    links = session.ROOT / "build" / "links"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=links,
+        env={**os.environ, "PYTHONPATH": str(links)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == [str(links / "fusedrnn" / "__init__.py"), str(session.ROOT)]

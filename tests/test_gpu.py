@@ -1,0 +1,147 @@
+"""What only a GPU can show, of every backend that has kernels for it: graphs, streams, launches side by side.
+
+Results that are the same to the bit are asked of every backend with kernels, on whatever device it computes.
+"""
+
+import os
+
+import pytest
+import torch
+
+import fusedrnn
+from fusedrnn import dispatch, testing
+
+ON_GPU = torch.cuda.is_available()
+DTYPES = [torch.float32, torch.bfloat16]
+KERNELS = [name for name in fusedrnn.backends() if name not in ("aten", "reference")]
+
+
+def places():
+    """Backends with kernels that are available, each on the device that it computes on."""
+    found = []
+    for name in KERNELS:
+        if dispatch.backends()[name] is None:
+            with fusedrnn.use_backend(name):
+                for device in testing.devices():
+                    if dispatch.supports(name, dispatch.Problem(device, torch.float32, 2, 2, 3, 4, 4, 1)) is None:
+                        found.append((name, device))
+    return found
+
+
+PLACES = places()
+GPU_BACKENDS = [name for name, device in PLACES if device == "cuda"]
+
+
+@pytest.fixture(
+    params=GPU_BACKENDS or [pytest.param(None, marks=pytest.mark.skip("no backend computes on a GPU here"))]
+)
+def backend(request):
+    """Each backend that computes on a GPU, in use."""
+    with fusedrnn.use_backend(request.param):
+        yield request.param
+
+
+@pytest.mark.skipif(not ON_GPU, reason="torch finds no GPU")
+def test_the_backends_that_are_expected_here_are_here():
+    """FUSEDRNN_EXPECT names them: what is skipped for want of them would not be seen otherwise."""
+    expected = [name for name in os.environ.get("FUSEDRNN_EXPECT", "").split(",") if name]
+    missing = {name: fusedrnn.backends().get(name, "there is no such backend") for name in expected}
+    assert {name: reason for name, reason in missing.items() if name not in GPU_BACKENDS} == {}
+
+
+def layer(H, dtype, **options):
+    """A layer on the GPU with input, lengths and resets, and a call of it that returns outputs and all gradients."""
+    lstm = fusedrnn.LSTM(16, H, bidirectional=True, device="cuda", dtype=dtype, **options)
+    x = torch.randn(9, 5, 16, device="cuda", dtype=dtype, requires_grad=True)
+    dy = torch.randn(9, 5, 2 * H, device="cuda", dtype=dtype)
+    lengths, reset = torch.tensor([9, 1, 0, 4, 7], device="cuda"), torch.rand(9, 5, device="cuda") < 0.2
+
+    def call():
+        y, (hn, cn) = lstm(x, lengths=lengths, reset=reset)
+        return [y, hn, cn, *torch.autograd.grad(y, [x, *lstm.parameters()], dy)]
+
+    return call, x, lengths, reset
+
+
+def same(ours, expected):
+    assert len(ours) == len(expected)
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("H", [64, 300, 1024])
+def test_a_graph_is_replayed_on_other_values(backend, H, dtype):
+    """Forward and backward are captured; then input, lengths and resets change, without another capture."""
+    call, x, lengths, reset = layer(H, dtype)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    for _ in range(3):
+        with torch.no_grad():
+            x.copy_(torch.randn_like(x))
+            lengths.copy_(torch.randint(0, 10, (5,)))
+            reset.copy_(torch.rand(9, 5) < 0.2)
+        graph.replay()
+        torch.cuda.synchronize()
+        same(captured, call())
+
+
+@pytest.mark.parametrize("H", [64, 300, 1024])
+def test_work_goes_to_the_current_stream(backend, H):
+    call, *_ = layer(H, torch.bfloat16)
+    expected = call()
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        got = call()
+    side.synchronize()
+    same(got, expected)
+
+
+@pytest.mark.parametrize("H", [300, 1024])
+def test_two_streams_at_the_same_time(backend, H):
+    """Blocks that wait for one another have to be on the device together, whoever else is."""
+    calls = [layer(H, torch.bfloat16)[0] for _ in range(2)]
+    expected = [call() for call in calls]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in calls]
+    for _ in range(20):
+        got = []
+        for call, stream in zip(calls, streams, strict=True):
+            with torch.cuda.stream(stream):
+                got.append(call())
+        torch.cuda.synchronize()
+        for ours, theirs in zip(got, expected, strict=True):
+            same(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("H", [30, 256])
+@pytest.mark.parametrize(("name", "device"), PLACES or [("", "")], ids=lambda part: part or "none")
+def test_the_same_bits_every_time(name, device, H, dtype):
+    """Outputs and gradients, dropout between the layers included."""
+    if not name:
+        pytest.skip("no backend with kernels is available")
+    case = testing.Case(6, 5, 7, H, dtype, layers=2, bidirectional=True, lengths=True, reset=True)
+
+    def dropping(*arguments, **options):
+        return fusedrnn.LSTM(*arguments, **options, dropout=0.5)
+
+    def compute():
+        torch.manual_seed(3)
+        return testing.evaluate(testing.call, dropping, case, device)
+
+    with fusedrnn.use_backend(name):
+        first = compute()
+        for _ in range(4):
+            again = compute()
+            assert all(torch.equal(again[key], value) for key, value in first.items())
+        with torch.no_grad():
+            torch.manual_seed(4)
+            module, inputs = case.module(dropping, device), case.inputs(device)
+            assert not torch.equal(testing.call(module, case, inputs)["y"], first["y"]), "nothing was dropped"
