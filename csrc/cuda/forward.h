@@ -108,7 +108,7 @@ class Forward {
           cells(z);
         }
         if constexpr (kProjected) project(*projection);
-        next_step();
+        cut_ = cut_next_;
         if (n + 1 < T) send_h();
         store(direction_.at(n), z);
         if (n + 1 < T) load(n + 1);
@@ -146,7 +146,7 @@ class Forward {
     for_each_column([&](int n, int j) {
       const int64_t b = row(n, j);
       lengths_[n][j] = unit_ < p_.sizes.H ? direction_.length(b) : 0;
-      cut_[n][j] = Direction::exists(t, lengths_[n][j]) && direction_.is_reset(t, b);
+      cut_.set(n, j, Direction::exists(t, lengths_[n][j]) && direction_.is_reset(t, b));
       c_[n][j] = 0;
       if (p_.c0 != nullptr && is_unit(n, j)) {
         c_[n][j] = to_compute(static_cast<const S*>(p_.c0)[direction_.state(b, p_.sizes.H) + unit_]);
@@ -166,10 +166,10 @@ class Forward {
     const int64_t t = direction_.at(step), next = direction_.at(step + 1);
     for_each_column([&](int n, int j) {
       const int64_t b = row(n, j);
-      exists_[n][j] = Direction::exists(t, lengths_[n][j]);
-      cut_next_[n][j] = Direction::exists(next, lengths_[n][j]) && direction_.is_reset(next, b);
+      exists_.set(n, j, Direction::exists(t, lengths_[n][j]));
+      cut_next_.set(n, j, Direction::exists(next, lengths_[n][j]) && direction_.is_reset(next, b));
       FUSEDRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) xg_[n][j][gate] = 0;
-      if (!exists_[n][j]) return;
+      if (!exists_(n, j)) return;
       const int64_t at = direction_.offset(p_.xg_strides, t, b) + unit_;
       FUSEDRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) {
         const int64_t k = at + gate * p_.sizes.H;
@@ -182,10 +182,10 @@ class Forward {
   // z: the recurrent affine maps on entry, the gates on exit.
   FUSEDRNN_DEVICE void cells(A (&z)[kColumnTiles][4][2]) {
     for_each_column([&](int n, int j) {
-      A gates[kGates], c = cut_[n][j] ? A(0) : c_[n][j];
+      A gates[kGates], c = cut_(n, j) ? A(0) : c_[n][j];
       FUSEDRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) gates[gate] = z[n][gate][j] + xg_[n][j][gate];
       const A m = M::Cell::forward(gates, c);
-      c_[n][j] = exists_[n][j] ? c : c_[n][j];
+      c_[n][j] = exists_(n, j) ? c : c_[n][j];
       if constexpr (kProjected) {
         m_[n][j] = m;
       } else {
@@ -197,7 +197,7 @@ class Forward {
 
   // h of the step that is being computed.
   FUSEDRNN_DEVICE void take(int n, int j, int k, A h) {
-    h_[n][k][j] = exists_[n][j] ? to_compute(to_storage<S>(h)) : h_[n][k][j];
+    h_[n][k][j] = exists_(n, j) ? to_compute(to_storage<S>(h)) : h_[n][k][j];
   }
 
   // The second exchange and product of a step: from m to h.
@@ -212,14 +212,10 @@ class Forward {
     for_each_output([&](int n, int j, int k) { take(n, j, k, z[n][k][j]); });
   }
 
-  FUSEDRNN_DEVICE void next_step() {
-    for_each_column([&](int n, int j) { cut_[n][j] = cut_next_[n][j]; });
-  }
-
   // Sends the state that enters the step that comes.
   FUSEDRNN_DEVICE void send_h() {
     if (!in_outputs_) return;
-    send<kOutputs * 8>(h_channel_, has_outputs_, [&](int n, int j, int k) { return cut_[n][j] ? A(0) : h_[n][k][j]; });
+    send<kOutputs * 8>(h_channel_, has_outputs_, [&](int n, int j, int k) { return cut_(n, j) ? A(0) : h_[n][k][j]; });
     h_channel_.announce();
   }
 
@@ -243,12 +239,12 @@ class Forward {
     for_each_output([&](int n, int j, int k) {
       if (!is_output(n, j, k)) return;
       static_cast<S*>(p_.y)[direction_.offset(p_.y_strides, t, row(n, j)) + output(k)] =
-          to_storage<S>(exists_[n][j] ? h_[n][k][j] : A(0));
+          to_storage<S>(exists_(n, j) ? h_[n][k][j] : A(0));
     });
     for_each_column([&](int n, int j) {
       if (!is_unit(n, j)) return;
       const int64_t b = row(n, j);
-      const bool exists = exists_[n][j];
+      const bool exists = exists_(n, j);
       if (p_.c != nullptr) {
         static_cast<S*>(p_.c)[direction_.offset(p_.c_strides, t, b) + unit_] = to_storage<S>(exists ? c_[n][j] : A(0));
       }
@@ -285,8 +281,8 @@ class Forward {
   A h_[kColumnTiles][kOutputs][2], c_[kColumnTiles][2];  // the state
   A xg_[kColumnTiles][2][kGates];                        // of the step that comes
   A m_[kColumnTiles][2];
-  bool exists_[kColumnTiles][2];                           // whether that step does
-  bool cut_[kColumnTiles][2], cut_next_[kColumnTiles][2];  // whether the state that enters it, or the next, is zero
+  ColumnMask exists_;          // whether that step does
+  ColumnMask cut_, cut_next_;  // whether the state that enters it, or the next, is zero
 };
 
 }  // namespace fusedrnn::cuda
