@@ -363,6 +363,7 @@ def test_under_sanitizers(host):
     if not all(Path(path.strip()).is_absolute() for path in preload):
         pytest.skip(f"{compiler} has no AddressSanitizer")
     chosen = "test_sizes or test_options and everything or test_plans and not many or test_groups or test_idle"
+    chosen += " or test_input_sizes"
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen],
         env={
