@@ -195,11 +195,7 @@ class Forward {
       exists_.set(n, j, Direction::exists(t, lengths_[n][j]));
       cut_next_.set(n, j, Direction::exists(next, lengths_[n][j]) && direction_.is_reset(next, b));
       if (!exists_(n, j)) return;
-      if (p_.plan.inputs != 0) {
-        add_biases(p_.b_ih[role_.direction], n, j);
-        add_biases(p_.b_hh[role_.direction], n, j);
-        return;
-      }
+      if (p_.plan.inputs != 0) return;
       const int64_t at = direction_.offset(p_.xg_strides, t, b) + unit_;
       FUSEDRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) {
         const int64_t k = at + gate * p_.sizes.H;
@@ -207,13 +203,20 @@ class Forward {
             p_.xg_wide != 0 ? static_cast<const A*>(p_.xg)[k] : to_compute(static_cast<const S*>(p_.xg)[k]);
       }
     });
+    if (p_.plan.inputs != 0) load_biases();
   }
 
-  FUSEDRNN_DEVICE void add_biases(const void* b, int n, int j) {
-    if (b == nullptr) return;
+  // What the products are added to where xg is not given.
+  FUSEDRNN_DEVICE void load_biases() {
+    if (unit_ >= p_.sizes.H) return;
     FUSEDRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) {
-      xg_[n][gate][j] += to_compute(static_cast<const S*>(b)[gate * p_.sizes.H + unit_]);
+      const A sum = bias(p_.b_ih, gate) + bias(p_.b_hh, gate);
+      for_each_column([&](int n, int j) { xg_[n][gate][j] = sum; });
     }
+  }
+  FUSEDRNN_DEVICE A bias(const void* const (&b)[2], int gate) const {
+    const S* of = static_cast<const S*>(b[role_.direction]);
+    return of == nullptr ? A(0) : to_compute(of[gate * p_.sizes.H + unit_]);
   }
 
   static FUSEDRNN_DEVICE void add(Gates& to, const Gates& from) {
