@@ -119,7 +119,7 @@ class Backward {
         Results z;
         recurrent.multiply(operand, z);
         for_each_cell([&](int k, int s, int j) {
-          if (exists_[k][j]) dh_[k][s][j] = cut_[k][j] ? A(0) : z[k][s][j];
+          if (exists_(k, j)) dh_[k][s][j] = cut_(k, j) ? A(0) : z[k][s][j];
         });
       }
       finish();
@@ -166,19 +166,19 @@ class Backward {
   FUSEDRNN_DEVICE void load(int64_t step) {
     const int64_t t = direction_.at(step), H = p_.sizes.H;
     for_each_column([&](int n, int j) {
-      exists_next_[n][j] = Direction::exists(t, lengths_[n][j]);
-      cut_next_[n][j] = exists_next_[n][j] && direction_.is_reset(t, row(n, j));
+      exists_next_.set(n, j, Direction::exists(t, lengths_[n][j]));
+      cut_next_.set(n, j, exists_next_(n, j) && direction_.is_reset(t, row(n, j)));
     });
     for_each_cell([&](int n, int s, int j) {
       Loaded& loaded = loaded_[n][s][j];
       loaded = Loaded{};
-      if (!is_unit(n, s, j) || !exists_next_[n][j]) return;
+      if (!is_unit(n, s, j) || !exists_next_(n, j)) return;
       const int64_t b = row(n, j), gates = direction_.step(t, b, kGates * H) + unit(s);
       FUSEDRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) {
         loaded.gates[gate] = number(p_.gates, gates + gate * H);
       }
       loaded.c = number(p_.c, direction_.offset(p_.c_strides, t, b) + unit(s));
-      if (!cut_next_[n][j]) {
+      if (!cut_next_(n, j)) {
         if (!direction_.is_first(t, lengths_[n][j])) {
           loaded.c_in = number(p_.c, direction_.offset(p_.c_strides, direction_.before(t), b) + unit(s));
         } else if (p_.c0 != nullptr) {
@@ -196,7 +196,7 @@ class Backward {
   FUSEDRNN_DEVICE void project(const Projection& projection, int64_t step, Results& dm) {
     const int64_t t = direction_.at(step);
     if (in_outputs_) {
-      const auto dh = [&](int n, int s, int j) { return exists_[n][j] ? dh_[n][s][j] + loaded_[n][s][j].dy : A(0); };
+      const auto dh = [&](int n, int s, int j) { return exists_(n, j) ? dh_[n][s][j] + loaded_[n][s][j].dy : A(0); };
       send<kUnits>(dh_channel_, has_outputs_, [&](int n, int j, int k) { return dh(n, k, j); });
       dh_channel_.announce();
       for_each_cell([&](int n, int s, int j) {
@@ -209,20 +209,18 @@ class Backward {
   }
 
   FUSEDRNN_DEVICE void next_step() {
-    for_each_column([&](int n, int j) {
-      exists_[n][j] = exists_next_[n][j];
-      cut_[n][j] = cut_next_[n][j];
-    });
+    exists_ = exists_next_;
+    cut_ = cut_next_;
   }
 
   // From dm and dc to da, in the place of the gates, and dc of the step before; and m, in the place of c.
   FUSEDRNN_DEVICE void cells(const Results& dm) {
     for_each_cell([&](int n, int s, int j) {
       Loaded& loaded = loaded_[n][s][j];
-      if (!exists_[n][j]) return;
+      if (!exists_(n, j)) return;
       A dc = dc_[n][s][j] + loaded.dc;
       loaded.c = M::Cell::backward(loaded.gates, loaded.c_in, loaded.c, dm[n][s][j], dc);
-      dc_[n][s][j] = cut_[n][j] ? A(0) : dc;
+      dc_[n][s][j] = cut_(n, j) ? A(0) : dc;
     });
   }
 
@@ -290,8 +288,7 @@ class Backward {
   int64_t first_row_;  // batch row of the first column
   int lengths_[kColumnTiles][2];
   // Whether the last step exists and its state was cut, and the same of the step that comes.
-  bool exists_[kColumnTiles][2], cut_[kColumnTiles][2];
-  bool exists_next_[kColumnTiles][2], cut_next_[kColumnTiles][2];
+  ColumnMask exists_, cut_, exists_next_, cut_next_;
   A dh_[kColumnTiles][kSegments][2];  // gradients of the state that leaves it
   A dc_[kColumnTiles][kSegments][2];
   Loaded loaded_[kColumnTiles][kSegments][2];

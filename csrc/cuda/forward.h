@@ -3,6 +3,9 @@
 //   a_t = xg_t + h_{t-1} @ w_hh^T     i, f, o = sigmoid(a_i, a_f, a_o)     g = tanh(a_g)
 //   c_t = f * c_{t-1} + i * g         m_t = o * tanh(c_t)                  h_t = m_t  or  m_t @ w_hr^T
 //
+// xg_t = x_t @ w_ih^T + b_ih + b_hh is given; or x is, and the launch does that product as well. It does not depend on
+// h, and comes before the wait for it: its sums take the place of what would have been loaded.
+//
 // h_t is rounded to the storage dtype before it is fed back; so is m_t where it is an operand of w_hr.
 //
 // Grid: D * plan.groups groups of plan.blocks blocks. A group owns a direction and every plan.groups-th slice of
@@ -11,16 +14,18 @@
 // tile of 8 units and one of plan.splits parts of K; a lane ends with the four gates of one unit for two batch rows of
 // each column tile. With a projection, the first warps of the group own a tile of 16 outputs as well.
 // Registers: the first K blocks of the warp's weights, c and h of the lane's units (for the whole sequence, c in the
-// compute dtype), and xg of the next step, loaded before the wait for h. Shared memory: further weights, h_{t-1} of all
-// units for the rows of the slice, partial sums of split K, and what is about to be sent.
+// compute dtype), and xg of the next step, loaded before the wait for h, or the biases. Shared memory: further weights,
+// h_{t-1} of all units for the rows of the slice, x of this step and the next (inputs.h), partial sums of split K, and
+// what is about to be sent.
 // Synchronisation: one exchange of h per step inside a group (exchange.h), with a projection one of m as well; and,
-// where K is split, one barrier of the warps of a tile. The outputs of a step are stored after the exchange has begun.
-// Limits: 8 or 16 batch rows in a slice; h of all units for these rows fits into shared memory, once (kGrid) or twice
-// (kCluster), and with a projection m.
+// where K is split, one barrier of the warps of a tile, and one of the block's for x. The outputs of a step are stored
+// after the exchange has begun. Limits: 8 or 16 batch rows in a slice; h of all units for these rows fits into shared
+// memory, once (kGrid) or twice (kCluster), and with a projection m.
 #pragma once
 
 #include "exchange.h"
 #include "geometry.h"
+#include "inputs.h"
 
 namespace fusedrnn::cuda {
 
@@ -48,6 +53,8 @@ class Forward {
       WarpProduct<M, segments(kPass, kStage), kColumnTiles, register_blocks(kPass, kStage, kMath, kRows, kProjected)>;
   using Recurrent = Multiplier<Stage::kRecurrent>;
   using Projection = Multiplier<Stage::kProjection>;
+  using Input = Multiplier<Stage::kInput>;
+  using Gates = typename Recurrent::Results;  // of every column tile, the four gates of the lane's unit in its columns
 
   FUSEDRNN_DEVICE Forward(const ForwardParams& p, const Role& role, char* shared, const SharedLayout& layout)
       : p_(p),
@@ -56,6 +63,7 @@ class Forward {
         m_channel_(channel(p, role, Stage::kProjection, shared, layout)),
         staging_(reinterpret_cast<S*>(shared + layout.staging + role.warp * layout.warp_staging)),
         direction_(p.sizes, p.sequence, role.direction),
+        x_(p, role, shared + layout.operands[static_cast<int>(Stage::kInput)]),
         unit_(role.tile * kUnits + role.lane / 4) {
     const int64_t tiles = ceil_div(p.sizes.H, kUnits), outputs = ceil_div(p.sizes.P, kTileOutputs);
     has_units_ = role.tile < tiles;
@@ -67,6 +75,7 @@ class Forward {
   }
 
   static FUSEDRNN_DEVICE Product product_of(const ForwardParams& p, Stage stage) {
+    if (stage == Stage::kInput && p.plan.inputs == 0) return {};
     return product(kPass, stage, p.sizes, kMath, kProjected);
   }
   static FUSEDRNN_DEVICE Channel channel(const ForwardParams& p, const Role& role, Stage stage, char* shared,
@@ -84,31 +93,41 @@ class Forward {
     if (!in_units_) return;
     const Recurrent recurrent(role_, p_.plan, product_of(p_, Stage::kRecurrent), p_.w_hh, p_.plan.shared_blocks,
                               shared + layout.weights[0], shared + layout.partial[0]);
+    const Input input(role_, p_.plan, product_of(p_, Stage::kInput), p_.w_ih, p_.plan.shared_input_blocks,
+                      shared + layout.weights[2], shared + layout.partial[2]);
     if constexpr (kProjected) {
       const Projection projection(role_, p_.plan, product_of(p_, Stage::kProjection), p_.w_hr,
                                   p_.plan.shared_projection_blocks, shared + layout.weights[1],
                                   shared + layout.partial[1]);
-      slices(recurrent, &projection);
+      slices(input, recurrent, &projection);
     } else {
-      slices(recurrent, nullptr);
+      slices(input, recurrent, nullptr);
     }
   }
 
-  FUSEDRNN_DEVICE void slices(const Recurrent& recurrent, const Projection* projection) {
+  FUSEDRNN_DEVICE void slices(const Input& input, const Recurrent& recurrent, const Projection* projection) {
     const int64_t T = p_.sizes.T;
     for (int64_t b = static_cast<int64_t>(role_.first_slice) * p_.plan.rows; b < p_.sizes.B;
          b += static_cast<int64_t>(p_.plan.groups) * p_.plan.rows) {
       start(b);
       load(0);
       FUSEDRNN_NO_UNROLL for (int64_t n = 0; n < T; ++n) {
-        const char* operand = h_channel_.receive();
-        A z[kColumnTiles][4][2];
+        Gates z;
+        if (takes_x()) {
+          const char* x = x_.receive();
+          if (n + 1 < T) x_.copy(direction_.at(n + 1), b);
+          input.multiply_part(x, z);
+          add(xg_, z);
+        }
+        const char* h = h_channel_.receive();
         if (has_units_) {
-          recurrent.multiply(operand, z);
+          recurrent.multiply_part(h, z);
+          add(z, xg_);
+          recurrent.add_parts(z);
           cells(z);
         }
         if constexpr (kProjected) project(*projection);
-        next_step();
+        cut_ = cut_next_;
         if (n + 1 < T) send_h();
         store(direction_.at(n), z);
         if (n + 1 < T) load(n + 1);
@@ -131,6 +150,9 @@ class Forward {
     for_each_column([&](int n, int j) { FUSEDRNN_UNROLL for (int k = 0; k < kOutputs; ++k) f(n, j, k); });
   }
 
+  // Whether the warp has a product with w_ih.
+  FUSEDRNN_DEVICE bool takes_x() const { return p_.plan.inputs != 0 && has_units_; }
+
   // The batch row of a column, and the index in h of one of the lane's numbers of it.
   FUSEDRNN_DEVICE int64_t row(int n, int j) const { return first_row_ + n * kColumns + j; }
   FUSEDRNN_DEVICE int output(int k) const {
@@ -146,7 +168,7 @@ class Forward {
     for_each_column([&](int n, int j) {
       const int64_t b = row(n, j);
       lengths_[n][j] = unit_ < p_.sizes.H ? direction_.length(b) : 0;
-      cut_[n][j] = Direction::exists(t, lengths_[n][j]) && direction_.is_reset(t, b);
+      cut_.set(n, j, Direction::exists(t, lengths_[n][j]) && direction_.is_reset(t, b));
       c_[n][j] = 0;
       if (p_.c0 != nullptr && is_unit(n, j)) {
         c_[n][j] = to_compute(static_cast<const S*>(p_.c0)[direction_.state(b, p_.sizes.H) + unit_]);
@@ -159,33 +181,57 @@ class Forward {
       }
     });
     send_h();
+    if (takes_x()) x_.copy(t, first_row);
   }
 
   // What the n-th step needs and no other block computes.
   FUSEDRNN_DEVICE void load(int64_t step) {
     const int64_t t = direction_.at(step), next = direction_.at(step + 1);
+    FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
+      FUSEDRNN_UNROLL for (int v = 0; v < 2 * kGates; ++v) xg_[n][v / 2][v % 2] = 0;
+    }
     for_each_column([&](int n, int j) {
       const int64_t b = row(n, j);
-      exists_[n][j] = Direction::exists(t, lengths_[n][j]);
-      cut_next_[n][j] = Direction::exists(next, lengths_[n][j]) && direction_.is_reset(next, b);
-      FUSEDRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) xg_[n][j][gate] = 0;
-      if (!exists_[n][j]) return;
+      exists_.set(n, j, Direction::exists(t, lengths_[n][j]));
+      cut_next_.set(n, j, Direction::exists(next, lengths_[n][j]) && direction_.is_reset(next, b));
+      if (!exists_(n, j)) return;
+      if (p_.plan.inputs != 0) return;
       const int64_t at = direction_.offset(p_.xg_strides, t, b) + unit_;
       FUSEDRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) {
         const int64_t k = at + gate * p_.sizes.H;
-        xg_[n][j][gate] =
+        xg_[n][gate][j] =
             p_.xg_wide != 0 ? static_cast<const A*>(p_.xg)[k] : to_compute(static_cast<const S*>(p_.xg)[k]);
       }
     });
+    if (p_.plan.inputs != 0) load_biases();
   }
 
-  // z: the recurrent affine maps on entry, the gates on exit.
-  FUSEDRNN_DEVICE void cells(A (&z)[kColumnTiles][4][2]) {
+  // What the products are added to where xg is not given.
+  FUSEDRNN_DEVICE void load_biases() {
+    if (unit_ >= p_.sizes.H) return;
+    FUSEDRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) {
+      const A sum = bias(p_.b_ih, gate) + bias(p_.b_hh, gate);
+      for_each_column([&](int n, int j) { xg_[n][gate][j] = sum; });
+    }
+  }
+  FUSEDRNN_DEVICE A bias(const void* const (&b)[2], int gate) const {
+    const S* of = static_cast<const S*>(b[role_.direction]);
+    return of == nullptr ? A(0) : to_compute(of[gate * p_.sizes.H + unit_]);
+  }
+
+  static FUSEDRNN_DEVICE void add(Gates& to, const Gates& from) {
+    FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
+      FUSEDRNN_UNROLL for (int v = 0; v < 2 * kGates; ++v) to[n][v / 2][v % 2] += from[n][v / 2][v % 2];
+    }
+  }
+
+  // z: the affine maps on entry, the gates on exit.
+  FUSEDRNN_DEVICE void cells(Gates& z) {
     for_each_column([&](int n, int j) {
-      A gates[kGates], c = cut_[n][j] ? A(0) : c_[n][j];
-      FUSEDRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) gates[gate] = z[n][gate][j] + xg_[n][j][gate];
+      A gates[kGates], c = cut_(n, j) ? A(0) : c_[n][j];
+      FUSEDRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) gates[gate] = z[n][gate][j];
       const A m = M::Cell::forward(gates, c);
-      c_[n][j] = exists_[n][j] ? c : c_[n][j];
+      c_[n][j] = exists_(n, j) ? c : c_[n][j];
       if constexpr (kProjected) {
         m_[n][j] = m;
       } else {
@@ -197,7 +243,7 @@ class Forward {
 
   // h of the step that is being computed.
   FUSEDRNN_DEVICE void take(int n, int j, int k, A h) {
-    h_[n][k][j] = exists_[n][j] ? to_compute(to_storage<S>(h)) : h_[n][k][j];
+    h_[n][k][j] = exists_(n, j) ? to_compute(to_storage<S>(h)) : h_[n][k][j];
   }
 
   // The second exchange and product of a step: from m to h.
@@ -212,14 +258,10 @@ class Forward {
     for_each_output([&](int n, int j, int k) { take(n, j, k, z[n][k][j]); });
   }
 
-  FUSEDRNN_DEVICE void next_step() {
-    for_each_column([&](int n, int j) { cut_[n][j] = cut_next_[n][j]; });
-  }
-
   // Sends the state that enters the step that comes.
   FUSEDRNN_DEVICE void send_h() {
     if (!in_outputs_) return;
-    send<kOutputs * 8>(h_channel_, has_outputs_, [&](int n, int j, int k) { return cut_[n][j] ? A(0) : h_[n][k][j]; });
+    send<kOutputs * 8>(h_channel_, has_outputs_, [&](int n, int j, int k) { return cut_(n, j) ? A(0) : h_[n][k][j]; });
     h_channel_.announce();
   }
 
@@ -238,17 +280,17 @@ class Forward {
     }
   }
 
-  FUSEDRNN_DEVICE void store(int64_t t, const A (&gates)[kColumnTiles][4][2]) {
+  FUSEDRNN_DEVICE void store(int64_t t, const Gates& gates) {
     const int64_t H = p_.sizes.H;
     for_each_output([&](int n, int j, int k) {
       if (!is_output(n, j, k)) return;
       static_cast<S*>(p_.y)[direction_.offset(p_.y_strides, t, row(n, j)) + output(k)] =
-          to_storage<S>(exists_[n][j] ? h_[n][k][j] : A(0));
+          to_storage<S>(exists_(n, j) ? h_[n][k][j] : A(0));
     });
     for_each_column([&](int n, int j) {
       if (!is_unit(n, j)) return;
       const int64_t b = row(n, j);
-      const bool exists = exists_[n][j];
+      const bool exists = exists_(n, j);
       if (p_.c != nullptr) {
         static_cast<S*>(p_.c)[direction_.offset(p_.c_strides, t, b) + unit_] = to_storage<S>(exists ? c_[n][j] : A(0));
       }
@@ -276,6 +318,7 @@ class Forward {
   Channel h_channel_, m_channel_;  // the second one only with a projection
   S* staging_;
   const Direction direction_;
+  Inputs<M, kRows> x_;  // only where the launch takes it
   const int unit_;
   // Whether the warp has a tile of units, and of outputs; and whether the thread takes part in receiving h, and m.
   bool has_units_, has_outputs_, in_units_, in_outputs_;
@@ -283,10 +326,12 @@ class Forward {
   // Of the lane's unit or its numbers of h, for each of its columns.
   int lengths_[kColumnTiles][2];
   A h_[kColumnTiles][kOutputs][2], c_[kColumnTiles][2];  // the state
-  A xg_[kColumnTiles][2][kGates];                        // of the step that comes
+  // Of the step that comes: xg, or the biases and then x @ w_ih^T on top; zero in column tiles that another warp owns,
+  // but for the warp's part of that product.
+  Gates xg_;
   A m_[kColumnTiles][2];
-  bool exists_[kColumnTiles][2];                           // whether that step does
-  bool cut_[kColumnTiles][2], cut_next_[kColumnTiles][2];  // whether the state that enters it, or the next, is zero
+  ColumnMask exists_;          // whether that step does
+  ColumnMask cut_, cut_next_;  // whether the state that enters it, or the next, is zero
 };
 
 }  // namespace fusedrnn::cuda

@@ -5,6 +5,19 @@
 
 namespace fusedrnn::cuda {
 
+// A bit for each of a lane's columns: two in every column tile. An array of bools would be as many registers.
+class ColumnMask {
+ public:
+  FUSEDRNN_DEVICE bool operator()(int n, int j) const { return (bits_ >> (2 * n + j) & 1) != 0; }
+  FUSEDRNN_DEVICE void set(int n, int j, bool value) {
+    const uint32_t bit = 1u << (2 * n + j);
+    bits_ = value ? bits_ | bit : bits_ & ~bit;
+  }
+
+ private:
+  uint32_t bits_ = 0;
+};
+
 class Direction {
  public:
   FUSEDRNN_DEVICE Direction(const Sizes& sizes, const Sequence& sequence, int d)

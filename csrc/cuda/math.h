@@ -111,8 +111,10 @@ struct ArithmeticOf {
   using Unit = Unit_;
   using Cell = LstmCell<A, Nonlinear>;
 
+  // Numbers of storage as the unit takes them.
+  static constexpr bool kRoundsOperands = false;
   static FUSEDRNN_DEVICE S operand(A value) { return to_storage<S>(value); }
-  static FUSEDRNN_DEVICE Quad weights(const Quad& quad) { return quad; }
+  static FUSEDRNN_DEVICE Quad operands(const Quad& quad) { return quad; }
 };
 
 template <>
@@ -130,8 +132,9 @@ struct Arithmetic<Math::kFloat64> : ArithmeticOf<Math::kFloat64, double, double,
 template <>
 struct Arithmetic<Math::kTf32>
     : ArithmeticOf<Math::kTf32, float, float, MatrixUnit<Operands::kTf32, float>, Precise<float>> {
+  static constexpr bool kRoundsOperands = true;
   static FUSEDRNN_DEVICE float operand(float value) { return to_tf32(value); }
-  static FUSEDRNN_DEVICE Quad weights(const Quad& quad) {
+  static FUSEDRNN_DEVICE Quad operands(const Quad& quad) {
     Quad rounded;
     FUSEDRNN_UNROLL for (int k = 0; k < 4; ++k) rounded.word[k] = as_word(to_tf32(element<float>(quad, k)));
     return rounded;

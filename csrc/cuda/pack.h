@@ -1,8 +1,10 @@
-// Packing of w_hh and w_hr into the fragments that math.h describes: [D][tile][K block][segment][lane] of 16 bytes.
+// Packing of w_hh, w_hr and w_ih into the fragments that math.h describes: [D][tile][K block][segment][lane] of 16
+// bytes.
 //
 //   product            output row r of segment s of a tile       index k of K
 //   forward, w_hh      unit 8 tile + r, gate s                   output k
 //   forward, w_hr      output 16 tile + 8 s + r                  unit k
+//   forward, w_ih      as w_hh                                   number k of x
 //   backward, w_hh     output 16 tile + 8 s + r                  of every eight units, their gates i, then f, g, o
 //   backward, w_hr     unit 16 tile + 8 s + r                    output k
 //
@@ -19,7 +21,7 @@ struct PackParams {
   Math math;
   Pass pass;
   Stage stage;
-  const void* w[2];    // S, one for each direction: w_hh, [4H] rows of [P]; or w_hr, [P] rows of [H]
+  const void* w[2];    // S, one for each direction: w_hh, [4H] rows of [P]; w_hr, [P] rows of [H]; or w_ih, [4H] of [I]
   int64_t row_stride;  // elements between rows; both directions
   void* packed;        // packed_bytes() of plan.h, aligned to 16
   int64_t threads;     // of the launch
@@ -45,8 +47,10 @@ FUSEDRNN_DEVICE void pack(const PackParams& p, int64_t first) {
   constexpr int kPerQuad = sizeof(Quad) / sizeof(Bits);
   const Product product = cuda::product(kPass, kStage, p.sizes, p.math);
   const int64_t blocks = product.operand.blocks(), all = p.sizes.D * product.packed_quads();
-  const int64_t rows = kStage == Stage::kRecurrent ? 4 * p.sizes.H : p.sizes.P;
-  const int64_t columns = kStage == Stage::kRecurrent ? p.sizes.P : p.sizes.H;
+  const int64_t rows = kStage == Stage::kProjection ? p.sizes.P : 4 * p.sizes.H;
+  const int64_t columns = kStage == Stage::kRecurrent    ? p.sizes.P
+                          : kStage == Stage::kProjection ? p.sizes.H
+                                                         : p.sizes.I;
   for (int64_t n = first; n < all; n += p.threads) {
     const int lane = static_cast<int>(n % kWarp), segment = static_cast<int>(n / kWarp % product.segments);
     const int64_t fragment = n / kWarp / product.segments, block = fragment % blocks;
@@ -77,7 +81,9 @@ FUSEDRNN_DEVICE void pack(const PackParams& p, int64_t first) {
 // `first` is the index of the thread in the launch.
 FUSEDRNN_DEVICE void pack(const PackParams& p, int64_t first) {
   const bool recurrent = p.stage == Stage::kRecurrent;
-  if (p.pass == Pass::kForward) {
+  if (p.stage == Stage::kInput) {
+    pack<Pass::kForward, Stage::kInput>(p, first);
+  } else if (p.pass == Pass::kForward) {
     recurrent ? pack<Pass::kForward, Stage::kRecurrent>(p, first) : pack<Pass::kForward, Stage::kProjection>(p, first);
   } else {
     recurrent ? pack<Pass::kBackward, Stage::kRecurrent>(p, first)

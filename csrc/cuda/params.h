@@ -1,13 +1,14 @@
 // The plain structs that the CUDA kernels take: pointers, sizes, nothing of torch.
 //
-// Letters: T time, B batch, H hidden, P projection (P = H without one), D directions. S is the dtype tensors are stored
-// in, A the dtype of the arithmetic: double for double, else float. Every pointer is to device memory, owned by the
-// caller, and contiguous and row-major in the shape given beside it unless a Strides stands next to it. No two pointers
-// may alias. A null pointer where "or null" stands means zeros for an input and "not wanted" for an output. Outputs are
-// written in full, and need not be initialised.
+// Letters: T time, B batch, I input, H hidden, P projection (P = H without one), D directions. S is the dtype tensors
+// are stored in, A the dtype of the arithmetic: double for double, else float. Every pointer is to device memory, owned
+// by the caller, and contiguous and row-major in the shape given beside it unless a Strides stands next to it. No two
+// pointers may alias. A null pointer where "or null" stands means zeros for an input and "not wanted" for an output.
+// Outputs are written in full, and need not be initialised.
 //
-// A launch is the recurrence alone. Before it the caller computes xg, the input's affine map of all steps, as one
-// matrix product; after a backward launch dx, dw and db, as matrix products with da.
+// A launch is the recurrence. What it takes of the input is the plan's choice: xg, the affine map of all steps, which
+// the caller computes before it as one matrix product; or, with plan.inputs, x and the weights and biases of that map.
+// After a backward launch dx, dw and db are the caller's, as matrix products with da.
 #pragma once
 
 #include <cstdint>
@@ -43,7 +44,7 @@ struct ForwardParams {
   // x @ w_ih^T + b_ih + b_hh. Of type A where xg_wide, and of S otherwise, in which case a 16-bit dtype has rounded it:
   // a matrix product that can write float saves that rounding, one that cannot saves half the bytes. Any strides, so
   // that [T][B][D][4H] and [D][T][B][4H] both do. Steps that do not exist are not read.
-  const void* xg;  // [4H] dense: gates i, f, g, o
+  const void* xg;  // [4H] dense: gates i, f, g, o; not read with plan.inputs
   Strides xg_strides;
   int32_t xg_wide;
   const void* h0;  // S [D][B][P] or null
@@ -55,6 +56,14 @@ struct ForwardParams {
   void* hn;     // S [D][B][P]
   void* cn;     // S [D][B][H]
   void* gates;  // S [D][T][B][4H]: after the nonlinearities, for the backward; zero where no step exists; or null
+  // In the place of xg, with plan.inputs. Any strides and alignment; rows that begin at multiples of 16 bytes, all of
+  // them, are copied asynchronously. Steps that do not exist may be read, and what is there does not matter.
+  const void* x;  // S [I] dense
+  Strides x_strides;
+  const void* w_ih;  // S, as pack.h packs it
+  // S [4H], one for each direction; either or both null.
+  const void* b_ih[2];
+  const void* b_hh[2];
 };
 
 struct BackwardParams {

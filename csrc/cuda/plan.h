@@ -5,7 +5,8 @@
 // a tile of output rows of the recurrent product (hidden units with their gates in the forward, units in the backward)
 // and a part of its inner dimension K. The operand of the product, h or da of all units for the rows of the slice, is
 // what the blocks exchange at every step. With a projection there is a second product in every step, with an operand of
-// its own: m or dh. Its tiles are spread over the same warps.
+// its own: m or dh. Its tiles are spread over the same warps. Where the launch takes the inputs, the forward has a
+// product with w_ih before the recurrent one, of the same tiles: its operand is x, which nobody has to exchange.
 //
 // K counts in bytes: 64 bytes of an operand's row are one K block, which is two matrix instructions in any dtype.
 #pragma once
@@ -21,8 +22,9 @@ enum class Pass : int32_t { kForward, kBackward };
 enum class Stage : int32_t {
   kRecurrent,   // with w_hh
   kProjection,  // with w_hr
+  kInput,       // with w_ih; in the forward, where plan.inputs
 };
-constexpr int kStages = 2;
+constexpr int kStages = 3;
 enum class Exchange : int32_t {
   kGrid,     // through the second-level cache, announced by flags; all blocks of a launch run at the same time
   kCluster,  // a group is a cluster: into the peers' shared memory, announced on their mbarriers; sm_90
@@ -32,6 +34,7 @@ enum class Math : int32_t { kBFloat16, kFloat16, kTf32, kFloat32, kFloat64 };
 struct Sizes {
   int64_t T, B, H, P, D;
   int64_t projected;  // 1 where there is a w_hr; else 0, and P = H
+  int64_t I;          // of x; read only where the launch takes it
 };
 
 struct Plan {
@@ -45,6 +48,8 @@ struct Plan {
   int32_t shared_blocks;  // K blocks of each warp's weights that lie in shared memory. Before them register_blocks()
                           // lie in registers; what remains is streamed from the second-level cache at every step
   int32_t shared_projection_blocks;  // the same for w_hr, with one K block in registers; 0 without a projection
+  int32_t inputs;                    // 1 where the launch takes x and w_ih, else 0 and it takes xg; forward only
+  int32_t shared_input_blocks;       // the same for w_ih, with none in registers; 0 without inputs
 };
 
 constexpr int kMaxThreads = 256;  // kernels are compiled for it: 255 registers a thread
@@ -69,16 +74,17 @@ constexpr int kTileOutputs = 16;  // of the projection, in the forward, and of h
 // Groups of eight output rows in a tile, the segments of an accumulator: the four gates of 8 units in the forward, 16
 // units or outputs in the other products.
 FUSEDRNN_BOTH constexpr int segments(Pass pass, Stage stage) {
-  return pass == Pass::kForward && stage == Stage::kRecurrent ? 4 : 2;
+  return pass == Pass::kForward && stage != Stage::kProjection ? 4 : 2;
 }
 
 // K blocks of weights that a warp keeps in registers; a thread has 4 * segments() registers of each. As many as 255
 // registers leave room for, beside the accumulators and what is loaded ahead of a step. Compiled in.
 FUSEDRNN_BOTH constexpr int register_blocks(Pass pass, Stage stage, Math math, int rows, bool projected) {
   const bool forward = pass == Pass::kForward, narrow = rows == kColumns;
+  if (stage == Stage::kInput) return 0;
   if (math == Math::kFloat64) return projected ? 0 : 1;
   if (stage == Stage::kProjection) return 1;
-  if (math == Math::kFloat32) return 4;
+  if (math == Math::kFloat32) return forward && projected ? 2 : 4;
   if (projected) return forward ? 5 : 8;
   if (forward) return narrow ? 7 : math == Math::kTf32 ? 5 : 6;
   return narrow ? 12 : 6;
@@ -91,7 +97,7 @@ FUSEDRNN_BOTH constexpr int64_t launched_blocks(const Sizes& sizes, const Plan& 
 
 // The operand of a product: for each batch row what the tiles put next to each other, 16-byte aligned.
 struct Operand {
-  int64_t tiles;    // of those who send it, over all blocks of the group
+  int64_t tiles;    // of those who send it, over all blocks of the group; of x, its quads
   int chunk_bytes;  // that a tile adds to a row
 
   FUSEDRNN_BOTH constexpr int row_bytes() const { return static_cast<int>(tiles) * chunk_bytes; }
@@ -115,6 +121,9 @@ struct Product {
 // A kernel knows whether there is a projection when it is compiled.
 FUSEDRNN_BOTH constexpr Product product(Pass pass, Stage stage, const Sizes& sizes, Math math, bool projected) {
   const int bytes = storage_bytes(math);
+  if (stage == Stage::kInput) {
+    return {{ceil_div(sizes.I * bytes, sizeof(Quad)), sizeof(Quad)}, ceil_div(sizes.H, tile_units(Pass::kForward)), 4};
+  }
   const int64_t units = ceil_div(sizes.H, tile_units(pass)), outputs = ceil_div(sizes.P, kTileOutputs);
   const Operand h = {outputs, kTileOutputs * bytes};
   if (pass == Pass::kForward) {
@@ -129,13 +138,25 @@ FUSEDRNN_BOTH constexpr Product product(Pass pass, Stage stage, const Sizes& siz
   return product(pass, stage, sizes, math, sizes.projected != 0);
 }
 
+// Whether a launch has that stage. Those whose operand is exchanged come first.
+FUSEDRNN_BOTH constexpr bool has(Stage stage, const Sizes& sizes, const Plan& plan) {
+  return stage == Stage::kRecurrent || (stage == Stage::kProjection ? sizes.projected : plan.inputs) != 0;
+}
+FUSEDRNN_BOTH constexpr int exchanges(const Sizes& sizes) { return sizes.projected != 0 ? 2 : 1; }
+
+// K blocks of weights of that stage that lie in shared memory.
+FUSEDRNN_BOTH constexpr int shared_blocks(Stage stage, const Plan& plan) {
+  return stage == Stage::kRecurrent    ? plan.shared_blocks
+         : stage == Stage::kProjection ? plan.shared_projection_blocks
+                                       : plan.shared_input_blocks;
+}
+
 // K blocks of weights that a warp, the one with the longest part of K, loads again at every step. Each is
 // fragment_quads() * 16 bytes.
 FUSEDRNN_BOTH constexpr int64_t streamed_blocks(Pass pass, Stage stage, const Sizes& sizes, const Plan& plan) {
-  const bool recurrent = stage == Stage::kRecurrent;
-  if (!recurrent && sizes.projected == 0) return 0;
-  const int64_t resident = register_blocks(pass, stage, plan.math, plan.rows, sizes.projected != 0) +
-                           (recurrent ? plan.shared_blocks : plan.shared_projection_blocks);
+  if (!has(stage, sizes, plan)) return 0;
+  const int64_t resident =
+      register_blocks(pass, stage, plan.math, plan.rows, sizes.projected != 0) + shared_blocks(stage, plan);
   const int64_t all = ceil_div(product(pass, stage, sizes, plan.math).operand.blocks(), plan.splits);
   return all > resident ? all - resident : 0;
 }
@@ -145,42 +166,42 @@ FUSEDRNN_BOTH constexpr int blocks_with(int64_t tiles, const Plan& plan) {
   return static_cast<int>(ceil_div(tiles, plan.tiles));
 }
 
-FUSEDRNN_BOTH constexpr int stages(const Sizes& sizes) { return sizes.projected != 0 ? 2 : 1; }
-
 // Offsets into a block's shared memory, of each stage.
 struct SharedLayout {
   int64_t weights[kStages];   // [warp][K blocks in shared memory][segment][lane] quads
-  int64_t operands[kStages];  // [1 or 2][rows] of Operand::stride()
-  int64_t operands_end;       // the operands of all stages lie next to each other
-  int64_t partial[kStages];   // [tile][split][rows / 8][segment][2][lane] of A, where K is split
+  int64_t operands[kStages];  // [1 or 2][rows] of Operand::stride(); of x always 2
+  int64_t operands_end;       // those that are exchanged lie next to each other; x is behind them
+  int64_t partial[kStages];   // [tile][split][rows / 8][segment][2][lane] of A, where K is split; none of x
   int64_t staging;            // [warp][8] of the longer chunk
   int64_t warp_staging;       // bytes of it for one warp
-  int64_t barriers[kStages];  // two Mbarriers
+  int64_t barriers[kStages];  // two Mbarriers; none of x
   int64_t bytes;
 };
 
 FUSEDRNN_BOTH constexpr SharedLayout shared_layout(Pass pass, const Sizes& sizes, const Plan& plan) {
-  const int64_t warps = plan.tiles * plan.splits, buffers = plan.exchange == Exchange::kCluster ? 2 : 1;
+  const int64_t warps = plan.tiles * plan.splits;
   SharedLayout at{};
   int64_t end = 0;
   // Loops of a constant count: on the device, an index that is not known would put `at` into local memory.
   for (int k = 0; k < kStages; ++k) {
-    if (k >= stages(sizes)) continue;
-    const Product each = product(pass, static_cast<Stage>(k), sizes, plan.math);
+    const Stage stage = static_cast<Stage>(k);
+    if (!has(stage, sizes, plan)) continue;
+    const Product each = product(pass, stage, sizes, plan.math);
     at.weights[k] = end;
-    end += warps * (k == 0 ? plan.shared_blocks : plan.shared_projection_blocks) * each.fragment_quads() *
-           static_cast<int64_t>(sizeof(Quad));
+    end += warps * shared_blocks(stage, plan) * each.fragment_quads() * static_cast<int64_t>(sizeof(Quad));
     if (each.operand.chunk_bytes * kColumns > at.warp_staging) at.warp_staging = each.operand.chunk_bytes * kColumns;
   }
   for (int k = 0; k < kStages; ++k) {
+    const Stage stage = static_cast<Stage>(k);
     at.operands[k] = end;
-    if (k >= stages(sizes)) continue;
-    end += buffers * plan.rows * product(pass, static_cast<Stage>(k), sizes, plan.math).operand.stride();
+    if (!has(stage, sizes, plan)) continue;
+    const int64_t buffers = plan.exchange == Exchange::kCluster || stage == Stage::kInput ? 2 : 1;
+    end += buffers * plan.rows * product(pass, stage, sizes, plan.math).operand.stride();
   }
-  at.operands_end = end;
+  at.operands_end = at.operands[static_cast<int>(Stage::kInput)];
   for (int k = 0; k < kStages; ++k) {
     at.partial[k] = end;
-    if (k >= stages(sizes) || plan.splits == 1) continue;
+    if (k >= exchanges(sizes) || plan.splits == 1) continue;
     end += warps * (plan.rows / kColumns) * product(pass, static_cast<Stage>(k), sizes, plan.math).segments * 2 *
            kWarp * compute_bytes(plan.math);
   }
@@ -188,7 +209,7 @@ FUSEDRNN_BOTH constexpr SharedLayout shared_layout(Pass pass, const Sizes& sizes
   end += warps * at.warp_staging;
   for (int k = 0; k < kStages; ++k) {
     at.barriers[k] = end;
-    if (k < stages(sizes)) end += 2 * static_cast<int64_t>(sizeof(Mbarrier));
+    if (k < exchanges(sizes)) end += 2 * static_cast<int64_t>(sizeof(Mbarrier));
   }
   at.bytes = end;
   return at;
@@ -198,16 +219,16 @@ FUSEDRNN_BOTH constexpr int64_t shared_bytes(Pass pass, const Sizes& sizes, cons
   return shared_layout(pass, sizes, plan).bytes;
 }
 
-// Of Workspace, for one launch: both stages, one after the other.
+// Of Workspace, for one launch: one exchange after the other.
 FUSEDRNN_BOTH constexpr int64_t exchanged_bytes(Pass pass, Stage stage, const Sizes& sizes, const Plan& plan) {
-  if (plan.exchange == Exchange::kCluster || static_cast<int>(stage) >= stages(sizes)) return 0;
+  if (plan.exchange == Exchange::kCluster || static_cast<int>(stage) >= exchanges(sizes)) return 0;
   return sizes.D * plan.groups * 2 * plan.rows * product(pass, stage, sizes, plan.math).operand.row_bytes();
 }
 FUSEDRNN_BOTH constexpr int64_t exchanged_bytes(Pass pass, const Sizes& sizes, const Plan& plan) {
   return exchanged_bytes(pass, Stage::kRecurrent, sizes, plan) + exchanged_bytes(pass, Stage::kProjection, sizes, plan);
 }
 FUSEDRNN_BOTH constexpr int64_t flags(const Sizes& sizes, const Plan& plan) {
-  return plan.exchange == Exchange::kCluster ? 0 : stages(sizes) * launched_blocks(sizes, plan);
+  return plan.exchange == Exchange::kCluster ? 0 : exchanges(sizes) * launched_blocks(sizes, plan);
 }
 
 // Of the packed weights, all directions.
@@ -224,9 +245,13 @@ FUSEDRNN_BOTH constexpr const char* invalid(Pass pass, const Sizes& sizes, const
   if (sizes.projected == 0 && sizes.P != sizes.H) return "P must be H without a projection";
   if (sizes.P < 1 || sizes.P > sizes.H) return "P must be 1 to H";
   if (plan.blocks < 1 || plan.tiles < 1 || plan.splits < 1 || plan.groups < 1 || plan.shared_blocks < 0 ||
-      plan.shared_projection_blocks < 0) {
+      plan.shared_projection_blocks < 0 || plan.shared_input_blocks < 0) {
     return "counts must be positive";
   }
+  if (plan.inputs != 0 && plan.inputs != 1) return "inputs must be 0 or 1";
+  if (plan.inputs == 0 && plan.shared_input_blocks != 0) return "shared_input_blocks without inputs";
+  if (plan.inputs != 0 && pass == Pass::kBackward) return "the backward takes no inputs";
+  if (plan.inputs != 0 && (sizes.I < 1 || sizes.I > (1 << 20))) return "I must be 1 to 2^20";
   if (plan.tiles > kMaxThreads || plan.splits > kMaxThreads || threads(plan) > kMaxThreads) {
     return "a block has too many threads";
   }
@@ -237,7 +262,7 @@ FUSEDRNN_BOTH constexpr const char* invalid(Pass pass, const Sizes& sizes, const
   if (launched_blocks(sizes, plan) > INT32_MAX) return "too many blocks";
   if (plan.exchange == Exchange::kGrid) return nullptr;
   if (plan.blocks > 16 || (plan.blocks & (plan.blocks - 1)) != 0) return "a cluster has 1, 2, 4, 8 or 16 blocks";
-  for (int k = 0; k < stages(sizes); ++k) {  // what a phase of an mbarrier can count
+  for (int k = 0; k < exchanges(sizes); ++k) {  // what a phase of an mbarrier can count
     const Operand operand = product(pass, static_cast<Stage>(k), sizes, plan.math).operand;
     if (plan.rows * operand.row_bytes() >= (1 << 20)) return "the operand is too large for an mbarrier";
   }

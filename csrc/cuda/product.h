@@ -1,4 +1,4 @@
-// The recurrent product of one warp: its tile of output rows, its part of K, all batch rows of the slice.
+// A product of one warp: its tile of output rows, its part of K, all batch rows of the slice.
 //
 // The weights of a warp are fragments (math.h), K block after K block: the first kRegisterBlocks of them in registers,
 // the next plan.shared_blocks in shared memory, both for the whole launch; the rest is loaded at every step, one K
@@ -53,46 +53,55 @@ class WarpProduct {
       : role_(role),
         stride_(product.operand.stride()),
         barrier_(1 + role.local_tile),
+        shared_blocks_(shared_blocks),
         partial_(reinterpret_cast<A*>(partial) + role.local_tile * plan.splits * kColumnTiles * kPartial) {
     if (role.tile >= product.tiles) return;
     const int blocks = product.operand.blocks(), begin = static_cast<int>(int64_t{role.split} * blocks / plan.splits),
-              end = static_cast<int>(int64_t{role.split + 1} * blocks / plan.splits), all = end - begin;
+              end = static_cast<int>(int64_t{role.split + 1} * blocks / plan.splits);
     first_byte_ = begin * kBlockBytes;
-    in_registers_ = all < kRegisterBlocks ? all : kRegisterBlocks;
-    const int rest = all - in_registers_;
-    in_shared_ = rest < shared_blocks ? rest : shared_blocks;
-    streamed_ = rest - in_shared_;
+    blocks_ = end - begin;
     const Quad* from = static_cast<const Quad*>(packed) + role.direction * product.packed_quads() +
                        (static_cast<int64_t>(role.tile) * blocks + begin) * kFragment + role.lane;
     FUSEDRNN_UNROLL for (int k = 0; k < kRegisterBlocks; ++k) {
-      if (k < in_registers_) load(registers_[k], from + k * kFragment);
+      if (k < blocks_) load(registers_[k], from + k * kFragment);
     }
-    from += in_registers_ * kFragment;
+    from += in_registers() * kFragment;
     shared_ = reinterpret_cast<Quad*>(shared) + role.warp * shared_blocks * kFragment + role.lane;
-    for (int k = 0; k < in_shared_; ++k) {
+    for (int k = 0; k < in_shared(); ++k) {
       Quad w[kSegments];
       load(w, from + k * kFragment);
       FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) shared_[k * kFragment + s * kWarp] = w[s];
     }
-    stream_ = from + in_shared_ * kFragment;
+    stream_ = from + in_shared() * kFragment;
   }
 
   // z[n] = tile @ operand of the column tiles that this warp owns. All warps of the tile come here.
   FUSEDRNN_DEVICE void multiply(const char* operand, Results& z) const {
+    multiply_part(operand, z);
+    add_parts(z);
+  }
+
+  // The same of all column tiles, and of the warp's part of K alone.
+  FUSEDRNN_DEVICE void multiply_part(const char* operand, Results& z) const {
     typename Unit::template Accumulator<kSegments> sums[kColumnTiles];
     FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) Unit::clear(sums[n]);
     const char* rows = operand + first_byte_;
     FUSEDRNN_UNROLL for (int k = 0; k < kRegisterBlocks; ++k) {
-      if (k < in_registers_) add(sums, registers_[k], rows + k * kBlockBytes);
+      if (k < blocks_) add(sums, registers_[k], rows + k * kBlockBytes);
     }
-    rows += in_registers_ * kBlockBytes;
-    FUSEDRNN_NO_UNROLL for (int k = 0; k < in_shared_; ++k, rows += kBlockBytes) {
+    rows += in_registers() * kBlockBytes;
+    const int in_shared = this->in_shared(), streamed = blocks_ - in_registers() - in_shared;
+    FUSEDRNN_NO_UNROLL for (int k = 0; k < in_shared; ++k, rows += kBlockBytes) {
       Quad w[kSegments];
       FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) w[s] = shared_[k * kFragment + s * kWarp];
       add(sums, w, rows);
     }
-    if (streamed_ > 0) add_streamed(sums, rows);
+    if (streamed > 0) add_streamed(sums, rows, streamed);
     FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) { Unit::finish(sums[n], z[n], role_.lane); }
+  }
+
+  // From the parts of all warps of the tile to the sums of the column tiles that this warp owns.
+  FUSEDRNN_DEVICE void add_parts(Results& z) const {
     if (role_.splits > 1) add_partial_sums(z);
   }
 
@@ -101,8 +110,17 @@ class WarpProduct {
   static constexpr int kPartial = kSegments * 2 * kWarp;  // numbers of a column tile
   using Sums = typename Unit::template Accumulator<kSegments>[kColumnTiles];
 
+  // Of the warp's K blocks, so many; the others are streamed.
+  FUSEDRNN_DEVICE int in_registers() const {
+    return kRegisterBlocks == 0 ? 0 : blocks_ < kRegisterBlocks ? blocks_ : kRegisterBlocks;
+  }
+  FUSEDRNN_DEVICE int in_shared() const {
+    const int rest = blocks_ - in_registers();
+    return rest < shared_blocks_ ? rest : shared_blocks_;
+  }
+
   static FUSEDRNN_DEVICE void load(Quad (&w)[kSegments], const Quad* from) {
-    FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) w[s] = M::weights(load_streamed(from + s * kWarp));
+    FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) w[s] = M::operands(load_streamed(from + s * kWarp));
   }
 
   FUSEDRNN_DEVICE void add(Sums& sums, const Quad (&w)[kSegments], const char* rows) const {
@@ -111,12 +129,12 @@ class WarpProduct {
     }
   }
 
-  FUSEDRNN_DEVICE void add_streamed(Sums& sums, const char* rows) const {
+  FUSEDRNN_DEVICE void add_streamed(Sums& sums, const char* rows, int streamed) const {
     Quad w[kSegments], ahead[kSegments];
     load(ahead, stream_);
-    FUSEDRNN_NO_UNROLL for (int k = 0; k < streamed_; ++k, rows += kBlockBytes) {
+    FUSEDRNN_NO_UNROLL for (int k = 0; k < streamed; ++k, rows += kBlockBytes) {
       FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) w[s] = ahead[s];
-      if (k + 1 < streamed_) load(ahead, stream_ + (k + 1) * kFragment);
+      if (k + 1 < streamed) load(ahead, stream_ + (k + 1) * kFragment);
       add(sums, w, rows);
     }
   }
@@ -147,10 +165,10 @@ class WarpProduct {
   }
 
   const Role& role_;
-  int stride_, barrier_;
+  int stride_, barrier_, shared_blocks_;
   A* partial_;
   Quad registers_[kRegisterBlocks > 0 ? kRegisterBlocks : 1][kSegments];
-  int in_registers_ = 0, in_shared_ = 0, streamed_ = 0, first_byte_ = 0;
+  int blocks_ = 0, first_byte_ = 0;
   Quad* shared_ = nullptr;
   const Quad* stream_ = nullptr;
 };

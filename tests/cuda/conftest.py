@@ -65,11 +65,11 @@ def mirror(name: str, **fields: Any) -> type[_Mirror]:
 
 
 I32, I64, P = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
-Sizes = mirror("Sizes", T=I64, B=I64, H=I64, P=I64, D=I64, projected=I64)
+Sizes = mirror("Sizes", T=I64, B=I64, H=I64, P=I64, D=I64, projected=I64, I=I64)
 Strides = mirror("Strides", d=I64, t=I64, b=I64)
 Sequence = mirror("Sequence", lengths=P, reset=P)
 Workspace = mirror("Workspace", exchanged=P, flags=P)
-Needs = mirror("Needs", shared=I64, exchanged=I64, flags=I64, packed=I64 * 2, blocks=I64, streamed=I64 * 2)
+Needs = mirror("Needs", shared=I64, exchanged=I64, flags=I64, packed=I64 * 3, blocks=I64, streamed=I64 * 3)
 Outcome = mirror("Outcome", error=P, names=P, bytes=I32, switches=ctypes.c_uint64)
 PlanStruct = mirror(
     "Plan",
@@ -82,6 +82,8 @@ PlanStruct = mirror(
     groups=I32,
     shared_blocks=I32,
     shared_projection_blocks=I32,
+    inputs=I32,
+    shared_input_blocks=I32,
 )
 _common = {"sizes": Sizes, "sequence": Sequence, "plan": PlanStruct, "workspace": Workspace, "w_hh": P, "w_hr": P}
 ForwardParams = mirror(
@@ -99,6 +101,11 @@ ForwardParams = mirror(
     hn=P,
     cn=P,
     gates=P,
+    x=P,
+    x_strides=Strides,
+    w_ih=P,
+    b_ih=P * 2,
+    b_hh=P * 2,
 )
 BackwardParams = mirror(
     "BackwardParams",
@@ -137,12 +144,15 @@ class Plan:
     groups: int = 0  # as many as there are slices
     shared_blocks: int = 0
     shared_projection_blocks: int = 0
+    inputs: bool = False  # of the forward: x in the launch
+    shared_input_blocks: int = 0
 
     @property
     def id(self) -> str:
         parts = [self.exchange, self.math, f"tiles{self.tiles}", f"splits{self.splits}", f"rows{self.rows}"]
         parts += [f"groups{self.groups}"] if self.groups else []
         parts += [f"blocks{self.blocks}"] if self.blocks else []
+        parts += [f"inputs{self.shared_input_blocks}"] if self.inputs else []
         return "-".join([*parts, f"shared{self.shared_blocks}"])
 
 
@@ -161,14 +171,17 @@ class Problem:
     cell_states: bool = False  # every c_t is an output, and has a gradient
     strided: bool = False  # y and c are slices of larger tensors
     wide: bool = True  # xg in the dtype of the arithmetic
+    I: int = 3
+    aligned: bool = False  # rows of x begin at multiples of 16 bytes
+    biases: str = "ih hh"  # those that are not zero, and given to a launch that takes the inputs
     seed: int = 0
 
     @property
     def id(self) -> str:
-        flags = ("lengths", "reset", "cell_states", "strided")
+        flags = ("lengths", "reset", "cell_states", "strided", "aligned")
         sizes = [f"T{self.T}", f"B{self.B}", f"H{self.H}", *([f"P{self.proj}"] if self.proj else [])]
         parts = [*sizes, *(["bidirectional"] if self.D == 2 else [])]
-        parts += ["" if self.states else "nostates", "" if self.wide else "narrow"]
+        parts += ["" if self.states else "nostates", "" if self.wide else "narrow", f"I{self.I}"]
         return "-".join(part for part in [*parts, *(flag for flag in flags if getattr(self, flag))] if part)
 
     @property
@@ -178,7 +191,7 @@ class Problem:
 
     @property
     def sizes(self) -> Any:
-        return Sizes(T=self.T, B=self.B, H=self.H, P=self.P, D=self.D, projected=int(self.proj > 0))
+        return Sizes(T=self.T, B=self.B, H=self.H, P=self.P, D=self.D, projected=int(self.proj > 0), I=self.I)
 
 
 class LaunchError(RuntimeError):
@@ -219,6 +232,8 @@ class Host:
             groups=plan.groups or -(-B // plan.rows),
             shared_blocks=plan.shared_blocks,
             shared_projection_blocks=plan.shared_projection_blocks,
+            inputs=plan.inputs if direction == FORWARD else 0,
+            shared_input_blocks=plan.shared_input_blocks if direction == FORWARD else 0,
         )
 
     def needs(self, direction: int, sizes: Any, plan: Any) -> tuple[Any, str | None]:
@@ -260,8 +275,11 @@ class Host:
         self.pack(direction, 0, sizes, plan, [w.w_hh for w in weights], packed[0])
         if sizes.projected:
             self.pack(direction, 1, sizes, plan, [w.w_hr for w in weights], packed[1])
+        if plan.inputs:
+            self.pack(direction, 2, sizes, plan, [w.w_ih for w in weights], packed[2])
         fields = {"sizes": sizes, "plan": plan, "workspace": Workspace(exchanged=exchanged, flags=flags)}
         fields |= {"w_hh": packed[0], "w_hr": packed[1] if sizes.projected else None}
+        fields |= {"w_ih": packed[2]} if plan.inputs else {}
         return {"fields": fields, "alive": [exchanged, flags, packed]}
 
 
@@ -276,7 +294,6 @@ def host() -> Host:
 def tensors(problem: Problem, dtype: torch.dtype) -> dict[str, Any]:
     """The inputs of a layer and the gradients of its outputs, for one dtype. x has NaN where no step exists."""
     p, generator = problem, torch.Generator().manual_seed(problem.seed)
-    I = 3
 
     def random(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(*shape, generator=generator) * scale).to(dtype)
@@ -284,10 +301,10 @@ def tensors(problem: Problem, dtype: torch.dtype) -> dict[str, Any]:
     scale = p.H**-0.5
     weights = []
     for _ in range(p.D):
-        weights += [random(4 * p.H, I, scale=0.7), random(4 * p.H, p.P, scale=scale)]
-        weights += [random(4 * p.H, scale=0.3), random(4 * p.H, scale=0.3)]
+        weights += [random(4 * p.H, p.I, scale=1.2 * p.I**-0.5), random(4 * p.H, p.P, scale=scale)]
+        weights += [random(4 * p.H, scale=0.3 * (name in p.biases)) for name in ("ih", "hh")]
         weights += [random(p.P, p.H, scale=1.5 * scale)] if p.proj else []
-    given: dict[str, Any] = {"x": random(p.T, p.B, I), "weights": weights, "h0": None, "c0": None}
+    given: dict[str, Any] = {"x": random(p.T, p.B, p.I), "weights": weights, "h0": None, "c0": None}
     given |= {"dy": random(p.T, p.B, p.D * p.P), "dhn": None, "dcn": None, "dc": None, "lengths": None, "reset": None}
     if p.states:
         given |= {name: random(p.D, p.B, p.P if "h" in name else p.H) for name in ("h0", "c0", "dhn", "dcn")}
@@ -363,6 +380,10 @@ class Layer:
         # The affine map of the input, as the matrix product before the launch gives it; NaN where no step exists.
         maps = [self.given["x"].double() @ w.w_ih.double().T + w.b_ih.double() + w.b_hh.double() for w in self.weights]
         self.xg = torch.stack(maps).to(self.compute if p.wide else self.dtype)
+        # Rows of x among NaNs: as they come, at multiples of 16 bytes, or neither.
+        pitch, begin = (-(-p.I // 8) * 8 + 16, 8) if p.aligned else (p.I + 2, 1) if p.strided else (p.I, 0)
+        self.x = torch.full((p.T, p.B, pitch), torch.nan, dtype=self.dtype).narrow(2, begin, p.I)
+        self.x.copy_(self.given["x"])
 
     def empty(self, *shape: int) -> Tensor:
         return torch.full(shape, torch.nan, dtype=self.dtype)
@@ -373,6 +394,19 @@ class Layer:
         if not p.strided:
             return self.empty(p.T, p.B, p.D * N)
         return self.empty(p.T, p.B, p.D * N + 3).narrow(2, 2, p.D * N)
+
+    def inputs(self) -> dict[str, Any]:
+        """What the forward takes of the input."""
+        if not self.plan.inputs:
+            strides = Strides(d=self.xg.stride(0), t=self.xg.stride(1), b=self.xg.stride(2))
+            return {"xg": self.xg, "xg_strides": strides, "xg_wide": self.problem.wide}
+
+        def pointers(name: str) -> Any:
+            biases = [getattr(w, f"b_{name}") for w in self.weights] if name in self.problem.biases else []
+            return (P * 2)(*[b.data_ptr() for b in biases])
+
+        strides = Strides(d=0, t=self.x.stride(0), b=self.x.stride(1))
+        return {"x": self.x, "x_strides": strides, "b_ih": pointers("ih"), "b_hh": pointers("hh")}
 
     def strides(self, values: Tensor | None, N: int) -> Any:
         """Of a tensor [T, B, D*N]."""
@@ -389,10 +423,8 @@ class Layer:
             made |= {"c": self.output(p.H), "gates": self.empty(p.D, p.T, p.B, 4 * p.H)}
         params = ForwardParams(
             **prepared["fields"],
+            **self.inputs(),
             sequence=self.sequence,
-            xg=self.xg,
-            xg_strides=Strides(d=self.xg.stride(0), t=self.xg.stride(1), b=self.xg.stride(2)),
-            xg_wide=p.wide,
             h0=given["h0"],
             c0=given["c0"],
             y_strides=self.strides(made["y"], p.P),

@@ -79,15 +79,31 @@ OPTIONS = {
 }
 
 
+@pytest.mark.parametrize("inputs", [False, True], ids=["", "inputs"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_options(layer, kit, exchange, math, options):
-    layer(kit.Problem(5, 5, 19, **options), kit.Plan(exchange, math, tiles=2)).check()
+def test_options(layer, kit, exchange, math, options, inputs):
+    layer(kit.Problem(5, 5, 19, **options), kit.Plan(exchange, math, tiles=2, inputs=inputs)).check()
 
 
+@pytest.mark.parametrize("inputs", [False, True], ids=["", "inputs"])
 @pytest.mark.parametrize("T", [1, 2])
-def test_everything_in_few_steps(layer, kit, exchange, math, T):
+def test_everything_in_few_steps(layer, kit, exchange, math, T, inputs):
     for name in ("everything", "projection-everything"):
-        layer(kit.Problem(T, 3, 19, **OPTIONS[name]), kit.Plan(exchange, math)).check()
+        layer(kit.Problem(T, 3, 19, **OPTIONS[name]), kit.Plan(exchange, math, inputs=inputs)).check()
+
+
+@pytest.mark.parametrize("aligned", [False, True], ids=["", "aligned"])
+@pytest.mark.parametrize("I", [1, 8, 35, 64])
+def test_input_sizes(layer, kit, exchange, math, I, aligned):
+    problem = kit.Problem(3, 9, 19, I=I, aligned=aligned, D=2)
+    plan = kit.Plan(exchange, math, tiles=2, splits=2, inputs=True, rows=rows_of(math))
+    layer(problem, plan).check()
+    layer(problem, kit.replace(plan, shared_input_blocks=2)).check()
+
+
+@pytest.mark.parametrize("biases", ["", "ih", "hh"])
+def test_biases(layer, kit, exchange, math, biases):
+    layer(kit.Problem(2, 3, 19, D=2, biases=biases), kit.Plan(exchange, math, inputs=True)).check()
 
 
 # (plan, H): tiles and splits of every shape, and weights in registers, in shared memory and streamed.
@@ -105,9 +121,11 @@ PLANS = {
 @pytest.mark.parametrize(("options", "H"), PLANS.values(), ids=PLANS.keys())
 @pytest.mark.parametrize("projected", [False, True], ids=["", "projected"])
 def test_plans(layer, kit, exchange, math, options, H, projected):
-    problem = kit.Problem(2, 3, H, D=2, proj=H * 2 // 3 if projected else 0)
-    options = options | {"shared_projection_blocks": options.get("shared_blocks", 0)}
-    layer(problem, kit.Plan(exchange, math, **options)).check()
+    problem = kit.Problem(2, 3, H, D=2, proj=H * 2 // 3 if projected else 0, I=90)
+    shared = options.get("shared_blocks", 0)
+    plan = kit.Plan(exchange, math, shared_projection_blocks=shared, **options)
+    layer(problem, plan).check()
+    layer(problem, kit.replace(plan, inputs=True, shared_input_blocks=shared)).check()
 
 
 @pytest.mark.parametrize("shared_blocks", [0, 2], ids=["streamed", "shared"])
@@ -127,12 +145,14 @@ def test_groups_take_slices_one_after_another(layer, kit, exchange, math, groups
     """A group goes from the last step of a slice to the first of the next without meeting the others in between."""
     problem = kit.Problem(3, 4 * rows_of(math) - 5, 19, D=2, lengths=True, reset=True)
     layer(problem, kit.Plan(exchange, math, rows=rows_of(math), groups=groups)).check()
+    layer(problem, kit.Plan(exchange, math, rows=rows_of(math), groups=groups, inputs=True)).check()
     layer(kit.replace(problem, proj=9), kit.Plan(exchange, math, groups=groups)).check()
 
 
 def test_idle_blocks(layer, kit, math):
     """A cluster of 8 of which 5 blocks have a tile."""
     layer(kit.Problem(4, 3, 40), kit.Plan("cluster", math, blocks=8)).check()
+    layer(kit.Problem(4, 3, 40), kit.Plan("cluster", math, blocks=4, tiles=2, inputs=True)).check()
     layer(kit.Problem(4, 3, 40, proj=20), kit.Plan("cluster", math, blocks=8)).check()
 
 
@@ -154,8 +174,24 @@ def test_plans_give_the_same_bits(layer, kit, exchange, math):
         assert all(torch.equal(first[name], other[name]) for name in first)
 
 
+def test_plans_that_take_the_inputs_give_the_same_bits(layer, kit, exchange, math):
+    problem, aligned = (kit.Problem(3, 9, 40, D=2, I=70, aligned=aligned) for aligned in (False, True))
+    first, *others = (
+        layer(problem, kit.Plan(exchange, math, inputs=True, **options)).forward()[0]
+        for problem, options in (
+            (problem, {}),
+            (aligned, {}),
+            (problem, {"tiles": 3, "shared_input_blocks": 2}),
+            (aligned, {"rows": rows_of(math)}),
+            (aligned, {"groups": 1, "tiles": 2, "shared_input_blocks": 100}),
+        )
+    )
+    for other in others:
+        assert all(torch.equal(first[name], other[name]) for name in first)
+
+
 # Two slices for one group, idle warps, partial sums and both column tiles, in little time.
-RACE = {"T": 3, "B": 9, "H": 20, "lengths": True, "reset": True}
+RACE = {"T": 3, "B": 9, "H": 20, "lengths": True, "reset": True, "aligned": True}
 
 
 def race_plan(kit, exchange, math, **options):
@@ -165,11 +201,12 @@ def race_plan(kit, exchange, math, **options):
 VARIANTS = [(math, {}) for math in MATHS] + [(math, {"proj": 17}) for math in MATHS] + [(m, {"rows": 16}) for m in WIDE]
 
 
+@pytest.mark.parametrize("inputs", [{}, {"I": 3}, {"I": 37}], ids=["", "input", "inputs"])
 @pytest.mark.parametrize(("math", "variant"), VARIANTS, ids=lambda part: part if part in MATHS else "".join(part))
-def test_every_schedule_gives_the_same_bits(layer, kit, exchange, math, variant):
+def test_every_schedule_gives_the_same_bits(layer, kit, exchange, math, variant, inputs):
     """Of every kernel that is compiled."""
-    problem = kit.Problem(**RACE, proj=variant.get("proj", 0))
-    one = layer(problem, race_plan(kit, exchange, math, rows=variant.get("rows", 8)))
+    problem = kit.Problem(**RACE, proj=variant.get("proj", 0), **inputs)
+    one = layer(problem, race_plan(kit, exchange, math, rows=variant.get("rows", 8), inputs=bool(inputs)))
     one.check()
     first = one.all()
     for seed in range(1, SCHEDULES):
@@ -196,12 +233,17 @@ def caught(one, direction, name, expected):
 
 
 @pytest.mark.parametrize("proj", [0, 17], ids=["", "projected"])
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_no_synchronisation_can_be_left_out(layer, kit, exchange, direction, proj):
+@pytest.mark.parametrize(
+    ("direction", "inputs"), [("forward", False), ("forward", True), ("backward", False)], ids=lambda part: str(part)
+)
+def test_no_synchronisation_can_be_left_out(layer, kit, exchange, direction, inputs, proj):
     """The test of the tests: each is removed in turn, and that has to be noticed. So none is redundant either."""
-    problem = kit.Problem(**{**RACE, "B": 20}, proj=proj)
+    problem = kit.Problem(**{**RACE, "B": 20}, proj=proj, I=37)
     rows = 8 if proj else 16
-    plans = [race_plan(kit, exchange, "bf16", rows=rows, **options) for options in ({}, {"splits": 1, "tiles": 1})]
+    plans = [
+        race_plan(kit, exchange, "bf16", rows=rows, inputs=inputs, **options)
+        for options in ({}, {"splits": 1, "tiles": 1})
+    ]
     missed = {}
     for plan in plans:
         one = layer(problem, plan)
@@ -211,6 +253,7 @@ def test_no_synchronisation_can_be_left_out(layer, kit, exchange, direction, pro
         for name in launched.names:
             found = caught(one, direction, name, expected)
             missed[name] = missed.get(name, True) and found is None
+    assert any("input" in name for name in missed) == inputs
     assert not [name for name, not_found in missed.items() if not_found]
 
 
@@ -240,6 +283,10 @@ def test_a_deadlock_is_reported_with_who_waits_where(host, kit):
         ({}, {"blocks": 6, "exchange": "cluster"}, "1, 2, 4, 8 or 16"),
         ({}, {"blocks": 32, "exchange": "cluster"}, "1, 2, 4, 8 or 16"),
         ({}, {"shared_blocks": -1}, "counts must be positive"),
+        ({"I": 5}, {"shared_input_blocks": -1, "inputs": True}, "counts must be positive"),
+        ({}, {"inputs": True}, "I must be 1 to 2^20"),
+        ({"I": 5}, {"inputs": 2}, "inputs must be 0 or 1"),
+        ({"I": 5}, {"shared_input_blocks": 2}, "shared_input_blocks without inputs"),
         ({"H": 20000, "P": 20000}, {"blocks": 16, "tiles": 160, "exchange": "cluster"}, "too many threads"),
     ],
     ids=str,
@@ -256,7 +303,7 @@ def test_needs(host, kit):
     plan = host.struct(kit.Plan("cluster", "bf16", tiles=8, rows=8, shared_blocks=9), kit.FORWARD, 512, 16)
     needs, why = host.needs(kit.FORWARD, sizes, plan)
     assert why is None
-    assert list(needs.streamed) == [0, 0]  # 16 K blocks, 7 of them in registers
+    assert list(needs.streamed) == [0, 0, 0]  # 16 K blocks, 7 of them in registers
     # 9 K blocks for each of 8 warps, two operands of 8 rows of 16 | 1 K blocks, staging, two barriers.
     assert needs.shared == 8 * 9 * 2048 + 2 * 8 * 17 * 64 + 8 * 8 * 16 + 16
     assert (needs.exchanged, needs.flags, needs.blocks) == (0, 0, 2 * 2 * 8)
@@ -264,6 +311,22 @@ def test_needs(host, kit):
     plan.exchange = 0
     needs, why = host.needs(kit.FORWARD, sizes, plan)
     assert (needs.exchanged, needs.flags) == (2 * 2 * 2 * 8 * 512 * 2, 2 * 2 * 8)
+
+
+def test_needs_of_inputs(host, kit):
+    """The same, bfloat16 and H 512, with x of 200 numbers: 400 bytes, 25 quads, 7 K blocks."""
+    sizes = kit.Sizes(T=9, B=16, H=512, P=512, D=2, I=200)
+    plan = kit.Plan("cluster", "bf16", tiles=8, rows=8, shared_blocks=9)
+    alone, _ = host.needs(kit.FORWARD, sizes, host.struct(plan, kit.FORWARD, 512, 16))
+    plan = host.struct(kit.replace(plan, inputs=True, shared_input_blocks=5), kit.FORWARD, 512, 16)
+    needs, why = host.needs(kit.FORWARD, sizes, plan)
+    assert why is None
+    assert list(needs.streamed) == [0, 0, 2]
+    assert needs.packed[2] == 2 * 7 * 64 * 4 * 512
+    # 5 K blocks for each of 8 warps, two buffers of 8 rows of 7 * 64 bytes; nothing of it is exchanged.
+    assert needs.shared - alone.shared == 8 * 5 * 2048 + 2 * 8 * 7 * 64
+    assert (needs.exchanged, needs.flags) == (alone.exchanged, alone.flags)
+    assert host.needs(kit.BACKWARD, sizes, plan)[1] == "the backward takes no inputs"
 
 
 @pytest.mark.parametrize(("which", "dtype"), [(0, torch.bfloat16), (1, torch.float16)], ids=["bf16", "fp16"])
@@ -300,6 +363,7 @@ def test_under_sanitizers(host):
     if not all(Path(path.strip()).is_absolute() for path in preload):
         pytest.skip(f"{compiler} has no AddressSanitizer")
     chosen = "test_sizes or test_options and everything or test_plans and not many or test_groups or test_idle"
+    chosen += " or test_input_sizes"
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen],
         env={

@@ -115,11 +115,13 @@ FUSEDRNN_EXPORT const char* fusedrnn_host_needs(Pass pass, const Sizes* sizes, c
   *needs = {shared_bytes(pass, *sizes, *plan),
             exchanged_bytes(pass, *sizes, *plan),
             flags(*sizes, *plan),
-            {packed_bytes(pass, Stage::kRecurrent, *sizes, plan->math),
-             packed_bytes(pass, Stage::kProjection, *sizes, plan->math)},
+            {},
             launched_blocks(*sizes, *plan),
-            {streamed_blocks(pass, Stage::kRecurrent, *sizes, *plan),
-             streamed_blocks(pass, Stage::kProjection, *sizes, *plan)}};
+            {}};
+  for (int k = 0; k < kStages; ++k) {
+    needs->packed[k] = packed_bytes(pass, static_cast<Stage>(k), *sizes, plan->math);
+    needs->streamed[k] = streamed_blocks(pass, static_cast<Stage>(k), *sizes, *plan);
+  }
   return invalid(pass, *sizes, *plan);
 }
 

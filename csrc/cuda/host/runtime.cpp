@@ -437,7 +437,10 @@ void wait_until(bool (*ready)(void*), void* argument, const char* name) {
   machine->park(name);
 }
 
-void copy_later(void* to, const void* from, size_t bytes) { machine->current_->copies.push_back({to, from, bytes}); }
+void copy_later(void* to, const void* from, size_t bytes) {
+  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % bytes != 0) fail("a copy is not aligned");
+  machine->current_->copies.push_back({to, from, bytes});
+}
 
 void finish_copies() {
   for (const Copy& copy : machine->current_->copies) std::memcpy(copy.to, copy.from, copy.bytes);

@@ -60,7 +60,8 @@ void meet_warp(WarpOperation operation, const void* in, void* out, const char* n
 // Waits until ready(argument), which must not wait.
 void wait_until(bool (*ready)(void*), void* argument, const char* name);
 
-// A copy that this thread may not rely on before finish_copies; never happens without it.
+// A copy that this thread may not rely on before finish_copies; never happens without it. Both addresses are multiples
+// of its bytes, a power of two.
 void copy_later(void* to, const void* from, size_t bytes);
 void finish_copies();
 
