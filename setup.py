@@ -62,8 +62,10 @@ OLDEST_ARCHITECTURE = 80
 def find_nvcc():
     """The path of nvcc, or None."""
     folders = [os.path.join(os.environ[name], "bin") for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    return shutil.which("nvcc", path=os.pathsep.join(folders)) if folders else shutil.which("nvcc") or shutil.which(
-        "nvcc", path="/usr/local/cuda/bin"
+    return (
+        shutil.which("nvcc", path=os.pathsep.join(folders))
+        if folders
+        else shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     )
 
 
