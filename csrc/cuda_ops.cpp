@@ -258,9 +258,12 @@ std::tuple<int64_t, int64_t> cuda_room(int64_t device, int64_t pass, Integers si
 // Why the kernels cannot run on a device; empty if they can.
 std::string cuda_obstacle(int64_t device) { return obstacle(static_cast<int>(device)); }
 
+// The type of device that the operators compute on.
 #if defined(FUSEDRNN_CUDA_HOST)
+std::string cuda_device_type() { return "cpu"; }
 STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CPU, library) {
 #else
+std::string cuda_device_type() { return "cuda"; }
 STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CUDA, library) {
 #endif
   library.impl("cuda_launch_forward", TORCH_BOX(&cuda_launch_forward));
@@ -270,6 +273,7 @@ STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CUDA, library) {
 STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CompositeExplicitAutograd, library) {
   library.impl("cuda_room", TORCH_BOX(&cuda_room));
   library.impl("cuda_obstacle", TORCH_BOX(&cuda_obstacle));
+  library.impl("cuda_device_type", TORCH_BOX(&cuda_device_type));
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 """What a GPU backend does around its launch: the GEMMs over all time steps, and what makes tensors fit the kernels.
 
-A backend's module supplies `plan_for`, `forward` and `backward` (kernels/launch.py). Its launch computes the
+A backend's module supplies `Shape`, `plan_for`, `forward` and `backward`: kernels/launch.py for Triton, cuda.py for the
+kernels in C++. Its launch computes the
 recurrence: from the input's affine maps xg to the states, and backward from the states' gradients to da, those of the
 gates' affine maps. Everything that has no recurrence in it is a GEMM before or after, by torch.
 """
@@ -136,7 +137,7 @@ def backward(
     dc0 = x.new_empty(D, B, H) if needs_c0 else None
     _, w_hh, _, _, w_hr = zip(*directions, strict=True)
     plan = launch.plan_for("backward", shape, x.device)
-    launch.backward(plan, dy, dhn, dcn, dc, w_hh, w_hr, c0, lengths, reset, c, gates, da, dh_out, dh0, dc0)
+    m = launch.backward(plan, dy, dhn, dcn, dc, w_hh, w_hr, c0, lengths, reset, c, gates, da, dh_out, dh0, dc0)
 
     with _gemms_in(shape.precision, x):
         dx = _gradient_of_input(da, directions).view_as(x) if needs_x else empty
@@ -155,7 +156,8 @@ def backward(
             if w.b_ih is not None:
                 dweights += [a.sum(0) if next(needed) else empty.clone() for _ in (w.b_ih, w.b_hh)]
             if dh_out is not None:
-                dweights.append(_gradient_of_projection(dh_out[d], c_d, gates[d]) if next(needed) else empty.clone())
+                m_d = _outputs_of_cell(c_d, gates[d]) if m is None else m[d]
+                dweights.append(dh_out[d].flatten(0, 1).T @ m_d.flatten(0, 1) if next(needed) else empty.clone())
     return dx, empty.clone() if dh0 is None else dh0, empty.clone() if dc0 is None else dc0, dweights
 
 
@@ -201,7 +203,6 @@ def _gradient_of_recurrence(
     return dw if h0 is None else dw.addmm_(da[-1 if reverse else 0].T, h0)
 
 
-def _gradient_of_projection(dh_out: Tensor, c: Tensor, gates: Tensor) -> Tensor:
-    """dw_hr [P, H] = sum over t of dh_t^T m_t, with m = o * tanh(c)."""
-    m = gates[..., 3 * c.shape[-1] :] * c.tanh()
-    return dh_out.flatten(0, 1).T @ m.flatten(0, 1)
+def _outputs_of_cell(c: Tensor, gates: Tensor) -> Tensor:
+    """m = o * tanh(c), of which w_hr makes h."""
+    return gates[..., 3 * c.shape[-1] :] * c.tanh()

@@ -80,7 +80,10 @@ def backward(
     dh0: Tensor | None,
     dc0: Tensor | None,
 ) -> None:
-    """Launches `lstm_backward`; shapes, and which tensors are written, stand there. All tensors are contiguous."""
+    """Launches `lstm_backward`; shapes, and which tensors are written, stand there. All tensors are contiguous.
+
+    None: m = o * tanh(c), which the gradient of w_hr needs, is left to the caller.
+    """
     D, T, B, _ = da.shape
     H, P = w_hh[0].shape[0] // 4, w_hh[0].shape[1]
     sizes = {"T": T, "B": B, "H": H, "P": P}
