@@ -5,7 +5,8 @@ Environment:
                              and fusedrnn.backends() says why)
     FUSEDRNN_BUILD_CUDA=0|1  the same for the CUDA library; by default it is built where torch has CUDA and nvcc is
                              there. 1 builds it against any torch, on a machine without a GPU as well
-    TORCH_CUDA_ARCH_LIST     what to compile the CUDA kernels for, by default "8.0;9.0a;10.0+PTX" or what nvcc knows of it
+    TORCH_CUDA_ARCH_LIST     what to compile the CUDA kernels for, by default "8.0;9.0a;10.0+PTX"; "8.0;9.0+PTX" where
+                             nvcc does not know 10.0
     CUDA_HOME                where nvcc is, if it is not in PATH
     MAX_JOBS                 CUDA sources that are compiled at the same time, by default one for each processor
     FUSEDRNN_CUDA_DEBUG=1    a CUDA kernel in which a block waits for more than some seconds prints which one and for
@@ -118,7 +119,7 @@ class BuildNative(BuildExtension):
         self.build_temp = str(ROOT / "build" / ("sanitized" if SANITIZE else "objects"))
 
     def run(self):
-        self.failures, self.info = dict(LEFT_OUT), {}
+        self.failures, self.info = {}, {}
         super().run()
         info = {
             "torch": torch.__version__,
@@ -132,15 +133,22 @@ class BuildNative(BuildExtension):
         target.write_text(json.dumps({**info, "failures": self.failures}, indent=2) + "\n")
 
     def build_extensions(self):
+        wanted = {library_name(ext): not_wanted(library_name(ext)) for ext in self.extensions}
+        self.failures |= {name: why for name, why in wanted.items() if why is not None}
+        self._drop_failures()
+        if not self.extensions:
+            return
         try:
             compiler = shlex.split(get_cxx_compiler())[0]
             if shutil.which(compiler) is None:
                 raise RuntimeError(f"there is no C++ compiler: {compiler} was not found")
             super().build_extensions()
         except Exception as error:
+            if any(asked_for(library_name(ext)) == "1" for ext in self.extensions):
+                raise
             for ext in self.extensions:
                 self._leave_out(ext, error)
-        self.extensions[:] = [ext for ext in self.extensions if library_name(ext) not in self.failures]
+        self._drop_failures()
 
     def build_extension(self, ext):
         try:
@@ -148,6 +156,9 @@ class BuildNative(BuildExtension):
             super().build_extension(ext)
         except Exception as error:
             self._leave_out(ext, error)
+
+    def _drop_failures(self):
+        self.extensions[:] = [ext for ext in self.extensions if library_name(ext) not in self.failures]
 
     def _leave_out(self, ext, error):
         name = library_name(ext)
@@ -239,7 +250,6 @@ def extension(name):
 # The CUDA runtime is linked in, hidden: then the library needs none that is as new as its own, whatever CUDA the torch
 # that loads it is of. What it needs of torch's CUDA part is found through libtorch.so, which has no symbol of its own.
 CUDA_LINK = ["-Wl,--exclude-libs,ALL", "-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--no-as-needed", "-ltorch"]
-LEFT_OUT = {name: why for name in ("cpu", "cuda") if (why := not_wanted(name)) is not None}
 
 setup(
     version=VERSION,
@@ -247,7 +257,7 @@ setup(
     packages=["fusedrnn", "fusedrnn.benchmarks", "fusedrnn.kernels"],
     package_dir={"fusedrnn.benchmarks": "benchmarks", "fusedrnn.kernels": "kernels"},
     package_data={"fusedrnn": ["py.typed"]},
-    ext_modules=[extension(name) for name in ("cpu", "cuda") if name not in LEFT_OUT],
+    ext_modules=[extension("cpu"), extension("cuda")],
     cmdclass={"build_ext": BuildNative},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

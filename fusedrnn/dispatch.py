@@ -92,7 +92,7 @@ def _unproven(name: str) -> str | None:
 
 
 def _unplanned(name: str, problem: Problem) -> str | None:
-    """Why a GPU backend has no plan for a problem, or None; where sizes are symbols, it shows when the operator runs."""
+    """Why a GPU backend has no plan for a problem, or None; of sizes that are symbols, the operator will tell."""
     reason = _dtype_unsupported(problem)
     if reason is None and not torch.compiler.is_compiling() and problem.B > 0:
         try:

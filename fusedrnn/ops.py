@@ -253,7 +253,7 @@ def _load(name: str) -> str | None:
     try:
         torch.ops.load_library(str(candidates[0]))
     except OSError as error:
-        return f"{candidates[0].name} cannot be loaded by torch {torch.__version__}: {error.__cause__ or error}"
+        return f"{candidates[0].name} cannot be loaded: {error.__cause__ or error} (torch {torch.__version__})"
     return None
 
 
