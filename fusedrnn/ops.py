@@ -40,9 +40,9 @@ BACKWARD_SCHEMA = (
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 
-def _define(backend: str) -> None:
+def _define(backend: str, forward_fake: Callable[..., Any] | None = None) -> None:
     for name, schema, fake in (
-        (f"{backend}_forward", FORWARD_SCHEMA, _forward_fake),
+        (f"{backend}_forward", FORWARD_SCHEMA, forward_fake or _forward_fake),
         (f"{backend}_backward", BACKWARD_SCHEMA, _backward_fake),
     ):
         _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -163,7 +163,11 @@ def _define_gpu(backend: str) -> None:
     def backward(dy: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
         return gpu.backward(_launches(backend), dy, *arguments)
 
-    _define(backend)
+    def forward_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        y, hn, cn, c, gates = _forward_fake(x, *arguments)
+        return y, hn, cn, c, gates if gpu.reserve() == "gates" else x.new_empty(0)
+
+    _define(backend, forward_fake)
     for key in ("CUDA", "CPU"):
         _library.impl(f"{backend}_forward", forward, key)
         _library.impl(f"{backend}_backward", backward, key)

@@ -132,6 +132,38 @@ def test_architectures_that_cannot_be_built_for(checkout, named, message):
     assert message in result.stderr
 
 
+NVCC_THAT_REFUSES = """#!/bin/sh
+case "$*" in
+  *--list-gpu-arch*) echo compute_80 compute_90 {known};;
+  *) echo "no more disk" >&2; exit 1;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("known", "environment", "expected"),
+    [
+        ("compute_100", {}, ["code=[sm_80]", "code=[sm_90a]", "code=[sm_100,compute_100]"]),
+        ("", {}, ["code=[sm_80]", "code=[sm_90,compute_90]"]),
+        ("", {"TORCH_CUDA_ARCH_LIST": "7.5 8.9;9.0a+PTX"}, ["code=[sm_89]", "code=[sm_90a,compute_90a]"]),
+        ("", {"FUSEDRNN_CUDA_DEBUG": "1"}, ["code=[sm_80]", "code=[sm_90,compute_90]", "-DFUSEDRNN_CUDA_TIMEOUT="]),
+    ],
+    ids=["default", "older-nvcc", "list", "debug"],
+)
+def test_what_nvcc_is_told(checkout, tmp_path, known, environment, expected):
+    """And what becomes of its failure."""
+    program = tmp_path / "toolkit" / "bin" / "nvcc"
+    program.parent.mkdir(parents=True)
+    program.write_text(NVCC_THAT_REFUSES.format(known=known))
+    program.chmod(0o755)
+    asked = {"TORCH_CUDA_ARCH_LIST": "", **environment, "CUDA_HOME": str(tmp_path / "toolkit")}
+    result = build(checkout, FUSEDRNN_BUILD_CUDA="1", **asked)
+    assert result.returncode != 0
+    assert "no more disk" in result.stderr
+    told = next(line for line in result.stderr.splitlines() if f"{program} -std" in line)
+    assert set(re.findall(r"code=\[[^]]*\]|-DFUSEDRNN_CUDA_TIMEOUT=", told)) == set(expected)
+
+
 @pytest.mark.compiles
 @pytest.mark.skipif(nvcc() is None, reason="nvcc is not here: the CUDA library is not built")
 @pytest.mark.timeout(900)

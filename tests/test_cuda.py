@@ -195,6 +195,78 @@ def test_gradcheck(options):
         assert torch.autograd.gradgradcheck(run, inputs[:3])
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("options", [{}, {**EVERYTHING, "proj_size": 5}, {"bias": False, "hx": False}], ids=str)
+def test_gates_computed_again(options, dtype, monkeypatch):
+    monkeypatch.setenv("FUSEDRNN_RESERVE", "recompute")
+    check(Case(4, 3, 7, 14, dtype=dtype, **options))
+
+
+def kept():
+    """Bytes that the backward of two bidirectional layers is left with beside inputs, outputs and weights; and those
+    of one number for each step, layer, direction and hidden unit."""
+    T, B, H, layers = 5, 3, 8, 2
+    lstm = fusedrnn.LSTM(4, H, layers, bidirectional=True, dtype=BF16, device=DEVICE)
+    saved = {}
+
+    def keep(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    x = torch.randn(T, B, 4, dtype=BF16, device=DEVICE)
+    with fusedrnn.use_backend("cuda"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        lstm(x)
+    shapes = {(T, B, 4), (T, B, 2 * H), *(tuple(w.shape) for w in lstm.parameters())}
+    beside = [t for t in saved.values() if tuple(t.shape) not in shapes]
+    states = [t for t in saved.values() if tuple(t.shape) == (T, B, 2 * H)]
+    assert len(states) == 2 * layers  # the y of a layer has the shape of its c
+    return sum(t.nbytes for t in [*beside, *states[layers:]]), 2 * layers * T * B * H * BF16.itemsize
+
+
+def test_what_is_kept_for_the_backward(monkeypatch):
+    """The gates and c, 5 H a step, layer and direction; c alone where the gates are computed again."""
+    bytes_, one = kept()
+    assert bytes_ == 5 * one
+    monkeypatch.setenv("FUSEDRNN_RESERVE", "recompute")
+    bytes_, one = kept()
+    assert bytes_ == one
+
+
+def test_a_backward_takes_what_its_forward_left(monkeypatch):
+    lstm = fusedrnn.LSTM(3, 4, dtype=F64, device=DEVICE)
+    x = torch.randn(5, 2, 3, dtype=F64, device=DEVICE)
+    grads = []
+    with fusedrnn.use_backend("cuda"):
+        for now, later in (("gates", "gates"), ("gates", "recompute"), ("recompute", "gates")):
+            monkeypatch.setenv("FUSEDRNN_RESERVE", now)
+            y, _ = lstm(x)
+            monkeypatch.setenv("FUSEDRNN_RESERVE", later)
+            grads.append(torch.autograd.grad(y.square().sum(), [*lstm.parameters()]))
+    for first, *others in zip(*grads, strict=True):
+        for other in others:
+            torch.testing.assert_close(other, first, rtol=1e-12, atol=1e-12)
+
+
+def test_unknown_reserve(monkeypatch):
+    monkeypatch.setenv("FUSEDRNN_RESERVE", "everything")
+    with pytest.raises(ValueError, match="FUSEDRNN_RESERVE must be one of gates, recompute, got 'everything'"):
+        torch.ops.fusedrnn.cuda_forward(*operator_arguments())
+
+
+@gpu_only
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_no_more_is_kept_than_cudnn_keeps(dtype):
+    """cuDNN's reserve is a tensor of bytes among what autograd keeps for the backward of nn.LSTM."""
+    T, B, H = 50, 16, 256
+    lstm = torch.nn.LSTM(64, H, 2, bidirectional=True, dtype=dtype, device=DEVICE)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        lstm(torch.randn(T, B, 64, dtype=dtype, device=DEVICE))
+    reserve = max(t.nbytes for t in kept if t.dtype == torch.uint8)
+    intermediate = T * B * 2 * H * dtype.itemsize  # the output of the first layer, which cuDNN has in its reserve
+    assert 2 * 2 * T * B * 5 * H * dtype.itemsize + intermediate <= reserve
+
+
 def operator_arguments(T=3, B=2, I=5, H=4, D=2):
     weights = [
         w.to(DEVICE)
@@ -259,8 +331,10 @@ def test_one_launch_a_pass(monkeypatch):
     assert xg is gates
 
 
+@pytest.mark.parametrize("reserve", ["gates", "recompute"])
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiled(dynamic):
+def test_compiled(dynamic, reserve, monkeypatch):
+    monkeypatch.setenv("FUSEDRNN_RESERVE", reserve)
     lstm = fusedrnn.CompilableLSTM(3, 4, dtype=F64, device=DEVICE)
     x = torch.randn(5, 2, 3, dtype=F64, device=DEVICE, requires_grad=True)
     with fusedrnn.use_backend("cuda"):

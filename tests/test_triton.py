@@ -118,6 +118,13 @@ def test_options_in_16_bits(name, dtype):
     check(Case(5, 3, 7, 30, dtype=dtype, **OPTIONS[name]))
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("options", [{}, {**EVERYTHING, "proj_size": 5}, {"bias": False, "hx": False}], ids=str)
+def test_gates_computed_again(options, dtype, monkeypatch):
+    monkeypatch.setenv("FUSEDRNN_RESERVE", "recompute")
+    check(Case(4, 3, 7, 14, dtype=dtype, **options))
+
+
 PLAIN, PROJECTED = {}, {**EVERYTHING, "proj_size": 32}
 
 
