@@ -28,6 +28,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NamedTuple
 
 from .kernels.device import A100, B200, DEVICES, H100, H200, RTX4090, Device, Shape, cdiv, most_alike, power_of_2
@@ -61,13 +62,15 @@ COSTS = {
 }
 
 
+@lru_cache
 def costs_of(device: Device) -> Costs:
-    """The costs of a device, or those of the most alike."""
+    """The costs of a device, or those of the most alike; a cluster of 16 is for the generations where it is known."""
     known = COSTS.get(device.name)
     if known is not None:
         return known
-    like = COSTS[most_alike(device.capability).name]
-    return like._replace(widest=min(like.widest, 8), measured=False)
+    like = most_alike(device.capability)
+    same = device.capability // 10 == like.capability // 10
+    return COSTS[like.name]._replace(widest=COSTS[like.name].widest if same else min(COSTS[like.name].widest, 8))
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ class Plan:
     shared: int = 0  # bytes of shared memory of a block
     step: float = 0.0  # predicted
     launch: float = 0.0  # predicted, for all steps
-    measured: bool = False  # whether the prediction is from constants measured on this device
+    costs: str = ""  # which the prediction is from
     inputs: bool = False  # whether the launch multiplies x with w_ih; none does, a GEMM comes before
 
     @property
@@ -111,8 +114,7 @@ class Plan:
         where = "in part streamed from L2" if self.streamed else "kept on the chip"
         return (
             f"{self.groups} groups of {self.blocks} blocks, {how}, {self.rows} rows, {self.tiles} x {self.splits} "
-            f"warps, weights {where}, {self.shared // 1024} KiB, {self.step:.2f} us a step predicted from "
-            f"{'measured' if self.measured else 'estimated'} costs"
+            f"warps, weights {where}, {self.shared // 1024} KiB, {self.step:.2f} us a step predicted from {self.costs}"
         )
 
 
@@ -163,6 +165,7 @@ class Needs(NamedTuple):
     streamed: tuple[int, int]  # K blocks that a warp loads again at every step
 
 
+@lru_cache(maxsize=1024)
 def products(kernel: str, shape: Shape, math: str) -> list[Product]:
     """The product with w_hh, and where there is a projection that with w_hr."""
     size, forward = _STORAGE[math], kernel == "forward"
@@ -352,7 +355,14 @@ def _predicted(kernel: str, shape: Shape, device: Device, p: Plan) -> Plan:
     rounds = cdiv(cdiv(shape.B, p.rows), p.groups) * cdiv(shape.D * p.groups, running)
     weights = sum(taken.packed) * p.groups / device.l2
     launch = _BEFORE + weights + shape.T * rounds * step
-    return replace(p, step=step, launch=launch, measured=device.measured and costs.measured)
+    return replace(p, step=step, launch=launch, costs=_described(device))
+
+
+@lru_cache
+def _described(device: Device) -> str:
+    """Where the costs of a device are from."""
+    like = device.name if device.name in COSTS else most_alike(device.capability).name
+    return f"costs {'measured' if COSTS[like].measured else 'estimated'} for {like}"
 
 
 def predictions(device: Device) -> str:

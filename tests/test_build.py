@@ -164,6 +164,26 @@ def test_what_nvcc_is_told(checkout, tmp_path, known, environment, expected):
     assert set(re.findall(r"code=\[[^]]*\]|-DFUSEDRNN_CUDA_TIMEOUT=", told)) == set(expected)
 
 
+STUB = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }'
+WITH_STUB = """
+import ctypes, sys
+import torch, fusedrnn
+ctypes.CDLL(sys.argv[1], ctypes.RTLD_GLOBAL)
+torch.ops.load_library(sys.argv[2])
+assert torch.ops.fusedrnn.cuda_device_type() == "cuda"
+print(torch.ops.fusedrnn.cuda_obstacle(0))
+"""
+
+
+def obstacle_without_a_gpu(library):
+    """What the library says, loaded by a torch without CUDA to which the one symbol that it lacks is given."""
+    stub = library.with_name("stub.so")
+    compile = [os.environ.get("CXX", "c++"), "-shared", "-fPIC", "-x", "c++", "-", "-o", stub]
+    subprocess.run(compile, input=STUB, text=True, check=True)
+    command = [sys.executable, "-c", WITH_STUB, str(stub), str(library)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 @pytest.mark.compiles
 @pytest.mark.skipif(nvcc() is None, reason="nvcc is not here: the CUDA library is not built")
 @pytest.mark.timeout(900)
@@ -193,6 +213,7 @@ def test_the_cuda_library(checkout):
         )  # fmt: skip
         assert "undefined symbol: aoti_torch_get_current_cuda_stream" in loaded.stdout
         assert torch.__version__ in loaded.stdout
+        assert "no NVIDIA driver" in obstacle_without_a_gpu(library)
 
 
 def test_sdist_holds_what_a_build_needs_and_no_top_level_kernels_package_is_installed(checkout):

@@ -359,7 +359,7 @@ def test_explain_shows_both_plans():
     assert explanation.backend == "cuda"
     assert "forward: 1 groups of" in explanation.plan
     assert "backward: 1 groups of" in explanation.plan
-    assert "us a step predicted from estimated costs" in explanation.plan
+    assert "us a step predicted from costs" in explanation.plan
 
 
 def test_auto_does_not_choose_it():

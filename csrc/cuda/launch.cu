@@ -102,6 +102,7 @@ std::string obstacle(int device) {
   };
   int driver = 0, major = 0, minor = 0;
   FUSEDRNN_CALL(cudaDriverGetVersion, &driver);
+  if (driver == 0) return "there is no NVIDIA driver";
   if (driver / 1000 < CUDART_VERSION / 1000) {
     return "it was built with CUDA " + release(CUDART_VERSION) + ", and the driver is one of CUDA " + release(driver);
   }
@@ -148,8 +149,9 @@ std::string room(Pass pass, const Sizes& sizes, const Plan& plan, Room* room) {
   const Configuration configuration(pass, sizes, plan, nullptr);
   if (std::string failed = prepare(kernel, configuration, plan); !failed.empty()) return failed;
   if (cluster) {
-    FUSEDRNN_CALL(cudaOccupancyMaxActiveClusters, &room->groups, kernel, &configuration.launch);
-    return {};
+    const cudaError_t error = cudaOccupancyMaxActiveClusters(&room->groups, kernel, &configuration.launch);
+    const std::string failed = failure("cudaOccupancyMaxActiveClusters", error);
+    return error == cudaErrorInvalidClusterSize ? std::string() : failed;  // there is no room for such a cluster
   }
   int blocks = 0;
   FUSEDRNN_CALL(cudaOccupancyMaxActiveBlocksPerMultiprocessor, &blocks, kernel, threads(plan),

@@ -3,8 +3,9 @@
 // Letters: T time, B batch, H hidden, P projection (P = H without one), D directions. S is the dtype tensors are stored
 // in, A the dtype of the arithmetic: double for double, else float. Every pointer is to device memory, owned by the
 // caller, and contiguous and row-major in the shape given beside it unless a Strides stands next to it. No two pointers
-// may alias. A null pointer where "or null" stands means zeros for an input and "not wanted" for an output. Outputs are
-// written in full, and need not be initialised.
+// may alias, but xg and gates of one type and layout: a thread writes of gates what it has read of xg. A null pointer
+// where "or null" stands means zeros for an input and "not wanted" for an output. Outputs are written in full, and need
+// not be initialised.
 //
 // A launch is the recurrence alone. Before it the caller computes xg, the input's affine map of all steps, as one
 // matrix product; after a backward launch dx, dw and db, as matrix products with da.
