@@ -96,15 +96,19 @@ def _unplanned(name: str, problem: Problem) -> str | None:
     reason = _dtype_unsupported(problem)
     if reason is None and not torch.compiler.is_compiling() and problem.B > 0:
         try:
-            _gpu_plan(name, problem)
+            _gpu_plans(name, problem)
         except ValueError as error:
             return str(error)
     return reason
 
 
 def _gpu_plan(name: str, problem: Problem) -> str:
+    return "; ".join(f"{kernel}: {plan}" for kernel, plan in _gpu_plans(name, problem).items())
+
+
+def _gpu_plans(name: str, problem: Problem) -> dict[str, Any]:
     p = problem
-    return ops.gpu_plan(name, p.T, p.B, p.I, p.H, p.P, p.D, p.dtype, p.lengths or p.reset or p.packed, p.device)
+    return ops.gpu_plans(name, p.T, p.B, p.I, p.H, p.P, p.D, p.dtype, p.lengths or p.reset or p.packed, p.device)
 
 
 def _cpu_plan(problem: Problem) -> str:

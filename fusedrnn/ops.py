@@ -173,24 +173,26 @@ def _define_gpu(backend: str) -> None:
         _library.impl(f"{backend}_backward", backward, key)
 
 
-def gpu_plan(
+def gpu_plans(
     backend: str, T: int, B: int, I: int, H: int, P: int, D: int, dtype: torch.dtype, ragged: bool, device: str
-) -> str:
-    """The plans of "cuda" or "triton" for one layer, forward and backward.
+) -> dict[str, Any]:
+    """The plans of "cuda" or "triton" for one layer: "forward" and "backward".
 
     Raises:
         ValueError: there is none that fits the GPU; or FUSEDRNN_FP32 is unknown, or not what the backend can do.
     """
     launch = _launches(backend)
     shape = launch.Shape(T, B, I, H, P, D, dtype.itemsize, gpu.fp32_precision(), ragged)
-    plans = (f"{kernel}: {launch.plan_for(kernel, shape, torch.device(device))}" for kernel in ("forward", "backward"))
-    return "; ".join(plans)
+    return {kernel: launch.plan_for(kernel, shape, torch.device(device)) for kernel in ("forward", "backward")}
 
 
 def _no_gpu() -> str | None:
     """Why no kernel of ours can run on a GPU here, or None."""
-    if not torch.cuda.is_available():
-        return "torch finds no GPU"
+    return _unfit_gpus() if torch.cuda.is_available() else "torch finds no GPU"
+
+
+@cache
+def _unfit_gpus() -> str | None:
     if torch.version.hip is not None:
         return "its kernels are written for NVIDIA GPUs"
     if all(torch.cuda.get_device_capability(k) < (8, 0) for k in range(torch.cuda.device_count())):
