@@ -200,6 +200,12 @@ def _unfit_gpus() -> str | None:
     return None
 
 
+def _constant(function: Any) -> Any:
+    """As torch.compiler.assume_constant_result does it, which would load the compiler: calls are not traced."""
+    function._dynamo_marked_constant = True
+    return function
+
+
 _define_gpu("triton")
 
 
@@ -213,6 +219,7 @@ def _triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@_constant
 def triton_unavailable() -> str | None:
     """Why the Triton kernels cannot run here, or None. Does not load Triton."""
     if not _triton_installed():
@@ -265,12 +272,6 @@ def _load(name: str) -> str | None:
 
 cpu_unavailable = _load("cpu")
 _cuda_unloaded = _load("cuda")
-
-
-def _constant(function: Any) -> Any:
-    """As torch.compiler.assume_constant_result does it, which would load the compiler: calls are not traced."""
-    function._dynamo_marked_constant = True
-    return function
 
 
 @_constant

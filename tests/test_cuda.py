@@ -416,9 +416,29 @@ class Launch:
     def tensor(self, *shape, dtype=F32):
         return torch.zeros(shape, dtype=dtype, device=DEVICE)
 
-    def run(self, **changes):
+    def arguments(self, **changes):
         names = ["plan", "xg", "w_hh", "w_hr", "h0", "c0", "lengths", "reset", "y", "hn", "cn", "c", "gates"]
-        torch.ops.fusedrnn.cuda_launch_forward(*[{**vars(self), **changes}[name] for name in names])
+        return tuple({**vars(self), **changes}[name] for name in names)
+
+    def run(self, **changes):
+        torch.ops.fusedrnn.cuda_launch_forward(*self.arguments(**changes))
+
+
+def test_operators_of_the_library_pass_opcheck():
+    """They change what their schemas say and nothing else, and are registered for autograd as they should be."""
+    op, launch, t = torch.ops.fusedrnn, Launch(), Launch().tensor
+    utils = ("test_schema", "test_autograd_registration")
+    all_states = {"h0": t(1, 2, 8), "c0": t(1, 2, 8), "c": t(3, 2, 8), "gates": t(1, 3, 2, 32)}
+    all_states |= {"lengths": t(2, dtype=torch.int64), "reset": t(3, 2, dtype=torch.bool)}
+    for changes in ({}, all_states):
+        torch.library.opcheck(op.cuda_launch_forward, launch.arguments(**changes), test_utils=utils[:1])
+    plan = cuda.plan_for("backward", cuda.Shape(3, 2, 1, 8, 8, 1, 4, "ieee"), torch.device(DEVICE)).fields
+    given = (t(3, 2, 8), t(1, 2, 8), t(1, 2, 8), t(3, 2, 8), [t(32, 8)], [], t(1, 2, 8), None, None)
+    made = (t(3, 2, 8), t(1, 3, 2, 32), t(1, 3, 2, 32), None, None, t(1, 2, 8), t(1, 2, 8))
+    torch.library.opcheck(op.cuda_launch_backward, (plan, *given, *made), test_utils=utils[:1])
+    room = (0, 0, [3, 2, 8, 8, 1, 0], launch.plan)
+    for name, arguments in (("room", room), ("obstacle", (0,)), ("device_type", ())):
+        torch.library.opcheck(getattr(op, f"cuda_{name}").default, arguments, test_utils=utils)
 
 
 def test_the_library_checks_what_memory_safety_needs():
