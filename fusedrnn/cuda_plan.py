@@ -118,7 +118,7 @@ class Plan:
         )
 
 
-# --------------------------------------------------------------------------------- the arithmetic of csrc/cuda/plan.h
+# The arithmetic of csrc/cuda/plan.h.
 
 _K_BLOCK = 64  # bytes of an operand's row
 _COLUMNS = 8  # batch rows of a matrix instruction
@@ -215,7 +215,7 @@ def needs(kernel: str, shape: Shape, plan: Plan) -> Needs:
     return Needs(shared, exchanged, flags, (packed[0], packed[1]), (streamed[0], streamed[1]))
 
 
-# ------------------------------------------------------------------------------------------------- what can be chosen
+# What can be chosen.
 
 _RESERVED_SHARED = 1024  # bytes that the driver takes beside each block's
 _REGISTERS = 65536  # of a multiprocessor; a thread has 256 of them, at the most
@@ -316,7 +316,7 @@ def _fitted(kernel: str, shape: Shape, device: Device, bare: Plan) -> Plan | Non
     return replace(plan, groups=groups) if groups > 0 else None
 
 
-# ---------------------------------------------------------------------------------------------------- what it will take
+# What it will take.
 
 _L2_PER_CLOCK, _SHARED_PER_CLOCK, _PEER_PER_CLOCK = 64, 128, 32  # bytes, per multiprocessor
 _MMA_LATENCY = {"bf16": 33, "fp16": 33, "tf32": 25}  # clocks from a matrix instruction to one that needs its result

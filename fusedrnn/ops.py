@@ -155,11 +155,16 @@ def _launches(backend: str) -> ModuleType:
 
 
 def _define_gpu(backend: str) -> None:
-    """Operators by gpu.py. Those on the CPU are for Triton's interpreter, and for the host build of csrc/cuda."""
+    """Operators by gpu.py. Those on the CPU are for Triton's interpreter, and for the host build of csrc/cuda.
 
+    They are not differentiable, so nothing inside them is: an exported program calls them with grad mode on.
+    """
+
+    @torch.no_grad()
     def forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         return gpu.forward(_launches(backend), x, *arguments)
 
+    @torch.no_grad()
     def backward(dy: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
         return gpu.backward(_launches(backend), dy, *arguments)
 

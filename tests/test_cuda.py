@@ -347,6 +347,16 @@ def test_compiled(dynamic, reserve, monkeypatch):
         assert torch.equal(a, b)
 
 
+def test_an_exported_program_runs_with_grad_mode_on():
+    lstm = fusedrnn.CompilableLSTM(3, 4, device=DEVICE)
+    x = torch.randn(5, 2, 3, device=DEVICE)
+    with fusedrnn.use_backend("cuda"):
+        program = torch.export.export(lstm, (x,)).module()
+        with torch.no_grad():
+            expected = lstm(x)[0]
+    assert torch.equal(program(x)[0].detach(), expected)
+
+
 def problem(**changes):
     return dispatch.Problem(
         **{"device": DEVICE, "dtype": F32, "T": 2, "B": 2, "I": 3, "H": 4, "P": 4, "D": 1, **changes}
@@ -425,20 +435,19 @@ class Launch:
 
 
 def test_operators_of_the_library_pass_opcheck():
-    """They change what their schemas say and nothing else, and are registered for autograd as they should be."""
+    """They change what their schemas say, and nothing else."""
     op, launch, t = torch.ops.fusedrnn, Launch(), Launch().tensor
-    utils = ("test_schema", "test_autograd_registration")
     all_states = {"h0": t(1, 2, 8), "c0": t(1, 2, 8), "c": t(3, 2, 8), "gates": t(1, 3, 2, 32)}
     all_states |= {"lengths": t(2, dtype=torch.int64), "reset": t(3, 2, dtype=torch.bool)}
     for changes in ({}, all_states):
-        torch.library.opcheck(op.cuda_launch_forward, launch.arguments(**changes), test_utils=utils[:1])
+        torch.library.opcheck(op.cuda_launch_forward, launch.arguments(**changes), test_utils="test_schema")
     plan = cuda.plan_for("backward", cuda.Shape(3, 2, 1, 8, 8, 1, 4, "ieee"), torch.device(DEVICE)).fields
     given = (t(3, 2, 8), t(1, 2, 8), t(1, 2, 8), t(3, 2, 8), [t(32, 8)], [], t(1, 2, 8), None, None)
     made = (t(3, 2, 8), t(1, 3, 2, 32), t(1, 3, 2, 32), None, None, t(1, 2, 8), t(1, 2, 8))
-    torch.library.opcheck(op.cuda_launch_backward, (plan, *given, *made), test_utils=utils[:1])
+    torch.library.opcheck(op.cuda_launch_backward, (plan, *given, *made), test_utils="test_schema")
     room = (0, 0, [3, 2, 8, 8, 1, 0], launch.plan)
     for name, arguments in (("room", room), ("obstacle", (0,)), ("device_type", ())):
-        torch.library.opcheck(getattr(op, f"cuda_{name}").default, arguments, test_utils=utils)
+        torch.library.opcheck(getattr(op, f"cuda_{name}").default, arguments, test_utils="test_schema")
 
 
 def test_the_library_checks_what_memory_safety_needs():

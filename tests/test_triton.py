@@ -306,6 +306,16 @@ def test_explain_shows_both_plans():
     assert "us a step predicted" in explanation.plan
 
 
+def test_an_exported_program_runs_with_grad_mode_on():
+    lstm = fusedrnn.CompilableLSTM(3, 4, device=DEVICE)
+    x = torch.randn(5, 2, 3, device=DEVICE)
+    with fusedrnn.use_backend("triton"):
+        program = torch.export.export(lstm, (x,)).module()
+        with torch.no_grad():
+            expected = lstm(x)[0]
+    assert torch.equal(program(x)[0].detach(), expected)
+
+
 def problem(**changes):
     return dispatch.Problem(
         **{"device": DEVICE, "dtype": F32, "T": 2, "B": 2, "I": 3, "H": 4, "P": 4, "D": 1, **changes}
