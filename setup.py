@@ -206,7 +206,8 @@ class BuildNative(BuildExtension):
             objects = list(pool.map(compile, sources))
         ext.library_dirs += library_folders(nvcc)
         version = re.search(r"release ([\d.]+)", output_of(nvcc, "--version")).group(1)
-        self.info["cuda"] = {"nvcc": version, "architectures": [name + "+PTX" * ptx for name, ptx in chosen]}
+        built_for = [name + "+PTX" * ptx for name, ptx in chosen]
+        self.info["cuda"] = {"nvcc": version, "architectures": built_for, "flags": NVCC_FLAGS}
         return objects
 
     def _compiler(self):

@@ -11,8 +11,8 @@ from fusedrnn.kernels.device import A100, B200, DEVICES, H100, H200, RTX4090, Sh
 from fusedrnn import cuda_plan as planner
 from fusedrnn.cuda_plan import COSTS, EXCHANGES, MATHS
 
-HIDDEN = (1, 30, 64, 128, 200, 512, 650, 768, 1024, 2048)
-BATCHES = (1, 8, 17, 64, 5000)
+HIDDEN = (1, 30, 128, 512, 650, 1024, 2048)
+BATCHES = (1, 17, 5000)
 KINDS = ((2, "tf32"), (4, "tf32"), (4, "ieee"), (8, "ieee"))
 
 
