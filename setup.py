@@ -3,7 +3,15 @@
 Environment:
     FUSEDRNN_BUILD_CPU=0|1   leave the CPU library out | fail if it cannot be built (by default it is left out then,
                              and fusedrnn.backends() says why)
-    FUSEDRNN_SANITIZE=LIST   for instance address,undefined: a build for tests
+    FUSEDRNN_BUILD_CUDA=0|1  the same for the CUDA library; by default it is built where torch has CUDA and nvcc is
+                             there. 1 builds it against any torch, on a machine without a GPU as well
+    TORCH_CUDA_ARCH_LIST     what to compile the CUDA kernels for, by default "8.0;9.0a;10.0+PTX"; "8.0;9.0+PTX" where
+                             nvcc does not know 10.0
+    CUDA_HOME                where nvcc is, if it is not in PATH
+    MAX_JOBS                 CUDA sources that are compiled at the same time, by default one for each processor
+    FUSEDRNN_CUDA_DEBUG=1    a CUDA kernel in which a block waits for more than some seconds prints which one and for
+                             what, and ends with an error instead of hanging
+    FUSEDRNN_SANITIZE=LIST   for instance address,undefined: a build of the CPU library for tests
 """
 
 import json
@@ -12,7 +20,9 @@ import platform
 import re
 import shlex
 import shutil
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import setup
@@ -44,9 +54,64 @@ if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS["kernels_avx2.cpp"] = ["-mavx2", "-mfma"]
     ISA_FLAGS["kernels_avx512.cpp"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
 
+NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
+if os.environ.get("FUSEDRNN_CUDA_DEBUG") == "1":
+    NVCC_FLAGS.append("-DFUSEDRNN_CUDA_TIMEOUT=10000000000LL")  # clock cycles: five seconds at 2 GHz
+OLDEST_ARCHITECTURE = 80
+
+
+def find_nvcc():
+    """The path of nvcc, or None."""
+    folders = [os.path.join(os.environ[name], "bin") for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    return (
+        shutil.which("nvcc", path=os.pathsep.join(folders))
+        if folders
+        else shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    )
+
+
+def output_of(*command):
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise RuntimeError(f"{shlex.join(command)} failed:\n{result.stdout}{result.stderr}")
+    return result.stdout + result.stderr
+
+
+def architectures(nvcc):
+    """What to compile for, as ("90a", with PTX or not): what TORCH_CUDA_ARCH_LIST names and the kernels can run on."""
+    named = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    if not named:
+        known = output_of(nvcc, "--list-gpu-arch").split()
+        named = "8.0;9.0a;10.0+PTX" if "compute_100" in known else "8.0;9.0+PTX"
+    found = []
+    for name in re.split(r"[;,\s]+", named.strip()):
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name)
+        if match is None:
+            raise RuntimeError(f"TORCH_CUDA_ARCH_LIST has {name!r}: expected numbers such as 9.0, 9.0a or 9.0+PTX")
+        major, minor, suffix, ptx = match.groups()
+        if int(major + minor) >= OLDEST_ARCHITECTURE:
+            found.append((major + minor + suffix, ptx is not None))
+    if not found:
+        raise RuntimeError(f"the CUDA kernels need an architecture of 8.0 or later, TORCH_CUDA_ARCH_LIST has {named}")
+    return found
+
+
+def code_flags(architectures):
+    flags = []
+    for name, ptx in architectures:
+        codes = [f"sm_{name}", *([f"compute_{name}"] if ptx else [])]
+        flags.append(f"-gencode=arch=compute_{name},code=[{','.join(codes)}]")
+    return flags
+
+
+def library_folders(nvcc):
+    """Where nvcc would have the linker look for its libraries."""
+    line = re.search(r"LIBRARIES=(.*)", output_of(nvcc, "-dryrun", "-x", "cu", "-o", os.devnull, os.devnull))
+    return [flag.removeprefix("-L") for flag in shlex.split(line.group(1)) if not flag.endswith("stubs")]
+
 
 class BuildNative(BuildExtension):
-    """Compiles each kernel file with its own flags; leaves the library out, with the reason, if it cannot be built."""
+    """Builds each library in its own way; leaves one out, with the reason, if it cannot be built."""
 
     def finalize_options(self):
         super().finalize_options()
@@ -54,33 +119,56 @@ class BuildNative(BuildExtension):
         self.build_temp = str(ROOT / "build" / ("sanitized" if SANITIZE else "objects"))
 
     def run(self):
-        self.failures = {}
+        self.failures, self.info = {}, {}
         super().run()
         info = {
             "torch": torch.__version__,
             "compiler": self._compiler(),
             "flags": FLAGS,
             "isa": [Path(name).stem.removeprefix("kernels_") for name in ISA_FLAGS],
+            **self.info,
         }
         target = Path(self.get_ext_fullpath("fusedrnn._cpu")).parent / "_build.json"
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps({**info, "failures": self.failures}, indent=2) + "\n")
 
     def build_extensions(self):
+        wanted = {library_name(ext): not_wanted(library_name(ext)) for ext in self.extensions}
+        self.failures |= {name: why for name, why in wanted.items() if why is not None}
+        self._drop_failures()
+        if not self.extensions:
+            return
         try:
             compiler = shlex.split(get_cxx_compiler())[0]
             if shutil.which(compiler) is None:
                 raise RuntimeError(f"there is no C++ compiler: {compiler} was not found")
             super().build_extensions()
         except Exception as error:
-            if os.environ.get("FUSEDRNN_BUILD_CPU") == "1":
+            if any(asked_for(library_name(ext)) == "1" for ext in self.extensions):
                 raise
-            reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-            self.failures["cpu"] = f"the build failed ({reason})"
-            print(f"fusedrnn: the CPU library is left out: {self.failures['cpu']}", file=sys.stderr)
-            self.extensions.clear()
+            for ext in self.extensions:
+                self._leave_out(ext, error)
+        self._drop_failures()
 
     def build_extension(self, ext):
+        try:
+            ext.extra_objects = self._cpu_objects() if library_name(ext) == "cpu" else self._cuda_objects(ext)
+            super().build_extension(ext)
+        except Exception as error:
+            self._leave_out(ext, error)
+
+    def _drop_failures(self):
+        self.extensions[:] = [ext for ext in self.extensions if library_name(ext) not in self.failures]
+
+    def _leave_out(self, ext, error):
+        name = library_name(ext)
+        if asked_for(name) == "1":
+            raise error
+        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        self.failures[name] = f"the build failed ({reason})"
+        print(f"fusedrnn: the {name.upper()} library is left out: {self.failures[name]}", file=sys.stderr)
+
+    def _cpu_objects(self):
         objects = []
         for source, flags in ISA_FLAGS.items():
             objects += self.compiler.compile(
@@ -89,28 +177,80 @@ class BuildNative(BuildExtension):
                 extra_postargs={"cxx": FLAGS + flags},
                 depends=[str(path) for path in Path("csrc/cpu").glob("*.h")],
             )
-        ext.extra_objects = objects
-        super().build_extension(ext)
+        return objects
+
+    def _cuda_objects(self, ext):
+        """The kernels, by nvcc itself: torch's own build of .cu files refuses to work for a torch without CUDA."""
+        nvcc = find_nvcc()
+        if nvcc is None:
+            raise RuntimeError("nvcc was not found: it is neither in PATH nor in CUDA_HOME")
+        chosen = architectures(nvcc)
+        sources = sorted(Path("csrc/cuda").glob("*.cu"))
+        jobs = int(os.environ.get("MAX_JOBS", 0)) or os.cpu_count() or 1
+        threads = ["--threads", str(max(1, min(len(chosen), jobs // len(sources))))]
+        command = [nvcc, *NVCC_FLAGS, *code_flags(chosen)]
+        folder = Path(self.build_temp) / "cuda"
+        folder.mkdir(parents=True, exist_ok=True)
+        newest = max(path.stat().st_mtime for path in Path("csrc/cuda").glob("*") if path.suffix in (".h", ".cuh"))
+
+        def compile(source):
+            target, made_by = folder / f"{source.stem}.o", folder / f"{source.stem}.command"
+            fresh = target.is_file() and target.stat().st_mtime > max(newest, source.stat().st_mtime)
+            if not (fresh and made_by.is_file() and made_by.read_text() == shlex.join(command)):
+                made_by.unlink(missing_ok=True)
+                output_of(*command, *threads, "-c", str(source), "-o", str(target))
+                made_by.write_text(shlex.join(command))
+            return str(target)
+
+        with ThreadPoolExecutor(jobs) as pool:
+            objects = list(pool.map(compile, sources))
+        ext.library_dirs += library_folders(nvcc)
+        version = re.search(r"release ([\d.]+)", output_of(nvcc, "--version")).group(1)
+        built_for = [name + "+PTX" * ptx for name, ptx in chosen]
+        self.info["cuda"] = {"nvcc": version, "architectures": built_for, "flags": NVCC_FLAGS}
+        return objects
 
     def _compiler(self):
         command = getattr(getattr(self, "compiler", None), "compiler_cxx", None)
         return " ".join(command) if command else None
 
 
-def extensions():
-    if os.environ.get("FUSEDRNN_BUILD_CPU") == "0":
-        return []
-    return [
-        CppExtension(
-            "fusedrnn._cpu",
-            ["csrc/cpu_ops.cpp", "csrc/cpu/instruction_sets.cpp"],
-            depends=[str(path) for path in Path("csrc/cpu").glob("*.h")],
-            extra_compile_args={"cxx": FLAGS},
-            extra_link_args=[f"-fsanitize={SANITIZE}"] if SANITIZE else [],
-            py_limited_api=True,
-        )
-    ]
+def library_name(ext):
+    """cpu or cuda."""
+    return ext.name.removeprefix("fusedrnn._")
 
+
+def asked_for(name):
+    return os.environ.get(f"FUSEDRNN_BUILD_{name.upper()}", "")
+
+
+def not_wanted(name):
+    """Why a library is not even tried, or None."""
+    if asked_for(name) == "0":
+        return f"FUSEDRNN_BUILD_{name.upper()} was 0"
+    if name == "cuda" and asked_for(name) != "1":
+        if torch.version.cuda is None:
+            return f"torch {torch.__version__} is without CUDA; FUSEDRNN_BUILD_CUDA=1 builds it all the same"
+        if find_nvcc() is None:
+            return "nvcc was not found: it is neither in PATH nor in CUDA_HOME"
+    return None
+
+
+def extension(name):
+    folder = Path("csrc") / name
+    return CppExtension(
+        f"fusedrnn._{name}",
+        [f"csrc/{name}_ops.cpp", *(["csrc/cpu/instruction_sets.cpp"] if name == "cpu" else [])],
+        depends=[str(path) for path in folder.glob("*.h")],
+        extra_compile_args={"cxx": [*FLAGS, *(["-DUSE_CUDA"] if name == "cuda" else [])]},
+        extra_link_args=CUDA_LINK if name == "cuda" else [f"-fsanitize={SANITIZE}"] if SANITIZE else [],
+        py_limited_api=True,
+    )
+
+
+# The CUDA runtime is linked in, hidden: then the library needs none that is as new as its own, whatever CUDA the torch
+# that loads it is of. What it needs of torch's CUDA part is found through libtorch.so, which has no symbol of its own.
+CUDA_LINK = ["-Wl,--exclude-libs,ALL", "-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--no-as-needed", "-ltorch"]
 
 setup(
     version=VERSION,
@@ -118,7 +258,7 @@ setup(
     packages=["fusedrnn", "fusedrnn.benchmarks", "fusedrnn.kernels"],
     package_dir={"fusedrnn.benchmarks": "benchmarks", "fusedrnn.kernels": "kernels"},
     package_data={"fusedrnn": ["py.typed"]},
-    ext_modules=extensions(),
+    ext_modules=[extension("cpu"), extension("cuda")],
     cmdclass={"build_ext": BuildNative},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -66,29 +67,48 @@ def _dtype_unsupported(problem: Problem) -> str | None:
     return None
 
 
+def _cuda_unsupported(problem: Problem) -> str | None:
+    if problem.device != ops.cuda_device_type():
+        return f"it computes on a GPU, and the input is on {problem.device}"
+    return _unproven("cuda") or _unplanned("cuda", problem)
+
+
 def _triton_unsupported(problem: Problem) -> str | None:
     interpreted = ops.triton_interpreted()
     if problem.device != ("cpu" if interpreted else "cuda"):
         where = "on the CPU, in its interpreter" if interpreted else "on a GPU"
         return f"it computes {where}, and the input is on {problem.device}"
-    if _forced != "triton":
-        if interpreted:
-            return "its interpreter is for tests: it runs where it is asked for by name"
-        return "no run of it on a GPU is on record yet: it runs where it is asked for by name"
-    if problem.dtype == torch.float64:
+    if interpreted and _forced != "triton":
+        return "its interpreter is for tests: it runs where it is asked for by name"
+    if problem.dtype == torch.float64 and _forced == "triton":
         return "it computes float32, bfloat16 and float16; float64 is left to torch and to the reference"
+    return _unproven("triton") or _unplanned("triton", problem)
+
+
+def _unproven(name: str) -> str | None:
+    if _forced != name:
+        return "no run of it on a GPU is on record yet: it runs where it is asked for by name"
+    return None
+
+
+def _unplanned(name: str, problem: Problem) -> str | None:
+    """Why a GPU backend has no plan for a problem, or None; of sizes that are symbols, the operator will tell."""
     reason = _dtype_unsupported(problem)
-    if reason is None and problem.B > 0:
+    if reason is None and not torch.compiler.is_compiling() and problem.B > 0:
         try:
-            _triton_plan(problem)
+            _gpu_plans(name, problem)
         except ValueError as error:
             return str(error)
     return reason
 
 
-def _triton_plan(problem: Problem) -> str:
+def _gpu_plan(name: str, problem: Problem) -> str:
+    return "; ".join(f"{kernel}: {plan}" for kernel, plan in _gpu_plans(name, problem).items())
+
+
+def _gpu_plans(name: str, problem: Problem) -> dict[str, Any]:
     p = problem
-    return ops.triton_plan(p.T, p.B, p.I, p.H, p.P, p.D, p.dtype, p.lengths or p.reset or p.packed, p.device)
+    return ops.gpu_plans(name, p.T, p.B, p.I, p.H, p.P, p.D, p.dtype, p.lengths or p.reset or p.packed, p.device)
 
 
 def _cpu_plan(problem: Problem) -> str:
@@ -99,13 +119,8 @@ def _cpu_plan(problem: Problem) -> str:
 TABLE = {
     backend.name: backend
     for backend in (
-        Backend(
-            "cuda",
-            lambda: "the kernels in csrc/cuda are not built into the package yet",
-            _dtype_unsupported,
-            lambda _: "",
-        ),
-        Backend("triton", ops.triton_unavailable, _triton_unsupported, _triton_plan),
+        Backend("cuda", ops.cuda_unavailable, _cuda_unsupported, partial(_gpu_plan, "cuda")),
+        Backend("triton", ops.triton_unavailable, _triton_unsupported, partial(_gpu_plan, "triton")),
         Backend("cpu", lambda: ops.cpu_unavailable, _cpu_unsupported, _cpu_plan),
         Backend("aten", lambda: None, _aten_unsupported, lambda _: "torch's own LSTM for this device"),
         Backend("reference", lambda: None, _dtype_unsupported, lambda _: "a Python loop over the time steps"),

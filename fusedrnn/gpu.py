@@ -1,6 +1,7 @@
 """What a GPU backend does around its launch: the GEMMs over all time steps, and what makes tensors fit the kernels.
 
-A backend's module supplies `plan_for`, `forward` and `backward` (kernels/launch.py). Its launch computes the
+A backend's module supplies `Shape`, `plan_for`, `forward` and `backward`: kernels/launch.py for Triton, cuda.py for the
+kernels in C++. Its launch computes the
 recurrence: from the input's affine maps xg to the states, and backward from the states' gradients to da, those of the
 gates' affine maps. Everything that has no recurrence in it is a GEMM before or after, by torch.
 """
@@ -21,6 +22,8 @@ from .reference import entering, existing
 
 FP32_VARIABLE = "FUSEDRNN_FP32"
 FP32_PRECISIONS = ("ieee", "tf32", "tf32x3")
+RESERVE_VARIABLE = "FUSEDRNN_RESERVE"
+RESERVES = ("gates", "recompute")
 
 
 def fp32_precision() -> str:
@@ -41,6 +44,22 @@ def fp32_precision() -> str:
         return override
     cudnn: Any = torch.backends.cudnn
     return "tf32" if cudnn.rnn.fp32_precision == "tf32" else "ieee"
+
+
+def reserve() -> str:
+    """What a forward keeps for its backward, beside its input, its output and c, in the environment's FUSEDRNN_RESERVE.
+
+    "gates", where it is not set: 4H numbers a step and direction. "recompute": none; the backward computes the gates
+    again, by one GEMM over all steps. A backward takes what its forward left, whatever the variable says by then;
+    torch.compile takes what it says while it traces.
+
+    Raises:
+        ValueError: FUSEDRNN_RESERVE is neither.
+    """
+    chosen = os.environ.get(RESERVE_VARIABLE, "") or "gates"
+    if chosen not in RESERVES:
+        raise ValueError(f"{RESERVE_VARIABLE} must be one of {', '.join(RESERVES)}, got {chosen!r}")
+    return chosen
 
 
 @contextmanager
@@ -75,17 +94,18 @@ def forward(
     lengths: Tensor | None,
     reset: Tensor | None,
     cell_states: bool,
-    reserve: bool,
+    for_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`ops.FORWARD_SCHEMA` by one launch; reserved are the gates [D, T, B, 4H]."""
+    """`ops.FORWARD_SCHEMA` by one launch; reserved are the gates [D, T, B, 4H], or nothing: see `reserve`."""
+    keep_gates = for_backward and reserve() == "gates"
     x, h0, c0, lengths, reset, *weights = _contiguous(x, h0, c0, lengths, reset, *weights)
     directions = split_directions(weights, bidirectional)
     (T, B, _), D, (P, H) = x.shape, len(directions), _sizes(directions)
     y, hn, cn = x.new_empty(T, B, D * P), x.new_empty(D, B, P), x.new_empty(D, B, H)
-    c = x.new_empty(T, B, D * H) if cell_states or reserve else None
+    c = x.new_empty(T, B, D * H) if cell_states or for_backward else None
     empty = x.new_empty(0)
     if B == 0:
-        return y, hn, cn, empty if c is None else c, x.new_empty(D, T, B, 4 * H) if reserve else empty.clone()
+        return y, hn, cn, empty if c is None else c, x.new_empty(D, T, B, 4 * H) if keep_gates else empty.clone()
     shape = _shape(launch, x, directions, lengths is not None or reset is not None)
     plan = launch.plan_for("forward", shape, x.device)
     xg = None
@@ -93,7 +113,7 @@ def forward(
         with _gemms_in(shape.precision, x):
             xg = _input_affine(x, directions)
     # The kernel reads a tile of xg before it writes the same tile of the gates.
-    gates = None if not reserve else xg if xg is not None else x.new_empty(D, T, B, 4 * H)
+    gates = None if not keep_gates else xg if xg is not None else x.new_empty(D, T, B, 4 * H)
     w_ih, w_hh, b_ih, b_hh, w_hr = zip(*directions, strict=True)
     launch.forward(plan, x, xg, w_ih, b_ih, b_hh, w_hh, w_hr, h0, c0, lengths, reset, y, hn, cn, c, gates)
     return y, hn, cn, empty if c is None else c, empty.clone() if gates is None else gates
@@ -130,17 +150,20 @@ def backward(
         zeros = [x.new_zeros(shape) if need else empty.clone() for shape, need in zip(shapes, needs, strict=True)]
         return zeros[0], zeros[1], zeros[2], zeros[3:]
     shape = _shape(launch, x, directions, lengths is not None or reset is not None)
+    steps = existing(T, lengths)
+    if gates.numel() == 0:
+        with _gemms_in(shape.precision, x):
+            gates = _gates_again(x, directions, h0, steps, reset, y)
     da = x.new_empty(D, T, B, 4 * H)
     dh_out = x.new_empty(D, T, B, P) if shape.projected else None
     dh0 = x.new_empty(D, B, P) if needs_h0 else None
     dc0 = x.new_empty(D, B, H) if needs_c0 else None
     _, w_hh, _, _, w_hr = zip(*directions, strict=True)
     plan = launch.plan_for("backward", shape, x.device)
-    launch.backward(plan, dy, dhn, dcn, dc, w_hh, w_hr, c0, lengths, reset, c, gates, da, dh_out, dh0, dc0)
+    m = launch.backward(plan, dy, dhn, dcn, dc, w_hh, w_hr, c0, lengths, reset, c, gates, da, dh_out, dh0, dc0)
 
     with _gemms_in(shape.precision, x):
         dx = _gradient_of_input(da, directions).view_as(x) if needs_x else empty
-        steps = existing(T, lengths)
         if steps is not None and any(needs_weights):
             x = x.where(steps, 0.0)
         needed, dweights = iter(needs_weights), []
@@ -155,7 +178,8 @@ def backward(
             if w.b_ih is not None:
                 dweights += [a.sum(0) if next(needed) else empty.clone() for _ in (w.b_ih, w.b_hh)]
             if dh_out is not None:
-                dweights.append(_gradient_of_projection(dh_out[d], c_d, gates[d]) if next(needed) else empty.clone())
+                m_d = _outputs_of_cell(c_d, gates[d]) if m is None else m[d]
+                dweights.append(dh_out[d].flatten(0, 1).T @ m_d.flatten(0, 1) if next(needed) else empty.clone())
     return dx, empty.clone() if dh0 is None else dh0, empty.clone() if dc0 is None else dc0, dweights
 
 
@@ -180,6 +204,33 @@ def _input_affine(x: Tensor, directions: Sequence[DirectionWeights]) -> Tensor:
     return xg
 
 
+def _gates_again(
+    x: Tensor,
+    directions: Sequence[DirectionWeights],
+    h0: Tensor | None,
+    steps: Tensor | None,
+    reset: Tensor | None,
+    y: Tensor,
+) -> Tensor:
+    """The gates [D, T, B, 4H] of a forward that did not keep them: x and the states that entered, in one product."""
+    T, B, I = x.shape
+    P, H = _sizes(directions)
+    gates = x.new_empty(len(directions), T, B, 4 * H)
+    for d, w in enumerate(directions):
+        first = y.new_zeros(B, P) if h0 is None else h0[d]
+        h_in = entering(y[..., d * P : (d + 1) * P], first, steps, reset, d == 1)
+        entered, weight = torch.cat((x, h_in), dim=2).view(T * B, I + P), torch.cat((w.w_ih, w.w_hh), dim=1)
+        out = gates[d].view(T * B, 4 * H)
+        if w.b_ih is not None and w.b_hh is not None:
+            torch.addmm(w.b_ih + w.b_hh, entered, weight.T, out=out)
+        else:
+            torch.mm(entered, weight.T, out=out)
+        out[:, : 2 * H].sigmoid_()
+        out[:, 2 * H : 3 * H].tanh_()
+        out[:, 3 * H :].sigmoid_()
+    return gates if steps is None else gates.masked_fill_(~steps, 0.0)
+
+
 def _gradient_of_input(da: Tensor, directions: Sequence[DirectionWeights]) -> Tensor:
     """dx [T * B, I], summed over the directions."""
     dx = da[0].flatten(0, 1) @ directions[0].w_ih
@@ -201,7 +252,6 @@ def _gradient_of_recurrence(
     return dw if h0 is None else dw.addmm_(da[-1 if reverse else 0].T, h0)
 
 
-def _gradient_of_projection(dh_out: Tensor, c: Tensor, gates: Tensor) -> Tensor:
-    """dw_hr [P, H] = sum over t of dh_t^T m_t, with m = o * tanh(c)."""
-    m = gates[..., 3 * c.shape[-1] :] * c.tanh()
-    return dh_out.flatten(0, 1).T @ m.flatten(0, 1)
+def _outputs_of_cell(c: Tensor, gates: Tensor) -> Tensor:
+    """m = o * tanh(c), of which w_hr makes h."""
+    return gates[..., 3 * c.shape[-1] :] * c.tanh()

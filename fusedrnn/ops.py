@@ -40,9 +40,9 @@ BACKWARD_SCHEMA = (
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 
-def _define(backend: str) -> None:
+def _define(backend: str, forward_fake: Callable[..., Any] | None = None) -> None:
     for name, schema, fake in (
-        (f"{backend}_forward", FORWARD_SCHEMA, _forward_fake),
+        (f"{backend}_forward", FORWARD_SCHEMA, forward_fake or _forward_fake),
         (f"{backend}_backward", BACKWARD_SCHEMA, _backward_fake),
     ):
         _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -144,21 +144,74 @@ _define("reference")
 _library.impl("reference_forward", _reference_forward, "CompositeExplicitAutograd")
 _library.impl("reference_backward", _reference_backward, "CompositeExplicitAutograd")
 
-_define("triton")
 
-
-def _triton() -> ModuleType:
-    from .kernels import launch  # loads Triton, which takes its time
-
+def _launches(backend: str) -> ModuleType:
+    """The module that gpu.py computes a backend with."""
+    if backend == "cuda":
+        from . import cuda as launch
+    else:
+        from .kernels import launch  # type: ignore[no-redef]  # loads Triton, which takes its time
     return launch
 
 
-def _triton_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return gpu.forward(_triton(), x, *arguments)
+def _define_gpu(backend: str) -> None:
+    """Operators by gpu.py. Those on the CPU are for Triton's interpreter, and for the host build of csrc/cuda.
+
+    They are not differentiable, so nothing inside them is: an exported program calls them with grad mode on.
+    """
+
+    @torch.no_grad()
+    def forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return gpu.forward(_launches(backend), x, *arguments)
+
+    @torch.no_grad()
+    def backward(dy: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        return gpu.backward(_launches(backend), dy, *arguments)
+
+    def forward_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        y, hn, cn, c, gates = _forward_fake(x, *arguments)
+        return y, hn, cn, c, gates if gpu.reserve() == "gates" else x.new_empty(0)
+
+    _define(backend, forward_fake)
+    for key in ("CUDA", "CPU"):
+        _library.impl(f"{backend}_forward", forward, key)
+        _library.impl(f"{backend}_backward", backward, key)
 
 
-def _triton_backward(dy: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    return gpu.backward(_triton(), dy, *arguments)
+def gpu_plans(
+    backend: str, T: int, B: int, I: int, H: int, P: int, D: int, dtype: torch.dtype, ragged: bool, device: str
+) -> dict[str, Any]:
+    """The plans of "cuda" or "triton" for one layer: "forward" and "backward".
+
+    Raises:
+        ValueError: there is none that fits the GPU; or FUSEDRNN_FP32 is unknown, or not what the backend can do.
+    """
+    launch = _launches(backend)
+    shape = launch.Shape(T, B, I, H, P, D, dtype.itemsize, gpu.fp32_precision(), ragged)
+    return {kernel: launch.plan_for(kernel, shape, torch.device(device)) for kernel in ("forward", "backward")}
+
+
+def _no_gpu() -> str | None:
+    """Why no kernel of ours can run on a GPU here, or None."""
+    return _unfit_gpus() if torch.cuda.is_available() else "torch finds no GPU"
+
+
+@cache
+def _unfit_gpus() -> str | None:
+    if torch.version.hip is not None:
+        return "its kernels are written for NVIDIA GPUs"
+    if all(torch.cuda.get_device_capability(k) < (8, 0) for k in range(torch.cuda.device_count())):
+        return "it needs an NVIDIA GPU of compute capability 8.0 or later"
+    return None
+
+
+def _constant(function: Any) -> Any:
+    """As torch.compiler.assume_constant_result does it, which would load the compiler: calls are not traced."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+_define_gpu("triton")
 
 
 def triton_interpreted() -> bool:
@@ -171,36 +224,27 @@ def _triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@_constant
 def triton_unavailable() -> str | None:
     """Why the Triton kernels cannot run here, or None. Does not load Triton."""
     if not _triton_installed():
         return "Triton is not installed (pip install triton)"
-    if triton_interpreted():
-        return None
-    if not torch.cuda.is_available():
-        return "torch finds no GPU"
-    if torch.version.hip is not None:
-        return "its kernels are written for NVIDIA GPUs"
-    if all(torch.cuda.get_device_capability(k) < (8, 0) for k in range(torch.cuda.device_count())):
-        return "it needs an NVIDIA GPU of compute capability 8.0 or later"
-    return None
+    return None if triton_interpreted() else _no_gpu()
 
 
-def triton_plan(T: int, B: int, I: int, H: int, P: int, D: int, dtype: torch.dtype, ragged: bool, device: str) -> str:
-    """The plans of the Triton kernels for one layer, forward and backward.
-
-    Raises:
-        ValueError: there is none that fits the GPU; or FUSEDRNN_FP32 is unknown.
-    """
-    launch = _triton()
-    shape = launch.Shape(T, B, I, H, P, D, dtype.itemsize, gpu.fp32_precision(), ragged)
-    plans = (f"{kernel}: {launch.plan_for(kernel, shape, torch.device(device))}" for kernel in ("forward", "backward"))
-    return "; ".join(plans)
-
-
-for _key in ("CUDA", "CPU"):  # the CPU's is for the interpreter
-    _library.impl("triton_forward", _triton_forward, _key)
-    _library.impl("triton_backward", _triton_backward, _key)
+_define_gpu("cuda")
+_library.define(
+    "cuda_launch_forward(int[] plan, Tensor xg, Tensor[] w_hh, Tensor[] w_hr, Tensor? h0, Tensor? c0, Tensor? lengths, "
+    "Tensor? reset, Tensor(a!) y, Tensor(b!) hn, Tensor(c!) cn, Tensor(d!)? c, Tensor(e!)? gates) -> ()"
+)
+_library.define(
+    "cuda_launch_backward(int[] plan, Tensor? dy, Tensor? dhn, Tensor? dcn, Tensor? dc, Tensor[] w_hh, Tensor[] w_hr, "
+    "Tensor? c0, Tensor? lengths, Tensor? reset, Tensor c, Tensor gates, Tensor(a!) da, Tensor(b!)? dh_out, "
+    "Tensor(c!)? m, Tensor(d!)? dh0, Tensor(e!)? dc0) -> ()"
+)
+_library.define("cuda_room(int device, int pass_, int[] sizes, int[] plan) -> (int, int)")
+_library.define("cuda_obstacle(int device) -> str")
+_library.define("cuda_device_type() -> str")
 
 _define("cpu")
 _library.define("cpu_isa(str? select=None) -> str")
@@ -219,18 +263,40 @@ def _load(name: str) -> str | None:
     candidates = sorted(folder.glob(f"_{name}*.so"))
     if not candidates:
         why = build_info().get("failures", {}).get(name, "it was not built")
+        compiler = {"cpu": "a C++ compiler", "cuda": "nvcc"}[name]
         return (
             f"the native library fusedrnn/_{name} is not installed: {why}. "
-            "Install again with a C++ compiler at hand: pip install --no-build-isolation fusedrnn"
+            f"Install again with {compiler} at hand: pip install --no-build-isolation fusedrnn"
         )
     try:
         torch.ops.load_library(str(candidates[0]))
     except OSError as error:
-        return f"{candidates[0].name} cannot be loaded: {error}"
+        return f"{candidates[0].name} cannot be loaded: {error.__cause__ or error} (torch {torch.__version__})"
     return None
 
 
 cpu_unavailable = _load("cpu")
+_cuda_unloaded = _load("cuda")
+
+
+@_constant
+def cuda_device_type() -> str:
+    """The type of device that the CUDA library computes on: "cuda", or "cpu" for its build for tests."""
+    return "cuda" if _cuda_unloaded is not None else _ops.cuda_device_type()
+
+
+@cache
+def _cuda_obstacle() -> str | None:
+    """What the CUDA library has against the GPU that is the current one when it is first asked."""
+    return _ops.cuda_obstacle(torch.cuda.current_device()) or None
+
+
+@_constant
+def cuda_unavailable() -> str | None:
+    """Why the C++ kernels cannot run here, or None."""
+    if _cuda_unloaded is not None or cuda_device_type() == "cpu":
+        return _cuda_unloaded
+    return _no_gpu() or _cuda_obstacle()
 
 
 def forward_op(backend: str) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
@@ -244,5 +310,5 @@ def backward_op(backend: str) -> Callable[..., tuple[Tensor, Tensor, Tensor, lis
 
 
 _ops = getattr(torch.ops, NAMESPACE)
-_FORWARD = {name: getattr(_ops, f"{name}_forward").default for name in ("reference", "triton", "cpu")}
-_BACKWARD = {name: getattr(_ops, f"{name}_backward").default for name in ("reference", "triton", "cpu")}
+_FORWARD = {name: getattr(_ops, f"{name}_forward").default for name in ("reference", "cuda", "triton", "cpu")}
+_BACKWARD = {name: getattr(_ops, f"{name}_backward").default for name in ("reference", "cuda", "triton", "cpu")}

@@ -30,8 +30,9 @@ from triton.compiler import ASTSource
 
 from . import plan as planner
 from .backward import lstm_backward
+from .device import DEVICES, H100, Device
 from .forward import lstm_forward
-from .plan import Device, Plan, Shape
+from .plan import Plan, Shape
 
 FITTED = "3.9"  # Triton's release
 KERNELS = {"forward": lstm_forward, "backward": lstm_backward}
@@ -182,13 +183,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fusedrnn.kernels.compile", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a small grid")
     parser.add_argument(
-        "--device", action="append", choices=[d.name for d in planner.DEVICES], help="by default one of each generation"
+        "--device", action="append", choices=[d.name for d in DEVICES], help="by default one of each generation"
     )
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes; by default one for each core")
     options = parser.parse_args(argv)
-    names = options.device or [d.name for d in planner.DEVICES if d is not planner.H100]  # which is planned as an H200
-    devices = [d for d in planner.DEVICES if d.name in names]
+    names = options.device or [d.name for d in DEVICES if d is not H100]  # which is planned as an H200
+    devices = [d for d in DEVICES if d.name in names]
     reports = []
     print("regs spilled  shared planned  kernel", file=sys.stderr)
     with ProcessPoolExecutor(options.jobs) as pool:

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from . import plan as planner
 from .backward import lstm_backward
+from .device import Device, device_of, power_of_2
 from .forward import lstm_forward
-from .plan import Device, Plan, Shape
+from .plan import Plan, Shape
 
 # Triton's interpreter runs the programs of a launch one after another, on tensors of the CPU: see forward.py.
 INTERPRETED = not isinstance(lstm_forward, triton.runtime.JITFunction)
@@ -79,7 +80,10 @@ def backward(
     dh0: Tensor | None,
     dc0: Tensor | None,
 ) -> None:
-    """Launches `lstm_backward`; shapes, and which tensors are written, stand there. All tensors are contiguous."""
+    """Launches `lstm_backward`; shapes, and which tensors are written, stand there. All tensors are contiguous.
+
+    None: m = o * tanh(c), which the gradient of w_hr needs, is left to the caller.
+    """
     D, T, B, _ = da.shape
     H, P = w_hh[0].shape[0] // 4, w_hh[0].shape[1]
     sizes = {"T": T, "B": B, "H": H, "P": P}
@@ -129,7 +133,7 @@ def _launch(
 
 @lru_cache
 def _device(index: int) -> Device:
-    return planner.device_of(torch.cuda.get_device_properties(index))
+    return device_of(torch.cuda.get_device_properties(index))
 
 
 @lru_cache(maxsize=1024)
@@ -145,7 +149,7 @@ def plan_for(kernel: str, shape: Shape, device: torch.device) -> Plan:
     Raises:
         ValueError: no plan fits.
     """
-    shape = shape._replace(T=min(planner.power_of_2(shape.T), 1024), B=planner.power_of_2(shape.B))
+    shape = shape._replace(T=min(power_of_2(shape.T), 1024), B=power_of_2(shape.B))
     if INTERPRETED:
         return _plan(kernel, shape, planner.INTERPRETER)
     return _plan(kernel, shape, _device(device.index if device.index is not None else torch.cuda.current_device()))

@@ -1,7 +1,6 @@
 """Lays a layer out on a GPU: which tiles, how many programs, what stays on the chip; by a cost model, not by trying.
 
-Pure arithmetic: no Triton, no GPU. The devices that tests and the ahead-of-time compiler know stand here as data; at
-run time the figures come from the driver. Times are microseconds, sizes bytes.
+Pure arithmetic on what device.py says: no Triton, no GPU. Times are microseconds, sizes bytes.
 
     python -m fusedrnn.kernels.plan            what is predicted for an H200, as a table; --device NAME for another
 
@@ -24,51 +23,17 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from .device import DEVICES, H200, Device, cdiv, power_of_2
+from .device import Shape as _Shape
 
 WARPS = 8
 _RESERVED_SHARED = 1024  # of each block, by the driver, on sm_90 and later
 
 
-class Device(NamedTuple):
-    """What the model needs to know of a GPU. Per-SM rates are per clock."""
-
-    name: str
-    capability: int  # 90 for sm_90
-    multiprocessors: int
-    shared: int  # bytes that one block may have
-    clock: float  # GHz
-    l2: float  # bytes per microsecond, all multiprocessors together
-    meeting: float  # microseconds for all programs to pass the counter
-    measured: bool = False  # whether l2 and meeting were measured on this device
-
-
-# L2 bandwidth and the time of a meeting are estimates: a round trip through L2 for the arrival, another for the poll.
-A100 = Device("NVIDIA A100-SXM4-80GB", 80, 108, 166_912, 1.41, 4.0e6, 1.6)
-H100 = Device("NVIDIA H100 80GB HBM3", 90, 132, 232_448, 1.755, 5.5e6, 1.3)
-H200 = Device("NVIDIA H200", 90, 132, 232_448, 1.785, 5.5e6, 1.3)
-RTX4090 = Device("NVIDIA GeForce RTX 4090", 89, 128, 101_376, 2.52, 5.0e6, 1.2)
-B200 = Device("NVIDIA B200", 100, 148, 232_448, 1.85, 7.0e6, 1.4)
-DEVICES = (A100, H100, H200, RTX4090, B200)
 # What Triton's interpreter is planned for: few programs, since it runs one after another.
 INTERPRETER = H200._replace(name="Triton's interpreter", multiprocessors=16)
-
-
-def device_of(properties: Any) -> Device:
-    """The device of torch.cuda.get_device_properties: what the driver tells, and the rest from the most alike above."""
-    capability = 10 * properties.major + properties.minor
-    known = next((d for d in DEVICES if d.name == properties.name), None)
-    like = known or min(DEVICES, key=lambda d: abs(d.capability - capability))
-    return Device(
-        properties.name,
-        capability,
-        properties.multi_processor_count,
-        getattr(properties, "shared_memory_per_block_optin", like.shared),
-        getattr(properties, "clock_rate", like.clock * 1e6) / 1e6,
-        like.l2,
-        like.meeting,
-        like.measured and known is not None,
-    )
 
 
 _STATE_LATENCY = 0.5  # microseconds from the end of a meeting to the first state in a register
@@ -78,22 +43,10 @@ _CELL_CLOCKS = 0.4  # for each element of a tile
 _RATES = {"16": 1024.0, "tf32": 512.0, "tf32x3": 512.0 / 3, "ieee": 96.0}
 
 
-class Shape(NamedTuple):
-    """One launch: a layer's sizes, and what its kernel is compiled for."""
+class Shape(_Shape):
+    """One launch, with what these kernels make of it."""
 
-    T: int
-    B: int
-    I: int
-    H: int
-    P: int  # H without a projection
-    D: int
-    itemsize: int  # 2 or 4
-    precision: str  # of float32: "ieee", "tf32" or "tf32x3"; without meaning for 16 bits
-    ragged: bool = False  # with lengths or resets
-
-    @property
-    def projected(self) -> bool:
-        return self.P != self.H
+    __slots__ = ()
 
     @property
     def aligned(self) -> bool:
@@ -193,7 +146,7 @@ def _tiles(kernel: str, shape: Shape) -> Iterator[_Tile]:
     for batch, split, chunk in ((16, 8, 128), (32, 4, 64)):
         for units in (8, 16, 32) if shape.aligned and not shape.projected else (8, 16):
             held = (64 if units < 32 else 48) * 1024 // masks if shape.aligned else 8 * 1024
-            if batch * _cdiv(longest, chunk) * chunk * shape.kept <= held:
+            if batch * cdiv(longest, chunk) * chunk * shape.kept <= held:
                 yield _Tile(batch, units, split, chunk, 3, 1)
     batches, widest, elements = ((16, 32, 64), 128, 2048) if shape.aligned else ((16,), 32, 512)
     if shape.itemsize == 4:
@@ -250,7 +203,7 @@ def _carried(kernel: str, shape: Shape, device: Device) -> Iterator[Plan]:
     if units > _most_carried(shape):
         return
     weights = 4 * units * units
-    groups = min(shape.D * _cdiv(shape.B, _CARRIED), device.multiprocessors)
+    groups = min(shape.D * cdiv(shape.B, _CARRIED), device.multiprocessors)
     for inputs in _inputs(kernel, shape, units):
         if inputs and units == _most_carried(shape):
             continue
@@ -287,19 +240,19 @@ def _carried(kernel: str, shape: Shape, device: Device) -> Iterator[Plan]:
 def _shared(kernel: str, shape: Shape, device: Device, tile: _Tile) -> Iterator[Plan]:
     """Programs share the units, and meet."""
     units = tile.units
-    programs = _cdiv(shape.H, units)
+    programs = cdiv(shape.H, units)
     if programs > device.multiprocessors:
         return
-    columns = max(8, power_of_2(_cdiv(shape.P, programs))) if shape.projected else 0
+    columns = max(8, power_of_2(cdiv(shape.P, programs))) if shape.projected else 0
     # (N, K) of the product with w_hh, and of that with w_hr.
     hh, hr = ((4 * units, shape.P), (columns, shape.H))
     if kernel == "backward":
         hh, hr = ((columns or units, 4 * shape.H), (units, shape.P))
-    chunks, chunks_hr = _cdiv(hh[1], tile.chunk), _cdiv(hr[1], tile.chunk) if columns else 0
+    chunks, chunks_hr = cdiv(hh[1], tile.chunk), cdiv(hr[1], tile.chunk) if columns else 0
     weights = tile.chunk * (chunks * hh[0] + chunks_hr * hr[0])
     streamed = tile.stages > 1
     widest = max(hh[0], hr[0] if columns else 0)
-    groups = min(shape.D * _cdiv(shape.B, tile.batch), device.multiprocessors // programs)
+    groups = min(shape.D * cdiv(shape.B, tile.batch), device.multiprocessors // programs)
     # In float32, x in the launch takes the registers that a tile of more units has left.
     alone = streamed or (shape.itemsize == 4 and units > 8)
     for inputs in (0,) if alone else _inputs(kernel, shape, tile.chunk):
@@ -341,8 +294,8 @@ def _inputs(kernel: str, shape: Shape, chunk: int) -> Iterator[int]:
     """Numbers of chunks of w_ih to keep: none, after a GEMM, or all, where they are few."""
     yield 0
     most = 0 if shape.ragged or kernel == "backward" else 4 if shape.aligned and shape.I % 16 == 0 else 1
-    if _cdiv(shape.I, chunk) <= most:
-        yield _cdiv(shape.I, chunk)
+    if cdiv(shape.I, chunk) <= most:
+        yield cdiv(shape.I, chunk)
 
 
 def _staging(tile: _Tile, widest: int, shape: Shape) -> int:
@@ -385,22 +338,13 @@ class _Step:
 
 def _finish(p: Plan, kernel: str, shape: Shape, device: Device) -> Plan:
     """The plan with the time of the whole launch, and of the GEMM before it."""
-    rounds = _cdiv(shape.D * _cdiv(shape.B, p.batch), p.groups)
+    rounds = cdiv(shape.D * cdiv(shape.B, p.batch), p.groups)
     launch = shape.T * rounds * p.step
     if kernel == "forward" and not p.inputs:
         elements = shape.T * shape.B * shape.D * 4 * shape.H
         rate = 0.5 * shape.rate * device.multiprocessors * device.clock * 1e3
         launch += _GEMM + 2 * elements * shape.itemsize / device.l2 + elements * shape.I / rate
     return replace(p, launch=launch)
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def power_of_2(n: int) -> int:
-    """The smallest power of 2 that is at least n."""
-    return 1 << max(0, n - 1).bit_length()
 
 
 def predictions(device: Device) -> str:
@@ -413,7 +357,7 @@ def predictions(device: Device) -> str:
                 cells = []
                 for kernel in ("forward", "backward"):
                     p = plan(kernel, shape, device)
-                    rounds = _cdiv(_cdiv(B, p.batch), p.groups)
+                    rounds = cdiv(cdiv(B, p.batch), p.groups)
                     cells += [f"{p.regime}, {p.groups} x {p.programs}", f"{rounds * p.step:.1f}"]
                 lines.append(f"| {dtype} | {H} | {B} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -4,10 +4,12 @@ import importlib
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
@@ -188,3 +190,16 @@ def report() -> Callable[..., Any]:
         return json.loads(result.stdout)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def cuda_host() -> ModuleType:
+    """tests/cuda/conftest.py: the host build of the kernels in csrc/cuda, and mirrors of their structs."""
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("the host build of the CUDA kernels needs a C++ compiler, and there is none")
+    name = "fusedrnn_tests_cuda_host"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / "cuda" / "conftest.py")
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]

@@ -20,7 +20,9 @@ BELOW = {
     "testing": {"layout"},
     "reference": {"layout"},
     "gpu": {"reference", "layout"},
-    "ops": {"gpu", "reference", "kernels", "layout"},
+    "cuda_plan": {"kernels"},
+    "cuda": {"cuda_plan", "kernels"},
+    "ops": {"gpu", "cuda", "reference", "kernels", "layout"},
     "autograd": {"ops", "reference", "layout"},
     "dispatch": {"ops"},
     "functional": {"autograd", "dispatch", "layout"},
@@ -146,7 +148,7 @@ def test_only_the_operators_include_torch(path):
 
 def test_the_operators_are_among_the_native_sources():
     assert any(path.name.endswith("_ops.cpp") for path in NATIVE)
-    assert any(path.parent.name == "cpu" for path in NATIVE)
+    assert {"cpu", "cuda"} <= {path.parent.name for path in NATIVE}
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +170,8 @@ def test_import_loads_little(imports):
     loaded = {name.split(".")[0] for name in imports[0]["modules"]}
     assert "fusedrnn" in loaded
     assert not loaded & {"triton", "matplotlib", "tqdm", "numpy"}
-    assert not {"torch._dynamo", "torch._inductor", "fusedrnn.kernels", "fusedrnn.testing"} & set(imports[0]["modules"])
+    late = {"torch._dynamo", "torch._inductor", "fusedrnn.kernels", "fusedrnn.cuda", "fusedrnn.testing"}
+    assert not late & set(imports[0]["modules"])
 
 
 def test_import_is_quick(imports):

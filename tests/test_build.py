@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import fusedrnn
 from fusedrnn import ops
@@ -26,32 +28,45 @@ def checkout(tmp_path):
     return tmp_path
 
 
-def setup(checkout, *arguments, **environment):
+def setup(checkout, *arguments, timeout=200, **environment):
     return subprocess.run(
         [sys.executable, "setup.py", "-q", *arguments],
         cwd=checkout,
-        env={**os.environ, **environment},
+        env={**os.environ, "FUSEDRNN_BUILD_CUDA": "0", **environment},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=timeout,
         check=False,
     )
+
+
+def undefined_symbols(library):
+    symbols = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True)
+    return [line.split()[-1] for line in symbols.stdout.splitlines()]
+
+
+def of_torchs_cxx(names):
+    """Those that would tie a library to one version of torch."""
+    return [name for name in names if name.startswith("_Z") and any(ns in name for ns in ("2at", "3c10", "5torch"))]
+
+
+def nvcc():
+    folders = [os.environ.get("PATH", ""), "/usr/local/cuda/bin", *[f"{os.environ.get('CUDA_HOME', '')}/bin"]]
+    return shutil.which("nvcc", path=os.pathsep.join(folders))
 
 
 @pytest.mark.skipif(ops.cpu_unavailable is not None, reason=str(ops.cpu_unavailable))
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm of the binutils is not here")
 def test_library_needs_only_the_stable_abi():
-    """No C++ symbol of torch: such a symbol would tie the library to one version of torch."""
     (library,) = Path(fusedrnn.__file__).parent.glob("_cpu*.so")
-    symbols = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True)
-    names = [line.split()[-1] for line in symbols.stdout.splitlines()]
+    names = undefined_symbols(library)
     assert any(name.startswith("aoti_torch_") for name in names)
-    assert not [name for name in names if name.startswith("_Z") and any(ns in name for ns in ("2at", "3c10", "5torch"))]
+    assert not of_torchs_cxx(names)
 
 
 def test_build_information_names_what_it_was_built_with():
     info = ops.build_info()
-    assert info["failures"] == {}
+    assert "cpu" not in info["failures"]
     assert "portable" in info["isa"]
     assert info["torch"].startswith("2.")
 
@@ -77,12 +92,137 @@ def test_without_a_compiler_a_library_that_was_asked_for_is_an_error(checkout):
     assert "/nonexistent/c++ was not found" in result.stderr
 
 
+def failures(checkout):
+    return json.loads((checkout / "lib" / "fusedrnn" / "_build.json").read_text())["failures"]
+
+
+def build(checkout, **environment):
+    """Builds everything but the CPU library, unless told."""
+    return setup(checkout, "build", "--build-lib", "lib", **{"FUSEDRNN_BUILD_CPU": "0", **environment})
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
+def test_a_torch_without_cuda_leaves_the_cuda_library_out(checkout):
+    assert build(checkout, FUSEDRNN_BUILD_CUDA="").returncode == 0
+    assert "is without CUDA" in failures(checkout)["cuda"]
+    reason = ops._load("cuda")
+    if reason is not None:
+        assert "_cuda" in reason
+
+
+def test_the_cuda_library_can_be_left_out(checkout):
+    assert build(checkout, FUSEDRNN_BUILD_CUDA="0").returncode == 0
+    assert failures(checkout) == {"cpu": "FUSEDRNN_BUILD_CPU was 0", "cuda": "FUSEDRNN_BUILD_CUDA was 0"}
+
+
+def test_a_cuda_library_that_was_asked_for_without_nvcc_is_an_error(checkout):
+    result = build(checkout, FUSEDRNN_BUILD_CUDA="1", CUDA_HOME="/nonexistent")
+    assert result.returncode != 0
+    assert "nvcc was not found" in result.stderr
+
+
+@pytest.mark.skipif(nvcc() is None, reason="nvcc is not here")
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [("7.0;7.5", "need an architecture of 8.0 or later"), ("Hopper", "has 'Hopper': expected numbers")],
+)
+def test_architectures_that_cannot_be_built_for(checkout, named, message):
+    result = build(checkout, FUSEDRNN_BUILD_CUDA="1", TORCH_CUDA_ARCH_LIST=named)
+    assert result.returncode != 0
+    assert message in result.stderr
+
+
+NVCC_THAT_REFUSES = """#!/bin/sh
+case "$*" in
+  *--list-gpu-arch*) echo compute_80 compute_90 {known};;
+  *) echo "no more disk" >&2; exit 1;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("known", "environment", "expected"),
+    [
+        ("compute_100", {}, ["code=[sm_80]", "code=[sm_90a]", "code=[sm_100,compute_100]"]),
+        ("", {}, ["code=[sm_80]", "code=[sm_90,compute_90]"]),
+        ("", {"TORCH_CUDA_ARCH_LIST": "7.5 8.9;9.0a+PTX"}, ["code=[sm_89]", "code=[sm_90a,compute_90a]"]),
+        ("", {"FUSEDRNN_CUDA_DEBUG": "1"}, ["code=[sm_80]", "code=[sm_90,compute_90]", "-DFUSEDRNN_CUDA_TIMEOUT="]),
+    ],
+    ids=["default", "older-nvcc", "list", "debug"],
+)
+def test_what_nvcc_is_told(checkout, tmp_path, known, environment, expected):
+    """And what becomes of its failure."""
+    program = tmp_path / "toolkit" / "bin" / "nvcc"
+    program.parent.mkdir(parents=True)
+    program.write_text(NVCC_THAT_REFUSES.format(known=known))
+    program.chmod(0o755)
+    asked = {"TORCH_CUDA_ARCH_LIST": "", **environment, "CUDA_HOME": str(tmp_path / "toolkit")}
+    result = build(checkout, FUSEDRNN_BUILD_CUDA="1", **asked)
+    assert result.returncode != 0
+    assert "no more disk" in result.stderr
+    told = next(line for line in result.stderr.splitlines() if f"{program} -std" in line)
+    assert set(re.findall(r"code=\[[^]]*\]|-DFUSEDRNN_CUDA_TIMEOUT=", told)) == set(expected)
+
+
+STUB = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }'
+WITH_STUB = """
+import ctypes, sys
+import torch, fusedrnn
+ctypes.CDLL(sys.argv[1], ctypes.RTLD_GLOBAL)
+torch.ops.load_library(sys.argv[2])
+assert torch.ops.fusedrnn.cuda_device_type() == "cuda"
+print(torch.ops.fusedrnn.cuda_obstacle(0))
+"""
+
+
+def obstacle_without_a_gpu(library):
+    """What the library says, loaded by a torch without CUDA to which the one symbol that it lacks is given."""
+    stub = library.with_name("stub.so")
+    compile = [os.environ.get("CXX", "c++"), "-shared", "-fPIC", "-x", "c++", "-", "-o", stub]
+    subprocess.run(compile, input=STUB, text=True, check=True)
+    command = [sys.executable, "-c", WITH_STUB, str(stub), str(library)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.compiles
+@pytest.mark.skipif(nvcc() is None, reason="nvcc is not here: the CUDA library is not built")
+@pytest.mark.timeout(900)
+def test_the_cuda_library(checkout):
+    """Built without a GPU: for what was asked, of the stable ABI, with the CUDA runtime inside and hidden."""
+    result = build(checkout, timeout=850, FUSEDRNN_BUILD_CUDA="1", TORCH_CUDA_ARCH_LIST="7.5 9.0a+PTX")
+    assert result.returncode == 0, result.stderr
+    info = json.loads((checkout / "lib" / "fusedrnn" / "_build.json").read_text())
+    assert info["cuda"]["architectures"] == ["90a+PTX"]
+    (library,) = (checkout / "lib" / "fusedrnn").glob("_cuda*.so")
+    assert library.name == "_cuda.abi3.so"
+    names = undefined_symbols(library)
+    assert "aoti_torch_get_current_cuda_stream" in names
+    assert not of_torchs_cxx(names)
+    assert not [name for name in names if name.startswith("cuda")]
+    dynamic = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
+    needed = set(re.findall(r"NEEDED.*\[(.*)\]", dynamic))
+    assert "libtorch.so" in needed  # through which torch's CUDA part is found
+    assert not [name for name in needed if "cuda" in name]
+    assert not re.search("RPATH|RUNPATH", dynamic)
+    if torch.version.cuda is None:
+        code = "import fusedrnn, json; print(json.dumps(fusedrnn.backends()['cuda']))"
+        path = str(checkout / "lib")
+        loaded = subprocess.run(
+            [sys.executable, "-c", code], cwd=path, env={**os.environ, "PYTHONPATH": path},
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert "undefined symbol: aoti_torch_get_current_cuda_stream" in loaded.stdout
+        assert torch.__version__ in loaded.stdout
+        assert "no NVIDIA driver" in obstacle_without_a_gpu(library)
+
+
 def test_sdist_holds_what_a_build_needs_and_no_top_level_kernels_package_is_installed(checkout):
     assert setup(checkout, "sdist").returncode == 0
     (archive,) = (checkout / "dist").glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         names = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
-    assert {"csrc/cpu_ops.cpp", "csrc/cpu/panel.h", "kernels/__init__.py", "fusedrnn/py.typed"} <= names
+    assert {"csrc/cpu_ops.cpp", "csrc/cpu/panel.h", "csrc/cuda_ops.cpp", "csrc/cuda/launch.cu"} <= names
+    assert {"kernels/__init__.py", "fusedrnn/py.typed"} <= names
     built = setup(checkout, "build", "--build-lib", "lib", FUSEDRNN_BUILD_CPU="0")
     assert built.returncode == 0, built.stderr
     assert [path.name for path in (checkout / "lib").iterdir()] == ["fusedrnn"]

@@ -1,9 +1,13 @@
-"""What only a GPU can show, of every backend that has kernels for it: graphs, streams, launches side by side.
+"""What only a GPU can show, of every backend that has kernels for it: graphs, streams, launches side by side, and sizes
+that nothing else has the time or memory for.
 
 Results that are the same to the bit are asked of every backend with kernels, on whatever device it computes.
 """
 
 import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -145,3 +149,62 @@ def test_the_same_bits_every_time(name, device, H, dtype):
             torch.manual_seed(4)
             module, inputs = case.module(dropping, device), case.inputs(device)
             assert not torch.equal(testing.call(module, case, inputs)["y"], first["y"]), "nothing was dropped"
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_another_device(backend):
+    """Tensors on a device that is not the current one."""
+    lstm, x = fusedrnn.LSTM(16, 300), torch.randn(9, 5, 16)
+    with torch.no_grad():
+        first, second = (lstm.to(f"cuda:{k}")(x.to(f"cuda:{k}"))[0] for k in (0, 1))
+    assert second.device.index == 1
+    assert torch.cuda.current_device() == 0
+    assert torch.equal(first.cpu(), second.cpu())
+
+
+def test_many_time_steps(backend):
+    """T above 65535: in one launch, equal to two launches with the state passed on."""
+    lstm, x = fusedrnn.LSTM(2, 20, device="cuda"), torch.randn(70_000, 3, 2, device="cuda")
+    with torch.no_grad():
+        y, (hn, cn) = lstm(x)
+        _, state = lstm(x[:35_000])
+        later, (hn2, cn2) = lstm(x[35_000:], state)
+    assert torch.equal(y[35_000:], later)
+    assert torch.equal(hn, hn2)
+    torch.testing.assert_close(cn, cn2)
+
+
+def test_more_than_2_to_the_31_elements(backend):
+    """T * B * 4H above 2^31: the last steps are those of a short run that starts from the state before them."""
+    T, B, H = 4200, 512, 256
+    lstm = fusedrnn.LSTM(8, H, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(T, B, 8, device="cuda", dtype=torch.bfloat16)
+    assert T * B * 4 * H > 2**31
+    y, _ = lstm(x)
+    with torch.no_grad():
+        _, state = lstm(x[: T - 5])
+        later, _ = lstm(x[T - 5 :], state)
+    torch.testing.assert_close(y[T - 5 :].detach(), later)
+    grads = torch.autograd.grad(y.float().sum(), lstm.weight_hh_l0)
+    assert grads[0].isfinite().all()
+
+
+SMALL = """
+import sys
+import torch, fusedrnn
+from fusedrnn import testing
+from fusedrnn.testing import Case
+with fusedrnn.use_backend(sys.argv[1]):
+    for H in (30, 160):
+        case = Case(4, 5, 7, H, bidirectional=True, lengths=True, reset=True, states=True)
+        testing.evaluate(testing.call, fusedrnn.LSTM, case, "cuda")
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not installed")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
+def test_compute_sanitizer(backend, tool):
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SMALL, backend]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]

@@ -11,7 +11,8 @@ if importlib.util.find_spec("fusedrnn.kernels") is None:
     pytest.skip("fusedrnn.kernels is not installed", allow_module_level=True)
 
 from fusedrnn.kernels import plan as planner
-from fusedrnn.kernels.plan import DEVICES, H200, Shape
+from fusedrnn.kernels.device import DEVICES, H200, RTX4090, device_of
+from fusedrnn.kernels.plan import Shape
 
 SIZES = (1, 30, 64, 128, 200, 256, 512, 650, 768, 1024, 1536, 2048)
 BATCHES = (1, 8, 17, 64, 256, 5000)
@@ -118,17 +119,17 @@ PROPERTIES = {"name": "NVIDIA H200", "major": 9, "minor": 0, "multi_processor_co
 
 
 def test_device_of_the_driver():
-    device = planner.device_of(types.SimpleNamespace(**PROPERTIES))
+    device = device_of(types.SimpleNamespace(**PROPERTIES))
     assert device == H200._replace(clock=1.98)
-    smaller = planner.device_of(types.SimpleNamespace(**{**PROPERTIES, "multi_processor_count": 114}))
+    smaller = device_of(types.SimpleNamespace(**{**PROPERTIES, "multi_processor_count": 114}))
     assert smaller.multiprocessors == 114
 
 
 def test_unknown_device_takes_after_the_most_alike():
     unknown = types.SimpleNamespace(name="NVIDIA RTX A6000", major=8, minor=6, multi_processor_count=84)
-    device = planner.device_of(unknown)
+    device = device_of(unknown)
     assert device.capability == 86
-    assert (device.multiprocessors, device.shared) == (84, planner.RTX4090.shared)
+    assert (device.multiprocessors, device.shared) == (84, RTX4090.shared)
     assert not device.measured
 
 

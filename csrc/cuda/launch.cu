@@ -91,6 +91,31 @@ __global__ void __launch_bounds__(kMaxThreads) pack_weights(const __grid_constan
 
 }  // namespace
 
+std::string use_device(int device) {
+  FUSEDRNN_CALL(cudaSetDevice, device);
+  return {};
+}
+
+std::string obstacle(int device) {
+  const auto release = [](int version) {
+    return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+  };
+  int driver = 0, major = 0, minor = 0;
+  FUSEDRNN_CALL(cudaDriverGetVersion, &driver);
+  if (driver == 0) return "there is no NVIDIA driver";
+  if (driver / 1000 < CUDART_VERSION / 1000) {
+    return "it was built with CUDA " + release(CUDART_VERSION) + ", and the driver is one of CUDA " + release(driver);
+  }
+  FUSEDRNN_CALL(cudaDeviceGetAttribute, &major, cudaDevAttrComputeCapabilityMajor, device);
+  FUSEDRNN_CALL(cudaDeviceGetAttribute, &minor, cudaDevAttrComputeCapabilityMinor, device);
+  if (std::string failed = use_device(device); !failed.empty()) return failed;
+  cudaFuncAttributes attributes;
+  const std::string failed = failure("cudaFuncGetAttributes",
+                                     cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&pack_weights)));
+  if (failed.empty()) return {};
+  return "it was built for other architectures than sm_" + std::to_string(10 * major + minor) + " (" + failed + ")";
+}
+
 std::string launch_pack(const PackParams& given, void* stream) {
   const int64_t bytes = packed_bytes(given.pass, given.stage, given.sizes, given.math);
   const int64_t quads = bytes / static_cast<int64_t>(sizeof(Quad));
@@ -124,8 +149,9 @@ std::string room(Pass pass, const Sizes& sizes, const Plan& plan, Room* room) {
   const Configuration configuration(pass, sizes, plan, nullptr);
   if (std::string failed = prepare(kernel, configuration, plan); !failed.empty()) return failed;
   if (cluster) {
-    FUSEDRNN_CALL(cudaOccupancyMaxActiveClusters, &room->groups, kernel, &configuration.launch);
-    return {};
+    const cudaError_t error = cudaOccupancyMaxActiveClusters(&room->groups, kernel, &configuration.launch);
+    const std::string failed = failure("cudaOccupancyMaxActiveClusters", error);
+    return error == cudaErrorInvalidClusterSize ? std::string() : failed;  // there is no room for such a cluster
   }
   int blocks = 0;
   FUSEDRNN_CALL(cudaOccupancyMaxActiveBlocksPerMultiprocessor, &blocks, kernel, threads(plan),

@@ -12,6 +12,13 @@
 
 namespace fusedrnn::cuda {
 
+// Makes a device the current one of this library's CUDA runtime, which may be another than the caller's.
+std::string use_device(int device);
+
+// Why none of the kernels can run on a device, or an empty string: the driver is older than the CUDA that the library
+// was built with, or the library has no code for that architecture.
+std::string obstacle(int device);
+
 // Packs w_hh or w_hr for one pass. PackParams::threads is chosen here.
 std::string launch_pack(const PackParams& params, void* stream);
 

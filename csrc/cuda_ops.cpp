@@ -1,0 +1,280 @@
+// The CUDA operators: tensors in, plain structs out, the checks that memory safety needs, and the launches.
+// The schemas, the plans and the large matrix products live in Python (fusedrnn/ops.py, cuda.py, gpu.py).
+//
+// Built with FUSEDRNN_CUDA_HOST, these are operators on tensors of the CPU, over the launches of cuda/host/launch.cpp:
+// what tests run where there is no GPU.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <array>
+#include <initializer_list>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cuda/launch.h"
+
+namespace fusedrnn::cuda {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Integers = std::vector<int64_t>;
+using Tensors = std::vector<Tensor>;
+using OptionalTensor = std::optional<Tensor>;
+
+void check(const std::string& failed) { STD_TORCH_CHECK(failed.empty(), failed); }
+
+// ---------------------------------------------------------------------------------------------- where a launch runs
+
+#if defined(FUSEDRNN_CUDA_HOST)
+class OnDevice {
+ public:
+  explicit OnDevice(int32_t) {}
+  void* stream() const { return nullptr; }
+};
+bool is_here(const Tensor& tensor) { return tensor.is_cpu(); }
+#else
+// Makes a device the current one, of torch and of the CUDA runtime that this library carries.
+class OnDevice {
+ public:
+  explicit OnDevice(int32_t index) : index_(index), guard_(index) { check(use_device(index)); }
+  void* stream() const {
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
+    return stream;
+  }
+
+ private:
+  int32_t index_;
+  torch::stable::accelerator::DeviceGuard guard_;
+};
+bool is_here(const Tensor& tensor) { return tensor.is_cuda(); }
+#endif
+
+// ---------------------------------------------------------------------------------------------- plans
+
+constexpr size_t kPlanFields = 9;
+
+// The fields of fusedrnn/cuda_plan.py: Plan.fields, in the order of plan.h.
+Plan plan_of(const Integers& fields) {
+  STD_TORCH_CHECK(fields.size() == kPlanFields, "a plan has ", kPlanFields, " fields, got ", fields.size());
+  STD_TORCH_CHECK(fields[0] >= 0 && fields[0] <= 1 && fields[1] >= 0 && fields[1] <= 4, "a plan of an unknown kind");
+  for (const int64_t field : fields)
+    STD_TORCH_CHECK(field >= 0 && field <= INT32_MAX, "a plan with a field of ", field);
+  const auto field = [&](size_t k) { return static_cast<int32_t>(fields[k]); };
+  Plan plan{};
+  plan.exchange = static_cast<Exchange>(field(0));
+  plan.math = static_cast<Math>(field(1));
+  plan.blocks = field(2);
+  plan.tiles = field(3);
+  plan.splits = field(4);
+  plan.rows = field(5);
+  plan.groups = field(6);
+  plan.shared_blocks = field(7);
+  plan.shared_projection_blocks = field(8);
+  return plan;
+}
+
+ScalarType storage_type(Math math) {
+  switch (math) {
+    case Math::kBFloat16: return ScalarType::BFloat16;
+    case Math::kFloat16: return ScalarType::Half;
+    case Math::kFloat64: return ScalarType::Double;
+    default: return ScalarType::Float;
+  }
+}
+
+// ---------------------------------------------------------------------------------------------- tensors of a launch
+
+// What both passes have in common. Every address is taken of a tensor that has been checked: its shape, its dtype, that
+// it is contiguous and on the device of the others.
+class Layer {
+ public:
+  Layer(Pass pass, const Integers& plan_fields, const Tensor& like, Sizes sizes_in, const Tensors& w_hh_in,
+        const Tensors& w_hr_in)
+      : sizes(sizes_in), plan(plan_of(plan_fields)), pass_(pass), like_(like), device_(like.get_device_index()) {
+    STD_TORCH_CHECK(static_cast<int64_t>(w_hh_in.size()) == sizes.D, "there must be one w_hh of each direction");
+    STD_TORCH_CHECK(w_hr_in.size() == (sizes.projected != 0 ? w_hh_in.size() : 0),
+                    "there must be one w_hr of each direction, or none");
+    if (const char* why = invalid(pass, sizes, plan)) STD_TORCH_CHECK(false, "the plan is invalid: ", why);
+    for (const Tensor& w : w_hh_in) w_hh_.push_back(address("w_hh", w, {4 * sizes.H, sizes.P}));
+    for (const Tensor& w : w_hr_in) w_hr_.push_back(address("w_hr", w, {sizes.P, sizes.H}));
+  }
+
+  void* address(const char* name, const Tensor& tensor, std::initializer_list<int64_t> size, ScalarType dtype) const {
+    bool same = tensor.dim() == static_cast<int64_t>(size.size());
+    int64_t dim = 0;
+    for (auto n = size.begin(); same && n != size.end(); ++n, ++dim) same = tensor.size(dim) == *n;
+    STD_TORCH_CHECK(same, name, " has the wrong shape for this layer");
+    STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, " has a dtype that the plan is not for");
+    STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
+    STD_TORCH_CHECK(is_here(tensor) && tensor.get_device_index() == device_, name, " is on another device");
+    return tensor.mutable_data_ptr();
+  }
+  void* address(const char* name, const Tensor& tensor, std::initializer_list<int64_t> size) const {
+    return address(name, tensor, size, storage_type(plan.math));
+  }
+  void* address(const char* name, const OptionalTensor& tensor, std::initializer_list<int64_t> size) const {
+    return tensor.has_value() ? address(name, *tensor, size) : nullptr;
+  }
+
+  Sequence sequence(const OptionalTensor& lengths, const OptionalTensor& reset) const {
+    Sequence sequence{};
+    if (lengths.has_value()) {
+      sequence.lengths = static_cast<const int64_t*>(address("lengths", *lengths, {sizes.B}, ScalarType::Long));
+    }
+    if (reset.has_value()) {
+      sequence.reset = static_cast<const uint8_t*>(address("reset", *reset, {sizes.T, sizes.B}, ScalarType::Bool));
+    }
+    return sequence;
+  }
+
+  // Of a tensor [T][B][D][N].
+  Strides strides(int64_t N) const { return {N, sizes.B * sizes.D * N, sizes.D * N}; }
+
+  // Fills what the params of both passes have in common, packs the weights and runs `launch`, on the current stream.
+  // All memory is torch's, which gives it to nobody else before the launch on that stream has ended.
+  template <class Params, class Launch>
+  void run(Params& params, const Launch& launch) {
+    const OnDevice here(device_);
+    params.sizes = sizes;
+    params.plan = plan;
+    const Tensor w_hh = packed(Stage::kRecurrent, w_hh_, sizes.P, here.stream());
+    params.w_hh = w_hh.const_data_ptr();
+    OptionalTensor w_hr;
+    if (sizes.projected != 0) {
+      w_hr = packed(Stage::kProjection, w_hr_, sizes.H, here.stream());
+      params.w_hr = w_hr->const_data_ptr();
+    }
+    const Tensor exchanged = bytes(exchanged_bytes(pass_, sizes, plan));
+    const Tensor flags = bytes(cuda::flags(sizes, plan) * static_cast<int64_t>(sizeof(uint32_t)));
+    params.workspace = {exchanged.mutable_data_ptr(), static_cast<uint32_t*>(flags.mutable_data_ptr())};
+    check(launch(params, here.stream()));
+  }
+
+  const Sizes sizes;
+  const Plan plan;
+
+ private:
+  Tensor bytes(int64_t count) const {
+    return torch::stable::new_empty(like_, std::array<int64_t, 1>{count}, ScalarType::Byte);
+  }
+
+  Tensor packed(Stage stage, const std::vector<const void*>& weights, int64_t row_stride, void* stream) const {
+    const Tensor to = bytes(packed_bytes(pass_, stage, sizes, plan.math));
+    PackParams params{};
+    params.sizes = sizes;
+    params.math = plan.math;
+    params.pass = pass_;
+    params.stage = stage;
+    for (size_t d = 0; d < weights.size(); ++d) params.w[d] = weights[d];
+    params.row_stride = row_stride;
+    params.packed = to.mutable_data_ptr();
+    check(launch_pack(params, stream));
+    return to;
+  }
+
+  Pass pass_;
+  Tensor like_;
+  int32_t device_;
+  std::vector<const void*> w_hh_, w_hr_;
+};
+
+Sizes sizes_of(int64_t T, int64_t B, const Tensors& w_hh, const Tensors& w_hr) {
+  STD_TORCH_CHECK(!w_hh.empty() && w_hh[0].dim() == 2, "w_hh must have 2 dimensions");
+  return {T, B, w_hh[0].size(0) / 4, w_hh[0].size(1), static_cast<int64_t>(w_hh.size()), w_hr.empty() ? 0 : 1};
+}
+
+// ---------------------------------------------------------------------------------------------- operators
+
+void cuda_launch_forward(Integers plan, Tensor xg, Tensors w_hh, Tensors w_hr, OptionalTensor h0, OptionalTensor c0,
+                         OptionalTensor lengths, OptionalTensor reset, Tensor y, Tensor hn, Tensor cn, OptionalTensor c,
+                         OptionalTensor gates) {
+  STD_TORCH_CHECK(y.dim() == 3, "y must have 3 dimensions");
+  Layer layer(Pass::kForward, plan, y, sizes_of(y.size(0), y.size(1), w_hh, w_hr), w_hh, w_hr);
+  const auto& [T, B, H, P, D, projected] = layer.sizes;
+  ForwardParams params{};
+  params.sequence = layer.sequence(lengths, reset);
+  params.xg = layer.address("xg", xg, {D, T, B, 4 * H});
+  params.xg_strides = {T * B * 4 * H, B * 4 * H, 4 * H};
+  params.h0 = layer.address("h0", h0, {D, B, P});
+  params.c0 = layer.address("c0", c0, {D, B, H});
+  params.y = layer.address("y", y, {T, B, D * P});
+  params.y_strides = layer.strides(P);
+  params.c = layer.address("c", c, {T, B, D * H});
+  params.c_strides = layer.strides(H);
+  params.hn = layer.address("hn", hn, {D, B, P});
+  params.cn = layer.address("cn", cn, {D, B, H});
+  params.gates = layer.address("gates", gates, {D, T, B, 4 * H});
+  layer.run(params, launch_forward);
+}
+
+void cuda_launch_backward(Integers plan, OptionalTensor dy, OptionalTensor dhn, OptionalTensor dcn, OptionalTensor dc,
+                          Tensors w_hh, Tensors w_hr, OptionalTensor c0, OptionalTensor lengths, OptionalTensor reset,
+                          Tensor c, Tensor gates, Tensor da, OptionalTensor dh_out, OptionalTensor m,
+                          OptionalTensor dh0, OptionalTensor dc0) {
+  STD_TORCH_CHECK(c.dim() == 3, "c must have 3 dimensions");
+  Layer layer(Pass::kBackward, plan, c, sizes_of(c.size(0), c.size(1), w_hh, w_hr), w_hh, w_hr);
+  const auto& [T, B, H, P, D, projected] = layer.sizes;
+  STD_TORCH_CHECK(!projected || (dh_out.has_value() && m.has_value()), "a projection needs dh_out and m");
+  BackwardParams params{};
+  params.sequence = layer.sequence(lengths, reset);
+  params.dy = layer.address("dy", dy, {T, B, D * P});
+  params.dy_strides = layer.strides(P);
+  params.dc = layer.address("dc", dc, {T, B, D * H});
+  params.dc_strides = layer.strides(H);
+  params.dhn = layer.address("dhn", dhn, {D, B, P});
+  params.dcn = layer.address("dcn", dcn, {D, B, H});
+  params.c = layer.address("c", c, {T, B, D * H});
+  params.c_strides = layer.strides(H);
+  params.c0 = layer.address("c0", c0, {D, B, H});
+  params.gates = layer.address("gates", gates, {D, T, B, 4 * H});
+  params.da = layer.address("da", da, {D, T, B, 4 * H});
+  params.dh0 = layer.address("dh0", dh0, {D, B, P});
+  params.dc0 = layer.address("dc0", dc0, {D, B, H});
+  params.dh_out = layer.address("dh_out", dh_out, {D, T, B, P});
+  params.m = layer.address("m", m, {D, T, B, H});
+  layer.run(params, launch_backward);
+}
+
+// Shared memory that a block may have, and how many groups of a plan can run at the same time: `Room` of launch.h.
+// sizes: T, B, H, P, D, projected.
+std::tuple<int64_t, int64_t> cuda_room(int64_t device, int64_t pass, Integers sizes, Integers plan) {
+  STD_TORCH_CHECK(sizes.size() == 6, "sizes must be T, B, H, P, D and projected");
+  STD_TORCH_CHECK(pass == 0 || pass == 1, "pass must be 0 or 1");
+  const OnDevice here(static_cast<int32_t>(device));
+  Room found{};
+  const Sizes of{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]};
+  check(room(static_cast<Pass>(pass), of, plan_of(plan), &found));
+  return {found.shared_bytes, found.groups};
+}
+
+// Why the kernels cannot run on a device; empty if they can.
+std::string cuda_obstacle(int64_t device) { return obstacle(static_cast<int>(device)); }
+
+// The type of device that the operators compute on.
+#if defined(FUSEDRNN_CUDA_HOST)
+std::string cuda_device_type() { return "cpu"; }
+STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CPU, library) {
+#else
+std::string cuda_device_type() { return "cuda"; }
+STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CUDA, library) {
+#endif
+  library.impl("cuda_launch_forward", TORCH_BOX(&cuda_launch_forward));
+  library.impl("cuda_launch_backward", TORCH_BOX(&cuda_launch_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CompositeExplicitAutograd, library) {
+  library.impl("cuda_room", TORCH_BOX(&cuda_room));
+  library.impl("cuda_obstacle", TORCH_BOX(&cuda_obstacle));
+  library.impl("cuda_device_type", TORCH_BOX(&cuda_device_type));
+}
+
+}  // namespace
+}  // namespace fusedrnn::cuda

@@ -1,0 +1,141 @@
+"""Launches of the C++ kernels in csrc/cuda: the same interface to gpu.py as kernels/launch.py has.
+
+The library (csrc/cuda_ops.cpp) takes a plan and tensors that exist, packs the recurrent weights for the pass, and
+launches. Everything runs on the current stream of the tensors' device, nothing waits for the GPU, and all memory is
+torch's, so that a CUDA graph can capture it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cuda_plan import MATHS, PASSES, Plan, ranked
+from .kernels.device import H200, Device, Shape, cdiv, device_of, power_of_2
+
+__all__ = ["Plan", "Shape", "backward", "forward", "plan_for"]
+
+_ops: Any = torch.ops.fusedrnn
+
+
+def forward(
+    plan: Plan,
+    x: Tensor | None,
+    xg: Tensor | None,
+    w_ih: Sequence[Tensor],
+    b_ih: Sequence[Tensor | None],
+    b_hh: Sequence[Tensor | None],
+    w_hh: Sequence[Tensor],
+    w_hr: Sequence[Tensor | None],
+    h0: Tensor | None,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    y: Tensor,
+    hn: Tensor,
+    cn: Tensor,
+    c: Tensor | None,
+    gates: Tensor | None,
+) -> None:
+    """Launches the forward; shapes stand in `ForwardParams` of csrc/cuda/params.h. Weights: one of each direction.
+
+    xg is read, and may be gates; x, w_ih and the biases are not. All tensors are contiguous.
+
+    Raises:
+        RuntimeError: a CUDA call failed; the message has its name.
+    """
+    _ops.cuda_launch_forward(
+        _fields(plan, y), xg, list(w_hh), _projections(w_hr), h0, c0, lengths, reset, y, hn, cn, c, gates
+    )
+
+
+def backward(
+    plan: Plan,
+    dy: Tensor | None,
+    dhn: Tensor | None,
+    dcn: Tensor | None,
+    dc: Tensor | None,
+    w_hh: Sequence[Tensor],
+    w_hr: Sequence[Tensor | None],
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    c: Tensor,
+    gates: Tensor,
+    da: Tensor,
+    dh_out: Tensor | None,
+    dh0: Tensor | None,
+    dc0: Tensor | None,
+) -> Tensor | None:
+    """Launches the backward; shapes stand in `BackwardParams` of csrc/cuda/params.h. All tensors are contiguous.
+
+    Returns:
+        m = o * tanh(c) [D, T, B, H], where there is a projection.
+
+    Raises:
+        RuntimeError: a CUDA call failed; the message has its name.
+    """
+    m = None if dh_out is None else torch.empty_like(da[..., : da.shape[3] // 4], memory_format=torch.contiguous_format)
+    _ops.cuda_launch_backward(
+        _fields(plan, da),
+        *(dy, dhn, dcn, dc, list(w_hh), _projections(w_hr), c0, lengths, reset),
+        *(c, gates, da, dh_out, m, dh0, dc0),
+    )
+    return m
+
+
+def _projections(w_hr: Sequence[Tensor | None]) -> list[Tensor]:
+    return [w for w in w_hr if w is not None]
+
+
+def _fields(plan: Plan, like: Tensor) -> list[int]:
+    """The plan for a tensor [.., B, ..] of a launch: its own 16-bit dtype, and no more groups than slices."""
+    B = like.shape[-2]
+    fields = plan.fields
+    if like.dtype == torch.float16:
+        fields[1] = MATHS.index("fp16")
+    fields[6] = min(plan.groups, cdiv(B, plan.rows))
+    return fields
+
+
+def plan_for(kernel: str, shape: Shape, device: torch.device) -> Plan:
+    """The plan of "forward" or "backward" on a device: the best one that the device says it has room for.
+
+    T and B are rounded up to powers of 2 first, so that few plans are ever looked for.
+
+    Raises:
+        ValueError: no plan fits, or the kernels do not have this arithmetic.
+    """
+    shape = shape._replace(T=min(power_of_2(shape.T), 1024), B=power_of_2(shape.B))
+    return _plan(kernel, shape, _device(device))
+
+
+# What the host build of the kernels is planned for: few multiprocessors, since it runs one thread at a time.
+HOST = H200._replace(name="the host build of the C++ kernels", multiprocessors=16)
+
+
+def _device(device: torch.device) -> tuple[int, Device]:
+    if device.type == "cpu":
+        return -1, HOST
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    return index, _properties(index)
+
+
+@lru_cache
+def _properties(index: int) -> Device:
+    return device_of(torch.cuda.get_device_properties(index))
+
+
+@lru_cache(maxsize=1024)
+def _plan(kernel: str, shape: Shape, device: tuple[int, Device]) -> Plan:
+    index, known = device
+    sizes = [shape.T, shape.B, shape.H, shape.P, shape.D, int(shape.projected)]
+    for plan in ranked(kernel, shape, known):
+        _, groups = _ops.cuda_room(index, PASSES.index(kernel), sizes, plan.fields)
+        if groups >= (shape.D * plan.groups if plan.exchange == "grid" else 1):
+            return plan
+    raise ValueError(f"{known.name} has no room for any plan of H = {shape.H}, P = {shape.P}")

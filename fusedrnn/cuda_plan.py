@@ -1,0 +1,391 @@
+"""Lays a layer out on a GPU for the kernels of csrc/cuda: who exchanges how, which warps have what, and where the
+weights lie; by a cost model, not by trying.
+
+Pure arithmetic: no GPU, and no library. What a plan is stands in csrc/cuda/plan.h, and so does what it needs, of which
+`needs` is a copy that tests/test_cuda_plan.py holds to the original. Times are microseconds, sizes bytes.
+
+    python -m fusedrnn.cuda_plan               what is predicted for an H200, as a table; --device NAME for another
+
+The model of one step of one block:
+
+    step = exchange + max(operand, weights, arithmetic, latency) + partial + cell
+
+    exchange     from the last block's results to the operand in everybody's shared memory: through distributed shared
+                 memory (cluster), or through L2 and flags (grid), and the bytes of the operand
+    operand      read from shared memory by every warp, with the weights that lie there
+    weights      streamed ones, out of L2, which all blocks share
+    arithmetic   multiply-adds of all warps
+    latency      of the dependent matrix instructions of one warp
+    partial      the sum over the warps that split K
+    cell         everything elementwise, and the loads and stores that belong to it
+
+With a projection a step has the first four twice. A launch takes steps * rounds of them, where a round is as many
+slices of the batch as there are groups at a time, and has the weights to load first.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import NamedTuple
+
+from .kernels.device import A100, B200, DEVICES, H100, H200, RTX4090, Device, Shape, cdiv, most_alike, power_of_2
+
+PASSES = ("forward", "backward")
+EXCHANGES = ("grid", "cluster")
+MATHS = ("bf16", "fp16", "tf32", "fp32", "fp64")
+
+
+class Costs(NamedTuple):
+    """What the model needs to know of a device beside `Device`. Rates are per clock and multiprocessor."""
+
+    grid: float  # microseconds of an exchange through L2 and flags, without its bytes
+    cluster: float  # the same through distributed shared memory; without meaning before sm_90
+    gpcs: int  # groups of multiprocessors that a cluster has to fit into
+    widest: int  # blocks of a cluster: 16 where the device allows what is not portable, 0 before sm_90
+    half: float  # multiply-adds of the matrix instruction in 16 bits; TensorFloat-32 has half of that
+    single: float  # multiply-adds in float32
+    double: float  # and in float64
+    measured: bool = False  # whether grid and cluster were measured on this device
+
+
+# grid and cluster are estimates: three, and one, of the latencies that arXiv 2402.13499 has for L2 and for distributed
+# shared memory on an H100, with the barriers of a block beside them.
+COSTS = {
+    A100.name: Costs(1.5, 0.0, 7, 0, 1024, 64, 32),
+    H100.name: Costs(1.3, 0.5, 8, 16, 1024, 128, 64),
+    H200.name: Costs(1.3, 0.5, 8, 16, 1024, 128, 64),
+    RTX4090.name: Costs(1.2, 0.0, 11, 0, 256, 128, 2),
+    B200.name: Costs(1.4, 0.5, 8, 16, 1024, 128, 64),
+}
+
+
+@lru_cache
+def costs_of(device: Device) -> Costs:
+    """The costs of a device, or those of the most alike; a cluster of 16 is for the generations where it is known."""
+    known = COSTS.get(device.name)
+    if known is not None:
+        return known
+    like = most_alike(device.capability)
+    same = device.capability // 10 == like.capability // 10
+    return COSTS[like.name]._replace(widest=COSTS[like.name].widest if same else min(COSTS[like.name].widest, 8))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one kernel is launched: `Plan` of csrc/cuda/plan.h, and what it takes."""
+
+    exchange: str
+    math: str
+    blocks: int  # of a group
+    tiles: int
+    splits: int
+    rows: int
+    groups: int  # of each direction
+    shared_blocks: int
+    shared_projection_blocks: int
+    streamed: int = 0  # K blocks of weights that a warp loads again at every step, of w_hh and w_hr together
+    shared: int = 0  # bytes of shared memory of a block
+    step: float = 0.0  # predicted
+    launch: float = 0.0  # predicted, for all steps
+    costs: str = ""  # which the prediction is from
+    inputs: bool = False  # whether the launch multiplies x with w_ih; none does, a GEMM comes before
+
+    @property
+    def fields(self) -> list[int]:
+        """As the library takes it."""
+        kinds = [EXCHANGES.index(self.exchange), MATHS.index(self.math)]
+        counts = [self.blocks, self.tiles, self.splits, self.rows, self.groups]
+        return [*kinds, *counts, self.shared_blocks, self.shared_projection_blocks]
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return 32 * self.tiles * self.splits
+
+    @property
+    def regime(self) -> str:
+        return f"{self.exchange}, streamed" if self.streamed else self.exchange
+
+    def __str__(self) -> str:
+        how = "a cluster each, exchanging in shared memory" if self.exchange == "cluster" else "exchanging through L2"
+        where = "in part streamed from L2" if self.streamed else "kept on the chip"
+        return (
+            f"{self.groups} groups of {self.blocks} blocks, {how}, {self.rows} rows, {self.tiles} x {self.splits} "
+            f"warps, weights {where}, {self.shared // 1024} KiB, {self.step:.2f} us a step predicted from {self.costs}"
+        )
+
+
+# The arithmetic of csrc/cuda/plan.h.
+
+_K_BLOCK = 64  # bytes of an operand's row
+_COLUMNS = 8  # batch rows of a matrix instruction
+_OUTPUTS = 16  # of a tile of the projection
+_MOST_WARPS = 8
+_STORAGE = {"bf16": 2, "fp16": 2, "tf32": 4, "fp32": 4, "fp64": 8}
+_ON_MATRIX_UNIT = ("bf16", "fp16", "tf32")
+
+
+class Product(NamedTuple):
+    """One of the products of a step."""
+
+    tiles: int  # of its outputs
+    segments: int  # groups of eight output rows in a tile
+    senders: int  # tiles that its operand comes from
+    chunk: int  # bytes that each of these adds to a row of it
+
+    @property
+    def row(self) -> int:
+        return self.senders * self.chunk
+
+    @property
+    def blocks(self) -> int:
+        """K blocks."""
+        return cdiv(self.row, _K_BLOCK)
+
+    @property
+    def stride(self) -> int:
+        return _K_BLOCK * (self.blocks | 1)
+
+    @property
+    def fragment(self) -> int:
+        """Bytes of a tile's weights in one K block."""
+        return self.segments * 32 * 16
+
+
+class Needs(NamedTuple):
+    """What a plan takes; the last two for w_hh and w_hr."""
+
+    shared: int  # bytes of a block
+    exchanged: int  # bytes of all blocks, through L2
+    flags: int
+    packed: tuple[int, int]  # bytes of the packed weights, all directions
+    streamed: tuple[int, int]  # K blocks that a warp loads again at every step
+
+
+@lru_cache(maxsize=1024)
+def products(kernel: str, shape: Shape, math: str) -> list[Product]:
+    """The product with w_hh, and where there is a projection that with w_hr."""
+    size, forward = _STORAGE[math], kernel == "forward"
+    units, outputs = cdiv(shape.H, 8 if forward else 16), cdiv(shape.P, _OUTPUTS)
+    h, own = (outputs, _OUTPUTS * size), (units, (8 if forward else 64) * size)
+    if not shape.projected:
+        return [Product(units, 4 if forward else 2, *own)]
+    if forward:
+        return [Product(units, 4, *h), Product(outputs, 2, *own)]
+    return [Product(outputs, 2, *own), Product(units, 2, *h)]
+
+
+def register_blocks(kernel: str, stage: int, math: str, rows: int, projected: bool) -> int:
+    """K blocks of weights that a warp keeps in registers."""
+    forward = kernel == "forward"
+    if math == "fp64":
+        return 0 if projected else 1
+    if stage == 1:
+        return 1
+    if math == "fp32":
+        return 4
+    if projected:
+        return 5 if forward else 8
+    if forward:
+        return 7 if rows == _COLUMNS else 5 if math == "tf32" else 6
+    return 12 if rows == _COLUMNS else 6
+
+
+def needs(kernel: str, shape: Shape, plan: Plan) -> Needs:
+    """What a plan takes of a launch."""
+    stages, warps = products(kernel, shape, plan.math), plan.tiles * plan.splits
+    kept = (plan.shared_blocks, plan.shared_projection_blocks)
+    buffers = 2 if plan.exchange == "cluster" else 1
+    compute = 8 if plan.math == "fp64" else 4
+    shared = warps * _COLUMNS * max(p.chunk for p in stages) + 16 * len(stages)
+    exchanged, packed, streamed = 0, [0, 0], [0, 0]
+    for k, p in enumerate(stages):
+        shared += warps * kept[k] * p.fragment + buffers * plan.rows * p.stride
+        if plan.splits > 1:
+            shared += warps * (plan.rows // _COLUMNS) * p.segments * 2 * 32 * compute
+        if plan.exchange == "grid":
+            exchanged += shape.D * plan.groups * 2 * plan.rows * p.row
+        packed[k] = shape.D * p.tiles * p.blocks * p.fragment
+        resident = register_blocks(kernel, k, plan.math, plan.rows, shape.projected) + kept[k]
+        streamed[k] = max(0, cdiv(p.blocks, plan.splits) - resident)
+    flags = len(stages) * shape.D * plan.groups * plan.blocks if plan.exchange == "grid" else 0
+    return Needs(shared, exchanged, flags, (packed[0], packed[1]), (streamed[0], streamed[1]))
+
+
+# What can be chosen.
+
+_RESERVED_SHARED = 1024  # bytes that the driver takes beside each block's
+_REGISTERS = 65536  # of a multiprocessor; a thread has 256 of them, at the most
+_MOST_COUNTED = 1 << 20  # bytes that an mbarrier counts in a phase
+
+
+def math_of(shape: Shape) -> str:
+    """What a shape is computed in; bfloat16 stands for float16 as well.
+
+    Raises:
+        ValueError: float32 is to be multiplied in three passes.
+    """
+    if shape.itemsize == 4:
+        if shape.precision == "tf32x3":
+            raise ValueError('the C++ kernels multiply float32 as "ieee" or "tf32", not as "tf32x3"')
+        return "tf32" if shape.precision == "tf32" else "fp32"
+    return {2: "bf16", 8: "fp64"}[shape.itemsize]
+
+
+def at_a_time(plan: Plan, device: Device) -> int:
+    """Groups, of all directions, that run at the same time."""
+    by_shared = (device.shared + _RESERVED_SHARED) // (plan.shared + _RESERVED_SHARED)
+    resident = min(by_shared, _REGISTERS // (256 * plan.threads))
+    if plan.exchange == "grid":
+        return resident * device.multiprocessors // plan.blocks
+    gpcs = costs_of(device).gpcs
+    return gpcs * (resident * (device.multiprocessors // gpcs) // plan.blocks)
+
+
+def plan(kernel: str, shape: Shape, device: Device) -> Plan:
+    """The plan with the least predicted time.
+
+    Args:
+        kernel: "forward" or "backward".
+        shape: the problem.
+        device: the GPU.
+
+    Raises:
+        ValueError: no plan fits the device, or the kernels do not have this arithmetic.
+    """
+    return ranked(kernel, shape, device)[0]
+
+
+def ranked(kernel: str, shape: Shape, device: Device) -> list[Plan]:
+    """Every plan that fits the device, the one with the least predicted time first.
+
+    Raises:
+        ValueError: as of `plan`.
+    """
+    found = sorted(plans(kernel, shape, device), key=lambda p: p.launch)
+    if not found:
+        raise ValueError(
+            f"H = {shape.H}, P = {shape.P} does not fit {device.name}: a block has {device.shared // 1024} KiB of "
+            "shared memory, and needs the states of 8 batch rows there, or their gates' gradients"
+        )
+    return found
+
+
+def plans(kernel: str, shape: Shape, device: Device) -> Iterator[Plan]:
+    """Every plan that fits the device, with its prediction."""
+    math = math_of(shape)
+    wide = math in _ON_MATRIX_UNIT and not shape.projected and shape.B > _COLUMNS
+    tiles_of_units = cdiv(shape.H, 8 if kernel == "forward" else 16)
+    for exchange in EXCHANGES if costs_of(device).widest else ("grid",):
+        for tiles in range(1, _MOST_WARPS + 1):
+            blocks = cdiv(tiles_of_units, tiles)
+            if exchange == "cluster":
+                blocks = power_of_2(blocks)
+                if blocks > costs_of(device).widest:
+                    continue
+            for splits in range(1, _MOST_WARPS // tiles + 1):
+                for rows in (8, 16) if wide else (8,):
+                    fitted = _fitted(kernel, shape, device, Plan(exchange, math, blocks, tiles, splits, rows, 1, 0, 0))
+                    if fitted is not None:
+                        yield _predicted(kernel, shape, device, fitted)
+
+
+def _fitted(kernel: str, shape: Shape, device: Device, bare: Plan) -> Plan | None:
+    """A plan with as many weights in shared memory and as many groups as fit, or None."""
+    stages = products(kernel, shape, bare.math)
+    if bare.exchange == "cluster" and any(bare.rows * p.row >= _MOST_COUNTED for p in stages):
+        return None
+    free = device.shared - needs(kernel, shape, bare).shared
+    if free < 0:
+        return None
+    kept = [0, 0]
+    for k, (p, missing) in enumerate(zip(stages, needs(kernel, shape, bare).streamed, strict=False)):
+        bytes_of_one = bare.tiles * bare.splits * p.fragment
+        kept[k] = min(missing, free // bytes_of_one)
+        free -= kept[k] * bytes_of_one
+    plan = replace(bare, shared_blocks=kept[0], shared_projection_blocks=kept[1])
+    taken = needs(kernel, shape, plan)
+    plan = replace(plan, shared=taken.shared, streamed=sum(taken.streamed))
+    groups = at_a_time(plan, device) // shape.D
+    if plan.exchange == "cluster":  # those that do not fit wait for others to end
+        groups = max(groups, min(1, at_a_time(plan, device)))
+    groups = min(groups, cdiv(shape.B, plan.rows))
+    return replace(plan, groups=groups) if groups > 0 else None
+
+
+# What it will take.
+
+_L2_PER_CLOCK, _SHARED_PER_CLOCK, _PEER_PER_CLOCK = 64, 128, 32  # bytes, per multiprocessor
+_MMA_LATENCY = {"bf16": 33, "fp16": 33, "tf32": 25}  # clocks from a matrix instruction to one that needs its result
+_PARTIAL, _CELL = 0.1, 0.15  # microseconds
+_CELL_CLOCKS = 12.0  # for each two elements of a lane and column tile
+_BEFORE = 10.0  # microseconds of the launches before the launch: the GEMM, and the packing of the weights
+
+
+def _predicted(kernel: str, shape: Shape, device: Device, p: Plan) -> Plan:
+    """The plan with the time of a step and of the launch."""
+    costs, clocks = costs_of(device), device.clock * 1e3  # per microsecond
+    taken, warps = needs(kernel, shape, p), p.tiles * p.splits
+    running = min(shape.D * p.groups, at_a_time(p, device))
+    crowd = cdiv(running * p.blocks, device.multiprocessors)  # blocks that share a multiprocessor
+    l2 = min(_L2_PER_CLOCK * clocks, device.l2 / min(running * p.blocks, device.multiprocessors))
+    columns = p.rows // _COLUMNS
+    rate = {"fp32": costs.single, "fp64": costs.double, "tf32": costs.half / 2}.get(p.math, costs.half)
+    kept = (p.shared_blocks, p.shared_projection_blocks)
+    step = _CELL + _CELL_CLOCKS * columns * crowd * warps / clocks
+    for k, product in enumerate(products(kernel, shape, p.math)):
+        block = cdiv(product.blocks, p.splits)  # of one warp
+        operand = p.rows * product.row
+        if p.exchange == "grid":
+            exchange = costs.grid + crowd * operand / l2
+        else:
+            exchange = costs.cluster + crowd * operand / (_PEER_PER_CLOCK * clocks)
+        from_shared = warps * (block * p.rows * _K_BLOCK + min(kept[k], block) * product.fragment)
+        multiplied = warps * block * 8 * product.segments * (_K_BLOCK // _STORAGE[p.math]) * p.rows
+        step += exchange + max(
+            crowd * from_shared / (_SHARED_PER_CLOCK * clocks),
+            crowd * warps * taken.streamed[k] * product.fragment / l2,
+            crowd * multiplied / (rate * clocks),
+            block * 2 * _MMA_LATENCY.get(p.math, 0) / clocks,
+        )
+        step += _PARTIAL if p.splits > 1 else 0.0
+    rounds = cdiv(cdiv(shape.B, p.rows), p.groups) * cdiv(shape.D * p.groups, running)
+    weights = sum(taken.packed) * p.groups / device.l2
+    launch = _BEFORE + weights + shape.T * rounds * step
+    return replace(p, step=step, launch=launch, costs=_described(device))
+
+
+@lru_cache
+def _described(device: Device) -> str:
+    """Where the costs of a device are from."""
+    like = device.name if device.name in COSTS else most_alike(device.capability).name
+    return f"costs {'measured' if COSTS[like].measured else 'estimated'} for {like}"
+
+
+def predictions(device: Device) -> str:
+    """The table of docs/gpu_performance.md: steps of the whole batch, in microseconds."""
+    lines = ["| dtype | H | B | forward | us | backward | us |", "| --- | --- | --- | --- | --- | --- | --- |"]
+    for dtype, itemsize in (("bfloat16", 2), ("float32, TF32", 4)):
+        for H in (128, 256, 512, 768, 1024, 1536, 2048):
+            for B in (1, 16, 64, 256):
+                shape, cells = Shape(128, B, H, H, H, 1, itemsize, "tf32"), []
+                for kernel in PASSES:
+                    try:
+                        p = plan(kernel, shape, device)
+                    except ValueError:
+                        cells += ["does not fit", ""]
+                        continue
+                    rounds = cdiv(cdiv(B, p.rows), p.groups)
+                    cells += [f"{p.regime}, {p.groups} x {p.blocks}", f"{rounds * p.step:.1f}"]
+                lines.append(f"| {dtype} | {H} | {B} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m fusedrnn.cuda_plan", description="Print what is predicted.")
+    parser.add_argument("--device", choices=[d.name for d in DEVICES], default=H200.name)
+    name = parser.parse_args().device
+    print(predictions(next(d for d in DEVICES if d.name == name)))

@@ -1,0 +1,505 @@
+"""The cuda backend from the module down to its kernels: all results of a layer, forward and backward.
+
+On a GPU it runs as it is. Elsewhere csrc/cuda_ops.cpp is built over the host build of the kernels, in which every
+thread is a fiber, and computes on tensors of the CPU: the same Python, the same operators, the same kernels; only the
+launches themselves are others. The tolerance is that of fusedrnn/testing.py; outputs are poisoned with NaN.
+"""
+
+import dataclasses
+import hashlib
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import fusedrnn
+from fusedrnn import cuda, dispatch, ops, testing
+from fusedrnn.testing import Case
+
+ROOT = Path(__file__).parents[1]
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+
+
+@pytest.fixture(scope="session")
+def host_library(cuda_host):
+    """The operators of csrc/cuda_ops.cpp on the CPU, loaded. Compiled unless those of the same sources are there."""
+    kernels = cuda_host.built("plain", cuda_host.FLAGS)
+    sources = [ROOT / "csrc" / "cuda_ops.cpp", ROOT / "csrc" / "cuda" / "host" / "launch.cpp"]
+    torch_home = Path(torch.__file__).parent
+    flags = ["-std=c++20", "-O1", "-Wall", "-fPIC", "-shared", "-fvisibility=hidden", f"-I{torch_home / 'include'}"]
+    flags += ["-DFUSEDRNN_CUDA_HOST", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    links = [f"-L{kernels.parent}", f"-l:{kernels.name}", "-Wl,-rpath,$ORIGIN"]
+    links += [f"-L{torch_home / 'lib'}", "-ltorch_cpu", "-lc10"]
+    text = " ".join([torch.__version__, *flags, *links]).encode() + b"".join(path.read_bytes() for path in sources)
+    library = kernels.with_name(f"ops-{hashlib.sha256(text).hexdigest()[:16]}.so")
+    if not library.is_file():
+        for old in library.parent.glob("ops-*"):
+            old.unlink()
+        partial = library.with_suffix(f".{os.getpid()}")
+        command = [os.environ.get("CXX", "g++"), *flags, *map(str, sources), *links, "-o", str(partial)]
+        subprocess.run(command, check=True)
+        partial.replace(library)
+    torch.ops.load_library(str(library))
+
+
+@pytest.fixture(autouse=True)
+def backend(request, monkeypatch):
+    """Where there is no GPU, the host library stands for the CUDA library that was not loaded."""
+    if not ON_GPU:
+        request.getfixturevalue("host_library")
+        monkeypatch.setattr(ops, "_cuda_unloaded", None)
+    elif ops.cuda_unavailable() is not None:
+        pytest.skip(ops.cuda_unavailable())
+
+
+host_only = pytest.mark.skipif(ON_GPU, reason="plans the host's device: a GPU has one of its own")
+gpu_only = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+
+
+def check(case):
+    with fusedrnn.use_backend("cuda"), testing.poisoned():
+        ours = testing.evaluate(testing.call, fusedrnn.LSTM, case, DEVICE)
+    expected = testing.answers(case, DEVICE)
+    assert ours.keys() == expected.keys()
+    for name, answer in expected.items():
+        testing.assert_as_exact_as(f"{case.id}: {name}", ours[name], *answer)
+
+
+SIZES = [
+    # T, B, I, H
+    (1, 1, 5, 1),
+    (1, 3, 31, 30),
+    (2, 17, 24, 64),
+    (7, 3, 33, 19),
+    (33, 1, 2, 9),
+]
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_sizes(size, dtype):
+    check(Case(*size, dtype=dtype))
+
+
+OPTIONS = {
+    "layers": {"layers": 3},
+    "no-bias": {"bias": False},
+    "no-hx": {"hx": False},
+    "bidirectional": {"bidirectional": True},
+    "projection": {"proj_size": 5},
+    "projection-bidirectional-no-bias": {"proj_size": 5, "bidirectional": True, "bias": False},
+    "batch-first-strided": {"batch_first": True, "strided": True},
+    "packed-bidirectional": {"packed": True, "bidirectional": True},
+    "lengths": {"lengths": True},
+    "lengths-no-hx-bidirectional": {"lengths": True, "bidirectional": True, "hx": False},
+    "reset": {"reset": True},
+    "states": {"states": True},
+    "everything": {
+        "layers": 2,
+        "bidirectional": True,
+        "proj_size": 5,
+        "batch_first": True,
+        "lengths": True,
+        "reset": True,
+        "states": True,
+        "strided": True,
+    },
+}
+EVERYTHING = {"bidirectional": True, "lengths": True, "reset": True, "states": True}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_options(options):
+    check(Case(4, 3, 7, 14, **options))
+
+
+@pytest.mark.parametrize("dtype", [F64, BF16, F16], ids=str)
+@pytest.mark.parametrize("name", ["projection", "everything"])
+def test_options_in_other_dtypes(name, dtype):
+    check(Case(3, 3, 7, 14, dtype=dtype, **OPTIONS[name]))
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_precisions(precision, monkeypatch):
+    """Where torch's own float32 is exact, what rounding operands to 11 bits is worth is added for TensorFloat-32."""
+    monkeypatch.setenv("FUSEDRNN_FP32", precision)
+    case = Case(3, 3, 7, 20, **EVERYTHING)
+    with fusedrnn.use_backend("cuda"):
+        ours = testing.evaluate(testing.call, fusedrnn.LSTM, case, DEVICE)
+    worth = 1.0 if ON_GPU or precision == "ieee" else 1 + 2 * 2**-11 / testing.roundoff(F32)
+    for name, (torchs, exact, rounding) in testing.answers(case, DEVICE).items():
+        testing.assert_as_exact_as(name, ours[name], torchs, exact, worth * rounding)
+    rounded = float((ours["y"].double() - testing.answers(case, DEVICE)["y"].exact).abs().max()) > 1e-5
+    assert rounded == (precision == "tf32")
+
+
+PLAIN, PROJECTED = {}, {**EVERYTHING, "proj_size": 23}
+
+
+@host_only
+@pytest.mark.parametrize(
+    ("wanted", "dtype", "options"),
+    [
+        ({"exchange": "cluster", "blocks": 4}, F32, PLAIN),
+        ({"exchange": "cluster", "blocks": 4, "splits": 2}, F64, EVERYTHING),
+        ({"exchange": "cluster", "rows": 16, "groups": 1}, BF16, EVERYTHING),
+        ({"exchange": "cluster", "blocks": 2, "groups": 1}, F16, PROJECTED),
+        ({"exchange": "grid", "groups": 1}, F32, EVERYTHING),
+        ({"exchange": "grid", "splits": 4}, BF16, PLAIN),
+        ({"exchange": "grid", "rows": 16}, F16, EVERYTHING),
+        ({"exchange": "grid", "shared": 0}, F64, PROJECTED),
+    ],
+    ids=lambda value: "-".join(map(str, value)) or "plain" if isinstance(value, dict) else str(value),
+)
+def test_plans(wanted, dtype, options, monkeypatch):
+    """Every exchange, split and number of rows; "shared": 0 keeps no weights there, so that they are streamed."""
+    chosen = {}
+
+    def plan(kernel, shape, device):
+        want = {name: value for name, value in wanted.items() if name not in ("groups", "shared")}
+        found = [p for p in cuda.ranked(kernel, shape, device[1]) if want.items() <= vars(p).items()]
+        changes = {"groups": wanted["groups"]} if "groups" in wanted else {}
+        if "shared" in wanted:
+            changes |= {"shared_blocks": 0, "shared_projection_blocks": 0}
+        chosen[kernel] = dataclasses.replace(min(found, key=lambda p: p.blocks * p.threads), **changes)
+        return chosen[kernel]
+
+    monkeypatch.setattr(cuda, "_plan", plan)
+    check(Case(3, 9, 5, 44, dtype=dtype, **options))
+    assert chosen.keys() == {"forward", "backward"}
+
+
+@pytest.mark.parametrize("options", [{}, {"lengths": True, "reset": True, "proj_size": 2}], ids=["", "everything"])
+def test_gradcheck(options):
+    """Of the kernels themselves, in float64; and once more of the backward, which goes through the reference."""
+    lstm = fusedrnn.LSTM(2, 3, bidirectional=True, proj_size=options.get("proj_size", 0), dtype=F64, device=DEVICE)
+    x = torch.randn(3, 2, 2, dtype=F64, device=DEVICE, requires_grad=True)
+    h0 = torch.randn(2, 2, options.get("proj_size", 3), dtype=F64, device=DEVICE, requires_grad=True)
+    c0 = torch.randn(2, 2, 3, dtype=F64, device=DEVICE, requires_grad=True)
+    given = {}
+    if options:
+        given = {"lengths": torch.tensor([3, 1]), "reset": torch.tensor([[False, True], [True, False], [False, False]])}
+        given = {name: value.to(DEVICE) for name, value in given.items()}
+
+    def run(x, h0, c0, *_):
+        y, (hn, cn), states = lstm(x, (h0, c0), return_states=True, **given)
+        return y, hn, cn, states.c[0]
+
+    with fusedrnn.use_backend("cuda"):
+        inputs = (x, h0, c0, *lstm.parameters())
+        assert torch.autograd.gradcheck(run, inputs)
+        assert torch.autograd.gradgradcheck(run, inputs[:3])
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("options", [{}, {**EVERYTHING, "proj_size": 5}, {"bias": False, "hx": False}], ids=str)
+def test_gates_computed_again(options, dtype, monkeypatch):
+    monkeypatch.setenv("FUSEDRNN_RESERVE", "recompute")
+    check(Case(4, 3, 7, 14, dtype=dtype, **options))
+
+
+def kept():
+    """Bytes that the backward of two bidirectional layers is left with beside inputs, outputs and weights; and those
+    of one number for each step, layer, direction and hidden unit."""
+    T, B, H, layers = 5, 3, 8, 2
+    lstm = fusedrnn.LSTM(4, H, layers, bidirectional=True, dtype=BF16, device=DEVICE)
+    saved = {}
+
+    def keep(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    x = torch.randn(T, B, 4, dtype=BF16, device=DEVICE)
+    with fusedrnn.use_backend("cuda"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        lstm(x)
+    shapes = {(T, B, 4), (T, B, 2 * H), *(tuple(w.shape) for w in lstm.parameters())}
+    beside = [t for t in saved.values() if tuple(t.shape) not in shapes]
+    states = [t for t in saved.values() if tuple(t.shape) == (T, B, 2 * H)]
+    assert len(states) == 2 * layers  # the y of a layer has the shape of its c
+    return sum(t.nbytes for t in [*beside, *states[layers:]]), 2 * layers * T * B * H * BF16.itemsize
+
+
+def test_what_is_kept_for_the_backward(monkeypatch):
+    """The gates and c, 5 H a step, layer and direction; c alone where the gates are computed again."""
+    bytes_, one = kept()
+    assert bytes_ == 5 * one
+    monkeypatch.setenv("FUSEDRNN_RESERVE", "recompute")
+    bytes_, one = kept()
+    assert bytes_ == one
+
+
+def test_a_backward_takes_what_its_forward_left(monkeypatch):
+    lstm = fusedrnn.LSTM(3, 4, dtype=F64, device=DEVICE)
+    x = torch.randn(5, 2, 3, dtype=F64, device=DEVICE)
+    grads = []
+    with fusedrnn.use_backend("cuda"):
+        for now, later in (("gates", "gates"), ("gates", "recompute"), ("recompute", "gates")):
+            monkeypatch.setenv("FUSEDRNN_RESERVE", now)
+            y, _ = lstm(x)
+            monkeypatch.setenv("FUSEDRNN_RESERVE", later)
+            grads.append(torch.autograd.grad(y.square().sum(), [*lstm.parameters()]))
+    for first, *others in zip(*grads, strict=True):
+        for other in others:
+            torch.testing.assert_close(other, first, rtol=1e-12, atol=1e-12)
+
+
+def test_unknown_reserve(monkeypatch):
+    monkeypatch.setenv("FUSEDRNN_RESERVE", "everything")
+    with pytest.raises(ValueError, match="FUSEDRNN_RESERVE must be one of gates, recompute, got 'everything'"):
+        torch.ops.fusedrnn.cuda_forward(*operator_arguments())
+
+
+@gpu_only
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_no_more_is_kept_than_cudnn_keeps(dtype):
+    """cuDNN's reserve is a tensor of bytes among what autograd keeps for the backward of nn.LSTM."""
+    T, B, H = 50, 16, 256
+    lstm = torch.nn.LSTM(64, H, 2, bidirectional=True, dtype=dtype, device=DEVICE)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        lstm(torch.randn(T, B, 64, dtype=dtype, device=DEVICE))
+    reserve = max(t.nbytes for t in kept if t.dtype == torch.uint8)
+    intermediate = T * B * 2 * H * dtype.itemsize  # the output of the first layer, which cuDNN has in its reserve
+    assert 2 * 2 * T * B * 5 * H * dtype.itemsize + intermediate <= reserve
+
+
+def operator_arguments(T=3, B=2, I=5, H=4, D=2):
+    weights = [
+        w.to(DEVICE)
+        for _ in range(D)
+        for w in (torch.randn(4 * H, I), torch.randn(4 * H, H), torch.randn(4 * H), torch.randn(4 * H))
+    ]
+    lengths, reset = torch.tensor([3, 1], device=DEVICE), torch.rand(T, B, device=DEVICE) < 0.5
+    state = torch.randn(D, B, H, device=DEVICE)
+    return (torch.randn(T, B, I, device=DEVICE), weights, D == 2, state, state.clone(), lengths, reset, True, True)
+
+
+def test_operators_pass_opcheck():
+    arguments, op = operator_arguments(), torch.ops.fusedrnn
+    torch.library.opcheck(op.cuda_forward, arguments, test_utils=("test_schema", "test_faketensor"))
+    y, hn, cn, c, reserve = op.cuda_forward(*arguments)
+    needs = [True] * (3 + len(arguments[1]))
+    backward = (y, hn, cn, c, *arguments[:7], y, c, reserve, needs)
+    torch.library.opcheck(op.cuda_backward, backward, test_utils=("test_schema", "test_faketensor"))
+    fewer = (y, None, None, None, *arguments[:7], y, c, reserve, [k % 2 == 0 for k in range(len(needs))])
+    torch.library.opcheck(op.cuda_backward, fewer, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_operator_clamps_lengths():
+    x, weights, two, h0, c0, _, reset, *flags = operator_arguments()
+    run = torch.ops.fusedrnn.cuda_forward
+    wild, tame = (
+        run(x, weights, two, h0, c0, torch.tensor(n, device=DEVICE), reset, *flags) for n in ([-5, 99], [0, 3])
+    )
+    for a, b in zip(wild, tame, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_empty_batch():
+    with fusedrnn.use_backend("cuda"):
+        lstm = fusedrnn.LSTM(3, 4, bidirectional=True, device=DEVICE)
+        x = torch.randn(5, 0, 3, device=DEVICE, requires_grad=True)
+        y, _ = lstm(x)
+        assert y.shape == (5, 0, 8)
+        grads = torch.autograd.grad(y.sum(), [x, *lstm.parameters()])
+    assert grads[0].shape == x.shape
+    assert all(not grad.any() for grad in grads[1:])
+
+
+def test_one_launch_a_pass(monkeypatch):
+    """Of a bidirectional layer; and the gates take the memory of xg."""
+    launches, seen = [], {}
+    for name in ("forward", "backward"):
+        original = getattr(cuda, name)
+
+        def spy(*arguments, name=name, original=original):
+            launches.append(name)
+            seen[name] = arguments
+            return original(*arguments)
+
+        monkeypatch.setattr(cuda, name, spy)
+    lstm = fusedrnn.LSTM(3, 4, bidirectional=True, device=DEVICE)
+    with fusedrnn.use_backend("cuda"):
+        y, _ = lstm(torch.randn(5, 2, 3, device=DEVICE))
+        torch.autograd.grad(y.sum(), lstm.weight_hh_l0)
+    assert launches == ["forward", "backward"]
+    xg, gates = seen["forward"][2], seen["forward"][-1]
+    assert xg is gates
+
+
+@pytest.mark.parametrize("reserve", ["gates", "recompute"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled(dynamic, reserve, monkeypatch):
+    monkeypatch.setenv("FUSEDRNN_RESERVE", reserve)
+    lstm = fusedrnn.CompilableLSTM(3, 4, dtype=F64, device=DEVICE)
+    x = torch.randn(5, 2, 3, dtype=F64, device=DEVICE, requires_grad=True)
+    with fusedrnn.use_backend("cuda"):
+        outputs = [
+            module(x)[0] for module in (lstm, torch.compile(lstm, fullgraph=True, backend="aot_eager", dynamic=dynamic))
+        ]
+        grads = [torch.autograd.grad(y.square().sum(), [x, *lstm.parameters()]) for y in outputs]
+    assert torch.equal(*outputs)
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_an_exported_program_runs_with_grad_mode_on():
+    lstm = fusedrnn.CompilableLSTM(3, 4, device=DEVICE)
+    x = torch.randn(5, 2, 3, device=DEVICE)
+    with fusedrnn.use_backend("cuda"):
+        program = torch.export.export(lstm, (x,)).module()
+        with torch.no_grad():
+            expected = lstm(x)[0]
+    assert torch.equal(program(x)[0].detach(), expected)
+
+
+def problem(**changes):
+    return dispatch.Problem(
+        **{"device": DEVICE, "dtype": F32, "T": 2, "B": 2, "I": 3, "H": 4, "P": 4, "D": 1, **changes}
+    )
+
+
+def test_explain_shows_both_plans():
+    with fusedrnn.use_backend("cuda"):
+        explanation = fusedrnn.explain(fusedrnn.LSTM(3, 40, device=DEVICE), torch.randn(5, 2, 3, device=DEVICE))
+    assert explanation.backend == "cuda"
+    assert "forward: 1 groups of" in explanation.plan
+    assert "backward: 1 groups of" in explanation.plan
+    assert "us a step predicted from costs" in explanation.plan
+
+
+def test_auto_does_not_choose_it():
+    assert "asked for by name" in dispatch.supports("cuda", problem())
+    assert dispatch.select(problem()) != "cuda"
+    with fusedrnn.use_backend("cuda"):
+        assert dispatch.supports("cuda", problem()) is None
+        assert dispatch.supports("cuda", problem(dtype=F64)) is None
+
+
+def test_what_it_cannot_do_is_a_reason_and_an_error(monkeypatch):
+    with fusedrnn.use_backend("cuda"):
+        assert "does not fit" in dispatch.supports("cuda", problem(H=1 << 20, P=1 << 20))
+        assert "the input is on meta" in dispatch.supports("cuda", problem(device="meta"))
+        assert "not torch.complex64" in dispatch.supports("cuda", problem(dtype=torch.complex64))
+        monkeypatch.setenv("FUSEDRNN_FP32", "tf32x3")
+        assert "tf32x3" in dispatch.supports("cuda", problem())
+        with pytest.raises(RuntimeError, match=r"'cuda' was asked for and cannot run: .*tf32x3"):
+            fusedrnn.LSTM(3, 4, device=DEVICE)(torch.randn(2, 2, 3, device=DEVICE))
+
+
+def test_a_plan_that_the_device_has_no_room_for_gives_way_to_the_next(monkeypatch):
+    shape = cuda.Shape(4, 8, 5, 64, 64, 1, 2, "tf32")
+    device = cuda._device(torch.device(DEVICE))
+    first = cuda.ranked("forward", shape, device[1])[0]
+    rooms = []
+
+    class Crowded:
+        def cuda_room(self, *arguments):
+            rooms.append(arguments)
+            return 0, 0 if arguments[-1][0] == first.fields[0] else 100
+
+    monkeypatch.setattr(cuda, "_ops", Crowded())
+    cuda._plan.cache_clear()
+    other = cuda._plan("forward", shape, device)
+    assert other.exchange != first.exchange
+    assert len(rooms) > 1
+    monkeypatch.setattr(Crowded, "cuda_room", lambda *_: (0, 0))
+    cuda._plan.cache_clear()
+    with pytest.raises(ValueError, match="has no room for any plan of H = 64"):
+        cuda._plan("forward", shape, device)
+    cuda._plan.cache_clear()
+
+
+class Launch:
+    """The arguments of one forward launch, to be changed one at a time."""
+
+    def __init__(self, T=3, B=2, H=8):
+        self.plan = cuda.plan_for("forward", cuda.Shape(T, B, 1, H, H, 1, 4, "ieee"), torch.device(DEVICE)).fields
+        self.xg, self.w_hh, self.w_hr = self.tensor(1, T, B, 4 * H), [self.tensor(4 * H, H)], []
+        self.h0 = self.c0 = self.lengths = self.reset = self.c = self.gates = None
+        self.y, self.hn, self.cn = self.tensor(T, B, H), self.tensor(1, B, H), self.tensor(1, B, H)
+
+    def tensor(self, *shape, dtype=F32):
+        return torch.zeros(shape, dtype=dtype, device=DEVICE)
+
+    def arguments(self, **changes):
+        names = ["plan", "xg", "w_hh", "w_hr", "h0", "c0", "lengths", "reset", "y", "hn", "cn", "c", "gates"]
+        return tuple({**vars(self), **changes}[name] for name in names)
+
+    def run(self, **changes):
+        torch.ops.fusedrnn.cuda_launch_forward(*self.arguments(**changes))
+
+
+def test_operators_of_the_library_pass_opcheck():
+    """They change what their schemas say, and nothing else."""
+    op, launch, t = torch.ops.fusedrnn, Launch(), Launch().tensor
+    all_states = {"h0": t(1, 2, 8), "c0": t(1, 2, 8), "c": t(3, 2, 8), "gates": t(1, 3, 2, 32)}
+    all_states |= {"lengths": t(2, dtype=torch.int64), "reset": t(3, 2, dtype=torch.bool)}
+    for changes in ({}, all_states):
+        torch.library.opcheck(op.cuda_launch_forward, launch.arguments(**changes), test_utils="test_schema")
+    plan = cuda.plan_for("backward", cuda.Shape(3, 2, 1, 8, 8, 1, 4, "ieee"), torch.device(DEVICE)).fields
+    given = (t(3, 2, 8), t(1, 2, 8), t(1, 2, 8), t(3, 2, 8), [t(32, 8)], [], t(1, 2, 8), None, None)
+    made = (t(3, 2, 8), t(1, 3, 2, 32), t(1, 3, 2, 32), None, None, t(1, 2, 8), t(1, 2, 8))
+    torch.library.opcheck(op.cuda_launch_backward, (plan, *given, *made), test_utils="test_schema")
+    room = (0, 0, [3, 2, 8, 8, 1, 0], launch.plan)
+    for name, arguments in (("room", room), ("obstacle", (0,)), ("device_type", ())):
+        torch.library.opcheck(getattr(op, f"cuda_{name}").default, arguments, test_utils="test_schema")
+
+
+def test_the_library_checks_what_memory_safety_needs():
+    launch = Launch()
+    launch.run()
+    t = launch.tensor
+    for changes, message in (
+        ({"xg": t(1, 3, 2, 31)}, "xg has the wrong shape"),
+        ({"xg": t(1, 3, 2, 64)[..., ::2]}, "xg must be contiguous"),
+        ({"xg": t(1, 3, 2, 32, dtype=F64)}, "xg has a dtype that the plan is not for"),
+        ({"y": t(3, 2, 9)}, "y has the wrong shape"),
+        ({"hn": t(2, 2, 8)}, "hn has the wrong shape"),
+        ({"c": t(3, 2, 7)}, "c has the wrong shape"),
+        ({"lengths": t(2, dtype=torch.int32)}, "lengths has a dtype"),
+        ({"reset": t(3, 3, dtype=torch.bool)}, "reset has the wrong shape"),
+        ({"w_hh": []}, "w_hh must have 2 dimensions"),
+        ({"w_hr": [t(8, 8), t(8, 8)]}, "one w_hr of each direction"),
+        ({"plan": launch.plan[:-1]}, "a plan has 9 fields, got 8"),
+        ({"plan": [7, *launch.plan[1:]]}, "a plan of an unknown kind"),
+        ({"plan": [*launch.plan[:2], 0, *launch.plan[3:]]}, "the plan is invalid: counts must be positive"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            launch.run(**changes)
+
+
+@host_only
+def test_without_the_library_there_is_a_reason(monkeypatch):
+    monkeypatch.setattr(ops, "_cuda_unloaded", "it was left at home")
+    assert fusedrnn.backends()["cuda"] == "it was left at home"
+    with pytest.raises(RuntimeError, match="it was left at home"), fusedrnn.use_backend("cuda"):
+        pass
+
+
+@host_only
+def test_a_library_that_the_gpu_cannot_run_gives_the_librarys_reason(monkeypatch):
+    """The library's own answer (an older driver, other architectures) is the reason, and is asked for once."""
+    asked = []
+
+    class Library:
+        def cuda_device_type(self):
+            return "cuda"
+
+        def cuda_obstacle(self, device):
+            asked.append(device)
+            return "it was built for other architectures than sm_75"
+
+    monkeypatch.setattr(ops, "_ops", Library())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert fusedrnn.backends()["cuda"] == "torch finds no GPU"
+    monkeypatch.setattr(ops, "_no_gpu", lambda: None)
+    ops._cuda_obstacle.cache_clear()
+    assert fusedrnn.backends()["cuda"] == "it was built for other architectures than sm_75"
+    assert "sm_75" in dispatch.supports("cuda", problem())
+    assert asked == [3]
+    ops._cuda_obstacle.cache_clear()

@@ -1,0 +1,182 @@
+"""The planner of the C++ kernels, over a wide grid of problems and devices: what it chooses fits, and covers all; and
+its copy of the arithmetic of csrc/cuda/plan.h gives the same numbers as the original."""
+
+import dataclasses
+import itertools
+from pathlib import Path
+
+import pytest
+from fusedrnn.kernels.device import A100, B200, DEVICES, H100, H200, RTX4090, Shape, cdiv
+
+from fusedrnn import cuda_plan as planner
+from fusedrnn.cuda_plan import COSTS, EXCHANGES, MATHS
+
+HIDDEN = (1, 30, 128, 512, 650, 1024, 2048)
+BATCHES = (1, 17, 5000)
+KINDS = ((2, "tf32"), (4, "tf32"), (4, "ieee"), (8, "ieee"))
+
+
+def shapes():
+    for H, B, (itemsize, precision), D in itertools.product(HIDDEN, BATCHES, KINDS, (1, 2)):
+        yield Shape(128, B, H, H, H, D, itemsize, precision)
+        yield Shape(1, B, 7, H, max(1, H // 2), D, itemsize, precision, True)
+
+
+def fits_at_all(kernel, shape, device):
+    """Whether a slice of 8 rows of the operands has room, with something to spare for what goes with it."""
+    operands = sum(p.stride for p in planner.products(kernel, shape, planner.math_of(shape)))
+    return 8 * operands + 16 * 1024 <= device.shared and 8 * 8 * device.multiprocessors // shape.D >= shape.H
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
+@pytest.mark.parametrize("pass_", planner.PASSES)
+def test_every_plan_fits(pass_, device):
+    planned = 0
+    for shape in shapes():
+        try:
+            plan = planner.plan(pass_, shape, device)
+        except ValueError:
+            assert not fits_at_all(pass_, shape, device), shape
+            continue
+        planned += 1
+        units = 8 if pass_ == "forward" else 16
+        assert plan.blocks * plan.tiles * units >= shape.H
+        assert plan.threads <= 256
+        assert plan.rows == 8 or (plan.math in ("bf16", "tf32") and not shape.projected)
+        assert plan.groups <= cdiv(shape.B, plan.rows)
+        assert plan.shared == planner.needs(pass_, shape, plan).shared <= device.shared
+        # Of every thread 256 registers, at the most; of every block its shared memory and 1 KiB of the driver's.
+        each = min(65536 // (256 * plan.threads), (device.shared + 1024) // (plan.shared + 1024))
+        if plan.exchange == "cluster":
+            assert device.capability >= 90
+            assert plan.blocks in (1, 2, 4, 8, 16)
+            assert plan.blocks <= each * device.multiprocessors // COSTS[device.name].gpcs
+        else:
+            assert shape.D * plan.groups * plan.blocks <= each * device.multiprocessors
+        assert 0 < plan.step < 5000
+        assert plan.launch >= shape.T * plan.step
+    assert planned > 100
+
+
+def test_devices_without_clusters_never_get_one():
+    for device in (A100, RTX4090):
+        assert COSTS[device.name].widest == 0
+        found = {
+            p.exchange for shape in itertools.islice(shapes(), 60) for p in planner.plans("forward", shape, device)
+        }
+        assert found == {"grid"}
+
+
+def test_a_cluster_of_16_only_where_it_is_known_to_be_allowed():
+    shape = Shape(128, 8, 512, 512, 512, 1, 2, "tf32")
+    assert max(p.blocks for p in planner.plans("forward", shape, H200) if p.exchange == "cluster") == 16
+    unknown = H200._replace(name="another", capability=120)
+    assert max(p.blocks for p in planner.plans("forward", shape, unknown) if p.exchange == "cluster") == 8
+
+
+def test_an_unknown_device_takes_after_the_most_alike():
+    device = H200._replace(name="NVIDIA H100 PCIe", multiprocessors=114)
+    plan = planner.plan("forward", Shape(128, 8, 512, 512, 512, 1, 2, "tf32"), device)
+    assert "costs estimated for NVIDIA H100 80GB HBM3" in str(plan)
+    # Of eight groups of 14 multiprocessors, none has room for 16 blocks that take one each.
+    whole = dataclasses.replace(plan, exchange="cluster", blocks=16, tiles=8, splits=1)
+    assert (planner.at_a_time(whole, device), planner.at_a_time(whole, H200)) == (0, 8)
+
+
+def mirrored(cuda_host, shape, plan):
+    """Sizes and plan as C++ takes them."""
+    sizes = cuda_host.Sizes(T=shape.T, B=shape.B, H=shape.H, P=shape.P, D=shape.D, projected=int(shape.projected))
+    names = [name for name, _ in cuda_host.PlanStruct._fields_]
+    return sizes, cuda_host.PlanStruct(**dict(zip(names, plan.fields, strict=False)))
+
+
+def variants(plan):
+    """The plan, and plans that the planner would not choose."""
+    yield plan
+    for math in MATHS:
+        for exchange, splits, rows in itertools.product(EXCHANGES, (1, 2, 3), (8, 16)):
+            kept = {"shared_blocks": 3, "shared_projection_blocks": 2}
+            yield dataclasses.replace(plan, exchange=exchange, math=math, splits=splits, rows=rows, groups=2, **kept)
+
+
+@pytest.mark.parametrize("pass_", planner.PASSES)
+def test_needs_are_those_of_the_kernels(pass_, cuda_host):
+    """Shared memory, exchanged bytes, flags, packed weights and streamed blocks, of valid plans and of others."""
+    host = cuda_host.Host(cuda_host.built("plain", cuda_host.FLAGS))
+    direction = planner.PASSES.index(pass_)
+    compared = 0
+    for shape in shapes():
+        for plan in variants(next(planner.plans(pass_, shape, H100), None)) if fits_at_all(pass_, shape, H100) else ():
+            theirs, why = host.needs(direction, *mirrored(cuda_host, shape, plan))
+            ours = planner.needs(pass_, shape, plan)
+            assert ours.shared == theirs.shared, (shape, plan)
+            assert (ours.exchanged, ours.flags) == (theirs.exchanged, theirs.flags), (shape, plan)
+            assert ours.packed == (theirs.packed[0], theirs.packed[1] if shape.projected else 0), (shape, plan)
+            assert ours.streamed == tuple(theirs.streamed), (shape, plan)
+            compared += why is None
+    assert compared > 2000
+
+
+@pytest.mark.parametrize("device", [A100, H200, B200], ids=lambda device: device.name)
+def test_every_plan_is_valid(device, cuda_host):
+    host = cuda_host.Host(cuda_host.built("plain", cuda_host.FLAGS))
+    for kernel, shape in itertools.product(planner.PASSES, itertools.islice(shapes(), 0, None, 7)):
+        for plan in planner.plans(kernel, shape, device):
+            _, why = host.needs(planner.PASSES.index(kernel), *mirrored(cuda_host, shape, plan))
+            assert why is None, (why, shape, plan)
+
+
+@pytest.mark.parametrize(
+    ("H", "B", "itemsize", "precision", "forward", "backward"),
+    [
+        (128, 16, 2, "tf32", "cluster", "cluster"),
+        (512, 64, 2, "tf32", "cluster", "cluster"),
+        (256, 64, 4, "tf32", "cluster", "cluster"),
+        (1024, 1, 2, "tf32", "grid", "grid"),
+        (2048, 256, 2, "tf32", "grid, streamed", "grid, streamed"),
+    ],
+)
+def test_regimes_on_an_h200(H, B, itemsize, precision, forward, backward):
+    shape = Shape(128, B, H, H, H, 1, itemsize, precision)
+    assert planner.plan("forward", shape, H200).regime == forward
+    assert planner.plan("backward", shape, H200).regime == backward
+
+
+def test_more_work_is_predicted_to_take_longer():
+    for kernel in planner.PASSES:
+        of_h = [planner.plan(kernel, Shape(128, 64, H, H, H, 1, 2, "tf32"), H200).launch for H in (64, 512, 1024, 2048)]
+        assert of_h == sorted(of_h)
+        of_b = [planner.plan(kernel, Shape(128, B, 512, 512, 512, 1, 2, "tf32"), H200).launch for B in (8, 256, 4096)]
+        assert of_b == sorted(of_b)
+
+
+def test_a_layer_too_large_for_the_device():
+    with pytest.raises(ValueError, match=r"H = 100000, P = 100000 does not fit NVIDIA H200: a block has 227 KiB"):
+        planner.plan("forward", Shape(1, 1, 1, 100_000, 100_000, 1, 2, "tf32"), H200)
+
+
+def test_what_the_kernels_do_not_multiply_in():
+    with pytest.raises(ValueError, match="tf32x3"):
+        planner.plan("forward", Shape(1, 1, 1, 8, 8, 1, 4, "tf32x3"), H200)
+    assert planner.plan("forward", Shape(1, 1, 1, 8, 8, 1, 2, "tf32x3"), H200).math == "bf16"
+
+
+def test_text():
+    text = str(planner.plan("forward", Shape(128, 64, 512, 512, 512, 1, 2, "tf32"), H200))
+    assert "blocks, a cluster each" in text
+    assert "us a step predicted from costs estimated for NVIDIA H200" in text
+
+
+def test_the_predictions_in_the_documentation_are_the_models():
+    text = (Path(__file__).parents[1] / "docs" / "gpu_performance.md").read_text()
+    assert planner.predictions(H200) in text
+
+
+@pytest.mark.parametrize(
+    ("itemsize", "precision", "limit"), [(2, "tf32", 3552), (4, "tf32", 1776), (4, "ieee", 1776), (8, "ieee", 880)]
+)
+def test_limits_of_h_that_the_readme_states(itemsize, precision, limit):
+    for pass_, D in itertools.product(planner.PASSES, (1, 2)):
+        planner.plan(pass_, Shape(128, 16, limit, limit, limit, D, itemsize, precision), H200)
+    with pytest.raises(ValueError, match="does not fit"):
+        planner.plan("backward", Shape(128, 16, limit + 1, limit + 1, limit + 1, 2, itemsize, precision), H200)
