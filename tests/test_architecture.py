@@ -25,7 +25,7 @@ BELOW = {
     "ops": {"gpu", "cuda", "reference", "kernels", "layout"},
     "autograd": {"ops", "reference", "layout"},
     "dispatch": {"ops"},
-    "functional": {"autograd", "dispatch", "layout"},
+    "functional": {"autograd", "dispatch", "layout", "ops"},
     "module": {"functional", "layout"},
     "convert": {"module"},
 }

@@ -5,9 +5,6 @@ Results that are the same to the bit are asked of every backend with kernels, on
 """
 
 import os
-import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -187,24 +184,3 @@ def test_more_than_2_to_the_31_elements(backend):
     torch.testing.assert_close(y[T - 5 :].detach(), later)
     grads = torch.autograd.grad(y.float().sum(), lstm.weight_hh_l0)
     assert grads[0].isfinite().all()
-
-
-SMALL = """
-import sys
-import torch, fusedrnn
-from fusedrnn import testing
-from fusedrnn.testing import Case
-with fusedrnn.use_backend(sys.argv[1]):
-    for H in (30, 160):
-        case = Case(4, 5, 7, H, bidirectional=True, lengths=True, reset=True, states=True)
-        testing.evaluate(testing.call, fusedrnn.LSTM, case, "cuda")
-torch.cuda.synchronize()
-"""
-
-
-@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not installed")
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
-def test_compute_sanitizer(backend, tool):
-    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SMALL, backend]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
