@@ -198,7 +198,7 @@ void cuda_launch_forward(Integers plan, Tensor xg, Tensors w_hh, Tensors w_hr, O
                          OptionalTensor gates) {
   STD_TORCH_CHECK(y.dim() == 3, "y must have 3 dimensions");
   Layer layer(Pass::kForward, plan, y, sizes_of(y.size(0), y.size(1), w_hh, w_hr), w_hh, w_hr);
-  const auto& [T, B, H, P, D, projected] = layer.sizes;
+  const auto& [T, B, H, P, D, projected, I] = layer.sizes;
   ForwardParams params{};
   params.sequence = layer.sequence(lengths, reset);
   params.xg = layer.address("xg", xg, {D, T, B, 4 * H});
@@ -221,7 +221,7 @@ void cuda_launch_backward(Integers plan, OptionalTensor dy, OptionalTensor dhn, 
                           OptionalTensor dh0, OptionalTensor dc0) {
   STD_TORCH_CHECK(c.dim() == 3, "c must have 3 dimensions");
   Layer layer(Pass::kBackward, plan, c, sizes_of(c.size(0), c.size(1), w_hh, w_hr), w_hh, w_hr);
-  const auto& [T, B, H, P, D, projected] = layer.sizes;
+  const auto& [T, B, H, P, D, projected, I] = layer.sizes;
   STD_TORCH_CHECK(!projected || (dh_out.has_value() && m.has_value()), "a projection needs dh_out and m");
   BackwardParams params{};
   params.sequence = layer.sequence(lengths, reset);

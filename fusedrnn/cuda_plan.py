@@ -186,7 +186,7 @@ def register_blocks(kernel: str, stage: int, math: str, rows: int, projected: bo
     if stage == 1:
         return 1
     if math == "fp32":
-        return 4
+        return 2 if forward and projected else 4
     if projected:
         return 5 if forward else 8
     if forward:

@@ -112,7 +112,7 @@ def test_needs_are_those_of_the_kernels(pass_, cuda_host):
             assert ours.shared == theirs.shared, (shape, plan)
             assert (ours.exchanged, ours.flags) == (theirs.exchanged, theirs.flags), (shape, plan)
             assert ours.packed == (theirs.packed[0], theirs.packed[1] if shape.projected else 0), (shape, plan)
-            assert ours.streamed == tuple(theirs.streamed), (shape, plan)
+            assert ours.streamed == tuple(theirs.streamed[:2]), (shape, plan)
             compared += why is None
     assert compared > 2000
 
