@@ -78,7 +78,8 @@ def lstm(
             exception type and wording. RuntimeError also if a backend was asked for and cannot compute this.
         NotImplementedError: inside torch.func.vmap or forward-mode differentiation.
     """
-    if num_layers == 1 and batch_sizes is None and lengths is None and reset is None and not return_states:
+    plain = batch_sizes is None and lengths is None and reset is None and not return_states
+    if plain and num_layers == 1 and 0 <= dropout <= 1:
         quick = _infer(input, weights, hx, batch_first, bidirectional)
         if quick is not None:
             return quick
@@ -225,13 +226,15 @@ def _infer(
     """
     if type(input) is not Tensor or input.dim() != 3 or not dispatch.plain_inference(input):
         return None
-    if hx is not None and len(hx) != 2:
+    if hx is not None and not (isinstance(hx, (tuple, list)) and len(hx) == 2):
         return None
     h0, c0 = (None, None) if hx is None else hx
     x = input.transpose(0, 1) if batch_first else input
     try:
+        if not all(tensor.is_cpu for tensor in (*weights, *(hx or ()))):  # the operator's fake would take a meta tensor
+            return None
         y, hn, cn, _, _ = ops.forward_op("cpu")(x, weights, bidirectional, h0, c0, None, None, False, False)
-    except (RuntimeError, TypeError, ValueError):
+    except (AttributeError, RuntimeError, TypeError, ValueError):
         return None
     return y.transpose(0, 1) if batch_first else y, (hn, cn)
 

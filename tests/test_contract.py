@@ -30,6 +30,13 @@ OPTIONS = [
 ids = {"ids": lambda value: "-".join(f"{k}={v}" for k, v in value.items()) or "default"}
 
 
+@pytest.fixture(params=[True, False], ids=["grad", "no grad"])
+def grad_mode(request):
+    """Inference of one layer takes a shorter way (functional._infer), which has to come to the same errors."""
+    with torch.set_grad_enabled(request.param):
+        yield
+
+
 def outcome(call):
     """The type and text of what a call raises."""
     try:
@@ -421,6 +428,7 @@ def unsuitable(T=5, B=3, I=3, L=2, H=4):
 
 @pytest.mark.parametrize("cls", CLASSES)
 @pytest.mark.parametrize("case", unsuitable())
+@pytest.mark.usefixtures("grad_mode")
 def test_unsuitable_input_raises_what_nn_lstm_raises(cls, case):
     call = unsuitable()[case]
     kind, text = outcome(lambda: call(cls(3, 4, 2)))
@@ -471,6 +479,7 @@ def test_unsuitable_input_with_options(call, options):
         ),
     ],
 )
+@pytest.mark.usefixtures("grad_mode")
 def test_unsuitable_input_that_nn_lstm_has_no_words_for(cls, case, kind, text):
     with pytest.raises(kind, match=text):
         case(cls(3, 4, 2))
@@ -544,6 +553,7 @@ def by_hand(sizes, rows=None, **kwargs):
         ),
     ],
 )
+@pytest.mark.usefixtures("grad_mode")
 def test_unsuitable_packed_sequence(cls, input, hx, kind, text):
     state = None if hx is None else tuple(zeros(*shape) for shape in hx)
     with pytest.raises(kind, match=text):
@@ -601,6 +611,7 @@ def unsuitable_for_a_cell(B=2, I=3, H=4):
 
 
 @pytest.mark.parametrize("case", unsuitable_for_a_cell())
+@pytest.mark.usefixtures("grad_mode")
 def test_cell_raises_what_nn_lstmcell_raises(case):
     call = unsuitable_for_a_cell()[case]
     kind, text = outcome(lambda: call(fusedrnn.LSTMCell(3, 4)))
@@ -631,6 +642,7 @@ def test_cell_raises_what_nn_lstmcell_raises(case):
         ),
     ],
 )
+@pytest.mark.usefixtures("grad_mode")
 def test_cell_errors_that_nn_lstmcell_has_no_words_for(call, kind, text):
     with pytest.raises(kind, match=text):
         call(fusedrnn.LSTMCell(3, 4))
@@ -669,6 +681,7 @@ WEIGHTS = [zeros(16, 3), zeros(16, 4), zeros(16), zeros(16)]
         ),
     ],
 )
+@pytest.mark.usefixtures("grad_mode")
 def test_functional_lstm_checks_its_own_arguments(weights, options, kind, text):
     with pytest.raises(kind, match=text):
         functional.lstm(zeros(5, 2, 3), weights, **options)
@@ -705,6 +718,7 @@ def test_functional_lstm_checks_its_own_arguments(weights, options, kind, text):
         ),
     ],
 )
+@pytest.mark.usefixtures("grad_mode")
 def test_functional_lstm_checks_packed_data(data, options, kind, text):
     with pytest.raises(kind, match=text):
         functional.lstm(data, WEIGHTS, **options)
@@ -718,6 +732,7 @@ def test_functional_lstm_checks_packed_data(data, options, kind, text):
         ((WEIGHTS[0], zeros(12, 4)), r"weights\[0\] must have shape"),
     ],
 )
+@pytest.mark.usefixtures("grad_mode")
 def test_functional_lstm_cell_checks_its_own_arguments(arguments, text):
     with pytest.raises(ValueError, match=text):
         functional.lstm_cell(zeros(2, 3), None, *arguments)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
 import fusedrnn
-from fusedrnn import dispatch, ops
+from fusedrnn import dispatch, functional, ops
 from fusedrnn.dispatch import Problem
 
 NAMES = ["cuda", "triton", "cpu", "aten", "reference"]
@@ -499,3 +499,35 @@ def test_without_the_native_library(report, tmp_path, info, library, expected):
     assert found["reason"].startswith(expected)
     assert found["error"] == ["RuntimeError", f"backend 'cpu' was asked for and is not available: {found['reason']}"]
     assert found["explained"] == ["aten", "reference"]
+
+
+@pytest.mark.parametrize("name", ["auto", "cpu", "aten", "reference"])
+@pytest.mark.parametrize("dtype", dispatch.FLOATING, ids=str)
+def test_plain_inference_is_where_the_cpu_backend_is_selected(name, dtype):
+    x = torch.zeros(2, 3, 4, dtype=dtype)
+    with fusedrnn.use_backend(name):
+        selected = dispatch.select(Problem("cpu", dtype, 2, 3, 4, 5, 5, 1)) == "cpu"
+        with torch.no_grad():
+            assert dispatch.plain_inference(x) == selected
+            with torch.autocast("cpu"):
+                assert not dispatch.plain_inference(x)
+        assert not dispatch.plain_inference(x)
+
+
+def test_the_short_way_of_inference_gives_the_same_bits(monkeypatch):
+    """One layer, both directions, projections, batch first, and a cell."""
+    called = []
+    real = functional._infer
+    monkeypatch.setattr(functional, "_infer", lambda *arguments: called.append(1) or real(*arguments))
+    for options in ({}, {"bidirectional": True, "proj_size": 2}, {"batch_first": True, "bias": False}):
+        lstm, x = fusedrnn.LSTM(3, 5, **options), torch.randn(4, 2, 3)
+        expected = lstm(x)
+        with torch.no_grad():
+            y, state = lstm(x)
+        assert torch.equal(y, expected[0])
+        assert all(torch.equal(a, b) for a, b in zip(state, expected[1], strict=True))
+    cell, x, state = fusedrnn.LSTMCell(3, 5), torch.randn(2, 3), (torch.randn(2, 5), torch.randn(2, 5))
+    expected = cell(x, state)
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(cell(x, state), expected, strict=True))
+    assert called
