@@ -22,6 +22,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from fusedrnn.kernels import plan as planner
+from fusedrnn.kernels.device import device_of
 
 from .report import markdown
 from .timing import percentiles
@@ -388,7 +389,7 @@ def _planned(device: dict[str, Any]) -> planner.Device:
     major, minor = divmod(device["capability"], 10)
     names = {"multi_processor_count": device["multiprocessors"], "shared_memory_per_block_optin": device["shared"]}
     names["clock_rate"] = device["clock_khz"]
-    return planner.device_of(SimpleNamespace(name=device["device"], major=major, minor=minor, **names))
+    return device_of(SimpleNamespace(name=device["device"], major=major, minor=minor, **names))
 
 
 def write_report(device: dict[str, Any], measurements: list[Measurement], path: Path) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from fusedrnn.kernels import plan as planner
+from fusedrnn.kernels.device import device_of
 
 import fusedrnn
 from fusedrnn import dispatch
@@ -101,7 +102,7 @@ def _triton_trials(chosen: list[Trial], device: str) -> Iterator[Trial]:
         precision = "tf32" if trial.cell.tf32 else "ieee"
         ragged = trial.cell.variant != "plain"
         shape = planner.Shape(case.T, case.B, case.I, case.H, case.H, trial.cell.D, itemsize, precision, ragged)
-        there = planner.INTERPRETER if launch.INTERPRETED else planner.device_of(torch.cuda.get_device_properties(0))
+        there = planner.INTERPRETER if launch.INTERPRETED else device_of(torch.cuda.get_device_properties(0))
         fitting = [
             [plan for plan in planner.plans(kernel, shape, there) if plan.shared <= there.shared]
             for kernel in ("forward", "backward")

@@ -10,6 +10,7 @@ from statistics import geometric_mean
 
 import torch
 from fusedrnn.kernels import plan as planner
+from fusedrnn.kernels.device import device_of
 
 from .cases import DTYPES
 from .contender import OURS
@@ -69,7 +70,7 @@ def device_named(name: str) -> planner.Device:
     if known is not None:
         return known
     if torch.cuda.is_available() and torch.cuda.get_device_name() == name:
-        return planner.device_of(torch.cuda.get_device_properties(0))
+        return device_of(torch.cuda.get_device_properties(0))
     raise ValueError(f"the planner does not know the device {name!r}, and it is not here")
 
 

@@ -124,7 +124,7 @@ def test_benchmarks_use_what_users_and_checks_use(path):
     # Of the kernels only the planner, which is arithmetic: what it predicts is compared with what was measured.
     assert found <= {"__init__", "benchmarks", "dispatch", "testing", "kernels"}
     planner = {name for name in imported(path.read_text(), "fusedrnn.benchmarks") if "fusedrnn.kernels" in name}
-    assert planner <= {"fusedrnn.kernels", "fusedrnn.kernels.plan"}
+    assert planner <= {"fusedrnn.kernels", "fusedrnn.kernels.device", "fusedrnn.kernels.plan"}
 
 
 @pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)

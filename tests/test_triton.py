@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import fusedrnn
-from fusedrnn import dispatch, gpu, testing
+from fusedrnn import dispatch, gpu, ops, testing
 from fusedrnn.testing import Case
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -352,7 +352,9 @@ def test_without_gpu_and_interpreter(monkeypatch):
 
 def test_without_triton(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    ops._triton_installed.cache_clear()
     assert "pip install triton" in fusedrnn.backends()["triton"]
+    ops._triton_installed.cache_clear()
 
 
 @pytest.mark.parametrize(
