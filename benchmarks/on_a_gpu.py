@@ -129,7 +129,7 @@ def _conclude(device: dict[str, Any], measurements: list[micro.Measurement], fol
     micro.write_report(device, measurements, folder / "micro.md")
     print("\n".join("  ".join(line) for line in micro.assumptions(device, measurements)))
     if row := micro.device_row(device, measurements):
-        print(f"for the table of devices in kernels/plan.py: {row}")
+        print(f"for the table of devices in kernels/device.py: {row}")
     print(f"results: {folder / 'micro.csv'}; report: {folder / 'micro.md'}")
     return 1 if any(measured.status == "failed" for measured in measurements) else 0
 
