@@ -146,6 +146,7 @@ def test_options(isa, options, T):
 @pytest.mark.parametrize("name", ["lengths-projection-bidirectional", "reset-bidirectional", "everything"])
 def test_options_other_dtypes(isa, name, dtype):
     check(Case(6, 5, 7, 37, dtype=dtype, **OPTIONS[name]))
+    check(Case(3, 5, 7, 37, dtype=dtype, **OPTIONS[name]))  # short: nothing is packed
 
 
 # Few rows and much work: hidden units are shared between the threads, which meet at every step.
@@ -155,7 +156,10 @@ SHARED_UNITS = [
     Case(40, 1, 16, 200, proj_size=70),
     Case(20, 2, 16, 400, proj_size=100, bidirectional=True, lengths=True, reset=True, states=True),
     Case(20, 3, 16, 512),
+    Case(9, 1, 16, 512, bidirectional=True),  # short: nothing is packed
 ]
+# Short, and so wide that two threads share the rows.
+SHARED_ROWS = [Case(4, 4, 30, 180), Case(5, 3, 7, 170, bidirectional=True, lengths=True, reset=True)]
 
 
 @pytest.mark.parametrize("case", SHARED_UNITS, ids=lambda case: case.id)
@@ -167,9 +171,24 @@ def test_shared_units(isa, threads, case):
     check(case)
 
 
+@pytest.mark.parametrize("case", SHARED_ROWS, ids=lambda case: case.id)
+def test_short_sequences_with_shared_rows(isa, threads, case):
+    threads(2)
+    D = 2 if case.bidirectional else 1
+    plan = torch.ops.fusedrnn.cpu_plan(case.T, case.B, case.I, case.H, case.H, D, False)
+    assert "2 threads by batch rows" in plan
+    check(case)
+
+
 @pytest.mark.parametrize(
     "case",
-    [*SHARED_UNITS, Case(30, 17, 24, 129, layers=2, bidirectional=True), Case(1, 17, 200, 129), Case(7, 16, 8, 64)],
+    [
+        *SHARED_UNITS,
+        *SHARED_ROWS,
+        Case(30, 17, 24, 129, layers=2, bidirectional=True),
+        Case(1, 17, 200, 129),
+        Case(7, 16, 8, 64),
+    ],
     ids=lambda case: case.id,
 )
 def test_number_of_threads_does_not_change_a_bit(isa, threads, case):

@@ -65,7 +65,7 @@ class Forward {
       const int64_t first = begin > d * s_.H ? begin - d * s_.H : 0;
       const int64_t last = end < (d + 1) * s_.H ? end - d * s_.H : s_.H;
       for (int64_t unit = first; unit < last; unit += kUnits<A>) {
-        dot_units(0, d, unit, last - unit < kUnits<A> ? last - unit : kUnits<A>);
+        dot_units(0, d, unit, last - unit < kUnits<A> ? last - unit : kUnits<A>, 0, s_.B);
       }
     }
   }
@@ -118,7 +118,7 @@ class Forward {
     const Direction direction(s_, p_.sequence, d);
     const int64_t t = direction.at(n), unit = block * kUnits<A>;
     const int64_t count = s_.H - unit < kUnits<A> ? s_.H - unit : kUnits<A>;
-    if (p_.panel_hh == nullptr) return dot_units(n, d, unit, count);
+    if (p_.panel_hh == nullptr) return dot_units(n, d, unit, count, row_begin, row_end);
     const A* panel = static_cast<const A*>(p_.panel_hh) + (d * unit_blocks() + block) * s_.P * kWide<A>;
     for_each_chunk(row_begin, row_end, [&](int64_t b, int64_t rows) {
       const A* xg = static_cast<const A*>(p_.xg) + direction_major(s_, d, t, b, kGates * s_.H) + unit;
@@ -248,14 +248,14 @@ class Forward {
     A* h_out;
   };
 
-  // The n-th step of the hidden units [unit, unit + count), at most `lanes`, for all rows: dot products with the
-  // weights as they lie.
-  void dot_units(int64_t n, int64_t d, int64_t unit, int64_t count) const {
+  // The n-th step of the hidden units [unit, unit + count), at most `lanes`, for rows [row_begin, row_end): dot products
+  // with the weights as they lie.
+  void dot_units(int64_t n, int64_t d, int64_t unit, int64_t count, int64_t row_begin, int64_t row_end) const {
     const Direction direction(s_, p_.sequence, d);
     const S* w_hh = static_cast<const S*>(p_.w_hh[d]) + unit * s_.P;
     const S* x = static_cast<const S*>(p_.x) + direction.at(n) * s_.B * s_.I;
     const bool recurs = n > 0 || p_.h0 != nullptr;
-    for_each_chunk(0, s_.B, [&](int64_t b, int64_t rows) {
+    for_each_chunk(row_begin, row_end, [&](int64_t b, int64_t rows) {
       V gates[kRowsAtATime][kGates];
       for (int gate = 0; gate < kGates; ++gate) {
         for (int64_t r = 0; r < rows; ++r) {
