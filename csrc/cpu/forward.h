@@ -248,8 +248,8 @@ class Forward {
     A* h_out;
   };
 
-  // The n-th step of the hidden units [unit, unit + count), at most `lanes`, for rows [row_begin, row_end): dot products
-  // with the weights as they lie.
+  // The n-th step of the hidden units [unit, unit + count), at most `lanes`, for rows [row_begin, row_end): dot
+  // products with the weights as they lie.
   void dot_units(int64_t n, int64_t d, int64_t unit, int64_t count, int64_t row_begin, int64_t row_end) const {
     const Direction direction(s_, p_.sequence, d);
     const S* w_hh = static_cast<const S*>(p_.w_hh[d]) + unit * s_.P;
