@@ -15,6 +15,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "cuda/launch.h"
@@ -59,7 +60,7 @@ bool is_here(const Tensor& tensor) { return tensor.is_cuda(); }
 
 // ---------------------------------------------------------------------------------------------- plans
 
-constexpr size_t kPlanFields = 9;
+constexpr size_t kPlanFields = 11;
 
 // The fields of fusedrnn/cuda_plan.py: Plan.fields, in the order of plan.h.
 Plan plan_of(const Integers& fields) {
@@ -78,6 +79,8 @@ Plan plan_of(const Integers& fields) {
   plan.groups = field(6);
   plan.shared_blocks = field(7);
   plan.shared_projection_blocks = field(8);
+  plan.inputs = field(9);
+  plan.shared_input_blocks = field(10);
   return plan;
 }
 
@@ -97,14 +100,17 @@ ScalarType storage_type(Math math) {
 class Layer {
  public:
   Layer(Pass pass, const Integers& plan_fields, const Tensor& like, Sizes sizes_in, const Tensors& w_hh_in,
-        const Tensors& w_hr_in)
+        const Tensors& w_hr_in, const Tensors& w_ih_in = {})
       : sizes(sizes_in), plan(plan_of(plan_fields)), pass_(pass), like_(like), device_(like.get_device_index()) {
     STD_TORCH_CHECK(static_cast<int64_t>(w_hh_in.size()) == sizes.D, "there must be one w_hh of each direction");
     STD_TORCH_CHECK(w_hr_in.size() == (sizes.projected != 0 ? w_hh_in.size() : 0),
                     "there must be one w_hr of each direction, or none");
     if (const char* why = invalid(pass, sizes, plan)) STD_TORCH_CHECK(false, "the plan is invalid: ", why);
+    STD_TORCH_CHECK(w_ih_in.size() == (plan.inputs != 0 ? w_hh_in.size() : 0),
+                    "there must be one w_ih of each direction where the plan takes x, and none elsewhere");
     for (const Tensor& w : w_hh_in) w_hh_.push_back(address("w_hh", w, {4 * sizes.H, sizes.P}));
     for (const Tensor& w : w_hr_in) w_hr_.push_back(address("w_hr", w, {sizes.P, sizes.H}));
+    for (const Tensor& w : w_ih_in) w_ih_.push_back(address("w_ih", w, {4 * sizes.H, sizes.I}));
   }
 
   void* address(const char* name, const Tensor& tensor, std::initializer_list<int64_t> size, ScalarType dtype) const {
@@ -122,6 +128,13 @@ class Layer {
   }
   void* address(const char* name, const OptionalTensor& tensor, std::initializer_list<int64_t> size) const {
     return tensor.has_value() ? address(name, *tensor, size) : nullptr;
+  }
+
+  // Of each direction, or of none.
+  void biases(const char* name, const Tensors& tensors, const void* (&to)[2]) const {
+    STD_TORCH_CHECK(tensors.empty() || static_cast<int64_t>(tensors.size()) == sizes.D, "there must be one ", name,
+                    " of each direction, or none");
+    for (size_t d = 0; d < tensors.size(); ++d) to[d] = address(name, tensors[d], {4 * sizes.H});
   }
 
   Sequence sequence(const OptionalTensor& lengths, const OptionalTensor& reset) const {
@@ -151,6 +164,13 @@ class Layer {
     if (sizes.projected != 0) {
       w_hr = packed(Stage::kProjection, w_hr_, sizes.H, here.stream());
       params.w_hr = w_hr->const_data_ptr();
+    }
+    OptionalTensor w_ih;
+    if constexpr (std::is_same_v<Params, ForwardParams>) {
+      if (plan.inputs != 0) {
+        w_ih = packed(Stage::kInput, w_ih_, sizes.I, here.stream());
+        params.w_ih = w_ih->const_data_ptr();
+      }
     }
     const Tensor exchanged = bytes(exchanged_bytes(pass_, sizes, plan));
     const Tensor flags = bytes(cuda::flags(sizes, plan) * static_cast<int64_t>(sizeof(uint32_t)));
@@ -183,26 +203,36 @@ class Layer {
   Pass pass_;
   Tensor like_;
   int32_t device_;
-  std::vector<const void*> w_hh_, w_hr_;
+  std::vector<const void*> w_hh_, w_hr_, w_ih_;
 };
 
-Sizes sizes_of(int64_t T, int64_t B, const Tensors& w_hh, const Tensors& w_hr) {
+Sizes sizes_of(int64_t T, int64_t B, int64_t I, const Tensors& w_hh, const Tensors& w_hr) {
   STD_TORCH_CHECK(!w_hh.empty() && w_hh[0].dim() == 2, "w_hh must have 2 dimensions");
-  return {T, B, w_hh[0].size(0) / 4, w_hh[0].size(1), static_cast<int64_t>(w_hh.size()), w_hr.empty() ? 0 : 1};
+  return {T, B, w_hh[0].size(0) / 4, w_hh[0].size(1), static_cast<int64_t>(w_hh.size()), w_hr.empty() ? 0 : 1, I};
 }
 
 // ---------------------------------------------------------------------------------------------- operators
 
-void cuda_launch_forward(Integers plan, Tensor xg, Tensors w_hh, Tensors w_hr, OptionalTensor h0, OptionalTensor c0,
-                         OptionalTensor lengths, OptionalTensor reset, Tensor y, Tensor hn, Tensor cn, OptionalTensor c,
-                         OptionalTensor gates) {
+// x, w_ih and the biases where the plan takes them; xg elsewhere.
+void cuda_launch_forward(Integers plan, OptionalTensor x, OptionalTensor xg, Tensors w_ih, Tensors b_ih, Tensors b_hh,
+                         Tensors w_hh, Tensors w_hr, OptionalTensor h0, OptionalTensor c0, OptionalTensor lengths,
+                         OptionalTensor reset, Tensor y, Tensor hn, Tensor cn, OptionalTensor c, OptionalTensor gates) {
   STD_TORCH_CHECK(y.dim() == 3, "y must have 3 dimensions");
-  Layer layer(Pass::kForward, plan, y, sizes_of(y.size(0), y.size(1), w_hh, w_hr), w_hh, w_hr);
+  STD_TORCH_CHECK(!x.has_value() || x->dim() == 3, "x must have 3 dimensions");
+  const Sizes sizes = sizes_of(y.size(0), y.size(1), x.has_value() ? x->size(2) : 0, w_hh, w_hr);
+  Layer layer(Pass::kForward, plan, y, sizes, w_hh, w_hr, w_ih);
   const auto& [T, B, H, P, D, projected, I] = layer.sizes;
+  const bool inputs = layer.plan.inputs != 0;
+  STD_TORCH_CHECK(x.has_value() == inputs && xg.has_value() != inputs, "the plan takes ",
+                  inputs ? "x, and no xg" : "xg, and no x");
   ForwardParams params{};
   params.sequence = layer.sequence(lengths, reset);
   params.xg = layer.address("xg", xg, {D, T, B, 4 * H});
   params.xg_strides = {T * B * 4 * H, B * 4 * H, 4 * H};
+  params.x = layer.address("x", x, {T, B, I});
+  params.x_strides = {0, B * I, I};
+  layer.biases("b_ih", b_ih, params.b_ih);
+  layer.biases("b_hh", b_hh, params.b_hh);
   params.h0 = layer.address("h0", h0, {D, B, P});
   params.c0 = layer.address("c0", c0, {D, B, H});
   params.y = layer.address("y", y, {T, B, D * P});
@@ -220,7 +250,7 @@ void cuda_launch_backward(Integers plan, OptionalTensor dy, OptionalTensor dhn, 
                           Tensor c, Tensor gates, Tensor da, OptionalTensor dh_out, OptionalTensor m,
                           OptionalTensor dh0, OptionalTensor dc0) {
   STD_TORCH_CHECK(c.dim() == 3, "c must have 3 dimensions");
-  Layer layer(Pass::kBackward, plan, c, sizes_of(c.size(0), c.size(1), w_hh, w_hr), w_hh, w_hr);
+  Layer layer(Pass::kBackward, plan, c, sizes_of(c.size(0), c.size(1), 0, w_hh, w_hr), w_hh, w_hr);
   const auto& [T, B, H, P, D, projected, I] = layer.sizes;
   STD_TORCH_CHECK(!projected || (dh_out.has_value() && m.has_value()), "a projection needs dh_out and m");
   BackwardParams params{};
@@ -244,13 +274,13 @@ void cuda_launch_backward(Integers plan, OptionalTensor dy, OptionalTensor dhn, 
 }
 
 // Shared memory that a block may have, and how many groups of a plan can run at the same time: `Room` of launch.h.
-// sizes: T, B, H, P, D, projected.
+// sizes: T, B, H, P, D, projected, I.
 std::tuple<int64_t, int64_t> cuda_room(int64_t device, int64_t pass, Integers sizes, Integers plan) {
-  STD_TORCH_CHECK(sizes.size() == 6, "sizes must be T, B, H, P, D and projected");
+  STD_TORCH_CHECK(sizes.size() == 7, "sizes must be T, B, H, P, D, projected and I");
   STD_TORCH_CHECK(pass == 0 || pass == 1, "pass must be 0 or 1");
   const OnDevice here(static_cast<int32_t>(device));
   Room found{};
-  const Sizes of{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]};
+  const Sizes of{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6]};
   check(room(static_cast<Pass>(pass), of, plan_of(plan), &found));
   return {found.shared_bytes, found.groups};
 }

@@ -1,8 +1,8 @@
 """Launches of the C++ kernels in csrc/cuda: the same interface to gpu.py as kernels/launch.py has.
 
-The library (csrc/cuda_ops.cpp) takes a plan and tensors that exist, packs the recurrent weights for the pass, and
-launches. Everything runs on the current stream of the tensors' device, nothing waits for the GPU, and all memory is
-torch's, so that a CUDA graph can capture it.
+The library (csrc/cuda_ops.cpp) takes a plan and tensors that exist, packs the weights for the pass, and launches.
+Everything runs on the current stream of the tensors' device, nothing waits for the GPU, and all memory is torch's, so
+that a CUDA graph can capture it.
 """
 
 from __future__ import annotations
@@ -43,13 +43,17 @@ def forward(
 ) -> None:
     """Launches the forward; shapes stand in `ForwardParams` of csrc/cuda/params.h. Weights: one of each direction.
 
-    xg is read, and may be gates; x, w_ih and the biases are not. All tensors are contiguous.
+    x, w_ih and the biases are read if plan.inputs, xg otherwise; it may be gates. All tensors are contiguous.
 
     Raises:
         RuntimeError: a CUDA call failed; the message has its name.
     """
+    inputs = (x, None, _present(w_ih), _present(b_ih), _present(b_hh)) if plan.inputs else (None, xg, [], [], [])
     _ops.cuda_launch_forward(
-        _fields(plan, y), xg, list(w_hh), _projections(w_hr), h0, c0, lengths, reset, y, hn, cn, c, gates
+        _fields(plan, y),
+        *inputs,
+        *(list(w_hh), _present(w_hr), h0, c0, lengths, reset),
+        *(y, hn, cn, c, gates),
     )
 
 
@@ -82,14 +86,15 @@ def backward(
     m = None if dh_out is None else torch.empty_like(da[..., : da.shape[3] // 4], memory_format=torch.contiguous_format)
     _ops.cuda_launch_backward(
         _fields(plan, da),
-        *(dy, dhn, dcn, dc, list(w_hh), _projections(w_hr), c0, lengths, reset),
+        *(dy, dhn, dcn, dc, list(w_hh), _present(w_hr), c0, lengths, reset),
         *(c, gates, da, dh_out, m, dh0, dc0),
     )
     return m
 
 
-def _projections(w_hr: Sequence[Tensor | None]) -> list[Tensor]:
-    return [w for w in w_hr if w is not None]
+def _present(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    """Those that are there: of each direction, or none."""
+    return [tensor for tensor in tensors if tensor is not None]
 
 
 def _fields(plan: Plan, like: Tensor) -> list[int]:
@@ -133,7 +138,7 @@ def _properties(index: int) -> Device:
 @lru_cache(maxsize=1024)
 def _plan(kernel: str, shape: Shape, device: tuple[int, Device]) -> Plan:
     index, known = device
-    sizes = [shape.T, shape.B, shape.H, shape.P, shape.D, int(shape.projected)]
+    sizes = [shape.T, shape.B, shape.H, shape.P, shape.D, int(shape.projected), shape.I]
     for plan in ranked(kernel, shape, known):
         _, groups = _ops.cuda_room(index, PASSES.index(kernel), sizes, plan.fields)
         if groups >= (shape.D * plan.groups if plan.exchange == "grid" else 1):

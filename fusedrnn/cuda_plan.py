@@ -19,8 +19,13 @@ The model of one step of one block:
     partial      the sum over the warps that split K
     cell         everything elementwise, and the loads and stores that belong to it
 
-With a projection a step has the first four twice. A launch takes steps * rounds of them, where a round is as many
-slices of the batch as there are groups at a time, and has the weights to load first.
+With a projection a step has all but the cell twice. A launch takes steps * rounds of them, where a round is as many
+slices of the batch as there are groups at a time, and has the weights to pack and to load first.
+
+What the input adds to the gates comes from a GEMM before the launch, which takes its own time and that of writing and
+reading xg; or, in a plan with inputs, from a product of every step with w_ih. Nobody has to wait for x: while h is on
+its way from the other blocks that product is free, and a step has max(exchange, product with w_ih) in the place of the
+exchange of h. So the GEMM is saved where there are few steps, or where w_ih lies on the chip.
 """
 
 from __future__ import annotations
@@ -29,6 +34,7 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import product
 from typing import NamedTuple
 
 from .kernels.device import A100, B200, DEVICES, H100, H200, RTX4090, Device, Shape, cdiv, most_alike, power_of_2
@@ -86,19 +92,25 @@ class Plan:
     groups: int  # of each direction
     shared_blocks: int
     shared_projection_blocks: int
-    streamed: int = 0  # K blocks of weights that a warp loads again at every step, of w_hh and w_hr together
+    inputs: bool = False  # whether the launch multiplies x with w_ih; otherwise a GEMM comes before
+    shared_input_blocks: int = 0
+    streamed: int = 0  # K blocks of weights that a warp loads again at every step, of all matrices together
     shared: int = 0  # bytes of shared memory of a block
     step: float = 0.0  # predicted
     launch: float = 0.0  # predicted, for all steps
     costs: str = ""  # which the prediction is from
-    inputs: bool = False  # whether the launch multiplies x with w_ih; none does, a GEMM comes before
 
     @property
     def fields(self) -> list[int]:
         """As the library takes it."""
         kinds = [EXCHANGES.index(self.exchange), MATHS.index(self.math)]
         counts = [self.blocks, self.tiles, self.splits, self.rows, self.groups]
-        return [*kinds, *counts, self.shared_blocks, self.shared_projection_blocks]
+        return [*kinds, *counts, *self.kept[:2], int(self.inputs), self.shared_input_blocks]
+
+    @property
+    def kept(self) -> tuple[int, int, int]:
+        """K blocks of each stage's weights that lie in shared memory."""
+        return self.shared_blocks, self.shared_projection_blocks, self.shared_input_blocks
 
     @property
     def threads(self) -> int:
@@ -107,11 +119,12 @@ class Plan:
 
     @property
     def regime(self) -> str:
-        return f"{self.exchange}, streamed" if self.streamed else self.exchange
+        return self.exchange + (", with x" if self.inputs else "") + (", streamed" if self.streamed else "")
 
     def __str__(self) -> str:
         how = "a cluster each, exchanging in shared memory" if self.exchange == "cluster" else "exchanging through L2"
         where = "in part streamed from L2" if self.streamed else "kept on the chip"
+        where += ", x in the launch" if self.inputs else ""
         return (
             f"{self.groups} groups of {self.blocks} blocks, {how}, {self.rows} rows, {self.tiles} x {self.splits} "
             f"warps, weights {where}, {self.shared // 1024} KiB, {self.step:.2f} us a step predicted from {self.costs}"
@@ -120,6 +133,8 @@ class Plan:
 
 # The arithmetic of csrc/cuda/plan.h.
 
+RECURRENT, PROJECTION, INPUT = range(3)  # the stages of a step: with w_hh, w_hr, w_ih
+_QUAD = 16  # bytes that are loaded at a time
 _K_BLOCK = 64  # bytes of an operand's row
 _COLUMNS = 8  # batch rows of a matrix instruction
 _OUTPUTS = 16  # of a tile of the projection
@@ -133,7 +148,7 @@ class Product(NamedTuple):
 
     tiles: int  # of its outputs
     segments: int  # groups of eight output rows in a tile
-    senders: int  # tiles that its operand comes from
+    senders: int  # tiles that its operand comes from; of x, its quads
     chunk: int  # bytes that each of these adds to a row of it
 
     @property
@@ -156,34 +171,40 @@ class Product(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """What a plan takes; the last two for w_hh and w_hr."""
+    """What a plan takes; the last two for each stage."""
 
     shared: int  # bytes of a block
     exchanged: int  # bytes of all blocks, through L2
     flags: int
-    packed: tuple[int, int]  # bytes of the packed weights, all directions
-    streamed: tuple[int, int]  # K blocks that a warp loads again at every step
+    packed: tuple[int, ...]  # bytes of the packed weights, all directions
+    streamed: tuple[int, ...]  # K blocks that a warp loads again at every step
 
 
 @lru_cache(maxsize=1024)
-def products(kernel: str, shape: Shape, math: str) -> list[Product]:
-    """The product with w_hh, and where there is a projection that with w_hr."""
+def products(kernel: str, shape: Shape, math: str, inputs: bool = False) -> dict[int, Product]:
+    """The product of each stage that there is."""
     size, forward = _STORAGE[math], kernel == "forward"
     units, outputs = cdiv(shape.H, 8 if forward else 16), cdiv(shape.P, _OUTPUTS)
     h, own = (outputs, _OUTPUTS * size), (units, (8 if forward else 64) * size)
     if not shape.projected:
-        return [Product(units, 4 if forward else 2, *own)]
-    if forward:
-        return [Product(units, 4, *h), Product(outputs, 2, *own)]
-    return [Product(outputs, 2, *own), Product(units, 2, *h)]
+        found = {RECURRENT: Product(units, 4 if forward else 2, *own)}
+    elif forward:
+        found = {RECURRENT: Product(units, 4, *h), PROJECTION: Product(outputs, 2, *own)}
+    else:
+        found = {RECURRENT: Product(outputs, 2, *own), PROJECTION: Product(units, 2, *h)}
+    if inputs:
+        found[INPUT] = Product(units, 4, cdiv(shape.I * size, _QUAD), _QUAD)
+    return found
 
 
 def register_blocks(kernel: str, stage: int, math: str, rows: int, projected: bool) -> int:
     """K blocks of weights that a warp keeps in registers."""
     forward = kernel == "forward"
+    if stage == INPUT:
+        return 0
     if math == "fp64":
         return 0 if projected else 1
-    if stage == 1:
+    if stage == PROJECTION:
         return 1
     if math == "fp32":
         return 2 if forward and projected else 4
@@ -196,23 +217,23 @@ def register_blocks(kernel: str, stage: int, math: str, rows: int, projected: bo
 
 def needs(kernel: str, shape: Shape, plan: Plan) -> Needs:
     """What a plan takes of a launch."""
-    stages, warps = products(kernel, shape, plan.math), plan.tiles * plan.splits
-    kept = (plan.shared_blocks, plan.shared_projection_blocks)
-    buffers = 2 if plan.exchange == "cluster" else 1
+    stages, warps = products(kernel, shape, plan.math, plan.inputs), plan.tiles * plan.splits
+    exchanges = 2 if shape.projected else 1
     compute = 8 if plan.math == "fp64" else 4
-    shared = warps * _COLUMNS * max(p.chunk for p in stages) + 16 * len(stages)
-    exchanged, packed, streamed = 0, [0, 0], [0, 0]
-    for k, p in enumerate(stages):
-        shared += warps * kept[k] * p.fragment + buffers * plan.rows * p.stride
-        if plan.splits > 1:
+    shared = warps * _COLUMNS * max(p.chunk for p in stages.values()) + 16 * exchanges
+    exchanged, packed, streamed = 0, [0, 0, 0], [0, 0, 0]
+    for k, p in stages.items():
+        buffers = 2 if plan.exchange == "cluster" or k == INPUT else 1
+        shared += warps * plan.kept[k] * p.fragment + buffers * plan.rows * p.stride
+        if plan.splits > 1 and k != INPUT:
             shared += warps * (plan.rows // _COLUMNS) * p.segments * 2 * 32 * compute
-        if plan.exchange == "grid":
+        if plan.exchange == "grid" and k != INPUT:
             exchanged += shape.D * plan.groups * 2 * plan.rows * p.row
         packed[k] = shape.D * p.tiles * p.blocks * p.fragment
-        resident = register_blocks(kernel, k, plan.math, plan.rows, shape.projected) + kept[k]
+        resident = register_blocks(kernel, k, plan.math, plan.rows, shape.projected) + plan.kept[k]
         streamed[k] = max(0, cdiv(p.blocks, plan.splits) - resident)
-    flags = len(stages) * shape.D * plan.groups * plan.blocks if plan.exchange == "grid" else 0
-    return Needs(shared, exchanged, flags, (packed[0], packed[1]), (streamed[0], streamed[1]))
+    flags = exchanges * shape.D * plan.groups * plan.blocks if plan.exchange == "grid" else 0
+    return Needs(shared, exchanged, flags, tuple(packed), tuple(streamed))
 
 
 # What can be chosen.
@@ -220,6 +241,7 @@ def needs(kernel: str, shape: Shape, plan: Plan) -> Needs:
 _RESERVED_SHARED = 1024  # bytes that the driver takes beside each block's
 _REGISTERS = 65536  # of a multiprocessor; a thread has 256 of them, at the most
 _MOST_COUNTED = 1 << 20  # bytes that an mbarrier counts in a phase
+_MOST_INPUTS = 1 << 20  # numbers of x
 
 
 def math_of(shape: Shape) -> str:
@@ -279,6 +301,7 @@ def plans(kernel: str, shape: Shape, device: Device) -> Iterator[Plan]:
     math = math_of(shape)
     wide = math in _ON_MATRIX_UNIT and not shape.projected and shape.B > _COLUMNS
     tiles_of_units = cdiv(shape.H, 8 if kernel == "forward" else 16)
+    with_inputs = (False, True) if kernel == "forward" and 0 < shape.I <= _MOST_INPUTS else (False,)
     for exchange in EXCHANGES if costs_of(device).widest else ("grid",):
         for tiles in range(1, _MOST_WARPS + 1):
             blocks = cdiv(tiles_of_units, tiles)
@@ -287,26 +310,27 @@ def plans(kernel: str, shape: Shape, device: Device) -> Iterator[Plan]:
                 if blocks > costs_of(device).widest:
                     continue
             for splits in range(1, _MOST_WARPS // tiles + 1):
-                for rows in (8, 16) if wide else (8,):
-                    fitted = _fitted(kernel, shape, device, Plan(exchange, math, blocks, tiles, splits, rows, 1, 0, 0))
+                for rows, inputs in product((8, 16) if wide else (8,), with_inputs):
+                    bare = Plan(exchange, math, blocks, tiles, splits, rows, 1, 0, 0, inputs)
+                    fitted = _fitted(kernel, shape, device, bare)
                     if fitted is not None:
                         yield _predicted(kernel, shape, device, fitted)
 
 
 def _fitted(kernel: str, shape: Shape, device: Device, bare: Plan) -> Plan | None:
     """A plan with as many weights in shared memory and as many groups as fit, or None."""
-    stages = products(kernel, shape, bare.math)
-    if bare.exchange == "cluster" and any(bare.rows * p.row >= _MOST_COUNTED for p in stages):
+    stages, alone = products(kernel, shape, bare.math, bare.inputs), needs(kernel, shape, bare)
+    if bare.exchange == "cluster" and any(bare.rows * p.row >= _MOST_COUNTED for k, p in stages.items() if k != INPUT):
         return None
-    free = device.shared - needs(kernel, shape, bare).shared
+    free = device.shared - alone.shared
     if free < 0:
         return None
-    kept = [0, 0]
-    for k, (p, missing) in enumerate(zip(stages, needs(kernel, shape, bare).streamed, strict=False)):
+    kept = [0, 0, 0]
+    for k, p in stages.items():
         bytes_of_one = bare.tiles * bare.splits * p.fragment
-        kept[k] = min(missing, free // bytes_of_one)
+        kept[k] = min(alone.streamed[k], free // bytes_of_one)
         free -= kept[k] * bytes_of_one
-    plan = replace(bare, shared_blocks=kept[0], shared_projection_blocks=kept[1])
+    plan = replace(bare, shared_blocks=kept[0], shared_projection_blocks=kept[1], shared_input_blocks=kept[2])
     taken = needs(kernel, shape, plan)
     plan = replace(plan, shared=taken.shared, streamed=sum(taken.streamed))
     groups = at_a_time(plan, device) // shape.D
@@ -322,7 +346,7 @@ _L2_PER_CLOCK, _SHARED_PER_CLOCK, _PEER_PER_CLOCK = 64, 128, 32  # bytes, per mu
 _MMA_LATENCY = {"bf16": 33, "fp16": 33, "tf32": 25}  # clocks from a matrix instruction to one that needs its result
 _PARTIAL, _CELL = 0.1, 0.15  # microseconds
 _CELL_CLOCKS = 12.0  # for each two elements of a lane and column tile
-_BEFORE = 10.0  # microseconds of the launches before the launch: the GEMM, and the packing of the weights
+_PACK, _GEMM = 3.0, 6.0  # microseconds of a launch before the launch: for one kind of weights, and for one direction
 
 
 def _predicted(kernel: str, shape: Shape, device: Device, p: Plan) -> Plan:
@@ -334,27 +358,41 @@ def _predicted(kernel: str, shape: Shape, device: Device, p: Plan) -> Plan:
     l2 = min(_L2_PER_CLOCK * clocks, device.l2 / min(running * p.blocks, device.multiprocessors))
     columns = p.rows // _COLUMNS
     rate = {"fp32": costs.single, "fp64": costs.double, "tf32": costs.half / 2}.get(p.math, costs.half)
-    kept = (p.shared_blocks, p.shared_projection_blocks)
-    step = _CELL + _CELL_CLOCKS * columns * crowd * warps / clocks
-    for k, product in enumerate(products(kernel, shape, p.math)):
-        block = cdiv(product.blocks, p.splits)  # of one warp
-        operand = p.rows * product.row
-        if p.exchange == "grid":
-            exchange = costs.grid + crowd * operand / l2
-        else:
-            exchange = costs.cluster + crowd * operand / (_PEER_PER_CLOCK * clocks)
-        from_shared = warps * (block * p.rows * _K_BLOCK + min(kept[k], block) * product.fragment)
-        multiplied = warps * block * 8 * product.segments * (_K_BLOCK // _STORAGE[p.math]) * p.rows
-        step += exchange + max(
+    stages = products(kernel, shape, p.math, p.inputs)
+
+    def multiplying(k: int) -> float:
+        """The product of a stage; x comes out of L2 as well."""
+        of = stages[k]
+        block = cdiv(of.blocks, p.splits)  # of one warp
+        from_shared = warps * (block * p.rows * _K_BLOCK + min(p.kept[k], block) * of.fragment)
+        from_l2 = warps * taken.streamed[k] * of.fragment + (p.rows * of.row if k == INPUT else 0)
+        multiplied = warps * block * 8 * of.segments * (_K_BLOCK // _STORAGE[p.math]) * p.rows
+        return max(
             crowd * from_shared / (_SHARED_PER_CLOCK * clocks),
-            crowd * warps * taken.streamed[k] * product.fragment / l2,
+            crowd * from_l2 / l2,
             crowd * multiplied / (rate * clocks),
             block * 2 * _MMA_LATENCY.get(p.math, 0) / clocks,
         )
-        step += _PARTIAL if p.splits > 1 else 0.0
+
+    def exchanging(k: int) -> float:
+        operand = p.rows * stages[k].row
+        if p.exchange == "grid":
+            return costs.grid + crowd * operand / l2
+        return costs.cluster + crowd * operand / (_PEER_PER_CLOCK * clocks)
+
+    step = _CELL + _CELL_CLOCKS * columns * crowd * warps / clocks
+    step += max(exchanging(RECURRENT), multiplying(INPUT) if p.inputs else 0.0) + multiplying(RECURRENT)
+    if shape.projected:
+        step += exchanging(PROJECTION) + multiplying(PROJECTION)
+    if p.splits > 1:
+        step += _PARTIAL * (2 if shape.projected else 1)
     rounds = cdiv(cdiv(shape.B, p.rows), p.groups) * cdiv(shape.D * p.groups, running)
     weights = sum(taken.packed) * p.groups / device.l2
-    launch = _BEFORE + weights + shape.T * rounds * step
+    launch = _PACK * len(stages) + weights + shape.T * rounds * step
+    if kernel == "forward" and not p.inputs:
+        numbers = shape.D * shape.T * shape.B * 4 * shape.H  # of xg, which are written and read
+        everywhere = rate * clocks * device.multiprocessors
+        launch += _GEMM * shape.D + 2 * numbers * shape.itemsize / device.l2 + numbers * shape.I / everywhere
     return replace(p, step=step, launch=launch, costs=_described(device))
 
 

@@ -234,8 +234,9 @@ def triton_unavailable() -> str | None:
 
 _define_gpu("cuda")
 _library.define(
-    "cuda_launch_forward(int[] plan, Tensor xg, Tensor[] w_hh, Tensor[] w_hr, Tensor? h0, Tensor? c0, Tensor? lengths, "
-    "Tensor? reset, Tensor(a!) y, Tensor(b!) hn, Tensor(c!) cn, Tensor(d!)? c, Tensor(e!)? gates) -> ()"
+    "cuda_launch_forward(int[] plan, Tensor? x, Tensor? xg, Tensor[] w_ih, Tensor[] b_ih, Tensor[] b_hh, "
+    "Tensor[] w_hh, Tensor[] w_hr, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset, Tensor(a!) y, "
+    "Tensor(b!) hn, Tensor(c!) cn, Tensor(d!)? c, Tensor(e!)? gates) -> ()"
 )
 _library.define(
     "cuda_launch_backward(int[] plan, Tensor? dy, Tensor? dhn, Tensor? dcn, Tensor? dc, Tensor[] w_hh, Tensor[] w_hr, "

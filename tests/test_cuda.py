@@ -137,6 +137,27 @@ def test_precisions(precision, monkeypatch):
     assert rounded == (precision == "tf32")
 
 
+def plans_of(wanted, monkeypatch):
+    """Makes every launch take the smallest plan with these values, where its pass has them; returns those taken.
+
+    "shared": 0 keeps no weights in shared memory, so that they are streamed.
+    """
+    taken = {}
+
+    def plan(kernel, shape, device):
+        want = {name: value for name, value in wanted.items() if name not in ("groups", "shared")}
+        want["inputs"] = kernel == "forward" and wanted.get("inputs", False)
+        found = [p for p in cuda.ranked(kernel, shape, device[1]) if want.items() <= vars(p).items()]
+        changes = {"groups": wanted["groups"]} if "groups" in wanted else {}
+        if "shared" in wanted:
+            changes |= {"shared_blocks": 0, "shared_projection_blocks": 0, "shared_input_blocks": 0}
+        taken[kernel] = dataclasses.replace(min(found, key=lambda p: p.blocks * p.threads), **changes)
+        return taken[kernel]
+
+    monkeypatch.setattr(cuda, "_plan", plan)
+    return taken
+
+
 PLAIN, PROJECTED = {}, {**EVERYTHING, "proj_size": 23}
 
 
@@ -156,21 +177,44 @@ PLAIN, PROJECTED = {}, {**EVERYTHING, "proj_size": 23}
     ids=lambda value: "-".join(map(str, value)) or "plain" if isinstance(value, dict) else str(value),
 )
 def test_plans(wanted, dtype, options, monkeypatch):
-    """Every exchange, split and number of rows; "shared": 0 keeps no weights there, so that they are streamed."""
-    chosen = {}
+    """Every exchange, split and number of rows, after a GEMM and with x in the launch."""
+    for inputs in (False, True):
+        taken = plans_of({**wanted, "inputs": inputs}, monkeypatch)
+        check(Case(3, 9, 5, 44, dtype=dtype, **options))
+        assert {kernel: p.inputs for kernel, p in taken.items()} == {"forward": inputs, "backward": False}
 
-    def plan(kernel, shape, device):
-        want = {name: value for name, value in wanted.items() if name not in ("groups", "shared")}
-        found = [p for p in cuda.ranked(kernel, shape, device[1]) if want.items() <= vars(p).items()]
-        changes = {"groups": wanted["groups"]} if "groups" in wanted else {}
-        if "shared" in wanted:
-            changes |= {"shared_blocks": 0, "shared_projection_blocks": 0}
-        chosen[kernel] = dataclasses.replace(min(found, key=lambda p: p.blocks * p.threads), **changes)
-        return chosen[kernel]
 
-    monkeypatch.setattr(cuda, "_plan", plan)
-    check(Case(3, 9, 5, 44, dtype=dtype, **options))
-    assert chosen.keys() == {"forward", "backward"}
+@pytest.mark.parametrize("inputs", [False, True], ids=["after-a-gemm", "with-x"])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_options_of_both_kinds_of_plans(options, dtype, inputs, monkeypatch):
+    """With x of more than one K block."""
+    monkeypatch.setenv("FUSEDRNN_FP32", "ieee")
+    plans_of({"inputs": inputs}, monkeypatch)
+    check(Case(4, 3, 37, 14, dtype=dtype, **options))
+
+
+@pytest.mark.parametrize("inputs", [False, True], ids=["after-a-gemm", "with-x"])
+@pytest.mark.parametrize("options", [{}, {**EVERYTHING, "proj_size": 5}, {"bias": False, "hx": False}], ids=str)
+def test_gates_computed_again_after_both_kinds_of_plans(options, inputs, monkeypatch):
+    monkeypatch.setenv("FUSEDRNN_RESERVE", "recompute")
+    plans_of({"inputs": inputs}, monkeypatch)
+    check(Case(4, 3, 7, 14, **options))
+
+
+def test_x_is_in_the_launch_where_that_is_chosen(monkeypatch):
+    """As the planner has it: of one step in the launch, after a GEMM where no shared memory holds the rows of x."""
+    for case, inputs in ((Case(1, 3, 33, 24), True), (Case(1, 3, 4000, 24), False)):
+        taken, right = {}, cuda._plan
+
+        def spy(kernel, *arguments, taken=taken, right=right):
+            taken[kernel] = right(kernel, *arguments)
+            return taken[kernel]
+
+        with monkeypatch.context() as patched:
+            patched.setattr(cuda, "_plan", spy)
+            check(case)
+        assert taken["forward"].inputs == inputs, case
 
 
 @pytest.mark.parametrize("options", [{}, {"lengths": True, "reset": True, "proj_size": 2}], ids=["", "everything"])
@@ -310,8 +354,10 @@ def test_empty_batch():
     assert all(not grad.any() for grad in grads[1:])
 
 
-def test_one_launch_a_pass(monkeypatch):
-    """Of a bidirectional layer; and the gates take the memory of xg."""
+@pytest.mark.parametrize("inputs", [False, True], ids=["after-a-gemm", "with-x"])
+def test_one_launch_a_pass(inputs, monkeypatch):
+    """Of a bidirectional layer; and the gates take the memory of xg, where there is one."""
+    plans_of({"inputs": inputs}, monkeypatch)
     launches, seen = [], {}
     for name in ("forward", "backward"):
         original = getattr(cuda, name)
@@ -328,7 +374,7 @@ def test_one_launch_a_pass(monkeypatch):
         torch.autograd.grad(y.sum(), lstm.weight_hh_l0)
     assert launches == ["forward", "backward"]
     xg, gates = seen["forward"][2], seen["forward"][-1]
-    assert xg is gates
+    assert xg is (None if inputs else gates)
 
 
 @pytest.mark.parametrize("reserve", ["gates", "recompute"])
@@ -415,11 +461,17 @@ def test_a_plan_that_the_device_has_no_room_for_gives_way_to_the_next(monkeypatc
 
 
 class Launch:
-    """The arguments of one forward launch, to be changed one at a time."""
+    """The arguments of one forward launch, to be changed one at a time: after a GEMM, or with x of I numbers."""
 
-    def __init__(self, T=3, B=2, H=8):
-        self.plan = cuda.plan_for("forward", cuda.Shape(T, B, 1, H, H, 1, 4, "ieee"), torch.device(DEVICE)).fields
-        self.xg, self.w_hh, self.w_hr = self.tensor(1, T, B, 4 * H), [self.tensor(4 * H, H)], []
+    def __init__(self, inputs=False, T=3, B=2, I=5, H=8):
+        _, device = cuda._device(torch.device(DEVICE))
+        shape = cuda.Shape(T, B, I, H, H, 1, 4, "ieee")
+        self.plan = next(p for p in cuda.ranked("forward", shape, device) if p.inputs == inputs).fields
+        self.x, self.xg, self.w_ih, self.b_ih, self.b_hh = None, self.tensor(1, T, B, 4 * H), [], [], []
+        if inputs:
+            self.x, self.xg, self.w_ih = self.tensor(T, B, I), None, [self.tensor(4 * H, I)]
+            self.b_ih, self.b_hh = [self.tensor(4 * H)], [self.tensor(4 * H)]
+        self.w_hh, self.w_hr = [self.tensor(4 * H, H)], []
         self.h0 = self.c0 = self.lengths = self.reset = self.c = self.gates = None
         self.y, self.hn, self.cn = self.tensor(T, B, H), self.tensor(1, B, H), self.tensor(1, B, H)
 
@@ -427,7 +479,8 @@ class Launch:
         return torch.zeros(shape, dtype=dtype, device=DEVICE)
 
     def arguments(self, **changes):
-        names = ["plan", "xg", "w_hh", "w_hr", "h0", "c0", "lengths", "reset", "y", "hn", "cn", "c", "gates"]
+        names = ["plan", "x", "xg", "w_ih", "b_ih", "b_hh", "w_hh", "w_hr", "h0", "c0", "lengths", "reset"]
+        names += ["y", "hn", "cn", "c", "gates"]
         return tuple({**vars(self), **changes}[name] for name in names)
 
     def run(self, **changes):
@@ -439,13 +492,13 @@ def test_operators_of_the_library_pass_opcheck():
     op, launch, t = torch.ops.fusedrnn, Launch(), Launch().tensor
     all_states = {"h0": t(1, 2, 8), "c0": t(1, 2, 8), "c": t(3, 2, 8), "gates": t(1, 3, 2, 32)}
     all_states |= {"lengths": t(2, dtype=torch.int64), "reset": t(3, 2, dtype=torch.bool)}
-    for changes in ({}, all_states):
-        torch.library.opcheck(op.cuda_launch_forward, launch.arguments(**changes), test_utils="test_schema")
+    for arguments in (launch.arguments(), launch.arguments(**all_states), Launch(inputs=True).arguments(**all_states)):
+        torch.library.opcheck(op.cuda_launch_forward, arguments, test_utils="test_schema")
     plan = cuda.plan_for("backward", cuda.Shape(3, 2, 1, 8, 8, 1, 4, "ieee"), torch.device(DEVICE)).fields
     given = (t(3, 2, 8), t(1, 2, 8), t(1, 2, 8), t(3, 2, 8), [t(32, 8)], [], t(1, 2, 8), None, None)
     made = (t(3, 2, 8), t(1, 3, 2, 32), t(1, 3, 2, 32), None, None, t(1, 2, 8), t(1, 2, 8))
     torch.library.opcheck(op.cuda_launch_backward, (plan, *given, *made), test_utils="test_schema")
-    room = (0, 0, [3, 2, 8, 8, 1, 0], launch.plan)
+    room = (0, 0, [3, 2, 8, 8, 1, 0, 5], launch.plan)
     for name, arguments in (("room", room), ("obstacle", (0,)), ("device_type", ())):
         torch.library.opcheck(getattr(op, f"cuda_{name}").default, arguments, test_utils="test_schema")
 
@@ -453,7 +506,7 @@ def test_operators_of_the_library_pass_opcheck():
 def test_the_library_checks_what_memory_safety_needs():
     launch = Launch()
     launch.run()
-    t = launch.tensor
+    t, plan = launch.tensor, Launch(inputs=True).plan
     for changes, message in (
         ({"xg": t(1, 3, 2, 31)}, "xg has the wrong shape"),
         ({"xg": t(1, 3, 2, 64)[..., ::2]}, "xg must be contiguous"),
@@ -465,9 +518,37 @@ def test_the_library_checks_what_memory_safety_needs():
         ({"reset": t(3, 3, dtype=torch.bool)}, "reset has the wrong shape"),
         ({"w_hh": []}, "w_hh must have 2 dimensions"),
         ({"w_hr": [t(8, 8), t(8, 8)]}, "one w_hr of each direction"),
-        ({"plan": launch.plan[:-1]}, "a plan has 9 fields, got 8"),
+        ({"plan": launch.plan[:-1]}, "a plan has 11 fields, got 10"),
         ({"plan": [7, *launch.plan[1:]]}, "a plan of an unknown kind"),
         ({"plan": [*launch.plan[:2], 0, *launch.plan[3:]]}, "the plan is invalid: counts must be positive"),
+        ({"xg": None}, "the plan takes xg, and no x"),
+        ({"x": t(3, 2, 5)}, "the plan takes xg, and no x"),
+        ({"w_ih": [t(32, 5)]}, "one w_ih of each direction where the plan takes x, and none elsewhere"),
+        ({"plan": plan}, "the plan is invalid: I must be 1"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            launch.run(**changes)
+
+
+def test_the_library_checks_the_inputs_of_a_launch_that_takes_them():
+    launch = Launch(inputs=True)
+    launch.run()
+    launch.run(b_ih=[], b_hh=[])
+    t = launch.tensor
+    for changes, message in (
+        ({"x": t(3, 3, 5)}, "x has the wrong shape"),
+        ({"x": t(3, 10)}, "x must have 3 dimensions"),
+        ({"x": t(3, 2, 10)[..., ::2]}, "x must be contiguous"),
+        ({"x": t(3, 2, 5, dtype=F64)}, "x has a dtype that the plan is not for"),
+        ({"x": t(3, 2, 0)}, "the plan is invalid: I must be 1"),
+        ({"x": None}, "the plan is invalid: I must be 1"),
+        ({"xg": t(1, 3, 2, 32)}, "the plan takes x, and no xg"),
+        ({"w_ih": []}, "one w_ih of each direction"),
+        ({"w_ih": [t(32, 6)]}, "w_ih has the wrong shape"),
+        ({"w_ih": [t(32, 10)[:, ::2]]}, "w_ih must be contiguous"),
+        ({"b_ih": [t(31)]}, "b_ih has the wrong shape"),
+        ({"b_hh": [t(32), t(32)]}, "one b_hh of each direction, or none"),
+        ({"b_hh": [t(32, dtype=F64)]}, "b_hh has a dtype"),
     ):
         with pytest.raises(RuntimeError, match=message):
             launch.run(**changes)

@@ -24,7 +24,7 @@ def shapes():
 
 def fits_at_all(kernel, shape, device):
     """Whether a slice of 8 rows of the operands has room, with something to spare for what goes with it."""
-    operands = sum(p.stride for p in planner.products(kernel, shape, planner.math_of(shape)))
+    operands = sum(p.stride for p in planner.products(kernel, shape, planner.math_of(shape)).values())
     return 8 * operands + 16 * 1024 <= device.shared and 8 * 8 * device.multiprocessors // shape.D >= shape.H
 
 
@@ -85,18 +85,24 @@ def test_an_unknown_device_takes_after_the_most_alike():
 
 def mirrored(cuda_host, shape, plan):
     """Sizes and plan as C++ takes them."""
-    sizes = cuda_host.Sizes(T=shape.T, B=shape.B, H=shape.H, P=shape.P, D=shape.D, projected=int(shape.projected))
+    sizes = cuda_host.Sizes(
+        T=shape.T, B=shape.B, H=shape.H, P=shape.P, D=shape.D, projected=int(shape.projected), I=shape.I
+    )
     names = [name for name, _ in cuda_host.PlanStruct._fields_]
-    return sizes, cuda_host.PlanStruct(**dict(zip(names, plan.fields, strict=False)))
+    return sizes, cuda_host.PlanStruct(**dict(zip(names, plan.fields, strict=True)))
 
 
-def variants(plan):
+def variants(plan, pass_):
     """The plan, and plans that the planner would not choose."""
     yield plan
     for math in MATHS:
         for exchange, splits, rows in itertools.product(EXCHANGES, (1, 2, 3), (8, 16)):
             kept = {"shared_blocks": 3, "shared_projection_blocks": 2}
-            yield dataclasses.replace(plan, exchange=exchange, math=math, splits=splits, rows=rows, groups=2, **kept)
+            kept |= {"inputs": False, "shared_input_blocks": 0}
+            bare = dataclasses.replace(plan, exchange=exchange, math=math, splits=splits, rows=rows, groups=2, **kept)
+            yield bare
+            if pass_ == "forward":
+                yield dataclasses.replace(bare, inputs=True, shared_input_blocks=4)
 
 
 @pytest.mark.parametrize("pass_", planner.PASSES)
@@ -106,13 +112,16 @@ def test_needs_are_those_of_the_kernels(pass_, cuda_host):
     direction = planner.PASSES.index(pass_)
     compared = 0
     for shape in shapes():
-        for plan in variants(next(planner.plans(pass_, shape, H100), None)) if fits_at_all(pass_, shape, H100) else ():
+        fits = fits_at_all(pass_, shape, H100)
+        for plan in variants(next(planner.plans(pass_, shape, H100)), pass_) if fits else ():
             theirs, why = host.needs(direction, *mirrored(cuda_host, shape, plan))
             ours = planner.needs(pass_, shape, plan)
             assert ours.shared == theirs.shared, (shape, plan)
             assert (ours.exchanged, ours.flags) == (theirs.exchanged, theirs.flags), (shape, plan)
-            assert ours.packed == (theirs.packed[0], theirs.packed[1] if shape.projected else 0), (shape, plan)
-            assert ours.streamed == tuple(theirs.streamed[:2]), (shape, plan)
+            there = (True, shape.projected, plan.inputs)
+            packed = tuple(n if is_there else 0 for n, is_there in zip(theirs.packed, there, strict=True))
+            assert ours.packed == packed, (shape, plan)
+            assert ours.streamed == tuple(theirs.streamed), (shape, plan)
             compared += why is None
     assert compared > 2000
 
@@ -129,10 +138,10 @@ def test_every_plan_is_valid(device, cuda_host):
 @pytest.mark.parametrize(
     ("H", "B", "itemsize", "precision", "forward", "backward"),
     [
-        (128, 16, 2, "tf32", "cluster", "cluster"),
-        (512, 64, 2, "tf32", "cluster", "cluster"),
-        (256, 64, 4, "tf32", "cluster", "cluster"),
-        (1024, 1, 2, "tf32", "grid", "grid"),
+        (128, 16, 2, "tf32", "cluster, with x", "cluster"),
+        (512, 64, 2, "tf32", "cluster, with x", "cluster"),
+        (256, 64, 4, "tf32", "cluster, with x", "cluster"),
+        (1024, 1, 2, "tf32", "grid, with x", "grid"),
         (2048, 256, 2, "tf32", "grid, streamed", "grid, streamed"),
     ],
 )
@@ -140,6 +149,36 @@ def test_regimes_on_an_h200(H, B, itemsize, precision, forward, backward):
     shape = Shape(128, B, H, H, H, 1, itemsize, precision)
     assert planner.plan("forward", shape, H200).regime == forward
     assert planner.plan("backward", shape, H200).regime == backward
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
+def test_the_launch_takes_x_where_that_saves_time(device):
+    """A GEMM before a few steps costs more than w_ih in each of them; before many, with a wide x, it costs less."""
+
+    def chosen(T, I):
+        return planner.plan("forward", Shape(T, 64, I, 512, 512, 1, 2, "tf32"), device).inputs
+
+    assert chosen(1, 512)
+    assert chosen(4, 64)
+    assert chosen(1024, 32)
+    assert not chosen(1024, 4096)
+    assert not chosen(64, 4096)
+
+
+def test_x_comes_after_the_recurrent_weights_on_the_chip():
+    """w_ih takes what w_hh leaves of shared memory; x of which no 8 rows fit there is left to a GEMM."""
+    shape = Shape(128, 8, 1024, 1024, 1024, 1, 2, "tf32")
+    with_x = [p for p in planner.plans("forward", shape, H200) if p.inputs]
+    assert {p.shared_input_blocks > 0 for p in with_x} == {True, False}
+    for p in with_x:
+        streamed = planner.needs("forward", shape, p).streamed
+        if streamed[planner.RECURRENT]:
+            assert p.shared_input_blocks == 0
+        if streamed[planner.INPUT]:  # another K block would not fit
+            assert p.shared + p.tiles * p.splits * 2048 > H200.shared
+    assert not any(p.inputs for p in planner.plans("backward", shape, H200))
+    wide = Shape(128, 8, 100_000, 512, 512, 1, 2, "tf32")
+    assert not any(p.inputs for p in planner.plans("forward", wide, H200))
 
 
 def test_more_work_is_predicted_to_take_longer():
@@ -165,6 +204,9 @@ def test_text():
     text = str(planner.plan("forward", Shape(128, 64, 512, 512, 512, 1, 2, "tf32"), H200))
     assert "blocks, a cluster each" in text
     assert "us a step predicted from costs estimated for NVIDIA H200" in text
+    wide, single = Shape(1024, 64, 4096, 512, 512, 1, 2, "tf32"), Shape(1, 64, 512, 512, 512, 1, 2, "tf32")
+    assert "x in the launch" not in str(planner.plan("forward", wide, H200))
+    assert "x in the launch" in str(planner.plan("forward", single, H200))
 
 
 def test_the_predictions_in_the_documentation_are_the_models():

@@ -19,7 +19,7 @@ std::string use_device(int device);
 // was built with, or the library has no code for that architecture.
 std::string obstacle(int device);
 
-// Packs w_hh or w_hr for one pass. PackParams::threads is chosen here.
+// Packs w_hh, w_hr or w_ih for one pass. PackParams::threads is chosen here.
 std::string launch_pack(const PackParams& params, void* stream);
 
 // Sets the flags of the workspace to zero, then runs the recurrence. The plan has to be valid (plan.h) and to fit.
