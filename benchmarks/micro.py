@@ -369,7 +369,7 @@ def assumptions(device: dict[str, Any], measurements: list[Measurement]) -> list
 
 
 def device_row(device: dict[str, Any], measurements: list[Measurement]) -> str | None:
-    """The line for the table of devices in kernels/device.py, or None where a figure in it was not measured on a GPU."""
+    """The line for the table of devices in kernels/device.py, or None where not all of it was measured on a GPU."""
     if "capability" not in device:
         return None
     try:
