@@ -7,7 +7,7 @@ that a CUDA graph can capture it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -137,10 +137,21 @@ def _properties(index: int) -> Device:
 
 @lru_cache(maxsize=1024)
 def _plan(kernel: str, shape: Shape, device: tuple[int, Device]) -> Plan:
+    found = next(fitting(kernel, shape, device), None)
+    if found is None:
+        raise ValueError(f"{device[1].name} has no room for any plan of H = {shape.H}, P = {shape.P}")
+    return found
+
+
+def fitting(kernel: str, shape: Shape, device: tuple[int, Device]) -> Iterator[Plan]:
+    """The plans that the device says it has room for, the one with the least predicted time first.
+
+    Raises:
+        ValueError: no plan fits, or the kernels do not have this arithmetic.
+    """
     index, known = device
     sizes = [shape.T, shape.B, shape.H, shape.P, shape.D, int(shape.projected), shape.I]
     for plan in ranked(kernel, shape, known):
         _, groups = _ops.cuda_room(index, PASSES.index(kernel), sizes, plan.fields)
         if groups >= (shape.D * plan.groups if plan.exchange == "grid" else 1):
-            return plan
-    raise ValueError(f"{known.name} has no room for any plan of H = {shape.H}, P = {shape.P}")
+            yield plan

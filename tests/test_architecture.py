@@ -122,7 +122,7 @@ def test_triton_kernels_import_torch_triton_and_each_other(path):
 def test_benchmarks_use_what_users_and_checks_use(path):
     found = siblings(path.read_text(), "fusedrnn.benchmarks")
     # Of the kernels only the planners, which are arithmetic: what they predict is compared with what was measured.
-    assert found <= {"__init__", "benchmarks", "dispatch", "testing", "kernels", "cuda_plan"}
+    assert found <= {"__init__", "benchmarks", "dispatch", "testing", "kernels", "cuda_plan", "cuda"}
     planner = {name for name in imported(path.read_text(), "fusedrnn.benchmarks") if "fusedrnn.kernels" in name}
     assert planner <= {"fusedrnn.kernels", "fusedrnn.kernels.plan"}
 
