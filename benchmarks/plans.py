@@ -22,7 +22,7 @@ from fusedrnn.kernels import plan as planner
 from fusedrnn.kernels.device import device_of
 
 import fusedrnn
-from fusedrnn import dispatch
+from fusedrnn import cuda, dispatch
 
 from .cases import Cell, cell
 from .contender import OURS
@@ -44,7 +44,7 @@ class Trial:
     backend: str
     cell: Cell
     plan: str  # as `explain` shows it, without what it predicts
-    forced: tuple[planner.Plan, planner.Plan] | None = None  # forward and backward, instead of those chosen
+    forced: tuple[Any, Any] | None = None  # forward and backward, instead of those chosen
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -95,6 +95,30 @@ def _triton_trials(chosen: list[Trial], device: str) -> Iterator[Trial]:
     """Plans of the Triton kernels that fit and are not chosen: as many pairs as hold every kernel once."""
     from fusedrnn.kernels import launch
 
+    there = planner.INTERPRETER if launch.INTERPRETED else device_of(torch.cuda.get_device_properties(0))
+
+    def fitting(kernel: str, shape: planner.Shape) -> list[Any]:
+        return [plan for plan in planner.plans(kernel, shape, there) if plan.shared <= there.shared]
+
+    return _pairs(chosen, fitting, lambda kernel, plan: tuple(plan.constants(kernel).items()))
+
+
+def _cuda_trials(chosen: list[Trial], device: str) -> Iterator[Trial]:
+    """The same of the C++ kernels, which take most of a plan at run time: every way through them once."""
+    there = cuda.device_for(torch.device(device))
+
+    def way(kernel: str, plan: cuda.Plan) -> tuple[Any, ...]:
+        return plan.regime, plan.math, plan.rows, plan.splits > 1, plan.tiles > 1, plan.blocks > 1
+
+    return _pairs(chosen, lambda kernel, shape: list(cuda.fitting(kernel, shape, there)), way)
+
+
+def _pairs(
+    chosen: list[Trial],
+    fits: Callable[[str, planner.Shape], list[Any]],
+    constants: Callable[[str, Any], tuple[Any, ...]],
+) -> Iterator[Trial]:
+    """Pairs of plans that fit, as many as hold once all that `constants` tells apart."""
     seen: set[tuple[Any, ...]] = set()
     for trial in chosen:
         case = trial.cell.case
@@ -102,17 +126,13 @@ def _triton_trials(chosen: list[Trial], device: str) -> Iterator[Trial]:
         precision = "tf32" if trial.cell.tf32 else "ieee"
         ragged = trial.cell.variant != "plain"
         shape = planner.Shape(case.T, case.B, case.I, case.H, case.H, trial.cell.D, itemsize, precision, ragged)
-        there = planner.INTERPRETER if launch.INTERPRETED else device_of(torch.cuda.get_device_properties(0))
-        fitting = [
-            [plan for plan in planner.plans(kernel, shape, there) if plan.shared <= there.shared]
-            for kernel in ("forward", "backward")
-        ]
+        fitting = [fits(kernel, shape) for kernel in ("forward", "backward")]
         # The shorter list begins anew.
         for forward, backward in itertools.islice(
             zip(itertools.cycle(fitting[0]), itertools.cycle(fitting[1]), strict=False), max(map(len, fitting))
         ):
             new = {
-                (kernel, shape.itemsize, precision, ragged, tuple(plan.constants(kernel).items()))
+                (kernel, shape.itemsize, precision, ragged, constants(kernel, plan))
                 for kernel, plan in (("forward", forward), ("backward", backward))
             }
             if not new <= seen:
@@ -121,11 +141,18 @@ def _triton_trials(chosen: list[Trial], device: str) -> Iterator[Trial]:
                 yield replace(trial, plan=plan, forced=(forward, backward))
 
 
-@contextmanager
-def _forced_in_triton(forward: planner.Plan, backward: planner.Plan) -> Iterator[None]:
+def _forced_in_triton(forward: planner.Plan, backward: planner.Plan) -> AbstractContextManager[None]:
     from fusedrnn.kernels import launch
 
-    module: Any = launch
+    return _forced(launch, forward, backward)
+
+
+def _forced_in_cuda(forward: cuda.Plan, backward: cuda.Plan) -> AbstractContextManager[None]:
+    return _forced(cuda, forward, backward)
+
+
+@contextmanager
+def _forced(module: Any, forward: Any, backward: Any) -> Iterator[None]:
     before = module.plan_for
     module.plan_for = lambda kernel, *_: forward if kernel == "forward" else backward
     try:
@@ -135,8 +162,11 @@ def _forced_in_triton(forward: planner.Plan, backward: planner.Plan) -> Iterator
 
 
 # By backend: the trials of plans that it does not choose, and what makes it take them.
-FORCED: dict[str, Callable[[list[Trial], str], Iterator[Trial]]] = {"triton": _triton_trials}
-_FORCES: dict[str, Callable[..., AbstractContextManager[None]]] = {"triton": _forced_in_triton}
+FORCED: dict[str, Callable[[list[Trial], str], Iterator[Trial]]] = {"triton": _triton_trials, "cuda": _cuda_trials}
+_FORCES: dict[str, Callable[..., AbstractContextManager[None]]] = {
+    "triton": _forced_in_triton,
+    "cuda": _forced_in_cuda,
+}
 
 
 def attempt(trial: Trial) -> Row:

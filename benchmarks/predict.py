@@ -5,12 +5,16 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import geometric_mean
+from types import ModuleType
 
 import torch
 from fusedrnn.kernels import plan as planner
 from fusedrnn.kernels.device import device_of
+
+from fusedrnn import cuda_plan
 
 from .cases import DTYPES
 from .contender import OURS
@@ -41,8 +45,8 @@ class Prediction:
         return self.row.case, self.row.mode, self.row.contender, self.regime, *figures, f"{self.ratio:.2f}"
 
 
-def _by_triton(row: Row, device: planner.Device) -> Prediction:
-    """By kernels/plan.py. The GEMMs after a backward launch are not in its model."""
+def _by(model: ModuleType, row: Row, device: planner.Device) -> Prediction:
+    """By the `plan` of a planner. The GEMMs after a backward launch are in no model."""
     T, B, first, H = (size or 0 for size in (row.T, row.B, row.I, row.H))
     D, precision = row.D or 1, "tf32" if row.dtype == "tf32" else "ieee"
     itemsize = torch.empty(0, dtype=DTYPES[row.dtype]).element_size()
@@ -51,13 +55,16 @@ def _by_triton(row: Row, device: planner.Device) -> Prediction:
     for layer in range(row.L or 1):
         I = first if layer == 0 else D * H
         shape = planner.Shape(T, B, I, H, H, D, itemsize, precision, row.variant != "plain")
-        plans = [planner.plan(kernel, shape, device) for kernel in kernels]
+        plans = [model.plan(kernel, shape, device) for kernel in kernels]
         total += sum(plan.launch for plan in plans)
         regimes += [plan.regime for plan in plans]
     return Prediction(row, ", ".join(dict.fromkeys(regimes)), total)
 
 
-MODELS: dict[str, Callable[[Row, planner.Device], Prediction]] = {"triton": _by_triton}
+MODELS: dict[str, Callable[[Row, planner.Device], Prediction]] = {
+    "triton": partial(_by, planner),
+    "cuda": partial(_by, cuda_plan),
+}
 
 
 def device_named(name: str) -> planner.Device:
@@ -103,7 +110,7 @@ def write(found: Sequence[Prediction], device: planner.Device, folder: Path) -> 
     basis = "measured" if device.measured else "estimated"
     parts = [
         "# Predicted against measured",
-        f"By kernels/plan.py for {device.name}; its constants for L2 and a meeting are {basis}.",
+        f"By each backend's planner for {device.name}; the constants for L2 and a meeting are {basis}.",
         markdown(("contender", "mode", "regime", "measured / predicted", "cells"), means),
         "The farthest from the model first:",
         markdown(COLUMNS, lines),

@@ -7,7 +7,7 @@ that a CUDA graph can capture it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -116,14 +116,15 @@ def plan_for(kernel: str, shape: Shape, device: torch.device) -> Plan:
         ValueError: no plan fits, or the kernels do not have this arithmetic.
     """
     shape = shape._replace(T=min(power_of_2(shape.T), 1024), B=power_of_2(shape.B))
-    return _plan(kernel, shape, _device(device))
+    return _plan(kernel, shape, device_for(device))
 
 
 # What the host build of the kernels is planned for: few multiprocessors, since it runs one thread at a time.
 HOST = H200._replace(name="the host build of the C++ kernels", multiprocessors=16)
 
 
-def _device(device: torch.device) -> tuple[int, Device]:
+def device_for(device: torch.device) -> tuple[int, Device]:
+    """The index of a device, -1 for the host build, and what the planner knows of it."""
     if device.type == "cpu":
         return -1, HOST
     index = device.index if device.index is not None else torch.cuda.current_device()
@@ -137,10 +138,21 @@ def _properties(index: int) -> Device:
 
 @lru_cache(maxsize=1024)
 def _plan(kernel: str, shape: Shape, device: tuple[int, Device]) -> Plan:
+    found = next(fitting(kernel, shape, device), None)
+    if found is None:
+        raise ValueError(f"{device[1].name} has no room for any plan of H = {shape.H}, P = {shape.P}")
+    return found
+
+
+def fitting(kernel: str, shape: Shape, device: tuple[int, Device]) -> Iterator[Plan]:
+    """The plans that the device says it has room for, the one with the least predicted time first.
+
+    Raises:
+        ValueError: no plan fits, or the kernels do not have this arithmetic.
+    """
     index, known = device
     sizes = [shape.T, shape.B, shape.H, shape.P, shape.D, int(shape.projected), shape.I]
     for plan in ranked(kernel, shape, known):
         _, groups = _ops.cuda_room(index, PASSES.index(kernel), sizes, plan.fields)
         if groups >= (shape.D * plan.groups if plan.exchange == "grid" else 1):
-            return plan
-    raise ValueError(f"{known.name} has no room for any plan of H = {shape.H}, P = {shape.P}")
+            yield plan

@@ -12,7 +12,7 @@ from fusedrnn.kernels import plan as planner
 from fusedrnn.kernels.plan import H200, Shape
 
 import fusedrnn
-from fusedrnn import cli, ops
+from fusedrnn import cli, cuda_plan, ops
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -130,10 +130,18 @@ def test_a_prediction_is_the_launches_of_all_layers():
     assert stacked.predicted_us == sum(plan.launch for plan in above)
 
 
+def test_each_backend_has_its_own_model():
+    shape = Shape(128, 16, 512, 512, 512, 1, 2, "ieee")
+    found = {one.row.contender: one for one in predict.predictions([row("triton"), row("cuda")], H200)}
+    for name, model in (("triton", planner), ("cuda", cuda_plan)):
+        plan = model.plan("forward", shape, H200)
+        assert (found[OURS + name].predicted_us, found[OURS + name].regime) == (plan.launch, plan.regime)
+
+
 def test_rows_without_a_time_or_a_model_have_no_prediction():
-    rows = [row(median_ms=None), row("cuda"), Row("gpu", "nn.LSTM", median_ms=1.0)]
+    rows = [row(median_ms=None), row("cpu"), Row("gpu", "nn.LSTM", median_ms=1.0)]
     assert predict.predictions(rows, H200) == []
-    assert predict.without_model(rows) == ["cuda"]
+    assert predict.without_model(rows) == ["cpu"]
 
 
 def test_command_writes_predictions_next_to_the_results(tmp_path, capsys):

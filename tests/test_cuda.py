@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from fusedrnn.benchmarks import plans
+from fusedrnn.benchmarks.cases import cell
 
 import fusedrnn
 from fusedrnn import cuda, dispatch, ops, testing
@@ -552,6 +554,24 @@ def test_the_library_checks_the_inputs_of_a_launch_that_takes_them():
     ):
         with pytest.raises(RuntimeError, match=message):
             launch.run(**changes)
+
+
+def test_plans_that_are_not_chosen_can_be_tried(monkeypatch):
+    """bench plans: what is launched is the plan of the trial, after a GEMM and with x, and every way comes once."""
+    problem = cell((2, 3, 40, 40, 1, 1), "train", "float32", "plain", DEVICE)
+    monkeypatch.setattr(plans, "_problems", lambda *_: [problem])
+    launched = []
+    for name in ("forward", "backward"):
+        right = getattr(cuda, name)
+        monkeypatch.setattr(cuda, name, lambda plan, *a, right=right: (launched.append(plan), right(plan, *a))[1])
+    forced = [trial for trial in plans.trials("cuda", DEVICE) if trial.forced]
+    assert {trial.forced[0].inputs for trial in forced} == {False, True}
+    assert {trial.forced[0].exchange for trial in forced} >= {"grid"}
+    assert len({trial.plan for trial in forced}) == len(forced) > 2
+    for trial in forced[:4]:
+        row = plans.attempt(trial)
+        assert (row.status, row.reason) == ("ok", "")
+        assert launched[-2:] == list(trial.forced)
 
 
 @host_only
