@@ -441,7 +441,7 @@ def test_what_it_cannot_do_is_a_reason_and_an_error(monkeypatch):
 
 def test_a_plan_that_the_device_has_no_room_for_gives_way_to_the_next(monkeypatch):
     shape = cuda.Shape(4, 8, 5, 64, 64, 1, 2, "tf32")
-    device = cuda._device(torch.device(DEVICE))
+    device = cuda.device_for(torch.device(DEVICE))
     first = cuda.ranked("forward", shape, device[1])[0]
     rooms = []
 
@@ -466,7 +466,7 @@ class Launch:
     """The arguments of one forward launch, to be changed one at a time: after a GEMM, or with x of I numbers."""
 
     def __init__(self, inputs=False, T=3, B=2, I=5, H=8):
-        _, device = cuda._device(torch.device(DEVICE))
+        _, device = cuda.device_for(torch.device(DEVICE))
         shape = cuda.Shape(T, B, I, H, H, 1, 4, "ieee")
         self.plan = next(p for p in cuda.ranked("forward", shape, device) if p.inputs == inputs).fields
         self.x, self.xg, self.w_ih, self.b_ih, self.b_hh = None, self.tensor(1, T, B, 4 * H), [], [], []
