@@ -10,7 +10,7 @@
 #include <array>
 #include <atomic>
 #include <cstdlib>
-#include <cstring>
+#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -59,8 +59,8 @@ std::string cpu_isa(std::optional<std::string> select) {
   return isa().name;
 }
 
-Dtype dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
+Dtype dtype_of(ScalarType dtype) {
+  switch (dtype) {
     case ScalarType::Float: return Dtype::kFloat32;
     case ScalarType::Double: return Dtype::kFloat64;
     case ScalarType::BFloat16: return Dtype::kBFloat16;
@@ -69,7 +69,7 @@ Dtype dtype_of(const Tensor& tensor) {
   }
 }
 
-const Kernels& kernels_of(const Tensor& tensor) { return (*isa().kernels)[static_cast<size_t>(dtype_of(tensor))]; }
+const Kernels& kernels_of(ScalarType dtype) { return (*isa().kernels)[static_cast<size_t>(dtype_of(dtype))]; }
 
 // ---------------------------------------------------------------------------------------------- torch helpers
 
@@ -84,29 +84,6 @@ class NoGrad {
  private:
   bool before_;
 };
-
-template <class... Arguments>
-Tensor call(const char* op, const char* overload, const Arguments&... arguments) {
-  std::array<StableIValue, sizeof...(Arguments)> stack{torch::stable::detail::from(arguments)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-// out = a @ b, into a tensor that exists.
-void multiply_into(Tensor out, const Tensor& a, const Tensor& b) { call("aten::mm", "out", a, b, out); }
-
-Tensor multiply(const Tensor& a, const Tensor& b) {
-  Tensor out = torch::stable::new_empty(a, {a.size(0), b.size(1)});
-  multiply_into(out, a, b);
-  return out;
-}
-
-// out += a @ b
-void add_product(const Tensor& out, const Tensor& a, const Tensor& b) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0));
-}
-
-Tensor transposed(const Tensor& a) { return torch::stable::transpose(a, 0, 1); }
 
 int32_t dtype_code(ScalarType dtype) {
   switch (dtype) {
@@ -146,6 +123,11 @@ OptionalTensor dense(const OptionalTensor& tensor) {
 const void* pointer(const OptionalTensor& tensor) { return tensor.has_value() ? tensor->const_data_ptr() : nullptr; }
 
 void* pointer(Tensor& tensor) { return tensor.mutable_data_ptr(); }
+
+// The number at `offset` of a contiguous tensor.
+void* at(const Tensor& tensor, int64_t offset) {
+  return static_cast<char*>(tensor.mutable_data_ptr()) + offset * tensor.element_size();
+}
 
 void check_size(const char* name, const Tensor& tensor, std::initializer_list<int64_t> size) {
   bool same = tensor.dim() == static_cast<int64_t>(size.size());
@@ -187,7 +169,7 @@ struct Layer {
         lengths(dense(lengths_in)),
         reset(dense(reset_in)),
         compute(compute_type(x_in)),
-        kernels(kernels_of(x_in)) {
+        kernels(kernels_of(x_in.scalar_type())) {
     STD_TORCH_CHECK(x.dim() == 3 && weights.w_hh(0).dim() == 2, "x and w_hh must have 3 and 2 dimensions");
     Sizes& s = sizes;
     s = {x.size(0),          x.size(1),          x.size(2), weights.w_hh(0).size(0) / 4, weights.w_hh(0).size(1),
@@ -226,20 +208,9 @@ struct Layer {
     return {static_cast<const int64_t*>(pointer(lengths)), static_cast<const uint8_t*>(pointer(reset))};
   }
 
-  // x as [T * B, I] in the compute dtype; where `lengths` are given, zero at steps that do not exist.
-  Tensor input_rows(bool only_existing) const {
-    Tensor rows = as(torch::stable::view(x, {sizes.T * sizes.B, sizes.I}), compute);
-    if (!only_existing || !lengths.has_value()) return rows;
-    Tensor masked = torch::stable::clone(rows);
-    const auto* length = static_cast<const int64_t*>(pointer(lengths));
-    auto* row = static_cast<char*>(masked.mutable_data_ptr());
-    const int64_t bytes = sizes.I * masked.element_size();
-    for (int64_t t = 0; t < sizes.T; ++t) {
-      for (int64_t b = 0; b < sizes.B; ++b, row += bytes) {
-        if (t >= length[b]) std::memset(row, 0, bytes);
-      }
-    }
-    return masked;
+  // Whether a time step of a batch row exists, by their place in [T, B].
+  bool exists(int64_t row) const {
+    return !lengths.has_value() || row / sizes.B < static_cast<const int64_t*>(pointer(lengths))[row % sizes.B];
   }
 
   Tensor x;
@@ -290,24 +261,78 @@ std::string cpu_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int6
          (team.split == Team::Split::kRows ? "batch rows, no synchronisation" : "hidden units, meeting at every step");
 }
 
-// ---------------------------------------------------------------------------------------------- forward
+// ---------------------------------------------------------------------------------------------- matrix products
 
-// Weights of all directions packed for panel.h: `outputs` in blocks of `width`, `inputs` numbers each.
-Tensor packed(const Layer& layer, Pack pack, const Tensor& (Weights::*weight)(int64_t) const, int64_t outputs,
-              int64_t width, int64_t inputs) {
-  const int64_t D = layer.sizes.D, blocks = blocks_of(outputs, width), lanes = 4 * layer.kernels.lanes;
-  Tensor panels = empty({D, blocks * inputs * lanes}, layer.compute);
-  auto* to = static_cast<char*>(pointer(panels));
-  const int64_t bytes = blocks * inputs * lanes * panels.element_size();
-  torch::stable::parallel_for(
-      0, D * blocks, std::max<int64_t>(1, 65536 / (inputs * lanes)), [&](int64_t begin, int64_t end) {
-        for (int64_t n = begin; n < end; ++n) {
-          const Tensor& w = (layer.weights.*weight)(n / blocks);
-          pack(w.const_data_ptr(), w.size(0), w.size(1), to + n / blocks * bytes, n % blocks, n % blocks + 1);
-        }
-      });
+// A way to pack a matrix into panels (panel.h): how many blocks of how many inputs, and which of the two are counted.
+struct Packing {
+  Pack Kernels::* pack;
+  int64_t blocks, inputs;
+  bool by_blocks;
+
+  int64_t numbers(const Kernels& kernels) const { return blocks * inputs * 4 * kernels.lanes; }
+};
+Packing gates_of(const Kernels& kernels, int64_t H, int64_t inputs) {
+  return {&Kernels::pack_gates, blocks_of(H, kernels.lanes), inputs, true};
+}
+Packing rows_of(const Kernels& kernels, int64_t outputs, int64_t inputs) {
+  return {&Kernels::pack_rows, blocks_of(outputs, 4 * kernels.lanes), inputs, true};
+}
+Packing columns_of(const Kernels& kernels, int64_t outputs, int64_t inputs) {
+  return {&Kernels::pack_columns, blocks_of(outputs, 4 * kernels.lanes), inputs, false};
+}
+
+// Runs f(d, begin, end) for parts of the blocks, or inputs, of D matrices.
+template <class F>
+void for_each_part(const Kernels& kernels, const Packing& packing, int64_t D, const F& f) {
+  const int64_t count = packing.by_blocks ? packing.blocks : packing.inputs;
+  const int64_t grain = std::max<int64_t>(1, 65536 * count / std::max<int64_t>(1, packing.numbers(kernels)));
+  torch::stable::parallel_for(0, D * count, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t d = 0; d < D; ++d) {
+      const int64_t first = std::max(begin - d * count, int64_t{0}), last = std::min(end - d * count, count);
+      if (first < last) f(d, first, last);
+    }
+  });
+}
+
+// The panels of matrix(d) for each direction, one after the other.
+template <class F>
+Tensor packed(const Layer& layer, const Packing& packing, const F& matrix) {
+  const Kernels& kernels = layer.kernels;
+  Tensor panels = empty({layer.sizes.D, packing.numbers(kernels)}, layer.compute);
+  auto* const to = static_cast<char*>(pointer(panels));
+  const int64_t bytes = packing.numbers(kernels) * panels.element_size();
+  for_each_part(kernels, packing, layer.sizes.D, [&](int64_t d, int64_t begin, int64_t end) {
+    const Tensor& w = matrix(d);
+    (kernels.*packing.pack)(w.const_data_ptr(), w.size(0), w.size(1), to + d * bytes, begin, end);
+  });
   return panels;
 }
+
+// c = a @ b or c += a @ b, see params.h.
+void gemm(const Kernels& kernels, const GemmParams& params) {
+  const int64_t tiles = blocks_of(params.M, kernels.tile_rows), halves = blocks_of(params.N, 2 * kernels.lanes);
+  const bool is_large = 2.0 * params.M * params.N * params.K >= kSerialFlops;
+  const int64_t threads = is_large ? torch::stable::get_num_threads() : 1;
+  // Rows are shared, unless there are so few that a worker would hardly use what it reads of b.
+  int64_t row_parts = blocks_of(params.M, kGemmRows), column_parts = 1;
+  if (tiles >= 4 * threads) {
+    row_parts = blocks_of(row_parts, threads) * threads;
+  } else {
+    column_parts = std::min(threads, halves);
+  }
+  torch::stable::parallel_for(0, row_parts * column_parts, 1, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<char[]> scratch(params.a_transposed ? new char[kernels.gemm_scratch] : nullptr);
+    for (int64_t part = begin; part < end; ++part) {
+      const int64_t row = part / column_parts, column = part % column_parts;
+      const int64_t m = row * tiles / row_parts * kernels.tile_rows;
+      const int64_t m_end = std::min((row + 1) * tiles / row_parts * kernels.tile_rows, params.M);
+      kernels.gemm(params, m, m_end, column * halves / column_parts, (column + 1) * halves / column_parts,
+                   scratch.get());
+    }
+  });
+}
+
+// ---------------------------------------------------------------------------------------------- forward
 
 // One time step: nothing is packed, and both affine maps happen in the kernel.
 void forward_step(const Layer& layer, ForwardParams& params) {
@@ -333,14 +358,18 @@ void forward_sequence(const Layer& layer, ForwardParams& params, Tensor& gates) 
     // The gates take the place of their affine maps where both are of one dtype.
     const bool in_place = params.gates != nullptr && layer.x.scalar_type() == layer.compute;
     xg = in_place ? gates : empty({s.D, s.T, s.B, 4 * s.H}, layer.compute);
-    const Tensor rows = layer.input_rows(false);
+    const Tensor rows = as(layer.x, layer.compute);
+    const Packing w_ih = rows_of(kernels, 4 * s.H, s.I);
+    const Tensor panels = packed(layer, w_ih, [&](int64_t d) { return layer.weights.w_ih(d); });
     for (int64_t d = 0; d < s.D; ++d) {
-      Tensor out = torch::stable::view(torch::stable::select(*xg, 0, d), {s.T * s.B, 4 * s.H});
-      multiply_into(out, rows, transposed(as(layer.weights.w_ih(d), layer.compute)));
+      gemm(kernels, {s.T * s.B, 4 * s.H, s.I, pointer(rows), false, at(panels, d * w_ih.numbers(kernels)),
+                     at(*xg, d * s.T * s.B * 4 * s.H), false});
     }
-    panel_hh = packed(layer, kernels.pack_gates, &Weights::w_hh, s.H, kernels.lanes, s.P);
+    panel_hh = packed(layer, gates_of(kernels, s.H, s.P), [&](int64_t d) { return layer.weights.w_hh(d); });
   }
-  if (s.projected) panel_hr = packed(layer, kernels.pack_rows, &Weights::w_hr, s.P, 4 * kernels.lanes, s.H);
+  if (s.projected) {
+    panel_hr = packed(layer, rows_of(kernels, s.P, s.H), [&](int64_t d) { return layer.weights.w_hr(d); });
+  }
   params.xg = pointer(xg);
   params.panel_hh = pointer(panel_hh);
   params.panel_hr = pointer(panel_hr);
@@ -399,10 +428,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_forward(Tensor x, Tensors
 
 // ---------------------------------------------------------------------------------------------- backward
 
-// What the launch leaves for the matrix products: all in the compute dtype, [D][T * B][...].
+// What the launch leaves for the matrix products: all in the compute dtype, of each direction.
 struct StepGradients {
-  Tensor da;                       // 4H
-  OptionalTensor h_in, dh_out, m;  // P, only if w_hh needs a gradient; P and H, only with a projection
+  Tensor da;                 // [T * B][4H]
+  OptionalTensor h_in;       // the panels of the states that entered each step, only if w_hh needs a gradient
+  OptionalTensor dh_out, m;  // [T * B][P] and [T * B][H], only with a projection
 };
 
 // The recurrence backwards. params holds the tensors that came from the caller, or go to it.
@@ -410,22 +440,21 @@ StepGradients backward_sequence(const Layer& layer, BackwardParams& params, bool
   const Sizes& s = layer.sizes;
   const Kernels& kernels = layer.kernels;
   const int64_t N = s.T * s.B;
-  const auto make = [&](int64_t width) { return empty({s.D, N, width}, layer.compute); };
-  StepGradients steps{make(4 * s.H), std::nullopt, std::nullopt, std::nullopt};
-  if (needs_w_hh) steps.h_in = make(s.P);
-  if (s.projected) steps.dh_out = make(s.P);
-  if (s.projected) steps.m = make(s.H);
-  Tensor dh_state = empty({s.D, s.B, s.P}, layer.compute);
-  Tensor dc_state = empty({s.D, s.B, s.H}, layer.compute);
+  const auto make = [&](int64_t numbers) { return empty({s.D, numbers}, layer.compute); };
+  StepGradients steps{make(N * 4 * s.H), std::nullopt, std::nullopt, std::nullopt};
+  if (s.projected) steps.dh_out = make(N * s.P);
+  if (s.projected) steps.m = make(N * s.H);
+  Tensor dh_state = make(s.B * s.P), dc_state = make(s.B * s.H);
   OptionalTensor panel_hh, panel_hr;
   if (s.T > 1 || params.dh0 != nullptr) {
-    panel_hh = packed(layer, kernels.pack_columns, &Weights::w_hh, s.P, 4 * kernels.lanes, 4 * s.H);
+    panel_hh = packed(layer, columns_of(kernels, s.P, 4 * s.H), [&](int64_t d) { return layer.weights.w_hh(d); });
   }
-  if (s.projected) panel_hr = packed(layer, kernels.pack_columns, &Weights::w_hr, s.H, 4 * kernels.lanes, s.P);
+  if (s.projected) {
+    panel_hr = packed(layer, columns_of(kernels, s.H, s.P), [&](int64_t d) { return layer.weights.w_hr(d); });
+  }
   params.panel_hh = pointer(panel_hh);
   params.panel_hr = pointer(panel_hr);
   params.da = pointer(steps.da);
-  params.h_in = needs_w_hh ? pointer(*steps.h_in) : nullptr;
   params.dh_out = s.projected ? pointer(*steps.dh_out) : nullptr;
   params.m = s.projected ? pointer(*steps.m) : nullptr;
   params.dh_state = pointer(dh_state);
@@ -434,8 +463,12 @@ StepGradients backward_sequence(const Layer& layer, BackwardParams& params, bool
   const Lines lines(params.team, s, kernels);
   launch(params.team, [&](int worker) { kernels.backward(params, worker); });
   if (needs_w_hh) {
-    torch::stable::parallel_for(0, s.D * N, std::max<int64_t>(1, 32768 / s.P),
-                                [&](int64_t begin, int64_t end) { kernels.entering_states(params, begin, end); });
+    const Packing states = columns_of(kernels, s.P, N);
+    steps.h_in = make(states.numbers(kernels));
+    params.h_in = pointer(*steps.h_in);
+    for_each_part(kernels, states, s.D, [&](int64_t d, int64_t begin, int64_t end) {
+      kernels.entering_states(params, d * N + begin, d * N + end);
+    });
   }
   return steps;
 }
@@ -443,43 +476,79 @@ StepGradients backward_sequence(const Layer& layer, BackwardParams& params, bool
 // dx as one matrix product a direction over all steps.
 Tensor input_gradient(const Layer& layer, const StepGradients& steps) {
   const Sizes& s = layer.sizes;
-  Tensor da = steps.da;
-  Tensor dx = empty({s.T * s.B, s.I}, layer.compute);
-  multiply_into(dx, torch::stable::select(da, 0, 0), as(layer.weights.w_ih(0), layer.compute));
-  if (s.D == 2) add_product(dx, torch::stable::select(da, 0, 1), as(layer.weights.w_ih(1), layer.compute));
-  return as(torch::stable::view(dx, {s.T, s.B, s.I}), layer.x.scalar_type());
+  Tensor dx = empty({s.T, s.B, s.I}, layer.compute);
+  const Packing w_ih = columns_of(layer.kernels, s.I, 4 * s.H);
+  const Tensor panels = packed(layer, w_ih, [&](int64_t d) { return layer.weights.w_ih(d); });
+  for (int64_t d = 0; d < s.D; ++d) {
+    gemm(layer.kernels, {s.T * s.B, s.I, 4 * s.H, at(steps.da, d * s.T * s.B * 4 * s.H), false,
+                         at(panels, d * w_ih.numbers(layer.kernels)), pointer(dx), d > 0});
+  }
+  return as(dx, layer.x.scalar_type());
+}
+
+// The panels of x, its steps being the inputs; zero at steps that do not exist.
+Tensor packed_steps(const Layer& layer) {
+  const Sizes& s = layer.sizes;
+  const Packing steps = columns_of(layer.kernels, s.I, s.T * s.B);
+  Tensor panels = empty({steps.numbers(layer.kernels)}, layer.compute);
+  for_each_part(layer.kernels, steps, 1, [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      layer.kernels.pack_columns(layer.exists(row) ? layer.x.const_data_ptr() : nullptr, s.T * s.B, s.I,
+                                 pointer(panels), row, row + 1);
+    }
+  });
+  return panels;
 }
 
 // The weight gradients, each as one matrix product, or sum, over all steps; empty where not needed.
 template <class Needs>
 Tensors weight_gradients(const Layer& layer, const StepGradients& steps, const Needs& needs_weight) {
+  const Sizes& s = layer.sizes;
+  const int64_t N = s.T * s.B;
   const Tensor none = empty({0}, layer.x.scalar_type());
   Tensors dweights;
-  OptionalTensor rows;
-  for (int64_t d = 0; d < layer.sizes.D; ++d) {
-    const auto own = [d](Tensor all) { return torch::stable::select(all, 0, d); };
-    const Tensor da = own(steps.da);
+  OptionalTensor x;
+  for (int64_t d = 0; d < s.D; ++d) {
+    // transposed [N][rows] @ panels of [N][columns]
+    const auto product = [&](int64_t rows, const void* transposed, int64_t columns, const void* panels) {
+      Tensor out = empty({rows, columns}, layer.compute);
+      gemm(kernels_of(layer.compute), {rows, columns, N, transposed, true, panels, pointer(out), false});
+      return out;
+    };
+    const void* const da = at(steps.da, d * N * 4 * s.H);
     const auto append = [&](int64_t k, const auto& gradient) {
       const bool needed = needs_weight(d, k);
       dweights.push_back(needed ? as(gradient(), layer.x.scalar_type()) : torch::stable::clone(none));
     };
     append(0, [&] {
-      if (!rows.has_value()) rows = layer.input_rows(true);
-      return multiply(transposed(da), *rows);
+      if (!x.has_value()) x = packed_steps(layer);
+      return product(4 * s.H, da, s.I, pointer(x));
     });
-    append(1, [&] { return multiply(transposed(da), own(*steps.h_in)); });
+    append(1, [&] {
+      const int64_t states = columns_of(layer.kernels, s.P, N).numbers(layer.kernels);
+      return product(4 * s.H, da, s.P, at(*steps.h_in, d * states));
+    });
     if (layer.weights.biased()) {
       OptionalTensor db;
       const auto bias_gradient = [&] {
         if (db.has_value()) return torch::stable::clone(*db);  // both biases have the same
-        db = torch::stable::sum(da, std::array<int64_t, 1>{0});
+        Tensor own = torch::stable::select(steps.da, 0, d);
+        db = torch::stable::sum(torch::stable::view(own, {N, 4 * s.H}), std::array<int64_t, 1>{0});
         return *db;
       };
       append(2, bias_gradient);
       append(3, bias_gradient);
     }
-    if (layer.sizes.projected) {
-      append(layer.weights.count - 1, [&] { return multiply(transposed(own(*steps.dh_out)), own(*steps.m)); });
+    if (s.projected) {
+      append(layer.weights.count - 1, [&] {
+        const Kernels& kernels = kernels_of(layer.compute);  // m is not of the dtype of x
+        const Packing columns = columns_of(kernels, s.H, N);
+        Tensor m = empty({columns.numbers(kernels)}, layer.compute);
+        for_each_part(kernels, columns, 1, [&](int64_t, int64_t begin, int64_t end) {
+          kernels.pack_columns(at(*steps.m, d * N * s.H), N, s.H, pointer(m), begin, end);
+        });
+        return product(s.P, at(*steps.dh_out, d * N * s.P), s.H, pointer(m));
+      });
     }
   }
   return dweights;

@@ -57,7 +57,7 @@ class Backward {
     });
   }
 
-  // The hidden state that entered each step, zero where it was reset or the step does not exist.
+  // The hidden state that entered each step, zero where it was reset or the step does not exist; packed.
   void entering_states(int64_t begin, int64_t end) const {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t b = row % s_.B, t = row / s_.B % s_.T, d = row / s_.B / s_.T;
@@ -69,10 +69,8 @@ class Backward {
       } else if (enters && p_.h0 != nullptr) {
         from = static_cast<const S*>(p_.h0) + state(s_, d, b, s_.P);
       }
-      A* to = static_cast<A*>(p_.h_in) + row * s_.P;
-      for (int64_t k = 0; k < s_.P; k += kUnits<A>) {
-        store(to + k, from == nullptr ? V{} : load(from + k, s_.P - k), s_.P - k);
-      }
+      const int64_t steps = s_.T * s_.B, panels = blocks_of(s_.P, kWide<A>) * steps * kWide<A>;
+      pack_input(from, s_.P, static_cast<A*>(p_.h_in) + d * panels, steps, row % steps);
     }
   }
 

@@ -3,6 +3,7 @@
 
 #include "backward.h"
 #include "forward.h"
+#include "gemm.h"
 
 namespace fusedrnn::FUSEDRNN_ISA {
 
@@ -15,11 +16,16 @@ constexpr Kernels kernels_for() {
       [](const ForwardParams& params, int64_t begin, int64_t end) { Forward<S>(params).step_project(begin, end); },
       [](const BackwardParams& params, int worker) { Backward<S>(params).run(worker); },
       [](const BackwardParams& params, int64_t begin, int64_t end) { Backward<S>(params).entering_states(begin, end); },
+      [](const GemmParams& params, int64_t m, int64_t m_end, int64_t half, int64_t half_end, void* scratch) {
+        using A = Compute<S>;
+        Gemm<A>(params).run(m, m_end, half, half_end, static_cast<A*>(scratch));
+      },
       pack_gates<S>,
       pack_rows<S>,
       pack_columns<S>,
       Simd<Compute<S>>::kLanes,
       kTileRows,
+      Gemm<Compute<S>>::kScratch * static_cast<int64_t>(sizeof(Compute<S>)),
   };
 }
 

@@ -33,18 +33,19 @@ FUSEDRNN_INLINE int64_t in_panel(int64_t K, int64_t k, int64_t v) {
   return (v / 2 * K * 2 + k * 2 + v % 2) * kUnits<A>;
 }
 
-// sum[r][v] += sum over k < depth of a[r][k] * panel[k][v], for V vectors of a panel of K inputs. With two Chains, even
-// and odd k are summed apart: a single row has too few sums to hide the latency of an addition.
-template <class A, int R, int V, int Chains = 1>
-FUSEDRNN_INLINE void accumulate(Vec<A> (*sum)[4], const A* a, int64_t stride, const A* panel, int64_t K,
-                                int64_t depth) {
+// finish(r, v, start(r, v) + sum over k < depth of a[r * row_stride + k * k_stride] * panel[k][v]) for R rows and V
+// vectors of a panel of K inputs. With two Chains, even and odd k are summed apart: a single row has too few sums to
+// hide the latency of an addition.
+template <class A, int R, int V, int Chains = 1, class Start, class Finish>
+FUSEDRNN_INLINE void accumulate(const A* a, int64_t row_stride, int64_t k_stride, const A* panel, int64_t K,
+                                int64_t depth, const Start& start, const Finish& finish) {
   Vec<A> acc[Chains][R][V];
+#pragma GCC unroll 2
+  for (int chain = 0; chain < Chains; ++chain) {
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
+    for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      acc[0][r][v] = sum[r][v];
-      for (int chain = 1; chain < Chains; ++chain) acc[chain][r][v] = Vec<A>{};
+      for (int v = 0; v < V; ++v) acc[chain][r][v] = chain == 0 ? start(r, v) : Vec<A>{};
     }
   }
   const auto step = [&](int64_t k, int chain) {
@@ -53,7 +54,7 @@ FUSEDRNN_INLINE void accumulate(Vec<A> (*sum)[4], const A* a, int64_t stride, co
     for (int v = 0; v < V; ++v) w[v] = load(panel + in_panel<A>(K, k, v));
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const A scalar = a[r * stride + k];
+      const A scalar = a[r * row_stride + k * k_stride];
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) acc[chain][r][v] += scalar * w[v];
     }
@@ -68,10 +69,16 @@ FUSEDRNN_INLINE void accumulate(Vec<A> (*sum)[4], const A* a, int64_t stride, co
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
-      sum[r][v] = acc[0][r][v];
-      for (int chain = 1; chain < Chains; ++chain) sum[r][v] += acc[chain][r][v];
+      Vec<A> all = acc[0][r][v];
+      for (int chain = 1; chain < Chains; ++chain) all += acc[chain][r][v];
+      finish(r, v, all);
     }
   }
+}
+
+template <class A>
+FUSEDRNN_INLINE Vec<A> zero(int, int) {
+  return Vec<A>{};
 }
 
 template <int R>
@@ -96,8 +103,10 @@ inline void multiply(Vec<A> (*sum)[4], const A* a, int64_t stride, const A* pane
   for (int64_t r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = sum[r][2] = sum[r][3] = Vec<A>{};
   if (rows <= kTileRows / 2) {
     if (!wanted(0, rows)) return;
-    if (alone) return accumulate<A, 1, 4, 2>(sum, a, stride, panel, K, K);
-    return with_rows<kTileRows / 2>(rows, [&](auto R) { accumulate<A, R.kCount, 4>(sum, a, stride, panel, K, K); });
+    const auto finish = [&](int r, int v, Vec<A> value) { sum[r][v] = value; };
+    if (alone) return accumulate<A, 1, 4, 2>(a, stride, 1, panel, K, K, zero<A>, finish);
+    return with_rows<kTileRows / 2>(
+        rows, [&](auto R) { accumulate<A, R.kCount, 4>(a, stride, 1, panel, K, K, zero<A>, finish); });
   }
   const int64_t tiles = blocks_of(rows, kTileRows);
   for (int64_t k = 0; k < K; k += kDepth) {
@@ -108,8 +117,10 @@ inline void multiply(Vec<A> (*sum)[4], const A* a, int64_t stride, const A* pane
         const int64_t first = tile * rows / tiles, count = (tile + 1) * rows / tiles - first;
         if (!wanted(first, count)) continue;
         with_rows<kTileRows>(count, [&](auto R) {
-          accumulate<A, R.kCount, 2>(reinterpret_cast<Vec<A>(*)[4]>(&sum[first][half]), a + first * stride + k, stride,
-                                     part, K, depth);
+          Vec<A>(*const own)[4] = sum + first;
+          accumulate<A, R.kCount, 2>(
+              a + first * stride + k, stride, 1, part, K, depth, [&](int r, int v) { return own[r][half + v]; },
+              [&](int r, int v, Vec<A> value) { own[r][half + v] = value; });
         });
       }
     }
@@ -168,21 +179,26 @@ void pack_rows(const void* w, int64_t N, int64_t K, void* panel, int64_t begin, 
   }
 }
 
-// For each block: the v-th vector of input k, lane by lane, = w[k][(block * 4 + v) * lanes + lane], for w [K][N]
+// Input k of panels of K inputs: for all N outputs row[0..N), or zeros where row is null.
 template <class S>
-void pack_columns(const void* w, int64_t K, int64_t N, void* panel, int64_t begin, int64_t end) {
+FUSEDRNN_INLINE void pack_input(const S* row, int64_t N, Compute<S>* panels, int64_t K, int64_t k) {
   using A = Compute<S>;
-  const S* from = static_cast<const S*>(w);
-  A* to = static_cast<A*>(panel);
-  for (int64_t block = begin; block < end; ++block) {
-    for (int64_t k = 0; k < K; ++k) {
-      for (int64_t v = 0; v < 4; ++v) {
-        const int64_t first = block * kWide<A> + v * kUnits<A>;
-        const Vec<A> values = first < N ? load(from + k * N + first, N - first) : Vec<A>{};
-        store(to + block * K * kWide<A> + in_panel<A>(K, k, v), values);
-      }
+  for (int64_t block = 0; block < blocks_of(N, kWide<A>); ++block) {
+    for (int64_t v = 0; v < 4; ++v) {
+      const int64_t first = block * kWide<A> + v * kUnits<A>;
+      const Vec<A> values = row != nullptr && first < N ? load(row + first, N - first) : Vec<A>{};
+      store(panels + block * K * kWide<A> + in_panel<A>(K, k, v), values);
     }
   }
+}
+
+// For inputs k in [begin, end): the v-th vector of a block, lane by lane, = w[k][(block * 4 + v) * lanes + lane], for
+// w [K][N]; zeros where w is null.
+template <class S>
+void pack_columns(const void* w, int64_t K, int64_t N, void* panel, int64_t begin, int64_t end) {
+  const S* from = static_cast<const S*>(w);
+  for (int64_t k = begin; k < end; ++k)
+    pack_input(from == nullptr ? nullptr : from + k * N, N, static_cast<Compute<S>*>(panel), K, k);
 }
 
 // sums[u] += w[u] * a, lane by lane along K, for w [units][K]; units is at most `lanes`. The sums of units that are not

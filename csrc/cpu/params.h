@@ -94,7 +94,7 @@ struct BackwardParams {
   void* dh0;             // S [D][B][P] or null
   void* dc0;             // S [D][B][H] or null
   // What the weight gradients need besides da.
-  void* h_in;    // A [D][T][B][P] or null: the hidden state that entered each step
+  void* h_in;    // A, [D] panels as by pack_columns from [T * B][P], or null: the hidden state that entered each step
   void* dh_out;  // A [D][T][B][P], only where projected: gradient of h_t
   void* m;       // A [D][T][B][H], only where projected: o * tanh(c)
   // Scratch, uninitialised.
@@ -103,8 +103,20 @@ struct BackwardParams {
   Team team;
 };
 
-// Packing of one direction's weight matrix w, S [rows][columns], for the matrix product of a block of outputs with
-// all inputs; see panel.h. Each call packs blocks [begin, end).
+// c = a @ b, or c += a @ b, where b is packed in panels; see gemm.h.
+struct GemmParams {
+  int64_t M, N, K;
+  const void* a;  // A [M][K], or [K][M] where a_transposed
+  bool a_transposed;
+  const void* panels;  // A, packed by pack_rows from [N][K] or by pack_columns from [K][N]
+  void* c;             // A [M][N]
+  bool accumulate;
+};
+constexpr int64_t kGemmRows = 192;   // of c, that a worker computes at a time: a multiple of every tile's rows
+constexpr int64_t kGemmDepth = 384;  // along K; kGemmRows by kGemmDepth is a part of the second-level cache
+
+// Packing of a matrix w, S [rows][columns], for the matrix product of a block of outputs with all inputs; see panel.h.
+// Each call packs [begin, end) of the blocks, or of the inputs.
 using Pack = void (*)(const void* w, int64_t rows, int64_t columns, void* panel, int64_t begin, int64_t end);
 
 // The kernels of one instruction set and one dtype. A worker function is called once for every worker of the team.
@@ -117,11 +129,14 @@ struct Kernels {
   void (*backward)(const BackwardParams&, int worker);
   // Fills h_in for rows [begin, end) of D * T * B.
   void (*entering_states)(const BackwardParams&, int64_t begin, int64_t end);
-  Pack pack_gates;    // w_hh [4H][P]: a block is `lanes` hidden units, four gates each
-  Pack pack_rows;     // w_hr [P][H]: a block is 4 * lanes outputs, which are rows of w
-  Pack pack_columns;  // w_hh, w_hr in backward: a block is 4 * lanes outputs, which are columns of w
-  int lanes;          // numbers of type A in a vector register
-  int tile_rows;      // batch rows that share one pass over a panel
+  // Rows [m, m_end), at most kGemmRows, and half panels [half, half_end) of c. scratch: gemm_scratch bytes, its own.
+  void (*gemm)(const GemmParams&, int64_t m, int64_t m_end, int64_t half, int64_t half_end, void* scratch);
+  Pack pack_gates;       // blocks of w_hh [4H][P]: a block is `lanes` hidden units, four gates each
+  Pack pack_rows;        // blocks of w [N][K]: a block is 4 * lanes outputs, which are rows of w
+  Pack pack_columns;     // inputs of w [K][N]: a block is 4 * lanes outputs, which are columns of w
+  int lanes;             // numbers of type A in a vector register
+  int tile_rows;         // batch rows that share one pass over a panel
+  int64_t gemm_scratch;  // bytes
 };
 
 // One for each Dtype.
