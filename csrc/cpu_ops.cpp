@@ -349,33 +349,55 @@ void forward_step(const Layer& layer, ForwardParams& params) {
                               [&](int64_t begin, int64_t end) { layer.kernels.step_project(params, begin, end); });
 }
 
-// A whole sequence, in one launch after one matrix product for the input's affine map, unless it is short.
-void forward_sequence(const Layer& layer, ForwardParams& params, Tensor& gates) {
+// Steps whose input's affine maps are computed at a time: so many that they pass through a cache, where they are not
+// kept, and still fill the rows of a matrix product for every thread.
+int64_t steps_at_a_time(const Layer& layer) {
+  const Sizes& s = layer.sizes;
+  const int64_t row_bytes = s.D * 4 * s.H * (layer.compute == ScalarType::Double ? 8 : 4);
+  const int64_t rows = std::max(kChunkBytes / row_bytes, kGemmRows * torch::stable::get_num_threads());
+  const int64_t parts = blocks_of(s.T * s.B, rows);
+  return blocks_of(s.T, parts);
+}
+
+// A whole sequence: the input's affine maps as matrix products, and the launches that use them; or, where the sequence
+// is short, one launch that does both.
+void forward_sequence(const Layer& layer, ForwardParams& params, const Tensor& gates) {
   const Sizes& s = layer.sizes;
   const Kernels& kernels = layer.kernels;
-  OptionalTensor xg, panel_hh, panel_hr;
-  if (s.T * s.B > kUnpackedRows) {
-    // The gates take the place of their affine maps where both are of one dtype.
-    const bool in_place = params.gates != nullptr && layer.x.scalar_type() == layer.compute;
-    xg = in_place ? gates : empty({s.D, s.T, s.B, 4 * s.H}, layer.compute);
-    const Tensor rows = as(layer.x, layer.compute);
-    const Packing w_ih = rows_of(kernels, 4 * s.H, s.I);
-    const Tensor panels = packed(layer, w_ih, [&](int64_t d) { return layer.weights.w_ih(d); });
-    for (int64_t d = 0; d < s.D; ++d) {
-      gemm(kernels, {s.T * s.B, 4 * s.H, s.I, pointer(rows), false, at(panels, d * w_ih.numbers(kernels)),
-                     at(*xg, d * s.T * s.B * 4 * s.H), false});
-    }
-    panel_hh = packed(layer, gates_of(kernels, s.H, s.P), [&](int64_t d) { return layer.weights.w_hh(d); });
-  }
+  OptionalTensor panel_hr;
   if (s.projected) {
     panel_hr = packed(layer, rows_of(kernels, s.P, s.H), [&](int64_t d) { return layer.weights.w_hr(d); });
   }
-  params.xg = pointer(xg);
-  params.panel_hh = pointer(panel_hh);
   params.panel_hr = pointer(panel_hr);
   params.team = plan_team(layer);
-  const Lines lines(params.team, s, kernels);
-  launch(params.team, [&](int worker) { kernels.forward(params, worker); });
+  const auto run = [&](int64_t begin, int64_t end) {
+    params.begin = begin;
+    params.end = end;
+    const Lines lines(params.team, s, kernels);
+    launch(params.team, [&](int worker) { kernels.forward(params, worker); });
+  };
+  if (s.T * s.B <= kUnpackedRows) return run(0, s.T);
+
+  // The gates take the place of their affine maps where both are kept, in one dtype.
+  const bool in_place = params.gates != nullptr && layer.x.scalar_type() == layer.compute;
+  const int64_t steps = in_place ? s.T : steps_at_a_time(layer), G = 4 * s.H;
+  const Tensor xg = in_place ? gates : empty({s.D, steps, s.B, G}, layer.compute);
+  const Tensor x = as(layer.x, layer.compute);
+  const Packing w_ih = rows_of(kernels, G, s.I);
+  const Tensor panel_ih = packed(layer, w_ih, [&](int64_t d) { return layer.weights.w_ih(d); });
+  const Tensor panel_hh = packed(layer, gates_of(kernels, s.H, s.P), [&](int64_t d) { return layer.weights.w_hh(d); });
+  params.panel_hh = pointer(panel_hh);
+  for (int64_t begin = 0; begin < s.T; begin += steps) {
+    const int64_t end = std::min(begin + steps, s.T);
+    for (int64_t d = 0; d < s.D; ++d) {
+      const int64_t first = d == 0 ? begin : s.T - end;
+      void* const out = at(xg, d * steps * s.B * G);
+      gemm(kernels, {(end - begin) * s.B, G, s.I, at(x, first * s.B * s.I), false,
+                     at(panel_ih, d * w_ih.numbers(kernels)), out, false});
+      params.xg[d] = out;
+    }
+    run(begin, end);
+  }
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_forward(Tensor x, Tensors flat, bool bidirectional,

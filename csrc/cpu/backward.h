@@ -32,9 +32,13 @@ class Backward {
         if (rows.begin >= rows.end) continue;
         start(d, rows.begin, rows.end);
         for (int64_t n = s_.T - 1; n >= -1; --n) {
-          for (int64_t block = 0; block < output_blocks(); ++block) outputs(n, d, block, rows.begin, rows.end);
+          for (int64_t k = 0; k < output_blocks(); ++k) {
+            outputs(n, d, in_turns(n, k, output_blocks()), rows.begin, rows.end);
+          }
           if (!s_.projected || n < 0) continue;
-          for (int64_t block = 0; block < unit_blocks(); ++block) projected_units(n, d, block, rows.begin, rows.end);
+          for (int64_t k = 0; k < unit_blocks(); ++k) {
+            projected_units(n, d, in_turns(n, k, unit_blocks()), rows.begin, rows.end);
+          }
         }
         finish(d, rows.begin, rows.end);
       }

@@ -1,4 +1,4 @@
-// Forward of one layer, both directions: one launch over the whole sequence.
+// Forward of one layer, both directions: one launch over the whole sequence, or a few over parts of it.
 //
 //   a_t = xg_t + b + h_{t-1} @ w_hh^T     i, f, o = sigmoid(a_i, a_f, a_o)     g = tanh(a_g)
 //   c_t = f * c_{t-1} + i * g             m_t = o * tanh(c_t)                  h_t = m_t  or  m_t @ w_hr^T
@@ -31,10 +31,14 @@ class Forward {
       for (int64_t d = 0; d < s_.D; ++d) {
         const OwnedRows rows = owned_rows(s_, p_.team, index, d);
         if (rows.begin >= rows.end) continue;
-        start(d, rows.begin, rows.end);
-        for (int64_t n = 0; n < s_.T; ++n) {
-          for (int64_t block = 0; block < unit_blocks(); ++block) units(n, d, block, rows.begin, rows.end);
-          for (int64_t block = 0; block < output_blocks(); ++block) outputs(n, d, block, rows.begin, rows.end);
+        if (p_.begin == 0) start(d, rows.begin, rows.end);
+        for (int64_t n = p_.begin; n < p_.end; ++n) {
+          for (int64_t k = 0; k < unit_blocks(); ++k) {
+            units(n, d, in_turns(n, k, unit_blocks()), rows.begin, rows.end);
+          }
+          for (int64_t k = 0; k < output_blocks(); ++k) {
+            outputs(n, d, in_turns(n, k, output_blocks()), rows.begin, rows.end);
+          }
         }
       }
       return;
@@ -43,9 +47,9 @@ class Forward {
     const int64_t blocks = unit_blocks();
     Worker worker(p_.team, s_.D * blocks, index);
     worker.phase([&](int64_t chunk) {
-      if (chunk % blocks == 0) start(chunk / blocks, 0, s_.B);
+      if (chunk % blocks == 0 && p_.begin == 0) start(chunk / blocks, 0, s_.B);
     });
-    for (int64_t n = 0; n < s_.T; ++n) {
+    for (int64_t n = p_.begin; n < p_.end; ++n) {
       worker.phase([&](int64_t chunk) { units(n, chunk / blocks, chunk % blocks, 0, s_.B); });
       if (!s_.projected) continue;
       worker.phase([&](int64_t chunk) {
@@ -91,6 +95,10 @@ class Forward {
   int64_t output_blocks() const { return s_.projected ? blocks_of(s_.P, kWide<A>) : 0; }
 
   A* h(int64_t n, int64_t d) const { return static_cast<A*>(p_.h) + ((n & 1) * s_.D + d) * s_.B * s_.P; }
+  const A* xg(int64_t d, int64_t t, int64_t b) const {
+    const int64_t first = d == 0 ? p_.begin : s_.T - p_.end;
+    return static_cast<const A*>(p_.xg[d]) + ((t - first) * s_.B + b) * kGates * s_.H;
+  }
   A* c_state(int64_t d) const { return static_cast<A*>(p_.c_state) + state(s_, d, 0, s_.H); }
 
   // The state before the first step, and the final state of the rows that have no step at all.
@@ -121,7 +129,7 @@ class Forward {
     if (p_.panel_hh == nullptr) return dot_units(n, d, unit, count, row_begin, row_end);
     const A* panel = static_cast<const A*>(p_.panel_hh) + (d * unit_blocks() + block) * s_.P * kWide<A>;
     for_each_chunk(row_begin, row_end, [&](int64_t b, int64_t rows) {
-      const A* xg = static_cast<const A*>(p_.xg) + direction_major(s_, d, t, b, kGates * s_.H) + unit;
+      const A* xg = this->xg(d, t, b) + unit;
       for (int64_t k = 0; k < kTogether * kGates; ++k) __builtin_prefetch(xg + k * s_.H);
       V sum[kRowsAtATime][4];
       multiply<A>(sum, h(n, d) + b * s_.P, s_.P, panel, s_.P, rows, s_.B == 1,
@@ -161,7 +169,7 @@ class Forward {
                                    int64_t count, const V (&bias)[kGates], V (*gates)[kGates]) const {
     const int64_t t = direction.at(n), H = s_.H, c_step = s_.D * H;
     const int64_t gates_at = direction_major(s_, d, t, b, kGates * H) + unit;
-    const A* xg = p_.xg == nullptr ? nullptr : static_cast<const A*>(p_.xg) + gates_at;
+    const A* xg = p_.xg[d] == nullptr ? nullptr : this->xg(d, t, b) + unit;
     S* gates_all = p_.gates == nullptr ? nullptr : static_cast<S*>(p_.gates) + gates_at;
     S* c_all = p_.c == nullptr ? nullptr : static_cast<S*>(p_.c) + time_major(s_, t, b, d, H) + unit;
     A* c_state = this->c_state(d) + b * H + unit;

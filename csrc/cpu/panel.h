@@ -38,7 +38,7 @@ FUSEDRNN_INLINE int64_t in_panel(int64_t K, int64_t k, int64_t v) {
 // hide the latency of an addition.
 template <class A, int R, int V, int Chains = 1, class Start, class Finish>
 FUSEDRNN_INLINE void accumulate(const A* a, int64_t row_stride, int64_t k_stride, const A* panel, int64_t K,
-                                int64_t depth, const Start& start, const Finish& finish) {
+                                int64_t depth, const Start& start, const Finish& finish, const A* next = nullptr) {
   Vec<A> acc[Chains][R][V];
 #pragma GCC unroll 2
   for (int chain = 0; chain < Chains; ++chain) {
@@ -52,6 +52,11 @@ FUSEDRNN_INLINE void accumulate(const A* a, int64_t row_stride, int64_t k_stride
     Vec<A> w[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) w[v] = load(panel + in_panel<A>(K, k, v));
+    if (R > 1 && next != nullptr) __builtin_prefetch(next + k * 2 * kUnits<A>);
+    if constexpr (R == 1) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) __builtin_prefetch(panel + in_panel<A>(K, k + 16, v));
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const A scalar = a[r * row_stride + k * k_stride];
@@ -113,6 +118,8 @@ inline void multiply(Vec<A> (*sum)[4], const A* a, int64_t stride, const A* pane
     const int64_t depth = K - k < kDepth ? K - k : kDepth;
     for (int half = 0; half < 4; half += 2) {
       const A* part = panel + in_panel<A>(K, k, half);
+      const A* next = half == 0 ? panel + in_panel<A>(K, k, 2) : panel + in_panel<A>(K, k + kDepth, 0);
+      if (half != 0 && k + kDepth >= K) next = panel + K * kWide<A>;
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t first = tile * rows / tiles, count = (tile + 1) * rows / tiles - first;
         if (!wanted(first, count)) continue;
@@ -120,7 +127,7 @@ inline void multiply(Vec<A> (*sum)[4], const A* a, int64_t stride, const A* pane
           Vec<A>(*const own)[4] = sum + first;
           accumulate<A, R.kCount, 2>(
               a + first * stride + k, stride, 1, part, K, depth, [&](int r, int v) { return own[r][half + v]; },
-              [&](int r, int v, Vec<A> value) { own[r][half + v] = value; });
+              [&](int r, int v, Vec<A> value) { own[r][half + v] = value; }, next + tile % 2 * kUnits<A>);
         });
       }
     }
@@ -143,7 +150,10 @@ FUSEDRNN_INLINE void transpose_into(const S* w, int64_t units, int64_t K, Comput
   using A = Compute<S>;
   for (int64_t k = 0; k < K; k += kUnits<A>) {
     Vec<A> square[kUnits<A>];
-    for (int64_t u = 0; u < kUnits<A>; ++u) square[u] = u < units ? load(w + u * K + k, K - k) : Vec<A>{};
+    for (int64_t u = 0; u < kUnits<A>; ++u) {
+      square[u] = u < units ? load(w + u * K + k, K - k) : Vec<A>{};
+      __builtin_prefetch(w + u * K + k + 4 * kUnits<A>);
+    }
     transpose<A>(square);
     const int64_t count = K - k < kUnits<A> ? K - k : kUnits<A>;
     for (int64_t u = 0; u < count; ++u) store(to + (k + u) * 2 * kUnits<A>, square[u]);

@@ -53,8 +53,10 @@ struct ForwardParams {
   Sequence sequence;
   // Where T * B is large, the input's affine maps were computed before and the recurrent weights are packed; where it
   // is small, both affine maps are dot products with the weights as they are in nn.LSTM.
-  const void* x;         // S [T][B][I]
-  const void* xg;        // A [D][T][B][4H]: x @ w_ih^T, without biases; or null
+  const void* x;  // S [T][B][I]
+  // The steps of this launch, counted as each direction goes through them; other launches do the others, in order.
+  int64_t begin, end;
+  const void* xg[2];     // A [end - begin][B][4H] of each direction: x @ w_ih^T of these, by time; or null
   const void* w_ih[2];   // S [4H][I]
   const void* w_hh[2];   // S [4H][P]
   const void* w_hr[2];   // S [P][H], or null
@@ -68,7 +70,7 @@ struct ForwardParams {
   void* hn;              // S [D][B][P]
   void* cn;              // S [D][B][H]
   void* c;               // S [T][B][D][H] or null
-  void* gates;           // S [D][T][B][4H] or null; may be xg itself where S is A
+  void* gates;           // S [D][T][B][4H] or null; may hold xg where S is A
   // Scratch, uninitialised.
   void* h;        // A [2][D][B][P]: the state entering this step and the next
   void* c_state;  // A [D][B][H]

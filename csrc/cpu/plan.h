@@ -11,6 +11,7 @@ constexpr double kSerialFlops = 5e5;         // below this a parallel region cos
 constexpr int64_t kCacheBytes = 512 << 10;   // what a core keeps of the weights from one step to the next
 constexpr int64_t kStreamedBytes = 4 << 20;  // of weights that a core streams faster than it computes with them
 
+constexpr int64_t kChunkBytes = 8 << 20;  // of the input's affine maps, where they need not be kept
 constexpr int64_t kUnpackedRows = 16;  // steps times batch rows, up to which packing weights costs more than it brings
 
 // Rows need no synchronisation; units are shared where there are fewer rows than threads, or where every thread would

@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#include "params.h"
+#include "simd.h"
 
 #if defined(__x86_64__)
 #define FUSEDRNN_PAUSE() __builtin_ia32_pause()
@@ -21,6 +21,9 @@
 extern "C" int sched_yield();
 
 namespace fusedrnn::FUSEDRNN_ISA {
+
+// The k-th of `count`, upwards in even rounds and downwards in odd ones.
+FUSEDRNN_INLINE int64_t in_turns(int64_t round, int64_t k, int64_t count) { return round % 2 == 0 ? k : count - 1 - k; }
 
 // One cache line; line 0 counts the finished chunks of all phases, every further line is the claim of one chunk.
 struct alignas(64) Line {
@@ -62,12 +65,13 @@ class Worker {
 
   int64_t finished() const { return __atomic_load_n(&lines_[0].value, __ATOMIC_ACQUIRE); }
 
-  // Claims and runs what is left of `count` chunks from `first` on, around the end.
+  // Claims and runs what is left of `count` chunks from `first` on, around the end: in turns upwards and downwards, so
+  // that a phase begins with what the last one has left in the cache.
   template <class F>
   void run_unclaimed(int64_t first, int64_t count, const F& f) {
     int64_t done = 0;
-    for (int64_t k = first; k < first + count; ++k) {
-      const int64_t chunk = k % chunks_;
+    for (int64_t k = 0; k < count; ++k) {
+      const int64_t chunk = (first + in_turns(phase_, k, count)) % chunks_;
       int64_t expected = phase_ - 1;
       if (!__atomic_compare_exchange_n(&lines_[1 + chunk].value, &expected, phase_, false, __ATOMIC_ACQ_REL,
                                        __ATOMIC_RELAXED)) {
