@@ -311,14 +311,15 @@ Tensor packed(const Layer& layer, const Packing& packing, const F& matrix) {
 // c = a @ b or c += a @ b, see params.h.
 void gemm(const Kernels& kernels, const GemmParams& params) {
   const int64_t tiles = blocks_of(params.M, kernels.tile_rows), halves = blocks_of(params.N, 2 * kernels.lanes);
+  const int64_t blocks = blocks_of(halves, 2);
   const bool is_large = 2.0 * params.M * params.N * params.K >= kSerialFlops;
   const int64_t threads = is_large ? torch::stable::get_num_threads() : 1;
   // Rows are shared, unless there are so few that a worker would hardly use what it reads of b.
   int64_t row_parts = blocks_of(params.M, kGemmRows), column_parts = 1;
-  if (tiles >= 4 * threads) {
+  if (tiles >= 4 * threads && !params.by_columns) {
     row_parts = blocks_of(row_parts, threads) * threads;
   } else {
-    column_parts = std::min(threads, halves);
+    column_parts = std::min(threads, blocks);
   }
   torch::stable::parallel_for(0, row_parts * column_parts, 1, [&](int64_t begin, int64_t end) {
     const std::unique_ptr<char[]> scratch(params.a_transposed ? new char[kernels.gemm_scratch] : nullptr);
@@ -326,8 +327,8 @@ void gemm(const Kernels& kernels, const GemmParams& params) {
       const int64_t row = part / column_parts, column = part % column_parts;
       const int64_t m = row * tiles / row_parts * kernels.tile_rows;
       const int64_t m_end = std::min((row + 1) * tiles / row_parts * kernels.tile_rows, params.M);
-      kernels.gemm(params, m, m_end, column * halves / column_parts, (column + 1) * halves / column_parts,
-                   scratch.get());
+      const int64_t half = column * blocks / column_parts * 2, half_end = (column + 1) * blocks / column_parts * 2;
+      kernels.gemm(params, m, m_end, half, std::min(half_end, halves), scratch.get());
     }
   });
 }
@@ -383,7 +384,8 @@ void forward_sequence(const Layer& layer, ForwardParams& params, const Tensor& g
   const int64_t steps = in_place ? s.T : steps_at_a_time(layer), G = 4 * s.H;
   const Tensor xg = in_place ? gates : empty({s.D, steps, s.B, G}, layer.compute);
   const Tensor x = as(layer.x, layer.compute);
-  const Packing w_ih = rows_of(kernels, G, s.I);
+  const bool in_blocks = s.H % kernels.lanes == 0;  // GateOrder
+  const Packing w_ih = in_blocks ? gates_of(kernels, s.H, s.I) : rows_of(kernels, G, s.I);
   const Tensor panel_ih = packed(layer, w_ih, [&](int64_t d) { return layer.weights.w_ih(d); });
   const Tensor panel_hh = packed(layer, gates_of(kernels, s.H, s.P), [&](int64_t d) { return layer.weights.w_hh(d); });
   params.panel_hh = pointer(panel_hh);
@@ -393,7 +395,7 @@ void forward_sequence(const Layer& layer, ForwardParams& params, const Tensor& g
       const int64_t first = d == 0 ? begin : s.T - end;
       void* const out = at(xg, d * steps * s.B * G);
       gemm(kernels, {(end - begin) * s.B, G, s.I, at(x, first * s.B * s.I), false,
-                     at(panel_ih, d * w_ih.numbers(kernels)), out, false});
+                     at(panel_ih, d * w_ih.numbers(kernels)), out, false, params.team.split == Team::Split::kUnits});
       params.xg[d] = out;
     }
     run(begin, end);
@@ -503,7 +505,7 @@ Tensor input_gradient(const Layer& layer, const StepGradients& steps) {
   const Tensor panels = packed(layer, w_ih, [&](int64_t d) { return layer.weights.w_ih(d); });
   for (int64_t d = 0; d < s.D; ++d) {
     gemm(layer.kernels, {s.T * s.B, s.I, 4 * s.H, at(steps.da, d * s.T * s.B * 4 * s.H), false,
-                         at(panels, d * w_ih.numbers(layer.kernels)), pointer(dx), d > 0});
+                         at(panels, d * w_ih.numbers(layer.kernels)), pointer(dx), d > 0, false});
   }
   return as(dx, layer.x.scalar_type());
 }
@@ -534,7 +536,7 @@ Tensors weight_gradients(const Layer& layer, const StepGradients& steps, const N
     // transposed [N][rows] @ panels of [N][columns]
     const auto product = [&](int64_t rows, const void* transposed, int64_t columns, const void* panels) {
       Tensor out = empty({rows, columns}, layer.compute);
-      gemm(kernels_of(layer.compute), {rows, columns, N, transposed, true, panels, pointer(out), false});
+      gemm(kernels_of(layer.compute), {rows, columns, N, transposed, true, panels, pointer(out), false, false});
       return out;
     };
     const void* const da = at(steps.da, d * N * 4 * s.H);

@@ -22,7 +22,7 @@ class Backward {
   using A = Compute<S>;
   using V = Vec<A>;
 
-  explicit Backward(const BackwardParams& params) : p_(params), s_(params.sizes) {}
+  explicit Backward(const BackwardParams& params) : p_(params), s_(params.sizes), order_(params.sizes.H) {}
 
   // Steps count as in forward; after the first step of a row comes one more round for dh0 and dc0.
   void run(int index) const {
@@ -201,13 +201,13 @@ class Backward {
   // Some hidden units of rows from b on at step t: from dm to da, and dc for the step before.
   struct Units {
     Units(const Backward& backward, const Direction& direction, int64_t t, int64_t d, int64_t b, int64_t unit)
-        : direction(direction), t(t), b(b), H(backward.s_.H), c_step(backward.s_.D * H) {
+        : direction(direction), order(backward.order_), t(t), b(b), H(backward.s_.H), c_step(backward.s_.D * H) {
       const Sizes& s = backward.s_;
       const BackwardParams& p = backward.p_;
-      const int64_t c_at = time_major(s, t, b, d, H) + unit, gates_at = direction_major(s, d, t, b, kGates * H) + unit;
+      const int64_t c_at = time_major(s, t, b, d, H) + unit, row_at = direction_major(s, d, t, b, kGates * H);
       first = direction.is_first(t, b);
-      gates = static_cast<const S*>(p.gates) + gates_at;
-      da = static_cast<A*>(p.da) + gates_at;
+      gates = static_cast<const S*>(p.gates) + row_at + order(unit);
+      da = static_cast<A*>(p.da) + row_at + unit;
       c = static_cast<const S*>(p.c) + c_at;
       // Of the step before t, which exists unless t is the first.
       c_before = c + (direction.before(t) - t) * s.B * c_step;
@@ -234,8 +234,9 @@ class Backward {
       V dc = load(dc_state + r * H, count);
       if (dc_all != nullptr) dc += load(dc_all + r * c_step, count);
       V gate[kGates];
-      for (int k = 0; k < kGates; ++k) gate[k] = load(gates + (r * kGates + k) * H, count);
-      for (int k = 0; k < kGates; ++k) __builtin_prefetch(gates + ((r + kAhead) * kGates + k) * H);
+      const S* row = gates + r * kGates * H;
+      for (int k = 0; k < kGates; ++k) gate[k] = load(row + order(0, k), count);
+      for (int k = 0; k < kGates; ++k) __builtin_prefetch(row + kAhead * kGates * H + order(0, k));
       const V out = LstmCell<A>::backward(gate, c_in, load(c + r * c_step, count), dm, dc);
       for (int k = 0; k < kGates; ++k) store(da + (r * kGates + k) * H, gate[k], count);
       if (m != nullptr) store(m + r * H, out, count);
@@ -244,6 +245,7 @@ class Backward {
 
     static constexpr int kAhead = 4;  // rows whose gates are on their way
     const Direction& direction;
+    const GateOrder<A>& order;
     int64_t t, b, H, c_step;
     bool first;
     const S *gates, *c, *c_before, *c0, *dc_all;
@@ -252,6 +254,7 @@ class Backward {
 
   const BackwardParams& p_;
   const Sizes& s_;
+  const GateOrder<A> order_;
 };
 
 }  // namespace fusedrnn::FUSEDRNN_ISA

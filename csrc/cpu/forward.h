@@ -24,7 +24,7 @@ class Forward {
   using A = Compute<S>;
   using V = Vec<A>;
 
-  explicit Forward(const ForwardParams& params) : p_(params), s_(params.sizes) {}
+  explicit Forward(const ForwardParams& params) : p_(params), s_(params.sizes), order_(params.sizes.H) {}
 
   void run(int index) const {
     if (p_.team.split == Team::Split::kRows) {
@@ -99,6 +99,9 @@ class Forward {
     const int64_t first = d == 0 ? p_.begin : s_.T - p_.end;
     return static_cast<const A*>(p_.xg[d]) + ((t - first) * s_.B + b) * kGates * s_.H;
   }
+  void prefetch_gates(const A* row) const {
+    for (int64_t gate = 0; gate < kGates; ++gate) __builtin_prefetch(row + order_(0, gate));
+  }
   A* c_state(int64_t d) const { return static_cast<A*>(p_.c_state) + state(s_, d, 0, s_.H); }
 
   // The state before the first step, and the final state of the rows that have no step at all.
@@ -129,8 +132,7 @@ class Forward {
     if (p_.panel_hh == nullptr) return dot_units(n, d, unit, count, row_begin, row_end);
     const A* panel = static_cast<const A*>(p_.panel_hh) + (d * unit_blocks() + block) * s_.P * kWide<A>;
     for_each_chunk(row_begin, row_end, [&](int64_t b, int64_t rows) {
-      const A* xg = this->xg(d, t, b) + unit;
-      for (int64_t k = 0; k < kTogether * kGates; ++k) __builtin_prefetch(xg + k * s_.H);
+      for (int64_t r = 0; r < kTogether; ++r) prefetch_gates(xg(d, t, b + r) + order_(unit));
       V sum[kRowsAtATime][4];
       multiply<A>(sum, h(n, d) + b * s_.P, s_.P, panel, s_.P, rows, s_.B == 1,
                   [&](int64_t first, int64_t count) { return direction.any_exists(t, b + first, count); });
@@ -168,8 +170,8 @@ class Forward {
   FUSEDRNN_INLINE void finish_rows(const Direction& direction, int64_t n, int64_t d, int64_t b, int64_t unit,
                                    int64_t count, const V (&bias)[kGates], V (*gates)[kGates]) const {
     const int64_t t = direction.at(n), H = s_.H, c_step = s_.D * H;
-    const int64_t gates_at = direction_major(s_, d, t, b, kGates * H) + unit;
-    const A* xg = p_.xg[d] == nullptr ? nullptr : this->xg(d, t, b) + unit;
+    const int64_t gates_at = direction_major(s_, d, t, b, kGates * H) + order_(unit);
+    const A* xg = p_.xg[d] == nullptr ? nullptr : this->xg(d, t, b) + order_(unit);
     S* gates_all = p_.gates == nullptr ? nullptr : static_cast<S*>(p_.gates) + gates_at;
     S* c_all = p_.c == nullptr ? nullptr : static_cast<S*>(p_.c) + time_major(s_, t, b, d, H) + unit;
     A* c_state = this->c_state(d) + b * H + unit;
@@ -181,8 +183,9 @@ class Forward {
     for (int r = 0; r < R; ++r) {
       for (int gate = 0; gate < kGates; ++gate) gates[r][gate] += bias[gate];
       if (xg != nullptr) {
-        for (int gate = 0; gate < kGates; ++gate) gates[r][gate] += load(xg + (r * kGates + gate) * H, count);
-        for (int gate = 0; gate < kGates; ++gate) __builtin_prefetch(xg + ((r + kTogether) * kGates + gate) * H);
+        const A* row = xg + r * kGates * H;
+        for (int gate = 0; gate < kGates; ++gate) gates[r][gate] += load(row + order_(0, gate), count);
+        prefetch_gates(row + kTogether * kGates * H);
       }
       c[r] = kRagged && direction.is_reset(t, b + r) ? V{} : load(c_state + r * H, count);
     }
@@ -192,7 +195,7 @@ class Forward {
       const bool exists = !kRagged || direction.exists(t, b + r);
       if (c_all != nullptr) store(c_all + r * c_step, exists ? c[r] : V{}, count);
       for (int gate = 0; gates_all != nullptr && gate < kGates; ++gate) {
-        store(gates_all + (r * kGates + gate) * H, exists ? gates[r][gate] : V{}, count);
+        store(gates_all + r * kGates * H + order_(0, gate), exists ? gates[r][gate] : V{}, count);
       }
       if (exists) store(c_state + r * H, c[r], count);
       if (exists && (kRagged ? direction.is_last(t, b + r) : n + 1 == s_.T)) store(cn + r * H, c[r], count);
@@ -284,6 +287,7 @@ class Forward {
 
   const ForwardParams& p_;
   const Sizes& s_;
+  const GateOrder<A> order_;
 };
 
 }  // namespace fusedrnn::FUSEDRNN_ISA

@@ -54,6 +54,20 @@ FUSEDRNN_INLINE int64_t direction_major(const Sizes& s, int64_t d, int64_t t, in
 // Offset of [d][b][0] in a tensor [D][B][N].
 FUSEDRNN_INLINE int64_t state(const Sizes& s, int64_t d, int64_t b, int64_t N) { return (d * s.B + b) * N; }
 
+// Where the gates of hidden units lie in a row of 4H: gate `gate` of units from `unit` on, a multiple of `lanes`. Block
+// after block, as in a panel, where H is a multiple of `lanes`, so that a step touches one place for each row and
+// block; else as in nn.LSTM, gate after gate.
+template <class A>
+class GateOrder {
+ public:
+  explicit GateOrder(int64_t H) : gate_(H % Simd<A>::kLanes == 0 ? Simd<A>::kLanes : H), unit_(gate_ == H ? 1 : 4) {}
+
+  int64_t operator()(int64_t unit, int64_t gate = 0) const { return unit * unit_ + gate * gate_; }
+
+ private:
+  int64_t gate_, unit_;
+};
+
 // The rows of one direction that a worker owns, of D * B rows shared evenly.
 struct OwnedRows {
   int64_t begin, end;

@@ -56,7 +56,8 @@ struct ForwardParams {
   const void* x;  // S [T][B][I]
   // The steps of this launch, counted as each direction goes through them; other launches do the others, in order.
   int64_t begin, end;
-  const void* xg[2];     // A [end - begin][B][4H] of each direction: x @ w_ih^T of these, by time; or null
+  // A [end - begin][B][4H] of each direction: x @ w_ih^T of these, by time, each row in GateOrder; or null
+  const void* xg[2];
   const void* w_ih[2];   // S [4H][I]
   const void* w_hh[2];   // S [4H][P]
   const void* w_hr[2];   // S [P][H], or null
@@ -70,7 +71,7 @@ struct ForwardParams {
   void* hn;              // S [D][B][P]
   void* cn;              // S [D][B][H]
   void* c;               // S [T][B][D][H] or null
-  void* gates;           // S [D][T][B][4H] or null; may hold xg where S is A
+  void* gates;           // S [D][T][B][4H], each row in GateOrder, or null; may hold xg where S is A
   // Scratch, uninitialised.
   void* h;        // A [2][D][B][P]: the state entering this step and the next
   void* c_state;  // A [D][B][H]
@@ -91,7 +92,7 @@ struct BackwardParams {
   const void* c0;        // S [D][B][H] or null
   const void* y;         // S [T][B][D][P]
   const void* c;         // S [T][B][D][H]
-  const void* gates;     // S [D][T][B][4H]
+  const void* gates;     // S [D][T][B][4H], each row in GateOrder
   void* da;              // A [D][T][B][4H]: gradients before the nonlinearities
   void* dh0;             // S [D][B][P] or null
   void* dc0;             // S [D][B][H] or null
@@ -110,9 +111,10 @@ struct GemmParams {
   int64_t M, N, K;
   const void* a;  // A [M][K], or [K][M] where a_transposed
   bool a_transposed;
-  const void* panels;  // A, packed by pack_rows from [N][K] or by pack_columns from [K][N]
+  const void* panels;  // A, packed from [N][K] or [K][N]: outputs are counted as they lie in the panels
   void* c;             // A [M][N]
   bool accumulate;
+  bool by_columns;  // workers share the columns of c, as they share hidden units, and not its rows
 };
 constexpr int64_t kGemmRows = 192;   // of c, that a worker computes at a time: a multiple of every tile's rows
 constexpr int64_t kGemmDepth = 384;  // along K; kGemmRows by kGemmDepth is a part of the second-level cache
