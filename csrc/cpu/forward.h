@@ -132,7 +132,7 @@ class Forward {
     if (p_.panel_hh == nullptr) return dot_units(n, d, unit, count, row_begin, row_end);
     const A* panel = static_cast<const A*>(p_.panel_hh) + (d * unit_blocks() + block) * s_.P * kWide<A>;
     for_each_chunk(row_begin, row_end, [&](int64_t b, int64_t rows) {
-      for (int64_t r = 0; r < kTogether; ++r) prefetch_gates(xg(d, t, b + r) + order_(unit));
+      for (int64_t r = 0; r < rows; ++r) prefetch_gates(xg(d, t, b + r) + order_(unit));  // while the product runs
       V sum[kRowsAtATime][4];
       multiply<A>(sum, h(n, d) + b * s_.P, s_.P, panel, s_.P, rows, s_.B == 1,
                   [&](int64_t first, int64_t count) { return direction.any_exists(t, b + first, count); });
