@@ -43,22 +43,14 @@ def isa(request):
     torch.ops.fusedrnn.cpu_isa(best)
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
+@pytest.fixture(autouse=True)
+def threads(one_thread):
+    """Sets the number of threads. It begins as 2, which the larger ones of all problems here make use of."""
+    torch.set_num_threads(2)
+    return torch.set_num_threads
 
 
-@cache
-def answers(case):
-    """torch's answers, on one thread: several threads of oneDNN crawl where another process is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return testing.answers(case)
-    finally:
-        torch.set_num_threads(threads)
+answers = cache(testing.answers)
 
 
 def check(case):
