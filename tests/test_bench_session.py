@@ -30,6 +30,14 @@ def short_waits(monkeypatch):
     monkeypatch.setattr(session, "_RESERVE", 1.0)
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """A shell ignores SIGINT in what it starts in the background, and what that starts inherits it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_every_part_has_an_outcome_and_a_log(tmp_path, capsys):
     todo = [
         python("good", "print('measured')"),
