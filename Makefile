@@ -58,7 +58,7 @@ sanitize: $(VENV)/.test
 kernels: $(VENV)/.test
 	@echo "== Triton =="
 	$(BIN)/python -W ignore -m fusedrnn.kernels.compile $(GRID)
-	@echo "== CUDA C++ =="
+	@echo "== CUDA C++, and what a small grid of Triton kernels has to hold =="
 	$(BIN)/pytest -m compiles -s
 
 # make gpu-build   on a machine with nvcc, a GPU or none: what make gpu takes along, in fusedrnn/ and in build/
