@@ -3,12 +3,14 @@
 #
 # PYTHON  the interpreter to start from          TORCH  the version of torch
 # VENV    where the environment goes             TORCH_INDEX  a package index to take torch from
+# JOBS    processes that run the tests, each on one thread: 2
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= 2.13.0
 # Without an NVIDIA GPU the wheel without CUDA will do; the other one brings several GB of CUDA packages.
 TORCH_SPEC ?= torch==$(TORCH)$(if $(shell command -v nvidia-smi),,+cpu)
 TORCH_INDEX ?=
+JOBS ?= 2
 GRID ?=
 OUT ?=
 GPU ?=
@@ -30,7 +32,7 @@ demo: $(VENV)/.examples
 
 test: $(VENV)/.test
 	@echo "== the tests =="
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(JOBS) --dist worksteal
 
 # make lint   style of Python and C++, and types
 lint: $(VENV)/.lint
@@ -56,7 +58,7 @@ sanitize: $(VENV)/.test
 kernels: $(VENV)/.test
 	@echo "== Triton =="
 	$(BIN)/python -W ignore -m fusedrnn.kernels.compile $(GRID)
-	@echo "== CUDA C++ =="
+	@echo "== CUDA C++, and what a small grid of Triton kernels has to hold =="
 	$(BIN)/pytest -m compiles -s
 
 # make gpu-build   on a machine with nvcc, a GPU or none: what make gpu takes along, in fusedrnn/ and in build/

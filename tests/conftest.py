@@ -34,7 +34,18 @@ def _interpret_triton() -> None:
     del os.environ["TRITON_INTERPRET"]
 
 
+def _compute_on_one_thread() -> None:
+    """Here and in the processes that tests start. Tests that are about threads set their number.
+
+    Threads that wait for each other take their time where something else wants their cores: a busy machine, or a second
+    process with tests.
+    """
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
+
 _interpret_triton()
+_compute_on_one_thread()
 
 
 class Place(NamedTuple):
@@ -88,13 +99,11 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """For what does not depend on threads: on a busy machine, threads that wait for each other take their time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """Every test begins with one thread of torch's, whatever number another one has set."""
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

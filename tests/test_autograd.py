@@ -14,8 +14,6 @@ from torch.utils.checkpoint import checkpoint
 import fusedrnn
 from fusedrnn import ops, reference
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 T, B, I, H = 5, 3, 4, 6
 
 

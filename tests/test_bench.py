@@ -17,8 +17,6 @@ from torch import nn
 import fusedrnn
 from fusedrnn import cli, ops, testing
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SMALL = ["--shape", "3,2,4,5", "--rounds", "2", "--time-budget", "0", "--baseline", "nn.LSTM"]
 
 

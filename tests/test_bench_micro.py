@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from fusedrnn.benchmarks import micro, on_a_gpu
 from fusedrnn.benchmarks.micro import Measurement
 from fusedrnn.kernels import plan as planner
@@ -21,7 +22,10 @@ def host():
     """The program that runs the kernels on the host."""
     if shutil.which("g++") is None:
         pytest.skip("the host build of the microbenchmarks needs a C++ compiler, and there is none")
-    return micro.program(host=True)
+    folder = micro.ROOT / "build"
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / "micro.lock"):  # another process with tests may need it as well
+        return micro.program(host=True)
 
 
 def on_the_host(host, *arguments):

@@ -12,8 +12,6 @@ from torch import nn
 import fusedrnn
 from fusedrnn import cli, ops, testing
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 NAMES = ["character model", "word model", "tagger", "policy"]
 
 

@@ -14,8 +14,6 @@ from fusedrnn.kernels.plan import H200, Shape
 import fusedrnn
 from fusedrnn import cli, cuda_plan, ops
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 needs_cpu = pytest.mark.skipif(fusedrnn.backends()["cpu"] is not None, reason="the cpu backend is not available")
 
 

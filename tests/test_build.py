@@ -20,9 +20,10 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A copy of the sources, so that building changes nothing here."""
+    """A copy of the sources, so that building changes nothing here; without what other processes may be writing."""
+    left_out = shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
     for name in ("benchmarks", "fusedrnn", "kernels", "csrc"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "_build.json"))
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=left_out)
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     return tmp_path

@@ -13,8 +13,6 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import fusedrnn
 from fusedrnn import layout, ops
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 I, H = 3, 4
 SIZES = [(5, 2), (6, 3), (3, 7), (9, 4)]  # T and B of the calls; the first one is compiled for
 

@@ -17,8 +17,6 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 import fusedrnn
 from fusedrnn import functional
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CLASSES = [fusedrnn.LSTM, fusedrnn.CompilableLSTM]
 OPTIONS = [
     {},

@@ -17,8 +17,6 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 import fusedrnn
 from fusedrnn import CompilableLSTM, Report, convert, patch, revert
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 EARLY = nn.LSTM  # as `from torch.nn import LSTM` at the top of somebody's file
 TABLE = {"lstm": nn.LSTM, "cell": nn.LSTMCell, "gru": nn.GRU}
 

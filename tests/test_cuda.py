@@ -38,13 +38,14 @@ def host_library(cuda_host):
     links += [f"-L{torch_home / 'lib'}", "-ltorch_cpu", "-lc10"]
     text = " ".join([torch.__version__, *flags, *links]).encode() + b"".join(path.read_bytes() for path in sources)
     library = kernels.with_name(f"ops-{hashlib.sha256(text).hexdigest()[:16]}.so")
-    if not library.is_file():
-        for old in library.parent.glob("ops-*"):
-            old.unlink()
-        partial = library.with_suffix(f".{os.getpid()}")
-        command = [os.environ.get("CXX", "g++"), *flags, *map(str, sources), *links, "-o", str(partial)]
-        subprocess.run(command, check=True)
-        partial.replace(library)
+    with cuda_host.building():
+        if not library.is_file():
+            for old in library.parent.glob("ops-*"):
+                old.unlink()
+            partial = library.with_suffix(f".{os.getpid()}")
+            command = [os.environ.get("CXX", "g++"), *flags, *map(str, sources), *links, "-o", str(partial)]
+            subprocess.run(command, check=True)
+            partial.replace(library)
     torch.ops.load_library(str(library))
 
 

@@ -12,8 +12,6 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 import fusedrnn
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 T, B, I, H = 5, 4, 3, 4
 LENGTHS = [3, 0, 5, 1]
 

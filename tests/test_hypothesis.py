@@ -6,7 +6,6 @@ the 1e-10 that `assert_same` allows.
 
 from types import SimpleNamespace
 
-import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -15,8 +14,6 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fusedrnn
 from fusedrnn import reference
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 # The fixtures of these tests are the same for every example: a backend, and functions.
 EXAMPLES = settings(

@@ -13,8 +13,6 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequen
 import fusedrnn
 from fusedrnn import functional
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 T, B, I, H = 4, 3, 3, 5
 
 OPTIONS = {

@@ -8,8 +8,6 @@ from torch.testing._internal.common_utils import noncontiguous_like
 
 import fusedrnn
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 # Their import forbids the whole process to set the flags of torch.backends.
 torch.backends.__allow_nonbracketed_mutation_flag = True
 

@@ -1,6 +1,7 @@
 """The Triton kernels, compiled ahead of time for sm_80 to sm_100: no spills, and resident means resident.
 
-`python -m fusedrnn.kernels.compile` does the same over a wide grid; here it is a small one.
+`python -m fusedrnn.kernels.compile` does the same over a wide grid; here it is a small one, and `make kernels` runs
+both. pytest alone compiles two kernels, of which it reads what became of them.
 """
 
 import importlib.util
@@ -37,6 +38,7 @@ def environment():
     return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
 
+@pytest.mark.compiles
 def test_no_kernel_spills_or_exceeds_its_plan(compiled):
     status, rows = compiled
     assert [(row["variant"], row["failure"]) for row in rows if row["failure"]] == []

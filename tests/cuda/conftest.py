@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from fusedrnn import reference, testing
@@ -34,14 +35,25 @@ EXCHANGES = ["grid", "cluster"]
 FORWARD, BACKWARD = 0, 1
 
 
+def building() -> FileLock:
+    """Held while something is compiled into build/cuda_host: other processes with tests wait, and find it there."""
+    folder = ROOT / "build" / "cuda_host"
+    folder.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder / "lock")
+
+
 def built(name: str, flags: list[str]) -> Path:
     """Compiles the host library unless one of the same sources and flags is there."""
+    with building():
+        return _built(name, flags)
+
+
+def _built(name: str, flags: list[str]) -> Path:
     sources = sorted(path for path in SOURCES.rglob("*") if path.suffix in (".h", ".cpp"))
     digest = hashlib.sha256(" ".join(flags).encode() + b"".join(path.read_bytes() for path in sources)).hexdigest()
     library = ROOT / "build" / "cuda_host" / f"{name}-{digest[:16]}.so"
     if library.is_file():
         return library
-    library.parent.mkdir(parents=True, exist_ok=True)
     for old in library.parent.glob(f"{name}-*"):
         old.unlink()
     partial = library.with_suffix(f".{os.getpid()}")
