@@ -1,6 +1,5 @@
 // The CPU operators: tensors in, plain structs out, the checks that memory safety needs, and the large matrix products.
 // The schemas, the fake kernels and every other check live in Python (fusedrnn/ops.py, fusedrnn/functional.py).
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

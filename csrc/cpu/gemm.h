@@ -26,7 +26,8 @@ class Gemm {
   // scratch: kScratch numbers, used where a is transposed.
   void run(int64_t m, int64_t m_end, int64_t half, int64_t half_end, A* scratch) const {
     const A* a = static_cast<const A*>(p_.a);
-    for (int64_t k = 0; k < p_.K; k += kGemmDepth) {
+    int64_t k = 0;
+    do {  // also where K = 0, and c all zeros
       const int64_t depth = p_.K - k < kGemmDepth ? p_.K - k : kGemmDepth;
       if (p_.a_transposed) pack_slivers(m, m_end, k, depth, scratch);
       for (int64_t n = half; n < half_end; ++n) {
@@ -41,7 +42,8 @@ class Gemm {
           });
         }
       }
-    }
+      k += kGemmDepth;
+    } while (k < p_.K);
   }
 
  private:
