@@ -35,7 +35,8 @@ FUSEDRNN_INLINE int64_t in_panel(int64_t K, int64_t k, int64_t v) {
 
 // finish(r, v, start(r, v) + sum over k < depth of a[r * row_stride + k * k_stride] * panel[k][v]) for R rows and V
 // vectors of a panel of K inputs. With two Chains, even and odd k are summed apart: a single row has too few sums to
-// hide the latency of an addition.
+// hide the latency of an addition. Memory is asked for what comes: `next`, two vectors of each k that are needed after
+// this product, or null; and by a single row, which waits for nothing but the panel, for the panel itself.
 template <class A, int R, int V, int Chains = 1, class Start, class Finish>
 FUSEDRNN_INLINE void accumulate(const A* a, int64_t row_stride, int64_t k_stride, const A* panel, int64_t K,
                                 int64_t depth, const Start& start, const Finish& finish, const A* next = nullptr) {
@@ -52,10 +53,11 @@ FUSEDRNN_INLINE void accumulate(const A* a, int64_t row_stride, int64_t k_stride
     Vec<A> w[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) w[v] = load(panel + in_panel<A>(K, k, v));
-    if (R > 1 && next != nullptr) __builtin_prefetch(next + k * 2 * kUnits<A>);
     if constexpr (R == 1) {
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) __builtin_prefetch(panel + in_panel<A>(K, k + 16, v));
+    } else if (next != nullptr) {
+      __builtin_prefetch(next + k * 2 * kUnits<A>);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
@@ -118,8 +120,9 @@ inline void multiply(Vec<A> (*sum)[4], const A* a, int64_t stride, const A* pane
     const int64_t depth = K - k < kDepth ? K - k : kDepth;
     for (int half = 0; half < 4; half += 2) {
       const A* part = panel + in_panel<A>(K, k, half);
-      const A* next = half == 0 ? panel + in_panel<A>(K, k, 2) : panel + in_panel<A>(K, k + kDepth, 0);
-      if (half != 0 && k + kDepth >= K) next = panel + K * kWide<A>;
+      const A* next = half == 0        ? panel + in_panel<A>(K, k, 2)
+                      : k + kDepth < K ? panel + in_panel<A>(K, k + kDepth, 0)
+                                       : panel + K * kWide<A>;  // of the next block
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t first = tile * rows / tiles, count = (tile + 1) * rows / tiles - first;
         if (!wanted(first, count)) continue;
@@ -127,7 +130,8 @@ inline void multiply(Vec<A> (*sum)[4], const A* a, int64_t stride, const A* pane
           Vec<A>(*const own)[4] = sum + first;
           accumulate<A, R.kCount, 2>(
               a + first * stride + k, stride, 1, part, K, depth, [&](int r, int v) { return own[r][half + v]; },
-              [&](int r, int v, Vec<A> value) { own[r][half + v] = value; }, next + tile % 2 * kUnits<A>);
+              [&](int r, int v, Vec<A> value) { own[r][half + v] = value; },
+              next + tile % 2 * kUnits<A>);  // two tiles ask for one vector each
         });
       }
     }
