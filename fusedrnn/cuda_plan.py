@@ -357,7 +357,7 @@ def whole(kernel: str, shape: Shape, device: Device) -> Iterator[Plan]:
 def in_parts(kernel: str, shape: Shape, device: Device) -> Iterator[Plan]:
     """Every plan in parts, of as few turns as the multiprocessors allow and as large parts as fit."""
     math, most_blocks = math_of(shape), device.multiprocessors // shape.D
-    rows, tiles_of_units = 16 if math in _ON_MATRIX_UNIT else 8, _unit_tiles(kernel, shape)
+    rows, tiles_of_units = 16 if math in _ON_MATRIX_UNIT and not shape.projected else 8, _unit_tiles(kernel, shape)
     stages = products(kernel, shape, math).values()
     longest = max(p.blocks for p in stages)
     for tiles in range(1, _MOST_WARPS + 1) if most_blocks else ():

@@ -190,7 +190,7 @@ class Backward {
           if (in_outputs_) {
             in_turns(output_tiles(), [&] {
               begin(b, n + 1);
-              keep(kept);
+              keep_dh(kept);
               if (last) return;
               load(n);
               next_step();
@@ -224,7 +224,8 @@ class Backward {
           cells(dm);
           send_da();
           store(n);
-          keep(kept);
+          keep_dc(kept);
+          if constexpr (!kProjected) keep_dh(kept);
         });
         if (!last) da_channel_.announce();
       }
@@ -246,11 +247,11 @@ class Backward {
   }
 
   // The gradients of a tile's state between its turns, and back.
-  FUSEDRNN_DEVICE void keep(const Kept& kept) {
-    for_each_cell([&](int n, int s, int j) {
-      kept[(n * kSegments + s) * 2 + j] = dc_[n][s][j];
-      kept[kKeptOfDh + (n * kSegments + s) * 2 + j] = dh_[n][s][j];
-    });
+  FUSEDRNN_DEVICE void keep_dc(const Kept& kept) {
+    for_each_cell([&](int n, int s, int j) { kept[(n * kSegments + s) * 2 + j] = dc_[n][s][j]; });
+  }
+  FUSEDRNN_DEVICE void keep_dh(const Kept& kept) {
+    for_each_cell([&](int n, int s, int j) { kept[kKeptOfDh + (n * kSegments + s) * 2 + j] = dh_[n][s][j]; });
   }
   FUSEDRNN_DEVICE void recall(const Kept& kept, int64_t first_row) {
     find_rows(first_row);

@@ -43,7 +43,7 @@ template <Math kMath>
 void add_in_parts(Instances& to) {
   constexpr int kColumnTiles = max_rows(kMath) / kColumns;
   add<kMath, PartsExchange, kColumnTiles, false>(to, Exchange::kParts, kColumnTiles - 1);
-  add<kMath, PartsExchange, kColumnTiles, true>(to, Exchange::kParts, 2);
+  add<kMath, PartsExchange, 1, true>(to, Exchange::kParts, 2);
 }
 
 template <Math kMath>

@@ -10,7 +10,7 @@ struct Instances {
   const void* kernel[2][3][3];  // [pass][exchange][variant]; null where there is none
 };
 
-// Which of the kernels of one pass and exchange: 8 rows, 16 rows, or with a projection, which goes with one of them.
+// Which of the kernels of one pass and exchange: 8 rows, 16 rows, or 8 with a projection.
 constexpr int variant(const Sizes& sizes, const Plan& plan) {
   return sizes.projected != 0 ? 2 : plan.rows / kColumns - 1;
 }

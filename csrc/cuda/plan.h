@@ -301,16 +301,17 @@ FUSEDRNN_BOTH constexpr const char* invalid(Pass pass, const Sizes& sizes, const
   }
   if (plan.rows != kColumns && plan.rows != 2 * kColumns) return "rows must be 8 or 16";
   if (plan.rows > max_rows(plan.math)) return "rows must be 8 where the matrix unit is not used";
+  if (plan.rows != kColumns && sizes.projected != 0) return "rows must be 8 with a projection";
   if (launched_blocks(sizes, plan) > INT32_MAX) return "too many blocks";
   if (plan.exchange == Exchange::kParts) {
-    if (plan.rows != max_rows(plan.math)) return "in parts, rows must be as many as the dtype can have";
+    if (plan.rows != max_rows(plan.math) && sizes.projected == 0) return "in parts, rows must be as many as can be";
+    if (plan.blocks > (1 << 20)) return "too many blocks";
     if (plan.inputs != 0) return "a launch in parts takes no inputs";
     if (plan.shared_blocks != 0 || plan.shared_projection_blocks != 0) return "in parts, all weights are streamed";
     if (plan.part_blocks < 1 || plan.part_blocks > (1 << 12)) return "part_blocks must be 1 to 2^12";
     return nullptr;
   }
   if (plan.part_blocks != 0) return "part_blocks without parts";
-  if (plan.rows != kColumns && sizes.projected != 0) return "rows must be 8 with a projection";
   if (int64_t{plan.blocks} * plan.tiles < ceil_div(sizes.H, tile_units(pass))) return "the tiles do not cover H";
   if (plan.exchange == Exchange::kGrid) return nullptr;
   if (plan.blocks > 16 || (plan.blocks & (plan.blocks - 1)) != 0) return "a cluster has 1, 2, 4, 8 or 16 blocks";

@@ -34,7 +34,7 @@ template <template <Math, class, int, bool> class Kernel, class Params, Math kMa
 Body<Params> body_of(const Sizes& sizes, const Plan& plan) {
   if (plan.exchange == Exchange::kParts) {
     constexpr int kColumnTiles = max_rows(kMath) / kColumns;
-    return sizes.projected != 0 ? body<Kernel<kMath, PartsExchange, kColumnTiles, true>, Params>
+    return sizes.projected != 0 ? body<Kernel<kMath, PartsExchange, 1, true>, Params>
                                 : body<Kernel<kMath, PartsExchange, kColumnTiles, false>, Params>;
   }
   return plan.exchange == Exchange::kCluster ? body_of<Kernel, Params, kMath, ClusterExchange>(sizes, plan)
