@@ -60,12 +60,12 @@ bool is_here(const Tensor& tensor) { return tensor.is_cuda(); }
 
 // ---------------------------------------------------------------------------------------------- plans
 
-constexpr size_t kPlanFields = 11;
+constexpr size_t kPlanFields = 12;
 
 // The fields of fusedrnn/cuda_plan.py: Plan.fields, in the order of plan.h.
 Plan plan_of(const Integers& fields) {
   STD_TORCH_CHECK(fields.size() == kPlanFields, "a plan has ", kPlanFields, " fields, got ", fields.size());
-  STD_TORCH_CHECK(fields[0] >= 0 && fields[0] <= 1 && fields[1] >= 0 && fields[1] <= 4, "a plan of an unknown kind");
+  STD_TORCH_CHECK(fields[0] >= 0 && fields[0] <= 2 && fields[1] >= 0 && fields[1] <= 4, "a plan of an unknown kind");
   for (const int64_t field : fields)
     STD_TORCH_CHECK(field >= 0 && field <= INT32_MAX, "a plan with a field of ", field);
   const auto field = [&](size_t k) { return static_cast<int32_t>(fields[k]); };
@@ -81,6 +81,7 @@ Plan plan_of(const Integers& fields) {
   plan.shared_projection_blocks = field(8);
   plan.inputs = field(9);
   plan.shared_input_blocks = field(10);
+  plan.part_blocks = field(11);
   return plan;
 }
 
@@ -172,7 +173,7 @@ class Layer {
         params.w_ih = w_ih->const_data_ptr();
       }
     }
-    const Tensor exchanged = bytes(exchanged_bytes(pass_, sizes, plan));
+    const Tensor exchanged = bytes(workspace_bytes(pass_, sizes, plan));
     const Tensor flags = bytes(cuda::flags(sizes, plan) * static_cast<int64_t>(sizeof(uint32_t)));
     params.workspace = {exchanged.mutable_data_ptr(), static_cast<uint32_t*>(flags.mutable_data_ptr())};
     check(launch(params, here.stream()));

@@ -154,5 +154,5 @@ def fitting(kernel: str, shape: Shape, device: tuple[int, Device]) -> Iterator[P
     sizes = [shape.T, shape.B, shape.H, shape.P, shape.D, int(shape.projected), shape.I]
     for plan in ranked(kernel, shape, known):
         _, groups = _ops.cuda_room(index, PASSES.index(kernel), sizes, plan.fields)
-        if groups >= (shape.D * plan.groups if plan.exchange == "grid" else 1):
+        if groups >= (shape.D * plan.groups if plan.exchange != "cluster" else 1):
             yield plan

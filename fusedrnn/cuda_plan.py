@@ -19,8 +19,10 @@ The model of one step of one block:
     partial      the sum over the warps that split K
     cell         everything elementwise, and the loads and stores that belong to it
 
-With a projection a step has all but the cell twice. A launch takes steps * rounds of them, where a round is as many
-slices of the batch as there are groups at a time, and has the weights to pack and to load first.
+With a projection a step has all but the cell twice. A plan in parts, which is looked for only where no other fits, has
+the product and the cell as often as tiles take turns, reads the operand as often, and waits for its first part alone;
+its weights count as if the second-level cache held them all. A launch takes steps * rounds of them, where a round is as
+many slices of the batch as there are groups at a time, and has the weights to pack and to load first.
 
 What the input adds to the gates comes from a GEMM before the launch, which takes its own time and that of writing and
 reading xg; or, in a plan with inputs, from a product of every step with w_ih. Nobody has to wait for x: while h is on
@@ -40,7 +42,7 @@ from typing import NamedTuple
 from .kernels.device import A100, B200, DEVICES, H100, H200, RTX4090, Device, Shape, cdiv, most_alike, power_of_2
 
 PASSES = ("forward", "backward")
-EXCHANGES = ("grid", "cluster")
+EXCHANGES = ("grid", "cluster", "parts")
 MATHS = ("bf16", "fp16", "tf32", "fp32", "fp64")
 
 
@@ -94,6 +96,7 @@ class Plan:
     shared_projection_blocks: int
     inputs: bool = False  # whether the launch multiplies x with w_ih; otherwise a GEMM comes before
     shared_input_blocks: int = 0
+    part_blocks: int = 0  # K blocks of each warp in a part of the operand, where it comes in parts
     streamed: int = 0  # K blocks of weights that a warp loads again at every step, of all matrices together
     shared: int = 0  # bytes of shared memory of a block
     step: float = 0.0  # predicted
@@ -105,7 +108,7 @@ class Plan:
         """As the library takes it."""
         kinds = [EXCHANGES.index(self.exchange), MATHS.index(self.math)]
         counts = [self.blocks, self.tiles, self.splits, self.rows, self.groups]
-        return [*kinds, *counts, *self.kept[:2], int(self.inputs), self.shared_input_blocks]
+        return [*kinds, *counts, *self.kept[:2], int(self.inputs), self.shared_input_blocks, self.part_blocks]
 
     @property
     def kept(self) -> tuple[int, int, int]:
@@ -122,7 +125,11 @@ class Plan:
         return self.exchange + (", with x" if self.inputs else "") + (", streamed" if self.streamed else "")
 
     def __str__(self) -> str:
-        how = "a cluster each, exchanging in shared memory" if self.exchange == "cluster" else "exchanging through L2"
+        how = {
+            "grid": "exchanging through L2",
+            "cluster": "a cluster each, exchanging in shared memory",
+            "parts": "exchanging through L2, in parts",
+        }[self.exchange]
         where = "in part streamed from L2" if self.streamed else "kept on the chip"
         where += ", x in the launch" if self.inputs else ""
         return (
@@ -139,8 +146,14 @@ _K_BLOCK = 64  # bytes of an operand's row
 _COLUMNS = 8  # batch rows of a matrix instruction
 _OUTPUTS = 16  # of a tile of the projection
 _MOST_WARPS = 8
+_MOST_HIDDEN = 1 << 20
 _STORAGE = {"bf16": 2, "fp16": 2, "tf32": 4, "fp32": 4, "fp64": 8}
 _ON_MATRIX_UNIT = ("bf16", "fp16", "tf32")
+
+
+def _stride(blocks: int) -> int:
+    """Bytes from row to row of so many K blocks in shared memory."""
+    return _K_BLOCK * (blocks | 1)
 
 
 class Product(NamedTuple):
@@ -162,7 +175,7 @@ class Product(NamedTuple):
 
     @property
     def stride(self) -> int:
-        return _K_BLOCK * (self.blocks | 1)
+        return _stride(self.blocks)
 
     @property
     def fragment(self) -> int:
@@ -174,17 +187,22 @@ class Needs(NamedTuple):
     """What a plan takes; the last two for each stage."""
 
     shared: int  # bytes of a block
-    exchanged: int  # bytes of all blocks, through L2
+    exchanged: int  # bytes of all blocks, through L2, and what they keep of tiles that take turns
     flags: int
     packed: tuple[int, ...]  # bytes of the packed weights, all directions
     streamed: tuple[int, ...]  # K blocks that a warp loads again at every step
+
+
+def _unit_tiles(kernel: str, shape: Shape) -> int:
+    """Tiles of hidden units."""
+    return cdiv(shape.H, 8 if kernel == "forward" else 16)
 
 
 @lru_cache(maxsize=1024)
 def products(kernel: str, shape: Shape, math: str, inputs: bool = False) -> dict[int, Product]:
     """The product of each stage that there is."""
     size, forward = _STORAGE[math], kernel == "forward"
-    units, outputs = cdiv(shape.H, 8 if forward else 16), cdiv(shape.P, _OUTPUTS)
+    units, outputs = _unit_tiles(kernel, shape), cdiv(shape.P, _OUTPUTS)
     h, own = (outputs, _OUTPUTS * size), (units, (8 if forward else 64) * size)
     if not shape.projected:
         found = {RECURRENT: Product(units, 4 if forward else 2, *own)}
@@ -197,10 +215,10 @@ def products(kernel: str, shape: Shape, math: str, inputs: bool = False) -> dict
     return found
 
 
-def register_blocks(kernel: str, stage: int, math: str, rows: int, projected: bool) -> int:
+def register_blocks(exchange: str, kernel: str, stage: int, math: str, rows: int, projected: bool) -> int:
     """K blocks of weights that a warp keeps in registers."""
     forward = kernel == "forward"
-    if stage == INPUT:
+    if stage == INPUT or exchange == "parts":
         return 0
     if math == "fp64":
         return 0 if projected else 1
@@ -215,6 +233,11 @@ def register_blocks(kernel: str, stage: int, math: str, rows: int, projected: bo
     return 12 if rows == _COLUMNS else 6
 
 
+def turns(tiles: int, plan: Plan) -> int:
+    """Of so many tiles, those of one warp."""
+    return cdiv(tiles, plan.blocks * plan.tiles)
+
+
 def needs(kernel: str, shape: Shape, plan: Plan) -> Needs:
     """What a plan takes of a launch."""
     stages, warps = products(kernel, shape, plan.math, plan.inputs), plan.tiles * plan.splits
@@ -223,16 +246,21 @@ def needs(kernel: str, shape: Shape, plan: Plan) -> Needs:
     shared = warps * _COLUMNS * max(p.chunk for p in stages.values()) + 16 * exchanges
     exchanged, packed, streamed = 0, [0, 0, 0], [0, 0, 0]
     for k, p in stages.items():
-        buffers = 2 if plan.exchange == "cluster" or k == INPUT else 1
-        shared += warps * plan.kept[k] * p.fragment + buffers * plan.rows * p.stride
+        buffers = 2 if plan.exchange != "grid" or k == INPUT else 1
+        stride = _stride(plan.splits * plan.part_blocks) if plan.exchange == "parts" else p.stride
+        shared += warps * plan.kept[k] * p.fragment + buffers * plan.rows * stride
         if plan.splits > 1 and k != INPUT:
             shared += warps * (plan.rows // _COLUMNS) * p.segments * 2 * 32 * compute
-        if plan.exchange == "grid" and k != INPUT:
+        if plan.exchange != "cluster" and k != INPUT:
             exchanged += shape.D * plan.groups * 2 * plan.rows * p.row
         packed[k] = shape.D * p.tiles * p.blocks * p.fragment
-        resident = register_blocks(kernel, k, plan.math, plan.rows, shape.projected) + plan.kept[k]
+        resident = register_blocks(plan.exchange, kernel, k, plan.math, plan.rows, shape.projected) + plan.kept[k]
         streamed[k] = max(0, cdiv(p.blocks, plan.splits) - resident)
-    flags = exchanges * shape.D * plan.groups * plan.blocks if plan.exchange == "grid" else 0
+    launched = shape.D * plan.groups * plan.blocks
+    flags = 0 if plan.exchange == "cluster" else exchanges * launched
+    if plan.exchange == "parts":
+        numbers = (plan.rows // _COLUMNS) * (8 if kernel == "backward" else 6 if shape.projected else 4)
+        exchanged += launched * plan.threads * turns(_unit_tiles(kernel, shape), plan) * numbers * compute
     return Needs(shared, exchanged, flags, tuple(packed), tuple(streamed))
 
 
@@ -261,7 +289,7 @@ def at_a_time(plan: Plan, device: Device) -> int:
     """Groups, of all directions, that run at the same time."""
     by_shared = (device.shared + _RESERVED_SHARED) // (plan.shared + _RESERVED_SHARED)
     resident = min(by_shared, _REGISTERS // (256 * plan.threads))
-    if plan.exchange == "grid":
+    if plan.exchange != "cluster":
         return resident * device.multiprocessors // plan.blocks
     gpcs = costs_of(device).gpcs
     return gpcs * (resident * (device.multiprocessors // gpcs) // plan.blocks)
@@ -287,22 +315,31 @@ def ranked(kernel: str, shape: Shape, device: Device) -> list[Plan]:
     Raises:
         ValueError: as of `plan`.
     """
+    if shape.H > _MOST_HIDDEN:
+        raise ValueError(f"H = {shape.H} does not fit the C++ kernels, which take up to 2^20 hidden units")
     found = sorted(plans(kernel, shape, device), key=lambda p: p.launch)
     if not found:
-        raise ValueError(
-            f"H = {shape.H}, P = {shape.P} does not fit {device.name}: a block has {device.shared // 1024} KiB of "
-            "shared memory, and needs the states of 8 batch rows there, or their gates' gradients"
-        )
+        raise ValueError(f"H = {shape.H}, P = {shape.P} does not fit {device.name}: it has no room for a block")
     return found
 
 
 def plans(kernel: str, shape: Shape, device: Device) -> Iterator[Plan]:
-    """Every plan that fits the device, with its prediction."""
+    """Every plan that fits the device, with its prediction: in parts where no other does."""
+    found = False
+    for found_whole in whole(kernel, shape, device):
+        found = True
+        yield found_whole
+    if not found:
+        yield from in_parts(kernel, shape, device)
+
+
+def whole(kernel: str, shape: Shape, device: Device) -> Iterator[Plan]:
+    """Every plan with the whole operand in shared memory and one tile to a warp."""
     math = math_of(shape)
     wide = math in _ON_MATRIX_UNIT and not shape.projected and shape.B > _COLUMNS
-    tiles_of_units = cdiv(shape.H, 8 if kernel == "forward" else 16)
+    tiles_of_units = _unit_tiles(kernel, shape)
     with_inputs = (False, True) if kernel == "forward" and 0 < shape.I <= _MOST_INPUTS else (False,)
-    for exchange in EXCHANGES if costs_of(device).widest else ("grid",):
+    for exchange in ("grid", "cluster") if costs_of(device).widest else ("grid",):
         for tiles in range(1, _MOST_WARPS + 1):
             blocks = cdiv(tiles_of_units, tiles)
             if exchange == "cluster":
@@ -317,6 +354,26 @@ def plans(kernel: str, shape: Shape, device: Device) -> Iterator[Plan]:
                         yield _predicted(kernel, shape, device, fitted)
 
 
+def in_parts(kernel: str, shape: Shape, device: Device) -> Iterator[Plan]:
+    """Every plan in parts, of as few turns as the multiprocessors allow and as large parts as fit."""
+    math, most_blocks = math_of(shape), device.multiprocessors // shape.D
+    rows, tiles_of_units = 16 if math in _ON_MATRIX_UNIT and not shape.projected else 8, _unit_tiles(kernel, shape)
+    stages = products(kernel, shape, math).values()
+    longest = max(p.blocks for p in stages)
+    for tiles in range(1, _MOST_WARPS + 1) if most_blocks else ():
+        blocks = cdiv(tiles_of_units, tiles * cdiv(tiles_of_units, tiles * most_blocks))
+        for splits in range(1, _MOST_WARPS // tiles + 1):
+            bare = Plan("parts", math, blocks, tiles, splits, rows, 1, 0, 0)
+            bytes_of_one = len(stages) * 2 * rows * splits * _K_BLOCK
+            fit, all_blocks = (device.shared - needs(kernel, shape, bare).shared) // bytes_of_one, cdiv(longest, splits)
+            if fit < 1:
+                continue
+            part_blocks = cdiv(all_blocks, cdiv(all_blocks, fit))  # of parts that are all of one size
+            fitted = _fitted(kernel, shape, device, replace(bare, part_blocks=part_blocks))
+            if fitted is not None:
+                yield _predicted(kernel, shape, device, fitted)
+
+
 def _fitted(kernel: str, shape: Shape, device: Device, bare: Plan) -> Plan | None:
     """A plan with as many weights in shared memory and as many groups as fit, or None."""
     stages, alone = products(kernel, shape, bare.math, bare.inputs), needs(kernel, shape, bare)
@@ -326,7 +383,7 @@ def _fitted(kernel: str, shape: Shape, device: Device, bare: Plan) -> Plan | Non
     if free < 0:
         return None
     kept = [0, 0, 0]
-    for k, p in stages.items():
+    for k, p in stages.items() if bare.exchange != "parts" else ():
         bytes_of_one = bare.tiles * bare.splits * p.fragment
         kept[k] = min(alone.streamed[k], free // bytes_of_one)
         free -= kept[k] * bytes_of_one
@@ -361,13 +418,14 @@ def _predicted(kernel: str, shape: Shape, device: Device, p: Plan) -> Plan:
     stages = products(kernel, shape, p.math, p.inputs)
 
     def multiplying(k: int) -> float:
-        """The product of a stage; x comes out of L2 as well."""
+        """The product of a stage; x comes out of L2 as well, and so do parts."""
         of = stages[k]
         block = cdiv(of.blocks, p.splits)  # of one warp
         from_shared = warps * (block * p.rows * _K_BLOCK + min(p.kept[k], block) * of.fragment)
-        from_l2 = warps * taken.streamed[k] * of.fragment + (p.rows * of.row if k == INPUT else 0)
+        from_l2 = warps * taken.streamed[k] * of.fragment
+        from_l2 += p.rows * of.row if k == INPUT or p.exchange == "parts" else 0
         multiplied = warps * block * 8 * of.segments * (_K_BLOCK // _STORAGE[p.math]) * p.rows
-        return max(
+        return turns(of.tiles, p) * max(
             crowd * from_shared / (_SHARED_PER_CLOCK * clocks),
             crowd * from_l2 / l2,
             crowd * multiplied / (rate * clocks),
@@ -376,11 +434,13 @@ def _predicted(kernel: str, shape: Shape, device: Device, p: Plan) -> Plan:
 
     def exchanging(k: int) -> float:
         operand = p.rows * stages[k].row
-        if p.exchange == "grid":
+        if p.exchange == "parts":
+            operand = min(operand, p.rows * p.splits * p.part_blocks * _K_BLOCK)
+        if p.exchange != "cluster":
             return costs.grid + crowd * operand / l2
         return costs.cluster + crowd * operand / (_PEER_PER_CLOCK * clocks)
 
-    step = _CELL + _CELL_CLOCKS * columns * crowd * warps / clocks
+    step = turns(_unit_tiles(kernel, shape), p) * (_CELL + _CELL_CLOCKS * columns * crowd * warps / clocks)
     step += max(exchanging(RECURRENT), multiplying(INPUT) if p.inputs else 0.0) + multiplying(RECURRENT)
     if shape.projected:
         step += exchanging(PROJECTION) + multiplying(PROJECTION)

@@ -17,7 +17,7 @@ from fusedrnn.benchmarks import plans
 from fusedrnn.benchmarks.cases import cell
 
 import fusedrnn
-from fusedrnn import cuda, dispatch, ops, testing
+from fusedrnn import cuda, cuda_plan, dispatch, ops, testing
 from fusedrnn.testing import Case
 
 ROOT = Path(__file__).parents[1]
@@ -143,15 +143,19 @@ def test_precisions(precision, monkeypatch):
 def plans_of(wanted, monkeypatch):
     """Makes every launch take the smallest plan with these values, where its pass has them; returns those taken.
 
-    "shared": 0 keeps no weights in shared memory, so that they are streamed.
+    "shared": 0 keeps no weights in shared memory, so that they are streamed; "part_blocks": n is a plan in parts, for a
+    device of two multiprocessors.
     """
     taken = {}
 
     def plan(kernel, shape, device):
-        want = {name: value for name, value in wanted.items() if name not in ("groups", "shared")}
+        want = {name: value for name, value in wanted.items() if name not in ("groups", "shared", "part_blocks")}
         want["inputs"] = kernel == "forward" and wanted.get("inputs", False)
-        found = [p for p in cuda.ranked(kernel, shape, device[1]) if want.items() <= vars(p).items()]
-        changes = {"groups": wanted["groups"]} if "groups" in wanted else {}
+        found = cuda.ranked(kernel, shape, device[1])
+        if "part_blocks" in wanted:
+            found = cuda_plan.in_parts(kernel, shape, device[1]._replace(multiprocessors=2))
+        found = [p for p in found if want.items() <= vars(p).items()]
+        changes = {name: wanted[name] for name in ("groups", "part_blocks") if name in wanted}
         if "shared" in wanted:
             changes |= {"shared_blocks": 0, "shared_projection_blocks": 0, "shared_input_blocks": 0}
         taken[kernel] = dataclasses.replace(min(found, key=lambda p: p.blocks * p.threads), **changes)
@@ -185,6 +189,57 @@ def test_plans(wanted, dtype, options, monkeypatch):
         taken = plans_of({**wanted, "inputs": inputs}, monkeypatch)
         check(Case(3, 9, 5, 44, dtype=dtype, **options))
         assert {kernel: p.inputs for kernel, p in taken.items()} == {"forward": inputs, "backward": False}
+
+
+@host_only
+@pytest.mark.parametrize(
+    ("wanted", "dtype", "options"),
+    [
+        ({"tiles": 1}, F32, PLAIN),
+        ({"tiles": 2, "splits": 2, "groups": 1}, BF16, EVERYTHING),
+        ({"tiles": 1}, F16, PROJECTED),
+        ({"tiles": 1, "splits": 3}, F64, PROJECTED),
+    ],
+    ids=str,
+)
+def test_plans_in_parts(wanted, dtype, options, monkeypatch):
+    taken = plans_of({**wanted, "exchange": "parts", "part_blocks": 1}, monkeypatch)
+    check(Case(3, 9, 5, 88, dtype=dtype, **options))
+    assert {kernel: (p.exchange, p.part_blocks) for kernel, p in taken.items()} == dict.fromkeys(
+        ("forward", "backward"), ("parts", 1)
+    )
+
+
+@host_only
+def test_a_layer_that_fits_in_no_other_way(monkeypatch):
+    """Planned as every other, for a small device: both passes in parts, of several tiles a warp."""
+    monkeypatch.setattr(cuda, "HOST", cuda.HOST._replace(multiprocessors=2, shared=30_000))
+    case = Case(3, 2, 3, 140, dtype=F64, bidirectional=True)
+    with fusedrnn.use_backend("cuda"):
+        plan = fusedrnn.explain(
+            fusedrnn.LSTM(3, 140, bidirectional=True, dtype=F64), torch.randn(3, 2, 3, dtype=F64)
+        ).plan
+    assert plan.count("exchanging through L2, in parts") == 2
+    shape = cuda.Shape(3, 2, 3, 140, 140, 2, 8, "ieee")
+    forward = cuda.plan_for("forward", shape, torch.device(DEVICE))
+    assert forward.blocks * forward.tiles * 8 < 140
+    check(case)
+
+
+@pytest.mark.parametrize("proj", [0, 9], ids=["", "projected"])
+def test_gradcheck_in_parts(proj, monkeypatch):
+    plans_of({"tiles": 1, "part_blocks": 1, "exchange": "parts"}, monkeypatch)
+    lstm = fusedrnn.LSTM(2, 17, proj_size=proj, dtype=F64, device=DEVICE)
+    x = torch.randn(3, 2, 2, dtype=F64, device=DEVICE, requires_grad=True)
+    given = {"lengths": torch.tensor([3, 1]), "reset": torch.tensor([[False, True], [True, False], [False, False]])}
+    given = {name: value.to(DEVICE) for name, value in given.items()}
+
+    def run(x, *_):
+        y, (hn, cn), states = lstm(x, return_states=True, **given)
+        return y, hn, cn, states.c[0]
+
+    with fusedrnn.use_backend("cuda"):
+        assert torch.autograd.gradcheck(run, (x, *lstm.parameters()), fast_mode=True)
 
 
 @pytest.mark.parametrize("inputs", [False, True], ids=["after-a-gemm", "with-x"])
@@ -431,7 +486,8 @@ def test_auto_does_not_choose_it():
 
 def test_what_it_cannot_do_is_a_reason_and_an_error(monkeypatch):
     with fusedrnn.use_backend("cuda"):
-        assert "does not fit" in dispatch.supports("cuda", problem(H=1 << 20, P=1 << 20))
+        assert dispatch.supports("cuda", problem(H=1 << 20, P=1 << 20)) is None
+        assert "does not fit" in dispatch.supports("cuda", problem(H=1 + (1 << 20), P=1 + (1 << 20)))
         assert "the input is on meta" in dispatch.supports("cuda", problem(device="meta"))
         assert "not torch.complex64" in dispatch.supports("cuda", problem(dtype=torch.complex64))
         monkeypatch.setenv("FUSEDRNN_FP32", "tf32x3")
@@ -521,8 +577,10 @@ def test_the_library_checks_what_memory_safety_needs():
         ({"reset": t(3, 3, dtype=torch.bool)}, "reset has the wrong shape"),
         ({"w_hh": []}, "w_hh must have 2 dimensions"),
         ({"w_hr": [t(8, 8), t(8, 8)]}, "one w_hr of each direction"),
-        ({"plan": launch.plan[:-1]}, "a plan has 11 fields, got 10"),
+        ({"plan": launch.plan[:-1]}, "a plan has 12 fields, got 11"),
         ({"plan": [7, *launch.plan[1:]]}, "a plan of an unknown kind"),
+        ({"plan": [3, *launch.plan[1:]]}, "a plan of an unknown kind"),
+        ({"plan": [2, *launch.plan[1:]]}, "the plan is invalid: part_blocks must be 1"),
         ({"plan": [*launch.plan[:2], 0, *launch.plan[3:]]}, "the plan is invalid: counts must be positive"),
         ({"xg": None}, "the plan takes xg, and no x"),
         ({"x": t(3, 2, 5)}, "the plan takes xg, and no x"),

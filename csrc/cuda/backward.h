@@ -19,11 +19,13 @@
 // sums of split K, and what is about to be sent. K is in the order of the tiles: 8 units of gate i, of f, of g, of o,
 // and on with the next 8 units. Synchronisation: one exchange of da per step inside a group, with a projection one of
 // dh as well; and, where K is split, one barrier of the warps of a tile. Limits: as in forward.h, with da, which is
-// four times h.
+// four times h. In parts there is none here either: in a step, the tiles take turns to send dh, where there is a
+// projection, to get da and send it, and to get dh from da.
 #pragma once
 
 #include "exchange.h"
 #include "geometry.h"
+#include "turns.h"
 
 namespace fusedrnn::cuda {
 
@@ -37,7 +39,7 @@ class Backward {
 
   static FUSEDRNN_DEVICE void run(const BackwardParams& p, char* shared) {
     const SharedLayout layout = shared_layout(kPass, p.sizes, p.plan);
-    const Role role(p.plan);
+    Role role(p.plan);
     Backward(p, role, shared, layout).run(shared, layout);
   }
 
@@ -48,24 +50,35 @@ class Backward {
   static_assert(kUnits == kTileOutputs && kUnits == 8 * kSegments);  // a lane's units and numbers of h have one index
   static constexpr int kRows = kColumnTiles * kColumns;
   template <Stage kStage>
-  using Multiplier = WarpProduct<M, kSegments, kColumnTiles, register_blocks(kPass, kStage, kMath, kRows, kProjected)>;
+  using Multiplier =
+      WarpProduct<M, kSegments, kColumnTiles,
+                  register_blocks(Channel::kExchange, kPass, kStage, kMath, kRows, kProjected), Channel::kInParts>;
   using Recurrent = Multiplier<Stage::kRecurrent>;
   using Projection = Multiplier<Stage::kProjection>;
   using Results = A[kColumnTiles][kSegments][2];
+  static constexpr int kKeptOfDh = kColumnTiles * kSegments * 2;
+  using Kept = Turns<A, kept_numbers(kPass, kRows, kProjected)>;
 
-  FUSEDRNN_DEVICE Backward(const BackwardParams& p, const Role& role, char* shared, const SharedLayout& layout)
+  FUSEDRNN_DEVICE Backward(const BackwardParams& p, Role& role, char* shared, const SharedLayout& layout)
       : p_(p),
         role_(role),
         da_channel_(channel(p, role, Stage::kRecurrent, shared, layout)),
         dh_channel_(channel(p, role, Stage::kProjection, shared, layout)),
         staging_(reinterpret_cast<S*>(shared + layout.staging + role.warp * layout.warp_staging)),
-        direction_(p.sizes, p.sequence, role.direction),
-        first_unit_(role.tile * kUnits + role.lane / 4) {
-    const int64_t tiles = ceil_div(p.sizes.H, kUnits), outputs = ceil_div(p.sizes.P, kTileOutputs);
-    has_units_ = role.tile < tiles;
-    has_outputs_ = role.tile < outputs;
-    in_units_ = Channel::kIdleWarpsTakePart ? role.rank < blocks_with(tiles, p.plan) : has_units_;
-    in_outputs_ = Channel::kIdleWarpsTakePart ? role.rank < blocks_with(outputs, p.plan) : has_outputs_;
+        direction_(p.sizes, p.sequence, role.direction) {
+    take_tile();
+    in_units_ = Channel::kIdleWarpsTakePart ? role.rank < blocks_with(unit_tiles(), p.plan) : has_units_;
+    in_outputs_ = Channel::kIdleWarpsTakePart ? role.rank < blocks_with(output_tiles(), p.plan) : has_outputs_;
+  }
+
+  FUSEDRNN_DEVICE int64_t unit_tiles() const { return ceil_div(p_.sizes.H, kUnits); }
+  FUSEDRNN_DEVICE int64_t output_tiles() const { return ceil_div(p_.sizes.P, kTileOutputs); }
+
+  // Makes the tile of the role the one that all of this is about.
+  FUSEDRNN_DEVICE void take_tile() {
+    first_unit_ = role_.tile * kUnits + role_.lane / 4;
+    has_units_ = role_.tile < unit_tiles();
+    has_outputs_ = role_.tile < output_tiles();
   }
 
   static FUSEDRNN_DEVICE Product product_of(const BackwardParams& p, Stage stage) {
@@ -79,26 +92,45 @@ class Backward {
   }
 
   FUSEDRNN_DEVICE void run(char* shared, const SharedLayout& layout) {
-    clear_operands(layout, shared, p_.plan);
+    if constexpr (!Channel::kInParts) clear_operands(layout, shared, p_.plan);
     da_channel_.start();
     if constexpr (kProjected) dh_channel_.start();
     Channel::started();
     if (!in_units_) return;
-    const Recurrent recurrent(role_, p_.plan, product_of(p_, Stage::kRecurrent), p_.w_hh, p_.plan.shared_blocks,
-                              shared + layout.weights[0], shared + layout.partial[0]);
-    if constexpr (kProjected) {
-      const Projection projection(role_, p_.plan, product_of(p_, Stage::kProjection), p_.w_hr,
-                                  p_.plan.shared_projection_blocks, shared + layout.weights[1],
-                                  shared + layout.partial[1]);
-      slices(recurrent, &projection);
+    if constexpr (Channel::kInParts) {
+      slices_in_turns(shared, layout);
     } else {
-      slices(recurrent, nullptr);
+      const Recurrent recurrent = recurrent_product(shared, layout);
+      if constexpr (kProjected) {
+        const Projection projection = projection_product(shared, layout);
+        slices(recurrent, &projection);
+      } else {
+        slices(recurrent, nullptr);
+      }
+    }
+  }
+
+  // Of the tile that the role has now.
+  FUSEDRNN_DEVICE Recurrent recurrent_product(char* shared, const SharedLayout& layout) const {
+    return Recurrent(role_, p_.plan, product_of(p_, Stage::kRecurrent), p_.w_hh, p_.plan.shared_blocks,
+                     shared + layout.weights[0], shared + layout.partial[0]);
+  }
+  FUSEDRNN_DEVICE Projection projection_product(char* shared, const SharedLayout& layout) const {
+    return Projection(role_, p_.plan, product_of(p_, Stage::kProjection), p_.w_hr, p_.plan.shared_projection_blocks,
+                      shared + layout.weights[1], shared + layout.partial[1]);
+  }
+
+  // f(b) for the first batch row of every slice of the group.
+  template <class F>
+  FUSEDRNN_DEVICE void for_each_slice(const F& f) {
+    for (int64_t b = static_cast<int64_t>(role_.first_slice) * p_.plan.rows; b < p_.sizes.B;
+         b += static_cast<int64_t>(p_.plan.groups) * p_.plan.rows) {
+      f(b);
     }
   }
 
   FUSEDRNN_DEVICE void slices(const Recurrent& recurrent, const Projection* projection) {
-    for (int64_t b = static_cast<int64_t>(role_.first_slice) * p_.plan.rows; b < p_.sizes.B;
-         b += static_cast<int64_t>(p_.plan.groups) * p_.plan.rows) {
+    for_each_slice([&](int64_t b) {
       start(b);
       load(p_.sizes.T - 1);
       FUSEDRNN_NO_UNROLL for (int64_t n = p_.sizes.T - 1; n >= 0; --n) {
@@ -107,10 +139,11 @@ class Backward {
         if constexpr (kProjected) {
           project(*projection, n, dm);
         } else {
-          for_each_cell([&](int k, int s, int j) { dm[k][s][j] = dh_[k][s][j] + loaded_[k][s][j].dy; });
+          add_dy(dm);
         }
         cells(dm);
         send_da();
+        da_channel_.announce();
         store(n);
         load(n - 1);
         if (!in_outputs_) continue;
@@ -118,12 +151,114 @@ class Backward {
         if (!has_outputs_) continue;
         Results z;
         recurrent.multiply(operand, z);
-        for_each_cell([&](int k, int s, int j) {
-          if (exists_(k, j)) dh_[k][s][j] = cut_(k, j) ? A(0) : z[k][s][j];
-        });
+        take(z);
       }
       finish();
+    });
+  }
+
+  // The same of several tiles, in turns.
+  FUSEDRNN_DEVICE void slices_in_turns(char* shared, const SharedLayout& layout) {
+    Kept kept(p_.sizes, p_.plan, kPass, p_.workspace);
+    const auto in_turns = [&](int64_t tiles, const auto& f) {
+      kept.for_each(tiles, role_, [&] {
+        take_tile();
+        forget();
+        f();
+      });
+    };
+    // From da of the n-th step, where there was one, to dh of the tile.
+    const auto begin = [&](int64_t b, int64_t n) {
+      if (n == p_.sizes.T) {
+        start(b);
+      } else {
+        const Recurrent recurrent = recurrent_product(shared, layout);
+        Results z;
+        recurrent.multiply_part(da_channel_, z);
+        recurrent.add_parts(z);
+        recall(kept, b);
+        look_at(n);
+        next_step();
+        take(z);
+      }
+    };
+    for_each_slice([&](int64_t b) {
+      FUSEDRNN_NO_UNROLL for (int64_t n = p_.sizes.T - 1; n >= -1; --n) {
+        const bool first = n == p_.sizes.T - 1, last = n < 0;
+        if (!first && in_outputs_) da_channel_.await();
+        if constexpr (kProjected) {
+          if (in_outputs_) {
+            in_turns(output_tiles(), [&] {
+              begin(b, n + 1);
+              keep_dh(kept);
+              if (last) return;
+              load(n);
+              next_step();
+              send_dh();
+              store_dh(n);
+            });
+            if (!last) dh_channel_.announce();
+          }
+          if (!last) dh_channel_.await();
+        }
+        in_turns(unit_tiles(), [&] {
+          Results dm;
+          if constexpr (kProjected) {
+            if (!last) {
+              const Projection projection = projection_product(shared, layout);
+              projection.multiply_part(dh_channel_, dm);
+              projection.add_parts(dm);
+            }
+            if (first) {
+              start(b);
+            } else {
+              recall(kept, b);
+            }
+          } else {
+            begin(b, n + 1);
+          }
+          if (last) return finish();
+          load(n);
+          next_step();
+          if constexpr (!kProjected) add_dy(dm);
+          cells(dm);
+          send_da();
+          store(n);
+          keep_dc(kept);
+          if constexpr (!kProjected) keep_dh(kept);
+        });
+        if (!last) da_channel_.announce();
+      }
+    });
+  }
+
+  // Nothing of a turn goes on to the next but what is kept: so it takes no registers in between.
+  FUSEDRNN_DEVICE void forget() {
+    exists_ = cut_ = exists_next_ = cut_next_ = ColumnMask();
+    FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
+      lengths_[n][0] = lengths_[n][1] = 0;
+      FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) {
+        FUSEDRNN_UNROLL for (int j = 0; j < 2; ++j) {
+          loaded_[n][s][j] = Loaded{};
+          dh_[n][s][j] = dc_[n][s][j] = 0;
+        }
+      }
     }
+  }
+
+  // The gradients of a tile's state between its turns, and back.
+  FUSEDRNN_DEVICE void keep_dc(const Kept& kept) {
+    for_each_cell([&](int n, int s, int j) { kept[(n * kSegments + s) * 2 + j] = dc_[n][s][j]; });
+  }
+  FUSEDRNN_DEVICE void keep_dh(const Kept& kept) {
+    for_each_cell([&](int n, int s, int j) { kept[kKeptOfDh + (n * kSegments + s) * 2 + j] = dh_[n][s][j]; });
+  }
+  FUSEDRNN_DEVICE void recall(const Kept& kept, int64_t first_row) {
+    find_rows(first_row);
+    for_each_cell([&](int n, int s, int j) {
+      dc_[n][s][j] = kept[(n * kSegments + s) * 2 + j];
+      dh_[n][s][j] = kept[kKeptOfDh + (n * kSegments + s) * 2 + j];
+    });
   }
 
   // f(n, j) for every column tile n that the warp owns and each of the lane's two columns j in it.
@@ -148,8 +283,7 @@ class Backward {
   static FUSEDRNN_DEVICE A number(const void* from, int64_t at) { return to_compute(static_cast<const S*>(from)[at]); }
 
   FUSEDRNN_DEVICE void start(int64_t first_row) {
-    first_row_ = first_row + role_.lane % 4 * 2;
-    for_each_column([&](int n, int j) { lengths_[n][j] = direction_.length(row(n, j)); });
+    find_rows(first_row);
     for_each_cell([&](int n, int s, int j) {
       const int64_t b = row(n, j);
       dh_[n][s][j] = dc_[n][s][j] = 0;
@@ -162,13 +296,24 @@ class Backward {
     });
   }
 
-  // What the n-th step needs and no other block computes.
-  FUSEDRNN_DEVICE void load(int64_t step) {
-    const int64_t t = direction_.at(step), H = p_.sizes.H;
+  FUSEDRNN_DEVICE void find_rows(int64_t first_row) {
+    first_row_ = first_row + role_.lane % 4 * 2;
+    for_each_column([&](int n, int j) { lengths_[n][j] = direction_.length(row(n, j)); });
+  }
+
+  // Which of the lane's columns there are in the n-th step.
+  FUSEDRNN_DEVICE void look_at(int64_t step) {
+    const int64_t t = direction_.at(step);
     for_each_column([&](int n, int j) {
       exists_next_.set(n, j, Direction::exists(t, lengths_[n][j]));
       cut_next_.set(n, j, exists_next_(n, j) && direction_.is_reset(t, row(n, j)));
     });
+  }
+
+  // What the n-th step needs and no other block computes.
+  FUSEDRNN_DEVICE void load(int64_t step) {
+    const int64_t t = direction_.at(step), H = p_.sizes.H;
+    look_at(step);
     for_each_cell([&](int n, int s, int j) {
       Loaded& loaded = loaded_[n][s][j];
       loaded = Loaded{};
@@ -194,18 +339,37 @@ class Backward {
 
   // The first exchange and product of a step: from dh to dm.
   FUSEDRNN_DEVICE void project(const Projection& projection, int64_t step, Results& dm) {
-    const int64_t t = direction_.at(step);
     if (in_outputs_) {
-      const auto dh = [&](int n, int s, int j) { return exists_(n, j) ? dh_[n][s][j] + loaded_[n][s][j].dy : A(0); };
-      send<kUnits>(dh_channel_, has_outputs_, [&](int n, int j, int k) { return dh(n, k, j); });
+      send_dh();
       dh_channel_.announce();
-      for_each_cell([&](int n, int s, int j) {
-        if (!is_output(n, s, j)) return;
-        static_cast<S*>(p_.dh_out)[direction_.step(t, row(n, j), p_.sizes.P) + unit(s)] = to_storage<S>(dh(n, s, j));
-      });
+      store_dh(step);
     }
     const char* operand = dh_channel_.receive();
     if (has_units_) projection.multiply(operand, dm);
+  }
+
+  FUSEDRNN_DEVICE A dh(int n, int s, int j) const { return exists_(n, j) ? dh_[n][s][j] + loaded_[n][s][j].dy : A(0); }
+  FUSEDRNN_DEVICE void send_dh() {
+    send<kUnits>(dh_channel_, has_outputs_, [&](int n, int j, int k) { return dh(n, k, j); });
+  }
+  FUSEDRNN_DEVICE void store_dh(int64_t step) {
+    const int64_t t = direction_.at(step);
+    for_each_cell([&](int n, int s, int j) {
+      if (!is_output(n, s, j)) return;
+      static_cast<S*>(p_.dh_out)[direction_.step(t, row(n, j), p_.sizes.P) + unit(s)] = to_storage<S>(dh(n, s, j));
+    });
+  }
+
+  // From dh to dm, without a projection.
+  FUSEDRNN_DEVICE void add_dy(Results& dm) {
+    for_each_cell([&](int n, int s, int j) { dm[n][s][j] = dh_[n][s][j] + loaded_[n][s][j].dy; });
+  }
+
+  // From the product with da to dh of the state that entered the step.
+  FUSEDRNN_DEVICE void take(const Results& z) {
+    for_each_cell([&](int n, int s, int j) {
+      if (exists_(n, j)) dh_[n][s][j] = cut_(n, j) ? A(0) : z[n][s][j];
+    });
   }
 
   FUSEDRNN_DEVICE void next_step() {
@@ -227,7 +391,6 @@ class Backward {
   FUSEDRNN_DEVICE void send_da() {
     send<kUnits * kGates>(da_channel_, has_units_,
                           [&](int n, int j, int k) { return loaded_[n][k / kGates][j].gates[k % kGates]; });
-    da_channel_.announce();
   }
 
   // Sends value(n, j, k), which is number 8 k + lane / 4 of kChunk, of the column tiles that the warp owns.
@@ -235,7 +398,7 @@ class Backward {
   FUSEDRNN_DEVICE void send(Channel& channel, bool has_values, const F& value) {
     FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
       if (!has_values || !role_.owns(n)) continue;
-      if (n > 0) sync_warp("the staged results are sent");
+      if (Channel::kInParts || n > 0) sync_warp("the staged results are sent");
       FUSEDRNN_UNROLL for (int j = 0; j < 2; ++j) {
         FUSEDRNN_UNROLL for (int k = 0; k < kChunk / 8; ++k) {
           staging_[(role_.lane % 4 * 2 + j) * kChunk + k * 8 + role_.lane / 4] = M::operand(value(n, j, k));
@@ -277,11 +440,11 @@ class Backward {
   };
 
   const BackwardParams& p_;
-  const Role& role_;
+  Role& role_;
   Channel da_channel_, dh_channel_;  // the second one only with a projection
   S* staging_;
   const Direction direction_;
-  const int first_unit_;
+  int first_unit_;
   // Whether the warp has a tile of units, and of numbers of h; and whether the thread takes part in receiving dh, and
   // da.
   bool has_units_, has_outputs_, in_units_, in_outputs_;

@@ -13,9 +13,11 @@
 // Every operand that is announced is received by every block that has a tile, before it ends: so nothing is ever sent
 // to a block that has ended.
 //
-// Both policies have the same interface: start() once by all threads, and then started(), once for all exchanges;
+// The policies have the same interface: start() once by all threads, and then started(), once for all exchanges;
 // send() by a warp, announce() and receive() by all threads that take part. kIdleWarpsTakePart says whether those are
-// all of a block that has a tile, or only the warps that have one.
+// all of a block that has a tile, or only the warps that have one. Where operands come in parts, kInParts, there is
+// await() in the place of receive(), and then for_each_part() for each of the tiles that take turns: operand k is
+// received when the last of them is through, and what a tile sends before that is a part of operand k + 1.
 #pragma once
 
 #include "params.h"
@@ -28,7 +30,8 @@ namespace fusedrnn::cuda {
 // The flag of a block is the number of operands that it has announced.
 class GridExchange {
  public:
-  static constexpr bool kIdleWarpsTakePart = true;
+  static constexpr Exchange kExchange = Exchange::kGrid;
+  static constexpr bool kInParts = false, kIdleWarpsTakePart = true;
 
   FUSEDRNN_DEVICE GridExchange(const Role& role, const Sizes& sizes, const Plan& plan, Pass pass, Stage stage,
                                const Product& product, int rows, const Workspace& workspace, char* operand, Mbarrier*)
@@ -68,14 +71,8 @@ class GridExchange {
 
   // The operand in shared memory.
   FUSEDRNN_DEVICE const char* receive() {
-    const char* from = buffer(received_);
-    const uint32_t expected = ++received_;
-    if (role_.warp == 0) {
-      FUSEDRNN_NO_UNROLL for (int rank = role_.lane; rank < senders_; rank += kWarp) {
-        wait([&] { return static_cast<int32_t>(flag(flags_ + rank) - expected) >= 0; }, "the flags of the group");
-      }
-    }
-    sync_block("the operand is announced");
+    await();
+    const char* from = received();
     const int quads = row_bytes_ / static_cast<int>(sizeof(Quad));
     FUSEDRNN_NO_UNROLL for (int row = role_.warp; row < rows_; row += warps_) {
       FUSEDRNN_NO_UNROLL for (int k = role_.lane; k < quads; k += kWarp) {
@@ -88,16 +85,97 @@ class GridExchange {
     return operand_;
   }
 
+ protected:
+  // Waits until all of the operand is in the second-level cache.
+  FUSEDRNN_DEVICE void await() {
+    const uint32_t expected = ++received_;
+    if (role_.warp == 0) {
+      FUSEDRNN_NO_UNROLL for (int rank = role_.lane; rank < senders_; rank += kWarp) {
+        wait([&] { return static_cast<int32_t>(flag(flags_ + rank) - expected) >= 0; }, "the flags of the group");
+      }
+    }
+    sync_block("the operand is announced");
+  }
+
+  FUSEDRNN_DEVICE const char* received() const { return buffer(received_ - 1); }
+
+  const Role& role_;
+  int rows_, row_bytes_, stride_, warps_, senders_;
+  char* operand_;
+
  private:
   FUSEDRNN_DEVICE char* buffer(uint32_t k) const {
     return exchanged_ + static_cast<int64_t>(k & 1) * rows_ * row_bytes_;
   }
 
-  const Role& role_;
-  int rows_, row_bytes_, stride_, warps_, senders_;
-  char *operand_, *exchanged_;
+  char* exchanged_;
   uint32_t* flags_;
   uint32_t sent_ = 0, received_ = 0;
+};
+
+// The same of operands of any size: a block copies one part of an operand after the other into one of two buffers, all
+// of them once for every turn. With the parts of all turns of the launch counted 0, 1, 2, ...:
+//
+//   part k is copied, the only barrier      begin to copy part k + 1      product with part k
+//
+// Part k + 1 takes the buffer of part k - 1, with which everybody has multiplied before that barrier. The first part of
+// a turn is copied on its own: the last product of the turn before it was with the other buffer.
+class PartsExchange : public GridExchange {
+ public:
+  static constexpr Exchange kExchange = Exchange::kParts;
+  static constexpr bool kInParts = true;
+  using GridExchange::await;
+
+  FUSEDRNN_DEVICE PartsExchange(const Role& role, const Sizes& sizes, const Plan& plan, Pass pass, Stage stage,
+                                const Product& product, int rows, const Workspace& workspace, char* operand, Mbarrier*)
+      : GridExchange(role, sizes, plan, pass, stage, product, rows, workspace, operand, nullptr),
+        blocks_(product.operand.blocks()),
+        part_blocks_(plan.part_blocks),
+        parts_(parts(product.operand, plan)) {
+    stride_ = part_stride(plan);
+    if (senders_ > plan.blocks) senders_ = plan.blocks;  // each has several of the tiles
+  }
+
+  // use(part, operand) for every part of the operand, which lies in shared memory meanwhile.
+  template <class F>
+  FUSEDRNN_DEVICE void for_each_part(const F& use) {
+    copy(0);
+    FUSEDRNN_NO_UNROLL for (int part = 0; part < parts_; ++part) {
+      wait_copies("the thread's copies of the part");
+      sync_block("the part is copied");
+      const char* copied = buffer();
+      ++copied_;
+      if (part + 1 < parts_) copy(part + 1);
+      use(part, copied);
+    }
+  }
+
+ private:
+  FUSEDRNN_DEVICE char* buffer() const { return operand_ + static_cast<int>(copied_ & 1) * rows_ * stride_; }
+
+  // Behind the last tile come zeros to the end of the K block, which meet weights that are zero.
+  FUSEDRNN_DEVICE void copy(int part) {
+    FUSEDRNN_NO_UNROLL for (int row = role_.warp; row < rows_; row += warps_) {
+      FUSEDRNN_NO_UNROLL for (int split = 0; split < role_.splits; ++split) {
+        const int begin = first_block(blocks_, split, role_.splits) + part * part_blocks_;
+        const int left = first_block(blocks_, split + 1, role_.splits) - begin;
+        const int bytes = (left < part_blocks_ ? left : part_blocks_) * kBlockBytes;
+        char* to = buffer() + row * stride_ + split * part_blocks_ * kBlockBytes;
+        FUSEDRNN_NO_UNROLL for (int k = role_.lane * static_cast<int>(sizeof(Quad)); k < bytes;
+                                k += kWarp * static_cast<int>(sizeof(Quad))) {
+          const int byte = begin * kBlockBytes + k;
+          if (byte < row_bytes_) {
+            copy_async(to + k, received() + static_cast<int64_t>(row) * row_bytes_ + byte);
+          } else {
+            *reinterpret_cast<Quad*>(to + k) = Quad{{0, 0, 0, 0}};
+          }
+        }
+      }
+    }
+  }
+
+  int blocks_, part_blocks_, parts_;
+  uint32_t copied_ = 0;
 };
 
 // Through distributed shared memory. Sixteen bytes at a time go to every block of the cluster, the own one included,
@@ -106,7 +184,8 @@ class GridExchange {
 // then its parity means nothing. Blocks without a tile are not sent to, for the same reason.
 class ClusterExchange {
  public:
-  static constexpr bool kIdleWarpsTakePart = false;
+  static constexpr Exchange kExchange = Exchange::kCluster;
+  static constexpr bool kInParts = false, kIdleWarpsTakePart = false;
 
   FUSEDRNN_DEVICE ClusterExchange(const Role& role, const Sizes&, const Plan& plan, Pass, Stage, const Product& product,
                                   int rows, const Workspace&, char* operand, Mbarrier* barriers)

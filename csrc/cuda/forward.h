@@ -20,12 +20,16 @@
 // Synchronisation: one exchange of h per step inside a group (exchange.h), with a projection one of m as well; and,
 // where K is split, one barrier of the warps of a tile, and one of the block's for x. The outputs of a step are stored
 // after the exchange has begun. Limits: 8 or 16 batch rows in a slice; h of all units for these rows fits into shared
-// memory, once (kGrid) or twice (kCluster), and with a projection m.
+// memory, once (kGrid) or twice (kCluster), and with a projection m, and every tile has a warp. In parts there is
+// neither limit: h and m come to shared memory in parts, and the tiles of a warp take turns (turns.h), all of them once
+// for the product with h and, with a projection, again for that with m. Then no weights stay on the chip, c and h of a
+// tile are loaded and stored in its turn, and xg is loaded before the product.
 #pragma once
 
 #include "exchange.h"
 #include "geometry.h"
 #include "inputs.h"
+#include "turns.h"
 
 namespace fusedrnn::cuda {
 
@@ -39,7 +43,7 @@ class Forward {
 
   static FUSEDRNN_DEVICE void run(const ForwardParams& p, char* shared) {
     const SharedLayout layout = shared_layout(kPass, p.sizes, p.plan);
-    const Role role(p.plan);
+    Role role(p.plan);
     Forward(p, role, shared, layout).run(shared, layout);
   }
 
@@ -50,28 +54,41 @@ class Forward {
   static constexpr int kRows = kColumnTiles * kColumns;
   template <Stage kStage>
   using Multiplier =
-      WarpProduct<M, segments(kPass, kStage), kColumnTiles, register_blocks(kPass, kStage, kMath, kRows, kProjected)>;
+      WarpProduct<M, segments(kPass, kStage), kColumnTiles,
+                  register_blocks(Channel::kExchange, kPass, kStage, kMath, kRows, kProjected), Channel::kInParts>;
   using Recurrent = Multiplier<Stage::kRecurrent>;
   using Projection = Multiplier<Stage::kProjection>;
   using Input = Multiplier<Stage::kInput>;
   using Gates = typename Recurrent::Results;  // of every column tile, the four gates of the lane's unit in its columns
+  using Outputs = typename Projection::Results;
+  static constexpr int kKeptOfC = kColumnTiles * 2;
+  using Kept = Turns<A, kept_numbers(kPass, kRows, kProjected)>;
 
-  FUSEDRNN_DEVICE Forward(const ForwardParams& p, const Role& role, char* shared, const SharedLayout& layout)
+  FUSEDRNN_DEVICE Forward(const ForwardParams& p, Role& role, char* shared, const SharedLayout& layout)
       : p_(p),
         role_(role),
         h_channel_(channel(p, role, Stage::kRecurrent, shared, layout)),
         m_channel_(channel(p, role, Stage::kProjection, shared, layout)),
         staging_(reinterpret_cast<S*>(shared + layout.staging + role.warp * layout.warp_staging)),
         direction_(p.sizes, p.sequence, role.direction),
-        x_(p, role, shared + layout.operands[static_cast<int>(Stage::kInput)]),
-        unit_(role.tile * kUnits + role.lane / 4) {
-    const int64_t tiles = ceil_div(p.sizes.H, kUnits), outputs = ceil_div(p.sizes.P, kTileOutputs);
-    has_units_ = role.tile < tiles;
-    has_outputs_ = kProjected ? role.tile < outputs : has_units_;
-    in_units_ = Channel::kIdleWarpsTakePart ? role.rank < blocks_with(tiles, p.plan) : has_units_;
+        x_(p, role, shared + layout.operands[static_cast<int>(Stage::kInput)]) {
+    take_tile();
+    in_units_ = Channel::kIdleWarpsTakePart ? role.rank < blocks_with(unit_tiles(), p.plan) : has_units_;
     in_outputs_ = !kProjected                   ? in_units_
-                  : Channel::kIdleWarpsTakePart ? role.rank < blocks_with(outputs, p.plan)
+                  : Channel::kIdleWarpsTakePart ? role.rank < blocks_with(output_tiles(), p.plan)
                                                 : has_outputs_;
+  }
+
+  FUSEDRNN_DEVICE int64_t unit_tiles() const { return ceil_div(p_.sizes.H, kUnits); }
+  FUSEDRNN_DEVICE int64_t output_tiles() const {
+    return kProjected ? ceil_div(p_.sizes.P, kTileOutputs) : unit_tiles();
+  }
+
+  // Makes the tile of the role the one that all of this is about.
+  FUSEDRNN_DEVICE void take_tile() {
+    unit_ = role_.tile * kUnits + role_.lane / 4;
+    has_units_ = role_.tile < unit_tiles();
+    has_outputs_ = role_.tile < output_tiles();
   }
 
   static FUSEDRNN_DEVICE Product product_of(const ForwardParams& p, Stage stage) {
@@ -86,30 +103,52 @@ class Forward {
   }
 
   FUSEDRNN_DEVICE void run(char* shared, const SharedLayout& layout) {
-    clear_operands(layout, shared, p_.plan);
+    if constexpr (!Channel::kInParts) clear_operands(layout, shared, p_.plan);
     h_channel_.start();
     if constexpr (kProjected) m_channel_.start();
     Channel::started();
     if (!in_units_) return;
-    const Recurrent recurrent(role_, p_.plan, product_of(p_, Stage::kRecurrent), p_.w_hh, p_.plan.shared_blocks,
-                              shared + layout.weights[0], shared + layout.partial[0]);
-    const Input input(role_, p_.plan, product_of(p_, Stage::kInput), p_.w_ih, p_.plan.shared_input_blocks,
-                      shared + layout.weights[2], shared + layout.partial[2]);
-    if constexpr (kProjected) {
-      const Projection projection(role_, p_.plan, product_of(p_, Stage::kProjection), p_.w_hr,
-                                  p_.plan.shared_projection_blocks, shared + layout.weights[1],
-                                  shared + layout.partial[1]);
-      slices(input, recurrent, &projection);
+    if constexpr (Channel::kInParts) {
+      slices_in_turns(shared, layout);
     } else {
-      slices(input, recurrent, nullptr);
+      const Recurrent recurrent = recurrent_product(shared, layout);
+      const Input input(role_, p_.plan, product_of(p_, Stage::kInput), p_.w_ih, p_.plan.shared_input_blocks,
+                        shared + layout.weights[2], shared + layout.partial[2]);
+      if constexpr (kProjected) {
+        const Projection projection = projection_product(shared, layout);
+        slices(input, recurrent, &projection);
+      } else {
+        slices(input, recurrent, nullptr);
+      }
+    }
+  }
+
+  // Of the tile that the role has now.
+  FUSEDRNN_DEVICE Recurrent recurrent_product(char* shared, const SharedLayout& layout) const {
+    return Recurrent(role_, p_.plan, product_of(p_, Stage::kRecurrent), p_.w_hh, p_.plan.shared_blocks,
+                     shared + layout.weights[0], shared + layout.partial[0]);
+  }
+  FUSEDRNN_DEVICE Projection projection_product(char* shared, const SharedLayout& layout) const {
+    return Projection(role_, p_.plan, product_of(p_, Stage::kProjection), p_.w_hr, p_.plan.shared_projection_blocks,
+                      shared + layout.weights[1], shared + layout.partial[1]);
+  }
+
+  // f(b) for the first batch row of every slice of the group.
+  template <class F>
+  FUSEDRNN_DEVICE void for_each_slice(const F& f) {
+    for (int64_t b = static_cast<int64_t>(role_.first_slice) * p_.plan.rows; b < p_.sizes.B;
+         b += static_cast<int64_t>(p_.plan.groups) * p_.plan.rows) {
+      f(b);
     }
   }
 
   FUSEDRNN_DEVICE void slices(const Input& input, const Recurrent& recurrent, const Projection* projection) {
     const int64_t T = p_.sizes.T;
-    for (int64_t b = static_cast<int64_t>(role_.first_slice) * p_.plan.rows; b < p_.sizes.B;
-         b += static_cast<int64_t>(p_.plan.groups) * p_.plan.rows) {
+    for_each_slice([&](int64_t b) {
       start(b);
+      send_h();
+      announce_h();
+      if (takes_x()) x_.copy(direction_.at(0), b);
       load(0);
       FUSEDRNN_NO_UNROLL for (int64_t n = 0; n < T; ++n) {
         Gates z;
@@ -128,17 +167,101 @@ class Forward {
         }
         if constexpr (kProjected) project(*projection);
         cut_ = cut_next_;
-        if (n + 1 < T) send_h();
-        store(direction_.at(n), z);
+        if (n + 1 < T) {
+          send_h();
+          announce_h();
+        }
+        store_h(direction_.at(n));
+        store_cells(direction_.at(n), z);
         if (n + 1 < T) load(n + 1);
       }
       finish();
-    }
+    });
+  }
+
+  // The same of several tiles, in turns. With a projection every step has two rounds of them: one to m, and one to h.
+  FUSEDRNN_DEVICE void slices_in_turns(char* shared, const SharedLayout& layout) {
+    const int64_t T = p_.sizes.T;
+    Kept kept(p_.sizes, p_.plan, kPass, p_.workspace);
+    const auto in_turns = [&](int64_t tiles, const auto& f) {
+      kept.for_each(tiles, role_, [&] {
+        take_tile();
+        f();
+      });
+    };
+    for_each_slice([&](int64_t b) {
+      in_turns(unit_tiles(), [&] {
+        start(b);
+        send_h();
+        keep(kept);
+      });
+      announce_h();
+      FUSEDRNN_NO_UNROLL for (int64_t n = 0; n < T; ++n) {
+        h_channel_.await();
+        in_turns(unit_tiles(), [&] {
+          recall(kept, b, n);
+          load(n);
+          const Recurrent recurrent = recurrent_product(shared, layout);
+          Gates z;
+          recurrent.multiply_part(h_channel_, z);
+          add(z, xg_);
+          recurrent.add_parts(z);
+          cells(z);
+          if constexpr (kProjected) {
+            send_m();
+          } else {
+            next(n);
+          }
+          store_cells(direction_.at(n), z);
+          keep(kept);
+        });
+        if constexpr (kProjected) {
+          m_channel_.announce();
+          if (!in_outputs_) continue;
+          m_channel_.await();
+          in_turns(output_tiles(), [&] {
+            recall(kept, b, n);
+            look_at(n);
+            const Projection projection = projection_product(shared, layout);
+            Outputs z;
+            projection.multiply_part(m_channel_, z);
+            projection.add_parts(z);
+            take(z);
+            next(n);
+            keep(kept);
+          });
+        }
+        if (n + 1 < T) announce_h();
+      }
+      in_turns(unit_tiles(), [&] {
+        recall(kept, b, T - 1);
+        finish();
+      });
+    });
+  }
+
+  // From the n-th step to the next, of h.
+  FUSEDRNN_DEVICE void next(int64_t n) {
+    cut_ = cut_next_;
+    if (n + 1 < p_.sizes.T) send_h();
+    store_h(direction_.at(n));
+  }
+
+  // The state of a tile between its turns, and back before the n-th step.
+  FUSEDRNN_DEVICE void keep(const Kept& kept) {
+    for_each_column([&](int n, int j) { kept[2 * n + j] = c_[n][j]; });
+    for_each_output([&](int n, int j, int k) { kept[kKeptOfC + (n * kOutputs + k) * 2 + j] = h_[n][k][j]; });
+  }
+  FUSEDRNN_DEVICE void recall(const Kept& kept, int64_t first_row, int64_t step) {
+    find_rows(first_row);
+    cut_ = cut(step);
+    for_each_column([&](int n, int j) { c_[n][j] = kept[2 * n + j]; });
+    for_each_output([&](int n, int j, int k) { h_[n][k][j] = kept[kKeptOfC + (n * kOutputs + k) * 2 + j]; });
   }
 
   // f(n, j) for every column tile n that the warp owns and each of the lane's two columns j in it.
   template <class F>
-  FUSEDRNN_DEVICE void for_each_column(const F& f) {
+  FUSEDRNN_DEVICE void for_each_column(const F& f) const {
     FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
       if (!role_.owns(n)) continue;
       FUSEDRNN_UNROLL for (int j = 0; j < 2; ++j) f(n, j);
@@ -146,12 +269,13 @@ class Forward {
   }
   // f(n, j, k) for each of these, and each of the lane's numbers of h.
   template <class F>
-  FUSEDRNN_DEVICE void for_each_output(const F& f) {
+  FUSEDRNN_DEVICE void for_each_output(const F& f) const {
     for_each_column([&](int n, int j) { FUSEDRNN_UNROLL for (int k = 0; k < kOutputs; ++k) f(n, j, k); });
   }
 
   // Whether the warp has a product with w_ih.
-  FUSEDRNN_DEVICE bool takes_x() const { return p_.plan.inputs != 0 && has_units_; }
+  FUSEDRNN_DEVICE bool takes_x() const { return has_inputs() && has_units_; }
+  FUSEDRNN_DEVICE bool has_inputs() const { return !Channel::kInParts && p_.plan.inputs != 0; }
 
   // The batch row of a column, and the index in h of one of the lane's numbers of it.
   FUSEDRNN_DEVICE int64_t row(int n, int j) const { return first_row_ + n * kColumns + j; }
@@ -163,15 +287,12 @@ class Forward {
 
   // The state before the first step. A lane that has a number of h that exists has a unit that does.
   FUSEDRNN_DEVICE void start(int64_t first_row) {
-    const int64_t t = direction_.at(0);
-    first_row_ = first_row + role_.lane % 4 * 2;
+    find_rows(first_row);
+    cut_ = cut(0);
     for_each_column([&](int n, int j) {
-      const int64_t b = row(n, j);
-      lengths_[n][j] = unit_ < p_.sizes.H ? direction_.length(b) : 0;
-      cut_.set(n, j, Direction::exists(t, lengths_[n][j]) && direction_.is_reset(t, b));
       c_[n][j] = 0;
       if (p_.c0 != nullptr && is_unit(n, j)) {
-        c_[n][j] = to_compute(static_cast<const S*>(p_.c0)[direction_.state(b, p_.sizes.H) + unit_]);
+        c_[n][j] = to_compute(static_cast<const S*>(p_.c0)[direction_.state(row(n, j), p_.sizes.H) + unit_]);
       }
     });
     for_each_output([&](int n, int j, int k) {
@@ -180,30 +301,46 @@ class Forward {
         h_[n][k][j] = to_compute(static_cast<const S*>(p_.h0)[direction_.state(row(n, j), p_.sizes.P) + output(k)]);
       }
     });
-    send_h();
-    if (takes_x()) x_.copy(t, first_row);
+  }
+
+  FUSEDRNN_DEVICE void find_rows(int64_t first_row) {
+    first_row_ = first_row + role_.lane % 4 * 2;
+    for_each_column([&](int n, int j) { lengths_[n][j] = unit_ < p_.sizes.H ? direction_.length(row(n, j)) : 0; });
+  }
+
+  // Whether the state that enters the n-th step is cut to zero.
+  FUSEDRNN_DEVICE ColumnMask cut(int64_t step) const {
+    const int64_t t = direction_.at(step);
+    ColumnMask mask;
+    for_each_column([&](int n, int j) {
+      mask.set(n, j, Direction::exists(t, lengths_[n][j]) && direction_.is_reset(t, row(n, j)));
+    });
+    return mask;
+  }
+
+  // Which of the lane's columns there are in the n-th step, and behind it.
+  FUSEDRNN_DEVICE void look_at(int64_t step) {
+    for_each_column([&](int n, int j) { exists_.set(n, j, Direction::exists(direction_.at(step), lengths_[n][j])); });
+    cut_next_ = cut(step + 1);
   }
 
   // What the n-th step needs and no other block computes.
   FUSEDRNN_DEVICE void load(int64_t step) {
-    const int64_t t = direction_.at(step), next = direction_.at(step + 1);
+    const int64_t t = direction_.at(step);
+    look_at(step);
     FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
       FUSEDRNN_UNROLL for (int v = 0; v < 2 * kGates; ++v) xg_[n][v / 2][v % 2] = 0;
     }
     for_each_column([&](int n, int j) {
-      const int64_t b = row(n, j);
-      exists_.set(n, j, Direction::exists(t, lengths_[n][j]));
-      cut_next_.set(n, j, Direction::exists(next, lengths_[n][j]) && direction_.is_reset(next, b));
-      if (!exists_(n, j)) return;
-      if (p_.plan.inputs != 0) return;
-      const int64_t at = direction_.offset(p_.xg_strides, t, b) + unit_;
+      if (!exists_(n, j) || has_inputs()) return;
+      const int64_t at = direction_.offset(p_.xg_strides, t, row(n, j)) + unit_;
       FUSEDRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) {
         const int64_t k = at + gate * p_.sizes.H;
         xg_[n][gate][j] =
             p_.xg_wide != 0 ? static_cast<const A*>(p_.xg)[k] : to_compute(static_cast<const S*>(p_.xg)[k]);
       }
     });
-    if (p_.plan.inputs != 0) load_biases();
+    if (has_inputs()) load_biases();
   }
 
   // What the products are added to where xg is not given.
@@ -248,21 +385,28 @@ class Forward {
 
   // The second exchange and product of a step: from m to h.
   FUSEDRNN_DEVICE void project(const Projection& projection) {
-    send<kUnits>(m_channel_, has_units_, [&](int n, int j, int) { return m_[n][j]; });
+    send_m();
     m_channel_.announce();
     if (!in_outputs_) return;
     const char* operand = m_channel_.receive();
     if (!has_outputs_) return;
-    A z[kColumnTiles][2][2];
+    Outputs z;
     projection.multiply(operand, z);
+    take(z);
+  }
+  FUSEDRNN_DEVICE void send_m() {
+    send<kUnits>(m_channel_, has_units_, [&](int n, int j, int) { return m_[n][j]; });
+  }
+  FUSEDRNN_DEVICE void take(const Outputs& z) {
     for_each_output([&](int n, int j, int k) { take(n, j, k, z[n][k][j]); });
   }
 
   // Sends the state that enters the step that comes.
   FUSEDRNN_DEVICE void send_h() {
-    if (!in_outputs_) return;
     send<kOutputs * 8>(h_channel_, has_outputs_, [&](int n, int j, int k) { return cut_(n, j) ? A(0) : h_[n][k][j]; });
-    h_channel_.announce();
+  }
+  FUSEDRNN_DEVICE void announce_h() {
+    if (in_outputs_) h_channel_.announce();
   }
 
   // Sends value(n, j, k), which is number 8 k + lane / 4 of kChunk, of the column tiles that the warp owns.
@@ -270,7 +414,7 @@ class Forward {
   FUSEDRNN_DEVICE void send(Channel& channel, bool has_values, const F& value) {
     FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
       if (!has_values || !role_.owns(n)) continue;
-      if (n > 0) sync_warp("the staged results are sent");
+      if (Channel::kInParts || n > 0) sync_warp("the staged results are sent");
       FUSEDRNN_UNROLL for (int j = 0; j < 2; ++j) {
         FUSEDRNN_UNROLL for (int k = 0; k < kChunk / 8; ++k) {
           staging_[(role_.lane % 4 * 2 + j) * kChunk + k * 8 + role_.lane / 4] = M::operand(value(n, j, k));
@@ -280,13 +424,16 @@ class Forward {
     }
   }
 
-  FUSEDRNN_DEVICE void store(int64_t t, const Gates& gates) {
-    const int64_t H = p_.sizes.H;
+  FUSEDRNN_DEVICE void store_h(int64_t t) {
     for_each_output([&](int n, int j, int k) {
       if (!is_output(n, j, k)) return;
       static_cast<S*>(p_.y)[direction_.offset(p_.y_strides, t, row(n, j)) + output(k)] =
           to_storage<S>(exists_(n, j) ? h_[n][k][j] : A(0));
     });
+  }
+
+  FUSEDRNN_DEVICE void store_cells(int64_t t, const Gates& gates) {
+    const int64_t H = p_.sizes.H;
     for_each_column([&](int n, int j) {
       if (!is_unit(n, j)) return;
       const int64_t b = row(n, j);
@@ -314,12 +461,12 @@ class Forward {
   }
 
   const ForwardParams& p_;
-  const Role& role_;
+  Role& role_;
   Channel h_channel_, m_channel_;  // the second one only with a projection
   S* staging_;
   const Direction direction_;
   Inputs<M, kRows> x_;  // only where the launch takes it
-  const int unit_;
+  int unit_;
   // Whether the warp has a tile of units, and of outputs; and whether the thread takes part in receiving h, and m.
   bool has_units_, has_outputs_, in_units_, in_outputs_;
   int64_t first_row_;  // batch row of the first column

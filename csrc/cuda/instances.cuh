@@ -40,10 +40,18 @@ void add(Instances& to, Exchange exchange) {
 }
 
 template <Math kMath>
+void add_in_parts(Instances& to) {
+  constexpr int kColumnTiles = max_rows(kMath) / kColumns;
+  add<kMath, PartsExchange, kColumnTiles, false>(to, Exchange::kParts, kColumnTiles - 1);
+  add<kMath, PartsExchange, 1, true>(to, Exchange::kParts, 2);
+}
+
+template <Math kMath>
 Instances instances() {
   Instances all{};
   add<kMath, GridExchange>(all, Exchange::kGrid);
   add<kMath, ClusterExchange>(all, Exchange::kCluster);
+  add_in_parts<kMath>(all);
   return all;
 }
 

@@ -31,7 +31,7 @@ struct Sequence {
 
 // What the blocks of a launch write to and read from each other through the second-level cache.
 struct Workspace {
-  void* exchanged;  // exchanged_bytes() of plan.h, aligned to 128, uninitialised; null if that is 0
+  void* exchanged;  // workspace_bytes() of plan.h, aligned to 128, uninitialised; null if that is 0
   uint32_t* flags;  // flags() of plan.h, zero at the start of every launch; null if that is 0
 };
 

@@ -8,6 +8,9 @@
 // its own: m or dh. Its tiles are spread over the same warps. Where the launch takes the inputs, the forward has a
 // product with w_ih before the recurrent one, of the same tiles: its operand is x, which nobody has to exchange.
 //
+// Where an operand is larger than shared memory, or there are more tiles than warps, a plan is one in parts: operands
+// come to shared memory one part after another, and a warp has several tiles, which take turns in every step.
+//
 // K counts in bytes: 64 bytes of an operand's row are one K block, which is two matrix instructions in any dtype.
 #pragma once
 
@@ -28,6 +31,7 @@ constexpr int kStages = 3;
 enum class Exchange : int32_t {
   kGrid,     // through the second-level cache, announced by flags; all blocks of a launch run at the same time
   kCluster,  // a group is a cluster: into the peers' shared memory, announced on their mbarriers; sm_90
+  kParts,    // as kGrid, with operands that come in parts and tiles that take turns, and all weights streamed: any H
 };
 enum class Math : int32_t { kBFloat16, kFloat16, kTf32, kFloat32, kFloat64 };
 
@@ -50,6 +54,7 @@ struct Plan {
   int32_t shared_projection_blocks;  // the same for w_hr, with one K block in registers; 0 without a projection
   int32_t inputs;                    // 1 where the launch takes x and w_ih, else 0 and it takes xg; forward only
   int32_t shared_input_blocks;       // the same for w_ih, with none in registers; 0 without inputs
+  int32_t part_blocks;               // of kParts: K blocks of each warp in a part of the operand; else 0
 };
 
 constexpr int kMaxThreads = 256;  // kernels are compiled for it: 255 registers a thread
@@ -79,9 +84,10 @@ FUSEDRNN_BOTH constexpr int segments(Pass pass, Stage stage) {
 
 // K blocks of weights that a warp keeps in registers; a thread has 4 * segments() registers of each. As many as 255
 // registers leave room for, beside the accumulators and what is loaded ahead of a step. Compiled in.
-FUSEDRNN_BOTH constexpr int register_blocks(Pass pass, Stage stage, Math math, int rows, bool projected) {
+FUSEDRNN_BOTH constexpr int register_blocks(Exchange exchange, Pass pass, Stage stage, Math math, int rows,
+                                            bool projected) {
   const bool forward = pass == Pass::kForward, narrow = rows == kColumns;
-  if (stage == Stage::kInput) return 0;
+  if (stage == Stage::kInput || exchange == Exchange::kParts) return 0;
   if (math == Math::kFloat64) return projected ? 0 : 1;
   if (stage == Stage::kProjection) return 1;
   if (math == Math::kFloat32) return forward && projected ? 2 : 4;
@@ -95,6 +101,10 @@ FUSEDRNN_BOTH constexpr int64_t launched_blocks(const Sizes& sizes, const Plan& 
   return sizes.D * plan.groups * plan.blocks;
 }
 
+// Bytes from row to row of so many K blocks in shared memory: odd multiples of 64, so that eight lanes reading 16 bytes
+// each from two rows meet in no bank.
+FUSEDRNN_BOTH constexpr int row_stride(int blocks) { return kBlockBytes * (blocks | 1); }
+
 // The operand of a product: for each batch row what the tiles put next to each other, 16-byte aligned.
 struct Operand {
   int64_t tiles;    // of those who send it, over all blocks of the group; of x, its quads
@@ -102,10 +112,23 @@ struct Operand {
 
   FUSEDRNN_BOTH constexpr int row_bytes() const { return static_cast<int>(tiles) * chunk_bytes; }
   FUSEDRNN_BOTH constexpr int blocks() const { return (row_bytes() + kBlockBytes - 1) / kBlockBytes; }
-  // Of a row in shared memory: odd multiples of 64 bytes, so that eight lanes reading 16 bytes each from two rows meet
-  // in no bank.
-  FUSEDRNN_BOTH constexpr int stride() const { return kBlockBytes * (blocks() | 1); }
+  FUSEDRNN_BOTH constexpr int stride() const { return row_stride(blocks()); }  // in shared memory, all of it
 };
+
+// The first K block of a split, of so many K blocks; of the split behind the last one, their number.
+// Divides in the type of `blocks`.
+template <class Integer>
+FUSEDRNN_BOTH constexpr int first_block(Integer blocks, int split, int splits) {
+  return static_cast<int>(split * blocks / splits);
+}
+
+// A part of an operand is as many K blocks of each split, next to each other in shared memory; the last ones have
+// fewer.
+FUSEDRNN_BOTH constexpr int part_stride(const Plan& plan) { return row_stride(plan.splits * plan.part_blocks); }
+FUSEDRNN_BOTH constexpr int parts(const Operand& operand, const Plan& plan) {
+  const int longest = (operand.blocks() + plan.splits - 1) / plan.splits;
+  return (longest + plan.part_blocks - 1) / plan.part_blocks;
+}
 
 // One of the products of a step.
 struct Product {
@@ -155,21 +178,32 @@ FUSEDRNN_BOTH constexpr int shared_blocks(Stage stage, const Plan& plan) {
 // fragment_quads() * 16 bytes.
 FUSEDRNN_BOTH constexpr int64_t streamed_blocks(Pass pass, Stage stage, const Sizes& sizes, const Plan& plan) {
   if (!has(stage, sizes, plan)) return 0;
-  const int64_t resident =
-      register_blocks(pass, stage, plan.math, plan.rows, sizes.projected != 0) + shared_blocks(stage, plan);
+  const int64_t resident = register_blocks(plan.exchange, pass, stage, plan.math, plan.rows, sizes.projected != 0) +
+                           shared_blocks(stage, plan);
   const int64_t all = ceil_div(product(pass, stage, sizes, plan.math).operand.blocks(), plan.splits);
   return all > resident ? all - resident : 0;
 }
 
-// Blocks that have one of so many tiles; in a cluster, some may have none.
+// Blocks that so many tiles need, one to a warp; in a cluster, some may have none.
 FUSEDRNN_BOTH constexpr int blocks_with(int64_t tiles, const Plan& plan) {
   return static_cast<int>(ceil_div(tiles, plan.tiles));
+}
+
+// Of so many tiles, those of one warp: its own of the group's, and every plan.blocks * plan.tiles-th behind it.
+FUSEDRNN_BOTH constexpr int turns(int64_t tiles, const Plan& plan) {
+  const int warps = plan.blocks * plan.tiles;
+  return (static_cast<int>(tiles) + warps - 1) / warps;
+}
+
+// Numbers that a thread keeps of a tile from step to step: c and h, or dc and dh.
+FUSEDRNN_BOTH constexpr int kept_numbers(Pass pass, int rows, bool projected) {
+  return rows / kColumns * (pass == Pass::kBackward ? 8 : projected ? 6 : 4);
 }
 
 // Offsets into a block's shared memory, of each stage.
 struct SharedLayout {
   int64_t weights[kStages];   // [warp][K blocks in shared memory][segment][lane] quads
-  int64_t operands[kStages];  // [1 or 2][rows] of Operand::stride(); of x always 2
+  int64_t operands[kStages];  // [1 or 2][rows] of Operand::stride(); of x always 2. kParts: [2][rows] of part_stride()
   int64_t operands_end;       // those that are exchanged lie next to each other; x is behind them
   int64_t partial[kStages];   // [tile][split][rows / 8][segment][2][lane] of A, where K is split; none of x
   int64_t staging;            // [warp][8] of the longer chunk
@@ -195,8 +229,10 @@ FUSEDRNN_BOTH constexpr SharedLayout shared_layout(Pass pass, const Sizes& sizes
     const Stage stage = static_cast<Stage>(k);
     at.operands[k] = end;
     if (!has(stage, sizes, plan)) continue;
-    const int64_t buffers = plan.exchange == Exchange::kCluster || stage == Stage::kInput ? 2 : 1;
-    end += buffers * plan.rows * product(pass, stage, sizes, plan.math).operand.stride();
+    const int64_t buffers = plan.exchange != Exchange::kGrid || stage == Stage::kInput ? 2 : 1;
+    end += buffers * plan.rows *
+           (plan.exchange == Exchange::kParts ? part_stride(plan)
+                                              : product(pass, stage, sizes, plan.math).operand.stride());
   }
   at.operands_end = at.operands[static_cast<int>(Stage::kInput)];
   for (int k = 0; k < kStages; ++k) {
@@ -219,13 +255,21 @@ FUSEDRNN_BOTH constexpr int64_t shared_bytes(Pass pass, const Sizes& sizes, cons
   return shared_layout(pass, sizes, plan).bytes;
 }
 
-// Of Workspace, for one launch: one exchange after the other.
+// Of Workspace, for one launch: one exchange after the other, and behind them what threads keep where tiles take turns.
 FUSEDRNN_BOTH constexpr int64_t exchanged_bytes(Pass pass, Stage stage, const Sizes& sizes, const Plan& plan) {
   if (plan.exchange == Exchange::kCluster || static_cast<int>(stage) >= exchanges(sizes)) return 0;
   return sizes.D * plan.groups * 2 * plan.rows * product(pass, stage, sizes, plan.math).operand.row_bytes();
 }
 FUSEDRNN_BOTH constexpr int64_t exchanged_bytes(Pass pass, const Sizes& sizes, const Plan& plan) {
   return exchanged_bytes(pass, Stage::kRecurrent, sizes, plan) + exchanged_bytes(pass, Stage::kProjection, sizes, plan);
+}
+FUSEDRNN_BOTH constexpr int64_t kept_bytes(Pass pass, const Sizes& sizes, const Plan& plan) {
+  if (plan.exchange != Exchange::kParts) return 0;
+  return launched_blocks(sizes, plan) * threads(plan) * turns(ceil_div(sizes.H, tile_units(pass)), plan) *
+         kept_numbers(pass, plan.rows, sizes.projected != 0) * compute_bytes(plan.math);
+}
+FUSEDRNN_BOTH constexpr int64_t workspace_bytes(Pass pass, const Sizes& sizes, const Plan& plan) {
+  return exchanged_bytes(pass, sizes, plan) + kept_bytes(pass, sizes, plan);
 }
 FUSEDRNN_BOTH constexpr int64_t flags(const Sizes& sizes, const Plan& plan) {
   return plan.exchange == Exchange::kCluster ? 0 : exchanges(sizes) * launched_blocks(sizes, plan);
@@ -245,7 +289,7 @@ FUSEDRNN_BOTH constexpr const char* invalid(Pass pass, const Sizes& sizes, const
   if (sizes.projected == 0 && sizes.P != sizes.H) return "P must be H without a projection";
   if (sizes.P < 1 || sizes.P > sizes.H) return "P must be 1 to H";
   if (plan.blocks < 1 || plan.tiles < 1 || plan.splits < 1 || plan.groups < 1 || plan.shared_blocks < 0 ||
-      plan.shared_projection_blocks < 0 || plan.shared_input_blocks < 0) {
+      plan.shared_projection_blocks < 0 || plan.shared_input_blocks < 0 || plan.part_blocks < 0) {
     return "counts must be positive";
   }
   if (plan.inputs != 0 && plan.inputs != 1) return "inputs must be 0 or 1";
@@ -258,8 +302,17 @@ FUSEDRNN_BOTH constexpr const char* invalid(Pass pass, const Sizes& sizes, const
   if (plan.rows != kColumns && plan.rows != 2 * kColumns) return "rows must be 8 or 16";
   if (plan.rows > max_rows(plan.math)) return "rows must be 8 where the matrix unit is not used";
   if (plan.rows != kColumns && sizes.projected != 0) return "rows must be 8 with a projection";
-  if (int64_t{plan.blocks} * plan.tiles < ceil_div(sizes.H, tile_units(pass))) return "the tiles do not cover H";
   if (launched_blocks(sizes, plan) > INT32_MAX) return "too many blocks";
+  if (plan.exchange == Exchange::kParts) {
+    if (plan.rows != max_rows(plan.math) && sizes.projected == 0) return "in parts, rows must be as many as can be";
+    if (plan.blocks > (1 << 20)) return "too many blocks";
+    if (plan.inputs != 0) return "a launch in parts takes no inputs";
+    if (plan.shared_blocks != 0 || plan.shared_projection_blocks != 0) return "in parts, all weights are streamed";
+    if (plan.part_blocks < 1 || plan.part_blocks > (1 << 12)) return "part_blocks must be 1 to 2^12";
+    return nullptr;
+  }
+  if (plan.part_blocks != 0) return "part_blocks without parts";
+  if (int64_t{plan.blocks} * plan.tiles < ceil_div(sizes.H, tile_units(pass))) return "the tiles do not cover H";
   if (plan.exchange == Exchange::kGrid) return nullptr;
   if (plan.blocks > 16 || (plan.blocks & (plan.blocks - 1)) != 0) return "a cluster has 1, 2, 4, 8 or 16 blocks";
   for (int k = 0; k < exchanges(sizes); ++k) {  // what a phase of an mbarrier can count

@@ -39,7 +39,8 @@ struct Role {
   FUSEDRNN_DEVICE bool owns(int column_tile) const { return column_tile % splits == split; }
 };
 
-template <class M, int kSegments, int kColumnTiles, int kRegisterBlocks>
+// kInParts: the operand comes in parts, and all weights are streamed.
+template <class M, int kSegments, int kColumnTiles, int kRegisterBlocks, bool kInParts>
 class WarpProduct {
  public:
   using A = typename M::Compute;
@@ -51,15 +52,15 @@ class WarpProduct {
   FUSEDRNN_DEVICE WarpProduct(const Role& role, const Plan& plan, const Product& product, const void* packed,
                               int shared_blocks, char* shared, char* partial)
       : role_(role),
-        stride_(product.operand.stride()),
+        stride_(kInParts ? part_stride(plan) : product.operand.stride()),
+        part_blocks_(plan.part_blocks),
         barrier_(1 + role.local_tile),
         shared_blocks_(shared_blocks),
         partial_(reinterpret_cast<A*>(partial) + role.local_tile * plan.splits * kColumnTiles * kPartial) {
     if (role.tile >= product.tiles) return;
-    const int blocks = product.operand.blocks(), begin = static_cast<int>(int64_t{role.split} * blocks / plan.splits),
-              end = static_cast<int>(int64_t{role.split + 1} * blocks / plan.splits);
-    first_byte_ = begin * kBlockBytes;
-    blocks_ = end - begin;
+    const int blocks = product.operand.blocks(), begin = first_block(int64_t{blocks}, role.split, plan.splits);
+    first_byte_ = (kInParts ? role.split * part_blocks_ : begin) * kBlockBytes;
+    blocks_ = first_block(int64_t{blocks}, role.split + 1, plan.splits) - begin;
     const Quad* from = static_cast<const Quad*>(packed) + role.direction * product.packed_quads() +
                        (static_cast<int64_t>(role.tile) * blocks + begin) * kFragment + role.lane;
     FUSEDRNN_UNROLL for (int k = 0; k < kRegisterBlocks; ++k) {
@@ -96,7 +97,20 @@ class WarpProduct {
       FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) w[s] = shared_[k * kFragment + s * kWarp];
       add(sums, w, rows);
     }
-    if (streamed > 0) add_streamed(sums, rows, streamed);
+    if (streamed > 0) add_streamed(sums, rows, stream_, streamed);
+    FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) { Unit::finish(sums[n], z[n], role_.lane); }
+  }
+
+  // The same, kInParts. All threads of the block come here, and a warp without a tile has zeros.
+  template <class Channel>
+  FUSEDRNN_DEVICE void multiply_part(Channel& channel, Results& z) const {
+    Sums sums;
+    FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) Unit::clear(sums[n]);
+    channel.for_each_part([&](int part, const char* operand) {
+      const int first = part * part_blocks_, left = blocks_ - first, count = left < part_blocks_ ? left : part_blocks_;
+      if (count > 0)
+        add_streamed(sums, operand + first_byte_, stream_ + static_cast<int64_t>(first) * kFragment, count);
+    });
     FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) { Unit::finish(sums[n], z[n], role_.lane); }
   }
 
@@ -129,12 +143,12 @@ class WarpProduct {
     }
   }
 
-  FUSEDRNN_DEVICE void add_streamed(Sums& sums, const char* rows, int streamed) const {
+  FUSEDRNN_DEVICE void add_streamed(Sums& sums, const char* rows, const Quad* from, int streamed) const {
     Quad w[kSegments], ahead[kSegments];
-    load(ahead, stream_);
+    load(ahead, from);
     FUSEDRNN_NO_UNROLL for (int k = 0; k < streamed; ++k, rows += kBlockBytes) {
       FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) w[s] = ahead[s];
-      if (k + 1 < streamed) load(ahead, stream_ + (k + 1) * kFragment);
+      if (k + 1 < streamed) load(ahead, from + (k + 1) * kFragment);
       add(sums, w, rows);
     }
   }
@@ -165,7 +179,7 @@ class WarpProduct {
   }
 
   const Role& role_;
-  int stride_, barrier_, shared_blocks_;
+  int stride_, part_blocks_, barrier_, shared_blocks_;
   A* partial_;
   Quad registers_[kRegisterBlocks > 0 ? kRegisterBlocks : 1][kSegments];
   int blocks_ = 0, first_byte_ = 0;

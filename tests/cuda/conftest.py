@@ -31,7 +31,7 @@ SANITIZED = "FUSEDRNN_CUDA_HOST_SANITIZE" in os.environ
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = {"bf16": BF16, "fp16": F16, "tf32": F32, "fp32": F32, "fp64": F64}
 MATHS = ["bf16", "fp64"] if SANITIZED else list(DTYPES)
-EXCHANGES = ["grid", "cluster"]
+EXCHANGES = ["grid", "cluster", "parts"]
 FORWARD, BACKWARD = 0, 1
 
 
@@ -96,6 +96,7 @@ PlanStruct = mirror(
     shared_projection_blocks=I32,
     inputs=I32,
     shared_input_blocks=I32,
+    part_blocks=I32,
 )
 _common = {"sizes": Sizes, "sequence": Sequence, "plan": PlanStruct, "workspace": Workspace, "w_hh": P, "w_hr": P}
 ForwardParams = mirror(
@@ -158,6 +159,7 @@ class Plan:
     shared_projection_blocks: int = 0
     inputs: bool = False  # of the forward: x in the launch
     shared_input_blocks: int = 0
+    part_blocks: int = 0
 
     @property
     def id(self) -> str:
@@ -165,6 +167,7 @@ class Plan:
         parts += [f"groups{self.groups}"] if self.groups else []
         parts += [f"blocks{self.blocks}"] if self.blocks else []
         parts += [f"inputs{self.shared_input_blocks}"] if self.inputs else []
+        parts += [f"parts{self.part_blocks}"] if self.part_blocks else []
         return "-".join([*parts, f"shared{self.shared_blocks}"])
 
 
@@ -246,6 +249,7 @@ class Host:
             shared_projection_blocks=plan.shared_projection_blocks,
             inputs=plan.inputs if direction == FORWARD else 0,
             shared_input_blocks=plan.shared_input_blocks if direction == FORWARD else 0,
+            part_blocks=plan.part_blocks,
         )
 
     def needs(self, direction: int, sizes: Any, plan: Any) -> tuple[Any, str | None]:

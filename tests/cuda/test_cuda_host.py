@@ -156,6 +156,56 @@ def test_idle_blocks(layer, kit, math):
     layer(kit.Problem(4, 3, 40, proj=20), kit.Plan("cluster", math, blocks=8)).check()
 
 
+def in_parts(kit, math, proj=0, **options):
+    """Of 8 rows, for layers with a projection, or as many as there can be."""
+    return kit.Plan("parts", math, **{"rows": 8 if proj else rows_of(math), "blocks": 1, "part_blocks": 1, **options})
+
+
+# (plan, H, P): one tile after another and all at once, parts of one K block, of several and of all, and splits of K
+# that have different numbers of K blocks, or none.
+PARTS = {
+    "one-warp": ({}, 40, 0),
+    "one-block-of-several": ({"blocks": 2, "tiles": 2}, 90, 0),
+    "splits": ({"splits": 3, "part_blocks": 2}, 70, 0),
+    "more-splits-than-k-blocks": ({"splits": 8}, 5, 0),
+    "one-part": ({"blocks": 2, "part_blocks": 100}, 40, 0),
+    "one-turn": ({"blocks": 5, "tiles": 2, "splits": 2}, 70, 0),
+    "projected": ({"tiles": 2}, 70, 40),
+    "projected-to-few": ({"blocks": 3, "splits": 2, "part_blocks": 2}, 70, 3),
+}
+
+
+@pytest.mark.parametrize(("options", "H", "proj"), PARTS.values(), ids=PARTS.keys())
+def test_parts(layer, kit, math, options, H, proj):
+    layer(kit.Problem(3, 2, H, D=2, proj=proj), in_parts(kit, math, proj, **options)).check()
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_sizes_in_parts(layer, kit, math, size):
+    layer(kit.Problem(*size), in_parts(kit, math)).check()
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_options_in_parts(layer, kit, math, options):
+    layer(kit.Problem(4, 5, 19, **options), in_parts(kit, math, options.get("proj", 0), groups=1)).check()
+
+
+@pytest.mark.parametrize("proj", [0, 37], ids=["", "projected"])
+def test_parts_give_the_same_bits(layer, kit, math, proj):
+    """As a plan that has the whole operand in shared memory, and a warp for every tile, with the same splits of K."""
+    problem = kit.Problem(3, 3, 70, D=2, proj=proj, lengths=True, reset=True)
+    first, *others = (
+        layer(problem, plan).all()
+        for plan in (
+            kit.Plan("grid", math, splits=2),
+            in_parts(kit, math, proj, splits=2),
+            in_parts(kit, math, proj, splits=2, part_blocks=3, blocks=2, tiles=2),
+        )
+    )
+    for other in others:
+        assert all(torch.equal(first[name], other[name]) for name in first)
+
+
 def test_inference_writes_no_more_than_outputs(layer, kit, exchange, math):
     one = layer(kit.Problem(4, 3, 19), kit.Plan(exchange, math))
     training, inference = one.forward()[0], one.forward(training=False)[0]
@@ -194,6 +244,10 @@ def test_plans_that_take_the_inputs_give_the_same_bits(layer, kit, exchange, mat
 RACE = {"T": 3, "B": 9, "H": 20, "lengths": True, "reset": True, "aligned": True}
 
 
+# Two turns of the backward, three of the forward.
+RACE_IN_PARTS = {"splits": 2, "groups": 1}
+
+
 def race_plan(kit, exchange, math, **options):
     return kit.Plan(exchange, math, **{"tiles": 2, "splits": 2, "groups": 1, **options})
 
@@ -206,7 +260,18 @@ VARIANTS = [(math, {}) for math in MATHS] + [(math, {"proj": 17}) for math in MA
 def test_every_schedule_gives_the_same_bits(layer, kit, exchange, math, variant, inputs):
     """Of every kernel that is compiled."""
     problem = kit.Problem(**RACE, proj=variant.get("proj", 0), **inputs)
-    one = layer(problem, race_plan(kit, exchange, math, rows=variant.get("rows", 8), inputs=bool(inputs)))
+    same_in_every_schedule(
+        layer(problem, race_plan(kit, exchange, math, rows=variant.get("rows", 8), inputs=bool(inputs)))
+    )
+
+
+@pytest.mark.parametrize("proj", [0, 17], ids=["", "projected"])
+def test_every_schedule_in_parts_gives_the_same_bits(layer, kit, math, proj):
+    problem = kit.Problem(**{**RACE, "T": 2, "B": rows_of(math) + 1}, proj=proj)
+    same_in_every_schedule(layer(problem, in_parts(kit, math, proj, **RACE_IN_PARTS)))
+
+
+def same_in_every_schedule(one):
     one.check()
     first = one.all()
     for seed in range(1, SCHEDULES):
@@ -244,17 +309,31 @@ def test_no_synchronisation_can_be_left_out(layer, kit, exchange, direction, inp
         race_plan(kit, exchange, "bf16", rows=rows, inputs=inputs, **options)
         for options in ({}, {"splits": 1, "tiles": 1})
     ]
+    names = every_removal_is_caught([layer(problem, plan) for plan in plans], direction)
+    assert any("input" in name for name in names) == inputs
+
+
+@pytest.mark.parametrize("proj", [0, 33], ids=["", "projected"])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_no_synchronisation_in_parts_can_be_left_out(layer, kit, direction, proj):
+    problem = kit.Problem(**{**RACE, "B": 20, "H": 70}, proj=proj)
+    plans = [in_parts(kit, "bf16", proj, groups=1, **options) for options in ({"blocks": 2, "splits": 2}, {"tiles": 2})]
+    names = every_removal_is_caught([layer(problem, plan) for plan in plans], direction)
+    assert {"the part is copied", "the thread's copies of the part"} <= names
+
+
+def every_removal_is_caught(layers, direction):
+    """In one of the layers each; returns the names of what was removed."""
     missed = {}
-    for plan in plans:
-        one = layer(problem, plan)
+    for one in layers:
         expected = one.all()
         launched = (one.forward() if direction == "forward" else one.backward(expected))[1]
         assert len(launched.names) >= 4
         for name in launched.names:
-            found = caught(one, direction, name, expected)
-            missed[name] = missed.get(name, True) and found is None
-    assert any("input" in name for name in missed) == inputs
+            if missed.get(name, True):
+                missed[name] = caught(one, direction, name, expected) is None
     assert not [name for name, not_found in missed.items() if not_found]
+    return missed.keys()
 
 
 def test_a_deadlock_is_reported_with_who_waits_where(host, kit):
@@ -287,6 +366,14 @@ def test_a_deadlock_is_reported_with_who_waits_where(host, kit):
         ({}, {"inputs": True}, "I must be 1 to 2^20"),
         ({"I": 5}, {"inputs": 2}, "inputs must be 0 or 1"),
         ({"I": 5}, {"shared_input_blocks": 2}, "shared_input_blocks without inputs"),
+        ({"H": 1 << 21, "P": 1 << 21}, {"exchange": "parts", "part_blocks": 1}, "H at most 2^20"),
+        ({}, {"exchange": "parts", "rows": 16}, "part_blocks must be 1 to 2^12"),
+        ({}, {"exchange": "parts", "rows": 16, "part_blocks": 1 << 13}, "part_blocks must be 1 to 2^12"),
+        ({}, {"exchange": "parts", "rows": 16, "part_blocks": -1}, "counts must be positive"),
+        ({}, {"exchange": "parts", "part_blocks": 1}, "as many as can be"),
+        ({}, {"exchange": "parts", "rows": 16, "part_blocks": 1, "shared_blocks": 1}, "all weights are streamed"),
+        ({"I": 5}, {"exchange": "parts", "rows": 16, "part_blocks": 1, "inputs": True}, "takes no inputs"),
+        ({}, {"part_blocks": 1}, "part_blocks without parts"),
         ({"H": 20000, "P": 20000}, {"blocks": 16, "tiles": 160, "exchange": "cluster"}, "too many threads"),
     ],
     ids=str,
@@ -329,6 +416,19 @@ def test_needs_of_inputs(host, kit):
     assert host.needs(kit.BACKWARD, sizes, plan)[1] == "the backward takes no inputs"
 
 
+def test_needs_in_parts(host, kit):
+    """bfloat16 and H 20,000, 100 blocks of 8 tiles in 4 turns, 16 rows, parts of 40 K blocks, two directions."""
+    sizes = kit.Sizes(T=9, B=16, H=20000, P=20000, D=2)
+    plan = host.struct(kit.Plan("parts", "bf16", blocks=100, tiles=8, rows=16, part_blocks=40), kit.FORWARD, 20000, 16)
+    needs, why = host.needs(kit.FORWARD, sizes, plan)
+    assert why is None
+    assert list(needs.streamed) == [625, 0, 0]
+    assert needs.shared == 2 * 16 * 41 * 64 + 8 * 8 * 16 + 16
+    # Two operands of 16 rows; and of every thread c and h of four columns, of each of its tiles.
+    assert needs.exchanged == 2 * (2 * 16 * 20000 * 2 + 100 * 256 * 4 * 8 * 4)
+    assert (needs.flags, needs.blocks) == (2 * 100, 2 * 100)
+
+
 @pytest.mark.parametrize(("which", "dtype"), [(0, torch.bfloat16), (1, torch.float16)], ids=["bf16", "fp16"])
 def test_conversions_are_torchs(host, which, dtype):
     bits = torch.arange(0, 1 << 32, 65521, dtype=torch.int64) - (1 << 31)
@@ -363,7 +463,7 @@ def test_under_sanitizers(host):
     if not all(Path(path.strip()).is_absolute() for path in preload):
         pytest.skip(f"{compiler} has no AddressSanitizer")
     chosen = "test_sizes or test_options and everything or test_plans and not many or test_groups or test_idle"
-    chosen += " or test_input_sizes"
+    chosen += " or test_input_sizes or test_parts"
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen],
         env={

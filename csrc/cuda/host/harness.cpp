@@ -32,6 +32,11 @@ Body<Params> body_of(const Sizes& sizes, const Plan& plan) {
 
 template <template <Math, class, int, bool> class Kernel, class Params, Math kMath>
 Body<Params> body_of(const Sizes& sizes, const Plan& plan) {
+  if (plan.exchange == Exchange::kParts) {
+    constexpr int kColumnTiles = max_rows(kMath) / kColumns;
+    return sizes.projected != 0 ? body<Kernel<kMath, PartsExchange, 1, true>, Params>
+                                : body<Kernel<kMath, PartsExchange, kColumnTiles, false>, Params>;
+  }
   return plan.exchange == Exchange::kCluster ? body_of<Kernel, Params, kMath, ClusterExchange>(sizes, plan)
                                              : body_of<Kernel, Params, kMath, GridExchange>(sizes, plan);
 }
@@ -113,7 +118,7 @@ struct Needs {
 
 FUSEDRNN_EXPORT const char* fusedrnn_host_needs(Pass pass, const Sizes* sizes, const Plan* plan, Needs* needs) {
   *needs = {shared_bytes(pass, *sizes, *plan),
-            exchanged_bytes(pass, *sizes, *plan),
+            workspace_bytes(pass, *sizes, *plan),
             flags(*sizes, *plan),
             {},
             launched_blocks(*sizes, *plan),

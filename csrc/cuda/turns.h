@@ -1,0 +1,43 @@
+// Tiles that take turns: where there are more tiles than warps in a group, a warp has several of the same index modulo
+// the group's warps, and does the step of one after the other.
+//
+// What a thread keeps of a tile from one step to the next, c and h or their gradients, lies in global memory between
+// its turns, behind the exchanges. Only the thread itself reads it.
+#pragma once
+
+#include "params.h"
+#include "product.h"
+
+namespace fusedrnn::cuda {
+
+// kNumbers: that a thread keeps of a tile.
+template <class A, int kNumbers>
+class Turns {
+ public:
+  FUSEDRNN_DEVICE Turns(const Sizes& sizes, const Plan& plan, Pass pass, const Workspace& workspace)
+      : plan_(plan),
+        first_(reinterpret_cast<A*>(static_cast<char*>(workspace.exchanged) + exchanged_bytes(pass, sizes, plan)) +
+               block_index() * int64_t{turns(ceil_div(sizes.H, tile_units(pass)), plan)} * each() +
+               thread_index() * kNumbers) {}
+
+  // f() for every turn that there is with so many tiles, with the warp's tile of that turn in `role`.
+  template <class F>
+  FUSEDRNN_DEVICE void for_each(int64_t tiles, Role& role, const F& f) {
+    FUSEDRNN_NO_UNROLL for (turn_ = 0; turn_ < turns(tiles, plan_); ++turn_) {
+      role.tile = (turn_ * plan_.blocks + role.rank) * plan_.tiles + role.local_tile;
+      f();
+    }
+  }
+
+  // One of the numbers that the thread keeps of the tile whose turn it is.
+  FUSEDRNN_DEVICE A& operator[](int k) const { return first_[turn_ * each() + k]; }
+
+ private:
+  FUSEDRNN_DEVICE int64_t each() const { return int64_t{kNumbers} * threads(plan_); }
+
+  const Plan& plan_;
+  A* const first_;
+  int turn_ = 0;
+};
+
+}  // namespace fusedrnn::cuda
