@@ -20,10 +20,14 @@ class Gemm {
   using V = Vec<A>;
   static_assert(kGemmRows % kTileRows == 0);
 
+  // Numbers of a sliver: the store of a whole vector at its last input stays inside of it.
+  static constexpr int64_t sliver(int64_t depth) { return depth * kTileRows + kUnits<A>; }
+  static constexpr int64_t kScratch = kGemmRows / kTileRows * sliver(kGemmDepth);
+
   explicit Gemm(const GemmParams& params) : p_(params) {}
 
-  // Rows [m, m_end) of c, at most kGemmRows of them, of the half panels [half, half_end).
-  // scratch: kScratch numbers, used where a is transposed.
+  // Rows [m, m_end) of c, at most kGemmRows of them, of the half panels [half, half_end). scratch: kScratch numbers,
+  // used where a is transposed.
   void run(int64_t m, int64_t m_end, int64_t half, int64_t half_end, A* scratch) const {
     const A* a = static_cast<const A*>(p_.a);
     int64_t k = 0;
@@ -47,9 +51,6 @@ class Gemm {
   }
 
  private:
-  // Numbers of a sliver: the store of a whole vector at its last input stays inside of it.
-  static constexpr int64_t sliver(int64_t depth) { return depth * kTileRows + kUnits<A>; }
-
   template <int R>
   FUSEDRNN_INLINE void tile(const A* a, int64_t row_stride, int64_t k_stride, const A* panel, int64_t k, int64_t depth,
                             int64_t row, int64_t half) const {
@@ -78,10 +79,6 @@ class Gemm {
     }
   }
 
- public:
-  static constexpr int64_t kScratch = kGemmRows / kTileRows * sliver(kGemmDepth);
-
- private:
   const GemmParams& p_;
 };
 

@@ -211,8 +211,9 @@ FUSEDRNN_INLINE void pack_input(const S* row, int64_t N, Compute<S>* panels, int
 template <class S>
 void pack_columns(const void* w, int64_t K, int64_t N, void* panel, int64_t begin, int64_t end) {
   const S* from = static_cast<const S*>(w);
-  for (int64_t k = begin; k < end; ++k)
+  for (int64_t k = begin; k < end; ++k) {
     pack_input(from == nullptr ? nullptr : from + k * N, N, static_cast<Compute<S>*>(panel), K, k);
+  }
 }
 
 // sums[u] += w[u] * a, lane by lane along K, for w [units][K]; units is at most `lanes`. The sums of units that are not
