@@ -383,8 +383,7 @@ void forward_sequence(const Layer& layer, ForwardParams& params, const Tensor& g
   const int64_t steps = in_place ? s.T : steps_at_a_time(layer), G = 4 * s.H;
   const Tensor xg = in_place ? gates : empty({s.D, steps, s.B, G}, layer.compute);
   const Tensor x = as(layer.x, layer.compute);
-  const bool in_blocks = s.H % kernels.lanes == 0;  // GateOrder
-  const Packing w_ih = in_blocks ? gates_of(kernels, s.H, s.I) : rows_of(kernels, G, s.I);
+  const Packing w_ih = gates_in_blocks(s.H, kernels.lanes) ? gates_of(kernels, s.H, s.I) : rows_of(kernels, G, s.I);
   const Tensor panel_ih = packed(layer, w_ih, [&](int64_t d) { return layer.weights.w_ih(d); });
   const Tensor panel_hh = packed(layer, gates_of(kernels, s.H, s.P), [&](int64_t d) { return layer.weights.w_hh(d); });
   params.panel_hh = pointer(panel_hh);

@@ -60,7 +60,8 @@ FUSEDRNN_INLINE int64_t state(const Sizes& s, int64_t d, int64_t b, int64_t N) {
 template <class A>
 class GateOrder {
  public:
-  explicit GateOrder(int64_t H) : gate_(H % Simd<A>::kLanes == 0 ? Simd<A>::kLanes : H), unit_(gate_ == H ? 1 : 4) {}
+  explicit GateOrder(int64_t H)
+      : gate_(gates_in_blocks(H, Simd<A>::kLanes) ? Simd<A>::kLanes : H), unit_(gate_ == H ? 1 : 4) {}
 
   int64_t operator()(int64_t unit, int64_t gate = 0) const { return unit * unit_ + gate * gate_; }
 

@@ -15,6 +15,10 @@ namespace fusedrnn {
 // How many blocks of `width` outputs there are, the last one perhaps not full.
 static constexpr int64_t blocks_of(int64_t outputs, int64_t width) { return (outputs + width - 1) / width; }
 
+// Whether a row of 4H affine maps, or gates, lies block after block, as in a panel; else gate after gate. See
+// GateOrder.
+static constexpr bool gates_in_blocks(int64_t H, int64_t lanes) { return H % lanes == 0; }
+
 // Storage of 16-bit floating point numbers.
 struct BFloat16 {
   uint16_t bits;

@@ -1,4 +1,5 @@
-// How many threads share one launch, and how. The two constants are estimates; no benchmark has set them yet.
+// How many threads share one launch, and how, and what is done before it. docs/cpu_performance.md has the measurements
+// behind the constants.
 #pragma once
 
 #include <algorithm>
