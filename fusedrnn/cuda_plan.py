@@ -19,15 +19,16 @@ The model of one step of one block:
     partial      the sum over the warps that split K
     cell         everything elementwise, and the loads and stores that belong to it
 
-With a projection a step has all but the cell twice. A plan in parts, which is looked for only where no other fits, has
-the product and the cell as often as tiles take turns, reads the operand as often, and waits for its first part alone;
-its weights count as if the second-level cache held them all. A launch takes steps * rounds of them, where a round is as
-many slices of the batch as there are groups at a time, and has the weights to pack and to load first.
+With a projection a step has all but the cell twice. A plan in parts has the product and the cell as often as tiles take
+turns, reads the operand as often, and waits for its first part alone; its weights count as if the second-level cache
+held them all. A launch takes steps * rounds of them, where a round is as many slices of the batch as there are groups
+at a time, and has the weights to pack, and those that stay on the chip to load, first.
 
-What the input adds to the gates comes from a GEMM before the launch, which takes its own time and that of writing and
-reading xg; or, in a plan with inputs, from a product of every step with w_ih. Nobody has to wait for x: while h is on
-its way from the other blocks that product is free, and a step has max(exchange, product with w_ih) in the place of the
-exchange of h. So the GEMM is saved where there are few steps, or where w_ih lies on the chip.
+What the input adds to the gates comes from a GEMM before the launch, which takes its own time and that of reading w_ih
+and of writing and reading xg; or, in a plan with inputs, from a product of every step with w_ih. Nobody
+has to wait for x: while h is on its way from the other blocks that product is free, and a step has max(exchange,
+product with w_ih), in parts of the first turn, in the place of the exchange of h. So the GEMM is saved where there are
+few steps, or where w_ih lies on the chip.
 """
 
 from __future__ import annotations
@@ -324,13 +325,18 @@ def ranked(kernel: str, shape: Shape, device: Device) -> list[Plan]:
 
 
 def plans(kernel: str, shape: Shape, device: Device) -> Iterator[Plan]:
-    """Every plan that fits the device, with its prediction: in parts where no other does."""
-    found = False
-    for found_whole in whole(kernel, shape, device):
-        found = True
-        yield found_whole
-    if not found:
-        yield from in_parts(kernel, shape, device)
+    """Every plan that fits the device, with its prediction: in parts where no other does. Of a single step, of which
+    nothing is kept anyway, also where no other takes x."""
+    found = list(whole(kernel, shape, device))
+    yield from found
+    for inputs in _with_inputs(kernel, shape):
+        if not found or (shape.T == 1 and not any(p.inputs >= inputs for p in found)):
+            yield from in_parts(kernel, shape, device, inputs)
+
+
+def _with_inputs(kernel: str, shape: Shape) -> tuple[bool, ...]:
+    """Whether the launch may take x: what there is to try."""
+    return (False, True) if kernel == "forward" and 0 < shape.I <= _MOST_INPUTS else (False,)
 
 
 def whole(kernel: str, shape: Shape, device: Device) -> Iterator[Plan]:
@@ -338,7 +344,6 @@ def whole(kernel: str, shape: Shape, device: Device) -> Iterator[Plan]:
     math = math_of(shape)
     wide = math in _ON_MATRIX_UNIT and not shape.projected and shape.B > _COLUMNS
     tiles_of_units = _unit_tiles(kernel, shape)
-    with_inputs = (False, True) if kernel == "forward" and 0 < shape.I <= _MOST_INPUTS else (False,)
     for exchange in ("grid", "cluster") if costs_of(device).widest else ("grid",):
         for tiles in range(1, _MOST_WARPS + 1):
             blocks = cdiv(tiles_of_units, tiles)
@@ -347,23 +352,23 @@ def whole(kernel: str, shape: Shape, device: Device) -> Iterator[Plan]:
                 if blocks > costs_of(device).widest:
                     continue
             for splits in range(1, _MOST_WARPS // tiles + 1):
-                for rows, inputs in product((8, 16) if wide else (8,), with_inputs):
+                for rows, inputs in product((8, 16) if wide else (8,), _with_inputs(kernel, shape)):
                     bare = Plan(exchange, math, blocks, tiles, splits, rows, 1, 0, 0, inputs)
                     fitted = _fitted(kernel, shape, device, bare)
                     if fitted is not None:
                         yield _predicted(kernel, shape, device, fitted)
 
 
-def in_parts(kernel: str, shape: Shape, device: Device) -> Iterator[Plan]:
+def in_parts(kernel: str, shape: Shape, device: Device, inputs: bool = False) -> Iterator[Plan]:
     """Every plan in parts, of as few turns as the multiprocessors allow and as large parts as fit."""
     math, most_blocks = math_of(shape), device.multiprocessors // shape.D
     rows, tiles_of_units = 16 if math in _ON_MATRIX_UNIT and not shape.projected else 8, _unit_tiles(kernel, shape)
-    stages = products(kernel, shape, math).values()
+    stages = products(kernel, shape, math, inputs).values()
     longest = max(p.blocks for p in stages)
     for tiles in range(1, _MOST_WARPS + 1) if most_blocks else ():
         blocks = cdiv(tiles_of_units, tiles * cdiv(tiles_of_units, tiles * most_blocks))
         for splits in range(1, _MOST_WARPS // tiles + 1):
-            bare = Plan("parts", math, blocks, tiles, splits, rows, 1, 0, 0)
+            bare = Plan("parts", math, blocks, tiles, splits, rows, 1, 0, 0, inputs)
             bytes_of_one = len(stages) * 2 * rows * splits * _K_BLOCK
             fit, all_blocks = (device.shared - needs(kernel, shape, bare).shared) // bytes_of_one, cdiv(longest, splits)
             if fit < 1:
@@ -441,18 +446,23 @@ def _predicted(kernel: str, shape: Shape, device: Device, p: Plan) -> Plan:
         return costs.cluster + crowd * operand / (_PEER_PER_CLOCK * clocks)
 
     step = turns(_unit_tiles(kernel, shape), p) * (_CELL + _CELL_CLOCKS * columns * crowd * warps / clocks)
-    step += max(exchanging(RECURRENT), multiplying(INPUT) if p.inputs else 0.0) + multiplying(RECURRENT)
+    of_x = multiplying(INPUT) if p.inputs else 0.0
+    first_turn = of_x / turns(_unit_tiles(kernel, shape), p)
+    step += max(exchanging(RECURRENT), first_turn) + of_x - first_turn + multiplying(RECURRENT)
     if shape.projected:
         step += exchanging(PROJECTION) + multiplying(PROJECTION)
     if p.splits > 1:
         step += _PARTIAL * (2 if shape.projected else 1)
     rounds = cdiv(cdiv(shape.B, p.rows), p.groups) * cdiv(shape.D * p.groups, running)
-    weights = sum(taken.packed) * p.groups / device.l2
-    launch = _PACK * len(stages) + weights + shape.T * rounds * step
+    launch = _PACK * len(stages) + 2 * sum(taken.packed) / device.l2 + shape.T * rounds * step
+    for k, of in stages.items():  # what stays on the chip
+        launch += p.groups * taken.packed[k] * (1 - taken.streamed[k] / cdiv(of.blocks, p.splits)) / device.l2
     if kernel == "forward" and not p.inputs:
         numbers = shape.D * shape.T * shape.B * 4 * shape.H  # of xg, which are written and read
         everywhere = rate * clocks * device.multiprocessors
-        launch += _GEMM * shape.D + 2 * numbers * shape.itemsize / device.l2 + numbers * shape.I / everywhere
+        weights = shape.D * 4 * shape.H * shape.I
+        launch += _GEMM * shape.D + (2 * numbers + weights) * shape.itemsize / device.l2
+        launch += numbers * shape.I / everywhere
     return replace(p, step=step, launch=launch, costs=_described(device))
 
 

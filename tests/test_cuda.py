@@ -153,7 +153,7 @@ def plans_of(wanted, monkeypatch):
         want["inputs"] = kernel == "forward" and wanted.get("inputs", False)
         found = cuda.ranked(kernel, shape, device[1])
         if "part_blocks" in wanted:
-            found = cuda_plan.in_parts(kernel, shape, device[1]._replace(multiprocessors=2))
+            found = cuda_plan.in_parts(kernel, shape, device[1]._replace(multiprocessors=2), want["inputs"])
         found = [p for p in found if want.items() <= vars(p).items()]
         changes = {name: wanted[name] for name in ("groups", "part_blocks") if name in wanted}
         if "shared" in wanted:
@@ -203,11 +203,13 @@ def test_plans(wanted, dtype, options, monkeypatch):
     ids=str,
 )
 def test_plans_in_parts(wanted, dtype, options, monkeypatch):
-    taken = plans_of({**wanted, "exchange": "parts", "part_blocks": 1}, monkeypatch)
-    check(Case(3, 9, 5, 88, dtype=dtype, **options))
-    assert {kernel: (p.exchange, p.part_blocks) for kernel, p in taken.items()} == dict.fromkeys(
-        ("forward", "backward"), ("parts", 1)
-    )
+    for inputs in (False, True):
+        taken = plans_of({**wanted, "exchange": "parts", "part_blocks": 1, "inputs": inputs}, monkeypatch)
+        check(Case(3, 9, 37, 88, dtype=dtype, **options))
+        assert {kernel: (p.exchange, p.part_blocks, p.inputs) for kernel, p in taken.items()} == {
+            "forward": ("parts", 1, inputs),
+            "backward": ("parts", 1, False),
+        }
 
 
 @host_only
@@ -223,6 +225,7 @@ def test_a_layer_that_fits_in_no_other_way(monkeypatch):
     shape = cuda.Shape(3, 2, 3, 140, 140, 2, 8, "ieee")
     forward = cuda.plan_for("forward", shape, torch.device(DEVICE))
     assert forward.blocks * forward.tiles * 8 < 140
+    assert forward.inputs
     check(case)
 
 

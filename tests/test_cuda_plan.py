@@ -103,8 +103,8 @@ def variants(plan, pass_):
                 kept |= {"shared_blocks": 0, "shared_projection_blocks": 0, "part_blocks": 5}
             bare = dataclasses.replace(plan, exchange=exchange, math=math, splits=splits, rows=rows, groups=2, **kept)
             yield bare
-            if pass_ == "forward" and exchange != "parts":
-                yield dataclasses.replace(bare, inputs=True, shared_input_blocks=4)
+            if pass_ == "forward":
+                yield dataclasses.replace(bare, inputs=True, shared_input_blocks=0 if exchange == "parts" else 4)
 
 
 @pytest.mark.parametrize("pass_", planner.PASSES)
@@ -131,7 +131,10 @@ def test_needs_are_those_of_the_kernels(pass_, cuda_host):
 def test_every_plan_is_valid(device, cuda_host):
     host = cuda_host.Host(cuda_host.built("plain", cuda_host.FLAGS))
     for kernel, shape in itertools.product(planner.PASSES, itertools.islice(shapes(), 0, None, 7)):
-        for plan in itertools.chain(planner.whole(kernel, shape, device), planner.in_parts(kernel, shape, device)):
+        found = [planner.whole(kernel, shape, device), planner.in_parts(kernel, shape, device)]
+        if kernel == "forward":
+            found.append(planner.in_parts(kernel, shape, device, inputs=True))
+        for plan in itertools.chain(*found):
             _, why = host.needs(planner.PASSES.index(kernel), *mirrored(cuda_host, shape, plan))
             assert why is None, (why, shape, plan)
             assert plan.shared <= device.shared
@@ -183,6 +186,25 @@ def test_x_comes_after_the_recurrent_weights_on_the_chip():
     assert not any(p.inputs for p in planner.plans("backward", shape, H200))
     wide = Shape(128, 8, 100_000, 512, 512, 1, 2, "tf32")
     assert not any(p.inputs for p in planner.plans("forward", wide, H200))
+    # But for a single step, for which there are plans in parts.
+    single = list(planner.plans("forward", wide._replace(T=1), H200))
+    assert {p.inputs for p in single if p.exchange != "parts"} == {False}
+    assert {p.inputs for p in single if p.exchange == "parts"} == {True}
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
+def test_x_in_parts_where_that_saves_time(device):
+    """In layers that fit in no other way, where w_ih is small beside w_hh."""
+
+    def chosen(T, I):
+        plan = planner.plan("forward", Shape(T, 1, I, 10_000, 10_000, 1, 2, "tf32"), device)
+        assert plan.exchange == "parts"
+        return plan.inputs
+
+    assert chosen(1, 64)
+    assert chosen(4, 64)
+    assert not chosen(1, 10_000)
+    assert not chosen(1024, 10_000)
 
 
 def test_more_work_is_predicted_to_take_longer():

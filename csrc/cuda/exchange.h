@@ -21,6 +21,7 @@
 #pragma once
 
 #include "params.h"
+#include "parts.h"
 #include "product.h"
 
 namespace fusedrnn::cuda {
@@ -35,12 +36,12 @@ class GridExchange {
 
   FUSEDRNN_DEVICE GridExchange(const Role& role, const Sizes& sizes, const Plan& plan, Pass pass, Stage stage,
                                const Product& product, int rows, const Workspace& workspace, char* operand, Mbarrier*)
-      : role_(role),
+      : row_bytes_(product.operand.row_bytes()),
+        senders_(blocks_with(product.operand.tiles, plan)),
+        role_(role),
         rows_(rows),
-        row_bytes_(product.operand.row_bytes()),
         stride_(product.operand.stride()),
         warps_(plan.tiles * plan.splits),
-        senders_(blocks_with(product.operand.tiles, plan)),
         operand_(operand),
         exchanged_(static_cast<char*>(workspace.exchanged) + int64_t{role.group} * 2 * rows * row_bytes_),
         flags_(workspace.flags + int64_t{role.group} * plan.blocks) {
@@ -99,83 +100,52 @@ class GridExchange {
 
   FUSEDRNN_DEVICE const char* received() const { return buffer(received_ - 1); }
 
-  const Role& role_;
-  int rows_, row_bytes_, stride_, warps_, senders_;
-  char* operand_;
+  int row_bytes_, senders_;
 
  private:
   FUSEDRNN_DEVICE char* buffer(uint32_t k) const {
     return exchanged_ + static_cast<int64_t>(k & 1) * rows_ * row_bytes_;
   }
 
-  char* exchanged_;
+  const Role& role_;
+  int rows_, stride_, warps_;
+  char *operand_, *exchanged_;
   uint32_t* flags_;
   uint32_t sent_ = 0, received_ = 0;
 };
 
-// The same of operands of any size: a block copies one part of an operand after the other into one of two buffers, all
-// of them once for every turn. With the parts of all turns of the launch counted 0, 1, 2, ...:
-//
-//   part k is copied, the only barrier      begin to copy part k + 1      product with part k
-//
-// Part k + 1 takes the buffer of part k - 1, with which everybody has multiplied before that barrier. The first part of
-// a turn is copied on its own: the last product of the turn before it was with the other buffer.
+// The same of operands of any size, which come to shared memory in parts.
 class PartsExchange : public GridExchange {
  public:
   static constexpr Exchange kExchange = Exchange::kParts;
-  static constexpr bool kInParts = true;
+  static constexpr bool kInParts = true, kRounds = false;
+  static constexpr const char *kCopies = "the thread's copies of the part", *kCopied = "the part is copied";
   using GridExchange::await;
 
   FUSEDRNN_DEVICE PartsExchange(const Role& role, const Sizes& sizes, const Plan& plan, Pass pass, Stage stage,
                                 const Product& product, int rows, const Workspace& workspace, char* operand, Mbarrier*)
-      : GridExchange(role, sizes, plan, pass, stage, product, rows, workspace, operand, nullptr),
-        blocks_(product.operand.blocks()),
-        part_blocks_(plan.part_blocks),
-        parts_(parts(product.operand, plan)) {
-    stride_ = part_stride(plan);
+      : GridExchange(role, sizes, plan, pass, stage, product, rows, workspace, nullptr, nullptr),
+        parts_(role, plan, product.operand, rows, operand) {
     if (senders_ > plan.blocks) senders_ = plan.blocks;  // each has several of the tiles
   }
 
   // use(part, operand) for every part of the operand, which lies in shared memory meanwhile.
   template <class F>
   FUSEDRNN_DEVICE void for_each_part(const F& use) {
-    copy(0);
-    FUSEDRNN_NO_UNROLL for (int part = 0; part < parts_; ++part) {
-      wait_copies("the thread's copies of the part");
-      sync_block("the part is copied");
-      const char* copied = buffer();
-      ++copied_;
-      if (part + 1 < parts_) copy(part + 1);
-      use(part, copied);
+    parts_.for_each(*this, use);
+  }
+
+  FUSEDRNN_DEVICE void fetch(int row, int k, Quad& to) const {
+    const int byte = k * static_cast<int>(sizeof(Quad));
+    if (byte < row_bytes_) {
+      copy_async(&to, received() + static_cast<int64_t>(row) * row_bytes_ + byte);
+    } else {
+      to = Quad{{0, 0, 0, 0}};
     }
   }
 
  private:
-  FUSEDRNN_DEVICE char* buffer() const { return operand_ + static_cast<int>(copied_ & 1) * rows_ * stride_; }
-
-  // Behind the last tile come zeros to the end of the K block, which meet weights that are zero.
-  FUSEDRNN_DEVICE void copy(int part) {
-    FUSEDRNN_NO_UNROLL for (int row = role_.warp; row < rows_; row += warps_) {
-      FUSEDRNN_NO_UNROLL for (int split = 0; split < role_.splits; ++split) {
-        const int begin = first_block(blocks_, split, role_.splits) + part * part_blocks_;
-        const int left = first_block(blocks_, split + 1, role_.splits) - begin;
-        const int bytes = (left < part_blocks_ ? left : part_blocks_) * kBlockBytes;
-        char* to = buffer() + row * stride_ + split * part_blocks_ * kBlockBytes;
-        FUSEDRNN_NO_UNROLL for (int k = role_.lane * static_cast<int>(sizeof(Quad)); k < bytes;
-                                k += kWarp * static_cast<int>(sizeof(Quad))) {
-          const int byte = begin * kBlockBytes + k;
-          if (byte < row_bytes_) {
-            copy_async(to + k, received() + static_cast<int64_t>(row) * row_bytes_ + byte);
-          } else {
-            *reinterpret_cast<Quad*>(to + k) = Quad{{0, 0, 0, 0}};
-          }
-        }
-      }
-    }
-  }
-
-  int blocks_, part_blocks_, parts_;
-  uint32_t copied_ = 0;
+  Parts parts_;
 };
 
 // Through distributed shared memory. Sixteen bytes at a time go to every block of the cluster, the own one included,

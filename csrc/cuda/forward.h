@@ -21,10 +21,12 @@
 // where K is split, one barrier of the warps of a tile, and one of the block's for x. The outputs of a step are stored
 // after the exchange has begun. Limits: 8 or 16 batch rows in a slice; h of all units for these rows fits into shared
 // memory, once (kGrid) or twice (kCluster), and with a projection m, and every tile has a warp. In parts there is
-// neither limit: h and m come to shared memory in parts, and the tiles of a warp take turns (turns.h), all of them once
-// for the product with h and, with a projection, again for that with m. Then no weights stay on the chip, c and h of a
-// tile are loaded and stored in its turn, and xg is loaded before the product.
+// neither limit: x, h and m come to shared memory in parts, and the tiles of a warp take turns (turns.h), all of them
+// once for the product with h and, with a projection, again for that with m. Then no weights stay on the chip, c and h
+// of a tile are loaded and stored in its turn, and xg is loaded before the product.
 #pragma once
+
+#include <type_traits>
 
 #include "exchange.h"
 #include "geometry.h"
@@ -63,6 +65,7 @@ class Forward {
   using Outputs = typename Projection::Results;
   static constexpr int kKeptOfC = kColumnTiles * 2;
   using Kept = Turns<A, kept_numbers(kPass, kRows, kProjected)>;
+  using X = std::conditional_t<Channel::kInParts, InputsInParts<M, kRows>, Inputs<M, kRows>>;
 
   FUSEDRNN_DEVICE Forward(const ForwardParams& p, Role& role, char* shared, const SharedLayout& layout)
       : p_(p),
@@ -112,8 +115,7 @@ class Forward {
       slices_in_turns(shared, layout);
     } else {
       const Recurrent recurrent = recurrent_product(shared, layout);
-      const Input input(role_, p_.plan, product_of(p_, Stage::kInput), p_.w_ih, p_.plan.shared_input_blocks,
-                        shared + layout.weights[2], shared + layout.partial[2]);
+      const Input input = input_product(shared, layout);
       if constexpr (kProjected) {
         const Projection projection = projection_product(shared, layout);
         slices(input, recurrent, &projection);
@@ -131,6 +133,11 @@ class Forward {
   FUSEDRNN_DEVICE Projection projection_product(char* shared, const SharedLayout& layout) const {
     return Projection(role_, p_.plan, product_of(p_, Stage::kProjection), p_.w_hr, p_.plan.shared_projection_blocks,
                       shared + layout.weights[1], shared + layout.partial[1]);
+  }
+
+  FUSEDRNN_DEVICE Input input_product(char* shared, const SharedLayout& layout) const {
+    return Input(role_, p_.plan, product_of(p_, Stage::kInput), p_.w_ih, p_.plan.shared_input_blocks,
+                 shared + layout.weights[2], shared + layout.partial[2]);
   }
 
   // f(b) for the first batch row of every slice of the group.
@@ -197,12 +204,17 @@ class Forward {
       });
       announce_h();
       FUSEDRNN_NO_UNROLL for (int64_t n = 0; n < T; ++n) {
-        h_channel_.await();
         in_turns(unit_tiles(), [&] {
           recall(kept, b, n);
           load(n);
-          const Recurrent recurrent = recurrent_product(shared, layout);
           Gates z;
+          if (has_inputs()) {
+            x_.take(direction_.at(n), b);
+            input_product(shared, layout).multiply_part(x_, z);
+            add(xg_, z);
+          }
+          if (kept.is_first()) h_channel_.await();
+          const Recurrent recurrent = recurrent_product(shared, layout);
           recurrent.multiply_part(h_channel_, z);
           add(z, xg_);
           recurrent.add_parts(z);
@@ -275,7 +287,7 @@ class Forward {
 
   // Whether the warp has a product with w_ih.
   FUSEDRNN_DEVICE bool takes_x() const { return has_inputs() && has_units_; }
-  FUSEDRNN_DEVICE bool has_inputs() const { return !Channel::kInParts && p_.plan.inputs != 0; }
+  FUSEDRNN_DEVICE bool has_inputs() const { return p_.plan.inputs != 0; }
 
   // The batch row of a column, and the index in h of one of the lane's numbers of it.
   FUSEDRNN_DEVICE int64_t row(int n, int j) const { return first_row_ + n * kColumns + j; }
@@ -465,7 +477,7 @@ class Forward {
   Channel h_channel_, m_channel_;  // the second one only with a projection
   S* staging_;
   const Direction direction_;
-  Inputs<M, kRows> x_;  // only where the launch takes it
+  X x_;  // only where the launch takes it
   int unit_;
   // Whether the warp has a tile of units, and of outputs; and whether the thread takes part in receiving h, and m.
   bool has_units_, has_outputs_, in_units_, in_outputs_;

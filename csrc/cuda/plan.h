@@ -306,8 +306,9 @@ FUSEDRNN_BOTH constexpr const char* invalid(Pass pass, const Sizes& sizes, const
   if (plan.exchange == Exchange::kParts) {
     if (plan.rows != max_rows(plan.math) && sizes.projected == 0) return "in parts, rows must be as many as can be";
     if (plan.blocks > (1 << 20)) return "too many blocks";
-    if (plan.inputs != 0) return "a launch in parts takes no inputs";
-    if (plan.shared_blocks != 0 || plan.shared_projection_blocks != 0) return "in parts, all weights are streamed";
+    if (plan.shared_blocks != 0 || plan.shared_projection_blocks != 0 || plan.shared_input_blocks != 0) {
+      return "in parts, all weights are streamed";
+    }
     if (plan.part_blocks < 1 || plan.part_blocks > (1 << 12)) return "part_blocks must be 1 to 2^12";
     return nullptr;
   }

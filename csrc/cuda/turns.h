@@ -29,6 +29,9 @@ class Turns {
     }
   }
 
+  // Whether it is the first turn.
+  FUSEDRNN_DEVICE bool is_first() const { return turn_ == 0; }
+
   // One of the numbers that the thread keeps of the tile whose turn it is.
   FUSEDRNN_DEVICE A& operator[](int k) const { return first_[turn_ * each() + k]; }
 

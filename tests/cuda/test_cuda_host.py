@@ -177,33 +177,52 @@ PARTS = {
 
 @pytest.mark.parametrize(("options", "H", "proj"), PARTS.values(), ids=PARTS.keys())
 def test_parts(layer, kit, math, options, H, proj):
-    layer(kit.Problem(3, 2, H, D=2, proj=proj), in_parts(kit, math, proj, **options)).check()
+    for inputs in ({}, {"I": 3}, {"I": 90}):
+        problem, plan = kit.Problem(3, 2, H, D=2, proj=proj, **inputs), in_parts(kit, math, proj, **options)
+        layer(problem, kit.replace(plan, inputs=bool(inputs))).check()
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_sizes_in_parts(layer, kit, math, size):
     layer(kit.Problem(*size), in_parts(kit, math)).check()
+    layer(kit.Problem(*size, I=9), in_parts(kit, math, inputs=True)).check()
 
 
+@pytest.mark.parametrize("inputs", [False, True], ids=["", "inputs"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_options_in_parts(layer, kit, math, options):
-    layer(kit.Problem(4, 5, 19, **options), in_parts(kit, math, options.get("proj", 0), groups=1)).check()
+def test_options_in_parts(layer, kit, math, options, inputs):
+    plan = in_parts(kit, math, options.get("proj", 0), groups=1, inputs=inputs)
+    layer(kit.Problem(4, 5, 19, **options), plan).check()
+
+
+@pytest.mark.parametrize("aligned", [False, True], ids=["", "aligned"])
+@pytest.mark.parametrize("I", [1, 8, 35, 200])
+def test_input_sizes_in_parts(layer, kit, math, I, aligned):
+    """Fewer parts than of h, as many, and more; each with a batch that does not fill the last slice."""
+    problem = kit.Problem(3, rows_of(math) + 1, 70, I=I, aligned=aligned, D=2)
+    layer(problem, in_parts(kit, math, inputs=True, tiles=2, splits=2, groups=1)).check()
+
+
+@pytest.mark.parametrize("biases", ["", "ih", "hh"])
+def test_biases_in_parts(layer, kit, math, biases):
+    layer(kit.Problem(2, 3, 19, D=2, biases=biases), in_parts(kit, math, inputs=True)).check()
 
 
 @pytest.mark.parametrize("proj", [0, 37], ids=["", "projected"])
 def test_parts_give_the_same_bits(layer, kit, math, proj):
     """As a plan that has the whole operand in shared memory, and a warp for every tile, with the same splits of K."""
-    problem = kit.Problem(3, 3, 70, D=2, proj=proj, lengths=True, reset=True)
-    first, *others = (
-        layer(problem, plan).all()
-        for plan in (
-            kit.Plan("grid", math, splits=2),
-            in_parts(kit, math, proj, splits=2),
-            in_parts(kit, math, proj, splits=2, part_blocks=3, blocks=2, tiles=2),
+    for inputs in (False, True):
+        problem = kit.Problem(3, 3, 70, D=2, proj=proj, lengths=True, reset=True, I=90)
+        first, *others = (
+            layer(problem, kit.replace(plan, inputs=inputs)).all()
+            for plan in (
+                kit.Plan("grid", math, splits=2),
+                in_parts(kit, math, proj, splits=2),
+                in_parts(kit, math, proj, splits=2, part_blocks=3, blocks=2, tiles=2),
+            )
         )
-    )
-    for other in others:
-        assert all(torch.equal(first[name], other[name]) for name in first)
+        for other in others:
+            assert all(torch.equal(first[name], other[name]) for name in first)
 
 
 def test_inference_writes_no_more_than_outputs(layer, kit, exchange, math):
@@ -265,10 +284,11 @@ def test_every_schedule_gives_the_same_bits(layer, kit, exchange, math, variant,
     )
 
 
+@pytest.mark.parametrize("inputs", [{}, {"I": 37}], ids=["", "inputs"])
 @pytest.mark.parametrize("proj", [0, 17], ids=["", "projected"])
-def test_every_schedule_in_parts_gives_the_same_bits(layer, kit, math, proj):
-    problem = kit.Problem(**{**RACE, "T": 2, "B": rows_of(math) + 1}, proj=proj)
-    same_in_every_schedule(layer(problem, in_parts(kit, math, proj, **RACE_IN_PARTS)))
+def test_every_schedule_in_parts_gives_the_same_bits(layer, kit, math, proj, inputs):
+    problem = kit.Problem(**{**RACE, "T": 2, "B": rows_of(math) + 1}, proj=proj, **inputs)
+    same_in_every_schedule(layer(problem, in_parts(kit, math, proj, **RACE_IN_PARTS, inputs=bool(inputs))))
 
 
 def same_in_every_schedule(one):
@@ -314,12 +334,18 @@ def test_no_synchronisation_can_be_left_out(layer, kit, exchange, direction, inp
 
 
 @pytest.mark.parametrize("proj", [0, 33], ids=["", "projected"])
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_no_synchronisation_in_parts_can_be_left_out(layer, kit, direction, proj):
-    problem = kit.Problem(**{**RACE, "B": 20, "H": 70}, proj=proj)
-    plans = [in_parts(kit, "bf16", proj, groups=1, **options) for options in ({"blocks": 2, "splits": 2}, {"tiles": 2})]
+@pytest.mark.parametrize(
+    ("direction", "inputs"), [("forward", False), ("forward", True), ("backward", False)], ids=lambda part: str(part)
+)
+def test_no_synchronisation_in_parts_can_be_left_out(layer, kit, direction, inputs, proj):
+    problem = kit.Problem(**{**RACE, "B": 20, "H": 70}, proj=proj, I=90)
+    plans = [
+        in_parts(kit, "bf16", proj, groups=1, inputs=inputs, **options)
+        for options in ({"blocks": 2, "splits": 2}, {"tiles": 2})
+    ]
     names = every_removal_is_caught([layer(problem, plan) for plan in plans], direction)
     assert {"the part is copied", "the thread's copies of the part"} <= names
+    assert ("the part of the input is copied" in names) == inputs
 
 
 def every_removal_is_caught(layers, direction):
@@ -372,7 +398,11 @@ def test_a_deadlock_is_reported_with_who_waits_where(host, kit):
         ({}, {"exchange": "parts", "rows": 16, "part_blocks": -1}, "counts must be positive"),
         ({}, {"exchange": "parts", "part_blocks": 1}, "as many as can be"),
         ({}, {"exchange": "parts", "rows": 16, "part_blocks": 1, "shared_blocks": 1}, "all weights are streamed"),
-        ({"I": 5}, {"exchange": "parts", "rows": 16, "part_blocks": 1, "inputs": True}, "takes no inputs"),
+        (
+            {"I": 5},
+            {"exchange": "parts", "rows": 16, "part_blocks": 1, "inputs": True, "shared_input_blocks": 1},
+            "all weights are streamed",
+        ),
         ({}, {"part_blocks": 1}, "part_blocks without parts"),
         ({"H": 20000, "P": 20000}, {"blocks": 16, "tiles": 160, "exchange": "cluster"}, "too many threads"),
     ],
