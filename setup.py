@@ -8,7 +8,7 @@ Environment:
     TORCH_CUDA_ARCH_LIST     what to compile the CUDA kernels for, by default "8.0;9.0a;10.0+PTX"; "8.0;9.0+PTX" where
                              nvcc does not know 10.0
     CUDA_HOME                where nvcc is, if it is not in PATH
-    MAX_JOBS                 CUDA sources that are compiled at the same time, by default one for each processor
+    MAX_JOBS                 kernel sources that are compiled at the same time, by default one for each processor
     FUSEDRNN_CUDA_DEBUG=1    a CUDA kernel in which a block waits for more than some seconds prints which one and for
                              what, and ends with an error instead of hanging
     FUSEDRNN_SANITIZE=LIST   for instance address,undefined: a build of the CPU library for tests
@@ -104,6 +104,11 @@ def code_flags(architectures):
     return flags
 
 
+def jobs():
+    """How many sources to compile at the same time."""
+    return int(os.environ.get("MAX_JOBS", 0)) or os.cpu_count() or 1
+
+
 def library_folders(nvcc):
     """Where nvcc would have the linker look for its libraries."""
     line = re.search(r"LIBRARIES=(.*)", output_of(nvcc, "-dryrun", "-x", "cu", "-o", os.devnull, os.devnull))
@@ -169,15 +174,9 @@ class BuildNative(BuildExtension):
         print(f"fusedrnn: the {name.upper()} library is left out: {self.failures[name]}", file=sys.stderr)
 
     def _cpu_objects(self):
-        objects = []
-        for source, flags in ISA_FLAGS.items():
-            objects += self.compiler.compile(
-                [f"csrc/cpu/{source}"],
-                output_dir=self.build_temp,
-                extra_postargs={"cxx": FLAGS + flags},
-                depends=[str(path) for path in Path("csrc/cpu").glob("*.h")],
-            )
-        return objects
+        compiler = [*shlex.split(get_cxx_compiler()), *FLAGS, "-fPIC"]
+        folder = Path("csrc/cpu")
+        return self._compiled({folder / source: [*compiler, *flags] for source, flags in ISA_FLAGS.items()})
 
     def _cuda_objects(self, ext):
         """The kernels, by nvcc itself: torch's own build of .cu files refuses to work for a torch without CUDA."""
@@ -186,29 +185,33 @@ class BuildNative(BuildExtension):
             raise RuntimeError("nvcc was not found: it is neither in PATH nor in CUDA_HOME")
         chosen = architectures(nvcc)
         sources = sorted(Path("csrc/cuda").glob("*.cu"))
-        jobs = int(os.environ.get("MAX_JOBS", 0)) or os.cpu_count() or 1
-        threads = ["--threads", str(max(1, min(len(chosen), jobs // len(sources))))]
-        command = [nvcc, *NVCC_FLAGS, *code_flags(chosen)]
-        folder = Path(self.build_temp) / "cuda"
-        folder.mkdir(parents=True, exist_ok=True)
-        newest = max(path.stat().st_mtime for path in Path("csrc/cuda").glob("*") if path.suffix in (".h", ".cuh"))
-
-        def compile(source):
-            target, made_by = folder / f"{source.stem}.o", folder / f"{source.stem}.command"
-            fresh = target.is_file() and target.stat().st_mtime > max(newest, source.stat().st_mtime)
-            if not (fresh and made_by.is_file() and made_by.read_text() == shlex.join(command)):
-                made_by.unlink(missing_ok=True)
-                output_of(*command, *threads, "-c", str(source), "-o", str(target))
-                made_by.write_text(shlex.join(command))
-            return str(target)
-
-        with ThreadPoolExecutor(jobs) as pool:
-            objects = list(pool.map(compile, sources))
+        threads = ["--threads", str(max(1, min(len(chosen), jobs() // len(sources))))]
+        command = [nvcc, *NVCC_FLAGS, *code_flags(chosen), *threads]
+        objects = self._compiled(dict.fromkeys(sources, command))
         ext.library_dirs += library_folders(nvcc)
         version = re.search(r"release ([\d.]+)", output_of(nvcc, "--version")).group(1)
         built_for = [name + "+PTX" * ptx for name, ptx in chosen]
         self.info["cuda"] = {"nvcc": version, "architectures": built_for, "flags": NVCC_FLAGS}
         return objects
+
+    def _compiled(self, commands):
+        """The object of each source, made by the command beside it unless one is there that is as new as the folder."""
+
+        def compiled(source, command):
+            folder = Path(self.build_temp) / source.parent
+            folder.mkdir(parents=True, exist_ok=True)
+            target, made_by = folder / f"{source.stem}.o", folder / f"{source.stem}.command"
+            headers = (path for path in source.parent.glob("*") if path.suffix in (".h", ".cuh"))
+            newest = max(path.stat().st_mtime for path in (source, *headers))
+            fresh = target.is_file() and target.stat().st_mtime > newest
+            if not (fresh and made_by.is_file() and made_by.read_text() == shlex.join(command)):
+                made_by.unlink(missing_ok=True)
+                output_of(*command, "-c", str(source), "-o", str(target))
+                made_by.write_text(shlex.join(command))
+            return str(target)
+
+        with ThreadPoolExecutor(jobs()) as pool:
+            return list(pool.map(compiled, commands.keys(), commands.values()))
 
     def _compiler(self):
         command = getattr(getattr(self, "compiler", None), "compiler_cxx", None)
