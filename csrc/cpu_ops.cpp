@@ -123,6 +123,8 @@ const void* pointer(const OptionalTensor& tensor) { return tensor.has_value() ? 
 
 void* pointer(Tensor& tensor) { return tensor.mutable_data_ptr(); }
 
+void* pointer(OptionalTensor& tensor) { return tensor.has_value() ? pointer(*tensor) : nullptr; }
+
 // The number at `offset` of a contiguous tensor.
 void* at(const Tensor& tensor, int64_t offset) {
   return static_cast<char*>(tensor.mutable_data_ptr()) + offset * tensor.element_size();
@@ -361,7 +363,7 @@ int64_t steps_at_a_time(const Layer& layer) {
 
 // A whole sequence: the input's affine maps as matrix products, and the launches that use them; or, where the sequence
 // is short, one launch that does both.
-void forward_sequence(const Layer& layer, ForwardParams& params, const Tensor& gates) {
+void forward_sequence(const Layer& layer, ForwardParams& params, const OptionalTensor& gates) {
   const Sizes& s = layer.sizes;
   const Kernels& kernels = layer.kernels;
   OptionalTensor panel_hr;
@@ -379,9 +381,9 @@ void forward_sequence(const Layer& layer, ForwardParams& params, const Tensor& g
   if (s.T * s.B <= kUnpackedRows) return run(0, s.T);
 
   // The gates take the place of their affine maps where both are kept, in one dtype.
-  const bool in_place = params.gates != nullptr && layer.x.scalar_type() == layer.compute;
+  const bool in_place = gates.has_value() && layer.x.scalar_type() == layer.compute;
   const int64_t steps = in_place ? s.T : steps_at_a_time(layer), G = 4 * s.H;
-  const Tensor xg = in_place ? gates : empty({s.D, steps, s.B, G}, layer.compute);
+  const Tensor xg = in_place ? *gates : empty({s.D, steps, s.B, G}, layer.compute);
   const Tensor x = as(layer.x, layer.compute);
   const Packing w_ih = gates_in_blocks(s.H, kernels.lanes) ? gates_of(kernels, s.H, s.I) : rows_of(kernels, G, s.I);
   const Tensor panel_ih = packed(layer, w_ih, [&](int64_t d) { return layer.weights.w_ih(d); });
@@ -400,24 +402,25 @@ void forward_sequence(const Layer& layer, ForwardParams& params, const Tensor& g
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_forward(Tensor x, Tensors flat, bool bidirectional,
-                                                               OptionalTensor h0, OptionalTensor c0,
-                                                               OptionalTensor lengths, OptionalTensor reset,
-                                                               bool cell_states, bool reserve) {
-  const NoGrad no_grad;
-  const Layer layer(x, flat, bidirectional, h0, c0, lengths, reset);
-  const Sizes& s = layer.sizes;
-  const ScalarType dtype = x.scalar_type();
-  Tensor y = empty({s.T, s.B, s.D * s.P}, dtype), hn = empty({s.D, s.B, s.P}, dtype),
-         cn = empty({s.D, s.B, s.H}, dtype);
-  Tensor c = cell_states || reserve ? empty({s.T, s.B, s.D * s.H}, dtype) : empty({0}, dtype);
-  Tensor gates = reserve ? empty({s.D, s.T, s.B, 4 * s.H}, dtype) : empty({0}, dtype);
-  if (s.B == 0) return {y, hn, cn, c, gates};
+// What a forward returns: y, hn and cn; and c and the gates, where they are wanted.
+struct Outputs {
+  explicit Outputs(const Layer& layer)
+      : y(empty({layer.sizes.T, layer.sizes.B, layer.sizes.D * layer.sizes.P}, layer.x.scalar_type())),
+        hn(empty({layer.sizes.D, layer.sizes.B, layer.sizes.P}, layer.x.scalar_type())),
+        cn(empty({layer.sizes.D, layer.sizes.B, layer.sizes.H}, layer.x.scalar_type())) {}
 
+  Tensor y, hn, cn;
+  OptionalTensor c, gates;
+};
+
+void forward(const Layer& layer, Outputs& out) {
+  const Sizes& s = layer.sizes;
+  if (s.B == 0) return;
   const int64_t h_size = 2 * s.D * s.B * s.P, c_size = s.D * s.B * s.H;
-  Tensor scratch = empty({h_size + (s.projected ? 2 : 1) * c_size}, layer.compute);
-  auto* const h = static_cast<char*>(pointer(scratch));
-  auto* const c_state = h + h_size * scratch.element_size();
+  const int64_t bytes = layer.compute == ScalarType::Double ? 8 : 4;
+  const std::unique_ptr<char[]> scratch(new char[(h_size + (s.projected ? 2 : 1) * c_size) * bytes]);
+  char* const h = scratch.get();
+  char* const c_state = h + h_size * bytes;
 
   ForwardParams params{};
   params.sizes = s;
@@ -431,21 +434,44 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_forward(Tensor x, Tensors
   }
   params.h0 = pointer(layer.h0);
   params.c0 = pointer(layer.c0);
-  params.y = pointer(y);
-  params.hn = pointer(hn);
-  params.cn = pointer(cn);
-  params.c = cell_states || reserve ? pointer(c) : nullptr;
-  params.gates = reserve ? pointer(gates) : nullptr;
+  params.y = pointer(out.y);
+  params.hn = pointer(out.hn);
+  params.cn = pointer(out.cn);
+  params.c = pointer(out.c);
+  params.gates = pointer(out.gates);
   params.h = h;
   params.c_state = c_state;
-  params.m = s.projected ? c_state + c_size * scratch.element_size() : nullptr;
+  params.m = s.projected ? c_state + c_size * bytes : nullptr;
   params.x = layer.x.const_data_ptr();
   if (s.T == 1) {
     forward_step(layer, params);
   } else {
-    forward_sequence(layer, params, gates);
+    forward_sequence(layer, params, out.gates);
   }
-  return {y, hn, cn, c, gates};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_forward(Tensor x, Tensors flat, bool bidirectional,
+                                                               OptionalTensor h0, OptionalTensor c0,
+                                                               OptionalTensor lengths, OptionalTensor reset,
+                                                               bool cell_states, bool reserve) {
+  const NoGrad no_grad;
+  const Layer layer(x, flat, bidirectional, h0, c0, lengths, reset);
+  const Sizes& s = layer.sizes;
+  const ScalarType dtype = x.scalar_type();
+  Outputs out(layer);
+  if (cell_states || reserve) out.c = empty({s.T, s.B, s.D * s.H}, dtype);
+  if (reserve) out.gates = empty({s.D, s.T, s.B, 4 * s.H}, dtype);
+  forward(layer, out);
+  const auto present = [&](const OptionalTensor& tensor) { return tensor.has_value() ? *tensor : empty({0}, dtype); };
+  return {out.y, out.hn, out.cn, present(out.c), present(out.gates)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> cpu_infer(Tensor x, Tensors flat, bool bidirectional, OptionalTensor h0,
+                                             OptionalTensor c0) {
+  const Layer layer(x, flat, bidirectional, h0, c0, std::nullopt, std::nullopt);
+  Outputs out(layer);
+  forward(layer, out);
+  return {out.y, out.hn, out.cn};
 }
 
 // ---------------------------------------------------------------------------------------------- backward
@@ -643,6 +669,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> cpu_backward(OptionalTensor dy, Opti
 STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CPU, library) {
   library.impl("cpu_forward", TORCH_BOX(&cpu_forward));
   library.impl("cpu_backward", TORCH_BOX(&cpu_backward));
+  library.impl("cpu_infer", TORCH_BOX(&cpu_infer));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CompositeExplicitAutograd, library) {

@@ -186,7 +186,7 @@ def plain_inference(input: Tensor) -> bool:
     trace. A shorter question than `select`'s.
     """
     return (
-        input.device.type == "cpu"
+        input.is_cpu
         and (_forced == "auto" or _forced == "cpu")
         and ops.cpu_unavailable is None
         and not torch.is_grad_enabled()

@@ -231,10 +231,8 @@ def _infer(
     h0, c0 = (None, None) if hx is None else hx
     x = input.transpose(0, 1) if batch_first else input
     try:
-        if not all(tensor.is_cpu for tensor in (*weights, *(hx or ()))):  # the operator's fake would take a meta tensor
-            return None
-        y, hn, cn, _, _ = ops.forward_op("cpu")(x, weights, bidirectional, h0, c0, None, None, False, False)
-    except (AttributeError, RuntimeError, TypeError, ValueError):
+        y, hn, cn = ops.cpu_infer(x, weights, bidirectional, h0, c0)
+    except (RuntimeError, TypeError, ValueError):
         return None
     return y.transpose(0, 1) if batch_first else y, (hn, cn)
 

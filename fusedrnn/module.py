@@ -65,7 +65,7 @@ class _LSTMForward(nn.RNNBase):
     ) -> Any:
         return lstm(
             input,
-            [_weight(self, name) for names in self._all_weights for name in names],
+            _weights(self, [name for names in self._all_weights for name in names]),
             hx,
             num_layers=self.num_layers,
             batch_first=self.batch_first,
@@ -145,15 +145,20 @@ class LSTMCell(nn.LSTMCell):
         self, input: Tensor, hx: tuple[Tensor, Tensor] | Sequence[Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """One step: input [B, I] or [I], hx (h [B, H], c [B, H]) or zeros -> (h', c'); see `functional.lstm_cell`."""
-        return lstm_cell(input, hx, *(_weight(self, name) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")))
+        return lstm_cell(input, hx, *_weights(self, ("weight_ih", "weight_hh", "bias_ih", "bias_hh")))
 
 
-def _weight(module: nn.Module, name: str) -> Any:
-    """What getattr(module, name) is; nn.Module takes microseconds to find a parameter, and a single step feels them."""
-    weight = module.__dict__.get(name)
-    if weight is None:
-        weight = module._parameters.get(name)
-    return getattr(module, name) if weight is None else weight
+def _weights(module: nn.Module, names: Sequence[str]) -> list[Any]:
+    """What getattr(module, name) is for each of the names; nn.Module takes microseconds to find a parameter, and a
+    single step feels them."""
+    own, parameters = module.__dict__, module._parameters
+    weights = []
+    for name in names:
+        weight = own.get(name)
+        if weight is None:
+            weight = parameters.get(name)
+        weights.append(getattr(module, name) if weight is None else weight)
+    return weights
 
 
 def _check_indices(name: str, indices: Tensor | None, batch_sizes: Tensor) -> None:

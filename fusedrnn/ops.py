@@ -248,6 +248,12 @@ _library.define("cuda_obstacle(int device) -> str")
 _library.define("cuda_device_type() -> str")
 
 _define("cpu")
+# cpu_forward where nothing but its results is asked for: a single time step feels every argument. It is never traced,
+# and without a fake kernel a meta tensor among its arguments is an error.
+_library.define(
+    "cpu_infer(Tensor x, Tensor[] weights, bool bidirectional, Tensor? h0, Tensor? c0) "
+    "-> (Tensor y, Tensor hn, Tensor cn)"
+)
 _library.define("cpu_isa(str? select=None) -> str")
 _library.define("cpu_plan(int T, int B, int I, int H, int P, int D, bool float64) -> str")
 
@@ -312,4 +318,5 @@ def backward_op(backend: str) -> Callable[..., tuple[Tensor, Tensor, Tensor, lis
 
 _ops = getattr(torch.ops, NAMESPACE)
 _FORWARD = {name: getattr(_ops, f"{name}_forward").default for name in ("reference", "cuda", "triton", "cpu")}
+cpu_infer = _ops.cpu_infer.default
 _BACKWARD = {name: getattr(_ops, f"{name}_backward").default for name in ("reference", "cuda", "triton", "cpu")}

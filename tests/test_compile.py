@@ -299,6 +299,16 @@ def test_opcheck_forward(kernel, layer, cell_states, reserve):
     torch.library.opcheck(ops.forward_op(kernel.backend), arguments)
 
 
+@pytest.mark.parametrize("layer", ["plain", "no bias", "both directions", "projection", "hx"])
+def test_opcheck_inference(layer):
+    if fusedrnn.backends()["cpu"] is not None:
+        pytest.skip(fusedrnn.backends()["cpu"])
+    arguments = forward_arguments("cpu", False, False, **LAYERS[layer])
+    torch.library.opcheck(ops.cpu_infer, arguments[:5], test_utils=("test_schema", "test_autograd_registration"))
+    whole = ops.forward_op("cpu")(*arguments[:5], None, None, False, False)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(ops.cpu_infer(*arguments[:5]), whole[:3], strict=True))
+
+
 GIVEN = ["all", "dy", "dhn", "dcn and dc"]
 NEEDS = ["all", "x", "weights"]
 
@@ -335,4 +345,4 @@ def test_opcheck_of_what_computes_no_tensor():
     }
     library = {f"cuda_{name}" for name in ("launch_forward", "launch_backward", "room", "obstacle", "device_type")}
     # What is new has to be checked: here, triton's and cuda's in test_triton.py and test_cuda.py.
-    assert names == {*pairs, "cpu_isa", "cpu_plan", *library}
+    assert names == {*pairs, "cpu_infer", "cpu_isa", "cpu_plan", *library}
