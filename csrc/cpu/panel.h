@@ -216,16 +216,23 @@ void pack_columns(const void* w, int64_t K, int64_t N, void* panel, int64_t begi
   }
 }
 
+// Rows of weights that are read at the same time: enough sums to hide the latency of one, and few enough streams for
+// the prefetchers.
+template <class A>
+constexpr int kDots = kUnits<A> < 8 ? kUnits<A> : 8;
+
 // sums[u] += w[u] * a, lane by lane along K, for w [units][K]; units is at most `lanes`. The sums of units that are not
 // there are not defined.
 template <class A, class S, class Operand>
 FUSEDRNN_INLINE void add_dots(Vec<A> (&sums)[kUnits<A>], const S* w, int64_t units, const Operand* a, int64_t K) {
   const int64_t whole = K - K % kUnits<A>;
   if (units == kUnits<A>) {
-    for (int64_t k = 0; k < whole; k += kUnits<A>) {
-      const Vec<A> value = load(a + k);
-#pragma GCC unroll 16
-      for (int64_t u = 0; u < kUnits<A>; ++u) sums[u] += load(w + u * K + k) * value;
+    for (int64_t u = 0; u < kUnits<A>; u += kDots<A>) {
+      for (int64_t k = 0; k < whole; k += kUnits<A>) {
+        const Vec<A> value = load(a + k);
+#pragma GCC unroll 8
+        for (int64_t v = u; v < u + kDots<A>; ++v) sums[v] += load(w + v * K + k) * value;
+      }
     }
   } else {
     for (int64_t u = 0; u < units; ++u) {
