@@ -6,6 +6,7 @@ import argparse
 import csv
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,21 @@ import torch
 
 from fusedrnn import dispatch, testing
 
-from . import arguments, cases, compare, contenders, models, on_a_gpu, plot, provenance, report, results, run, training
+from . import (
+    arguments,
+    busy,
+    cases,
+    compare,
+    contenders,
+    models,
+    on_a_gpu,
+    plot,
+    provenance,
+    report,
+    results,
+    run,
+    training,
+)
 from .cases import Cell
 from .ceilings import Ceilings
 from .results import Row
@@ -86,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="for the rounds of one cell; when it is over, five rounds have to do (%(default)s)",
     )
+    add("--busy", action="store_true", help="time all once more while another process has one core busy; on the CPU")
     add("--steps", type=arguments.whole(2), default=10, help="over which losses of a model are compared (%(default)s)")
     add("--time-wrong", action="store_true", help="time also what was found wrong; it stays marked as such")
     add(
@@ -156,6 +172,10 @@ def _bench(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             parser.error("argument --suite: gpu needs a GPU, and this would run on the CPU")
         if "tf32" in (options.dtype or []):
             parser.error("argument --dtype: tf32 is what a GPU computes in, and this would run on the CPU")
+        if options.busy and (reason := busy.unavailable()):
+            parser.error(f"argument --busy: {reason}")
+    elif options.busy:
+        parser.error("argument --busy: it is a core of the CPU that is busy, and this would run on a GPU")
     if options.resume and (options.out is None or "models" in (options.suite or [])):
         parser.error("argument --resume: it needs the --out of the run before, and the suite models cannot be resumed")
     if options.threads:
@@ -182,7 +202,8 @@ def _bench(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
     interrupted = False
     try:
-        _measure(options, device, keep, curves, {(row.case, row.mode, row.device) for row in rows})
+        with busy.process() if options.busy else nullcontext() as computing:
+            _measure(options, device, keep, curves, {(row.case, row.mode, row.device) for row in rows}, computing)
     except KeyboardInterrupt:
         interrupted = True
     finally:
@@ -205,12 +226,13 @@ def _measure(
     keep: Callable[[Sequence[Row]], None],
     curves: list[training.Curve],
     done: set[tuple[str, str, str]],
+    computing: Callable[[], AbstractContextManager[None]] | None,
 ) -> None:
-    """Measures all cells but those that are `done`: case, mode and device."""
+    """Measures all cells but those that are `done`: case, mode and device; with `computing` in that context as well."""
     entered = contenders.entered(options.backend, options.baseline)
     if not done:
         keep([Row("", c.name, "unavailable", c.unavailable) for c in entered if c.unavailable is not None])
-    settings = run.Settings(options.rounds, options.time_budget, options.time_wrong)
+    settings = run.Settings(options.rounds, options.time_budget, options.time_wrong, computing)
     ticking = clock(device)
     ceilings = Ceilings(ticking)
     cells: list[Any] = [

@@ -6,13 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .contender import BASELINE
-from .results import COLUMNS, Row, cells, geometric_means, losses, rates, tried, untried
+from .results import BUSY_GOAL, Row, beyond_goal, geometric_means, losses, rates, sheet, untried, worst_busy
 
 _MEANING = f"""\
 `ratio` is {BASELINE}'s median over this one: above 1 it is faster than {BASELINE}. `us/step` is the median over the
 time steps of the sequence (for a whole model, over its characters, words or steps). `peak MiB` is what one call adds to
 the memory in use. `limit` is the share of the machine's limit: the least time that its arithmetic and its memory allow,
 over the median. How each is measured stands in docs/benchmarks.md.
+"""
+_BUSY_MEANING = """\
+`busy ms` is the median while another process, bound to one core, computes all the time; `busy/quiet` is that over
+`median ms`, which was measured in the same rounds without it.
 """
 
 
@@ -25,6 +29,12 @@ def write(rows: Sequence[Row], provenance: dict[str, str], pictures: Sequence[Pa
         lines = [(mode, name, f"{mean:.2f}x", str(count)) for mode, name, mean, count in means]
         parts += ["## Geometric means", markdown(("mode", "contender", f"ratio to {BASELINE}", "cells"), lines)]
     parts += ["## Cells that lose", "\n".join(f"- {line}" for line in losses(rows)) or "None."]
+    if busy := worst_busy(rows):
+        lines = [(name, f"{factor:.2f}", where, str(count)) for name, factor, where, count in busy]
+        parts += ["## With another process busy on one core", _BUSY_MEANING]
+        parts += [markdown(("contender", "worst busy/quiet", "where", "cells"), lines)]
+        parts += [f"Cells of fusedrnn beyond {BUSY_GOAL}:"]
+        parts += ["\n".join(f"- {line}" for line in beyond_goal(rows)) or "None."]
     if absent := untried(rows):
         parts += ["## Not measured", "\n".join(f"- {line}" for line in absent)]
     models = [row for row in rows if row.suite == "models"]
@@ -35,7 +45,8 @@ def write(rows: Sequence[Row], provenance: dict[str, str], pictures: Sequence[Pa
         ]
     if pictures:
         parts += ["## Pictures", "\n\n".join(f"![{picture.stem}]({picture.name})" for picture in pictures)]
-    parts += ["## All rows", _MEANING, markdown(COLUMNS, [cells(row) for row in tried(rows)])]
+    heads, *lines = sheet(rows)
+    parts += ["## All rows", _MEANING, markdown(heads, lines)]
     path.write_text("\n\n".join(part.strip() for part in parts) + "\n", encoding="utf-8")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from .contender import BASELINE, OURS
 
 STATUSES = ("ok", "wrong", "out of memory", "failed", "unsupported", "unavailable")
+BUSY_GOAL = 2.5  # times its quiet time that a cell of ours may take while another process has one core busy
 
 
 @dataclass
@@ -51,6 +52,8 @@ class Row:
     ceiling_gflops: float | None = None
     ceiling_gbs: float | None = None
     excess: float | None = None  # the worst error over what the rule allows
+    busy_ms: float | None = None  # the median while another process has one core busy
+    busy_factor: float | None = None  # that over the quiet median
 
     @property
     def ours(self) -> bool:
@@ -64,12 +67,14 @@ class Row:
 
 
 _TYPES: dict[str, Any] = {"str": str, "int | None": int, "float | None": float}
+_LATER = ("busy_ms", "busy_factor")  # columns that files of earlier versions lack
 
 
 class Writer:
     """A CSV file that grows row by row, each with the provenance; what was written stays if the rest is cut off.
 
-    With `append`, what is in the file stays as well, but for a last line that was cut off.
+    With `append`, what is in the file stays as well, but for a last line that was cut off; columns that came later than
+    the file are added to it.
 
     Raises:
         ValueError: the file to append to has other columns.
@@ -81,8 +86,10 @@ class Writer:
         if append:
             text = path.read_bytes()
             path.write_bytes(text[: text.rfind(b"\n") + 1])
-            head = text.decode(errors="replace").split("\n")[0]
-            if head != ",".join(columns):
+            head = text.decode(errors="replace").split("\n")[0].split(",")
+            if head == [name for name in columns if name not in _LATER]:
+                _widen(path, columns)
+            elif head != columns:
                 raise ValueError(f"{path} has other columns than this version writes")
         self._file = path.open("a" if append else "w", newline="", encoding="utf-8")
         self._provenance = provenance
@@ -100,6 +107,19 @@ class Writer:
         self._file.close()
 
 
+def _widen(path: Path, columns: Sequence[str]) -> None:
+    """Adds columns to a CSV file, empty in the lines that are there. The file is whole at every moment."""
+    partial = path.with_name(f"{path.name}.partial")
+    with (
+        path.open(newline="", encoding="utf-8") as before,
+        partial.open("w", newline="", encoding="utf-8") as after,
+    ):
+        lines = csv.DictWriter(after, columns, restval="", lineterminator="\n")
+        lines.writeheader()
+        lines.writerows(csv.DictReader(before))
+    partial.replace(path)
+
+
 def read(path: Path) -> tuple[list[Row], dict[str, str]]:
     """The rows of a CSV file and their provenance.
 
@@ -110,7 +130,7 @@ def read(path: Path) -> tuple[list[Row], dict[str, str]]:
     types = {field.name: _TYPES[str(field.type)] for field in fields(Row)}
     with path.open(newline="", encoding="utf-8") as file:
         lines = csv.DictReader(file)
-        missing = types.keys() - set(lines.fieldnames or ())
+        missing = types.keys() - set(lines.fieldnames or ()) - set(_LATER)
         if missing:
             raise ValueError(f"{path} is not a file of results: it lacks the columns {', '.join(sorted(missing))}")
         rows, provenance = [], dict[str, str]()
@@ -118,7 +138,7 @@ def read(path: Path) -> tuple[list[Row], dict[str, str]]:
             if None in line.values():  # the last one, where a run was killed as it wrote
                 continue
             values: dict[str, Any] = {
-                name: kind(line[name]) if kind is str or line[name] else None for name, kind in types.items()
+                name: kind(line[name]) if kind is str or line.get(name) else None for name, kind in types.items()
             }
             rows.append(Row(**values))
             provenance = {name: text for name, text in line.items() if name not in types}
@@ -136,17 +156,23 @@ def _number(value: float | None, digits: int = 3) -> str:
     return f"{value:,.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
 
 
-COLUMNS = ("case", "mode", "contender", "median ms", "p20", "p80", "ratio", "us/step", "peak MiB", "limit", "")
+_BUSY_COLUMNS = ("busy ms", "busy/quiet")
+_COLUMNS = (
+    *("case", "mode", "contender", "median ms", "p20", "p80"),
+    *_BUSY_COLUMNS,
+    *("ratio", "us/step", "peak MiB", "limit", ""),
+)
 
 
-def cells(row: Row) -> tuple[str, ...]:
-    """A row as text, under `COLUMNS`."""
+def _cells(row: Row) -> tuple[str, ...]:
+    """A row as text, under `_COLUMNS`."""
     note = "" if row.status == "ok" else f"{row.status}: {row.reason}"
     return (
         row.case,
         row.mode,
         row.contender,
-        *map(_number, (row.median_ms, row.p20_ms, row.p80_ms)),
+        *map(_number, (row.median_ms, row.p20_ms, row.p80_ms, row.busy_ms)),
+        "-" if row.busy_factor is None else f"{row.busy_factor:.2f}",
         "-" if row.ratio is None else f"{row.ratio:.2f}x",
         _number(row.unit_us),
         "-" if row.peak_mib is None else f"{row.peak_mib:,.1f}",
@@ -167,10 +193,20 @@ def untried(rows: Sequence[Row]) -> list[str]:
     return lines + [f"{name}, {count} of the cells: {reason}" for (name, reason), count in reasons.items()]
 
 
+def sheet(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """Heads, then every row that was tried as text; the last column says what has no time, and why.
+
+    The columns of a busy process are left out where no row has one.
+    """
+    busy = any(row.busy_ms is not None for row in rows)
+    shown = [k for k, head in enumerate(_COLUMNS) if busy or head not in _BUSY_COLUMNS]
+    return [tuple(line[k] for k in shown) for line in (_COLUMNS, *map(_cells, tried(rows)))]
+
+
 def table(rows: Sequence[Row]) -> list[str]:
-    """Lines of text, one per row that was tried; the last column says what has no time, and why."""
-    lines = [COLUMNS, *(cells(row) for row in tried(rows))]
-    widths = [max(len(line[k]) for line in lines) for k in range(len(COLUMNS) - 1)]
+    """The sheet as lines of text."""
+    lines = sheet(rows)
+    widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]) - 1)]
     return [
         "  ".join(
             [*(f"{text:{'<' if k < 3 else '>'}{widths[k]}}" for k, text in enumerate(line[:-1])), line[-1]]
@@ -205,6 +241,28 @@ def losses(rows: Sequence[Row]) -> list[str]:
     return found
 
 
+def _busy(rows: Sequence[Row]) -> list[tuple[Row, float]]:
+    """The rows that were timed beside a busy process, and their factors."""
+    return [(row, row.busy_factor) for row in rows if row.status == "ok" and row.busy_factor is not None]
+
+
+def worst_busy(rows: Sequence[Row]) -> list[tuple[str, float, str, int]]:
+    """Contender, its worst factor beside a busy process, the cell that has it, and of how many."""
+    groups: dict[str, list[tuple[float, str]]] = {}
+    for row, factor in _busy(rows):
+        groups.setdefault(row.contender, []).append((factor, f"{row.case} {row.mode}"))
+    return [(name, *max(group), len(group)) for name, group in groups.items()]
+
+
+def beyond_goal(rows: Sequence[Row]) -> list[str]:
+    """Every row of ours that a busy process slowed by more than `BUSY_GOAL`."""
+    return [
+        f"{row.case} {row.mode}, {row.contender}: {factor:.2f} times the quiet time"
+        for row, factor in _busy(rows)
+        if row.ours and factor > BUSY_GOAL
+    ]
+
+
 def rates(rows: Sequence[Row]) -> list[tuple[Row, str]]:
     """The rows of whole models that have a time, with how much they get through."""
     timed = [(row, row.unit_us) for row in rows if row.suite == "models" and row.unit_us]
@@ -212,7 +270,7 @@ def rates(rows: Sequence[Row]) -> list[tuple[Row, str]]:
 
 
 def summary(rows: Sequence[Row]) -> list[str]:
-    """What follows the table: rates of models, means, losing cells, and who was not measured."""
+    """What follows the table: rates of models, means, losing cells, the busy process, and who was not measured."""
     lines = []
     if models := rates(rows):
         lines += ["", "whole models:"]
@@ -225,6 +283,10 @@ def summary(rows: Sequence[Row]) -> list[str]:
         lines += ["", "slower than another contender, or without a time:", *(f"  {line}" for line in lost)]
     elif any(row.ours and row.status == "ok" for row in rows):
         lines += ["", "fusedrnn loses no cell"]
+    if busy := worst_busy(rows):
+        width = max(len(contender) for contender, *_ in busy)
+        lines += ["", "with another process busy on one core, times the quiet time at worst:"]
+        lines += [f"  {name:{width}}  {factor:.2f} over {count}, {where}" for name, factor, where, count in busy]
     if absent := untried(rows):
         lines += ["", "not measured:", *(f"  {line}" for line in absent)]
     return lines

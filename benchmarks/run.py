@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,17 +17,18 @@ from .cases import Cell
 from .ceilings import Ceilings, Limit
 from .contender import BASELINE, Contender
 from .results import Row
-from .timing import Clock, Lane, peak_bytes, take_turns
+from .timing import Clock, Lane, peak_bytes, percentiles, take_turns
 from .verify import WrongError, products, worst_error
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How long to measure."""
+    """How to measure."""
 
     rounds: int = 20  # samples of each contender, at most
     budget: float = 5.0  # seconds for a cell: when they are over, a few rounds have to do
     time_wrong: bool = False  # time also what was found wrong; its rows are marked as such all the same
+    busy: Callable[[], AbstractContextManager[Any]] | None = None  # all is timed in it as well; see `busy.process`
 
 
 def measure(
@@ -42,7 +43,7 @@ def measure(
         if lane is not None:
             entered[k] = lane
     repeat = cell.device == "cpu" or cell.streaming
-    take_turns(list(entered.values()), clock, settings.rounds, settings.budget, repeat)
+    take_turns(list(entered.values()), clock, settings.rounds, settings.budget, repeat, settings.busy)
     limit = ceilings.limit(cell) if entered else None
     for k, lane in entered.items():
         if lane.error is not None:
@@ -157,6 +158,9 @@ def fill(row: Row, lane: Lane, units: int) -> None:
     row.p20_ms, row.median_ms, row.p80_ms = low * 1e3, median * 1e3, high * 1e3
     row.samples, row.calls = len(lane.seconds), lane.calls
     row.unit_us = median / units * 1e6
+    if lane.busy_seconds:
+        _, busy, _ = percentiles(lane.busy_seconds)
+        row.busy_ms, row.busy_factor = busy * 1e3, busy / median
 
 
 def _fill_limit(row: Row, cell: Cell, limit: Limit | None) -> None:

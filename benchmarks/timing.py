@@ -90,6 +90,7 @@ class Lane:
     active: Callable[[], AbstractContextManager[Any]] = nullcontext  # entered around samples, outside of their time
     calls: int = 1
     seconds: list[float] = field(default_factory=list)
+    busy_seconds: list[float] = field(default_factory=list)  # of the samples beside a busy process
     error: Exception | None = None
 
     def percentiles(self) -> tuple[float, float, float]:
@@ -105,7 +106,14 @@ def percentiles(samples: Sequence[float]) -> tuple[float, float, float]:
     return fifths[0], halves[0], fifths[3]
 
 
-def take_turns(lanes: Sequence[Lane], clock: Clock, rounds: int, budget: float, repeat: bool = True) -> None:
+def take_turns(
+    lanes: Sequence[Lane],
+    clock: Clock,
+    rounds: int,
+    budget: float,
+    repeat: bool = True,
+    busy: Callable[[], AbstractContextManager[Any]] | None = None,
+) -> None:
     """Samples every lane once in each round, every round beginning with another one.
 
     Args:
@@ -114,6 +122,7 @@ def take_turns(lanes: Sequence[Lane], clock: Clock, rounds: int, budget: float, 
         rounds: how many at most.
         budget: seconds of wall time, after which no round begins unless there were fewer than `ROUNDS`.
         repeat: put as many calls into a sample as make it last `SAMPLE` seconds; otherwise one.
+        busy: entered in every round, after it; all lanes are sampled in it once more, into `busy_seconds`.
     """
     collecting = gc.isenabled()
     gc.disable()
@@ -125,12 +134,20 @@ def take_turns(lanes: Sequence[Lane], clock: Clock, rounds: int, budget: float, 
             if k >= ROUNDS and clock.now() - begin > budget:
                 break
             first = k % len(lanes) if lanes else 0
-            for lane in (*lanes[first:], *lanes[:first]):
-                clock.rest()
-                _attempt(lane, lambda lane=lane: lane.seconds.append(clock.sample(lane.work, lane.calls)))  # type: ignore[misc]
+            order = (*lanes[first:], *lanes[:first])
+            _turn([(lane, lane.seconds) for lane in order], clock)
+            if busy is not None:
+                with busy():
+                    _turn([(lane, lane.busy_seconds) for lane in order], clock)
     finally:
         if collecting:
             gc.enable()
+
+
+def _turn(samples: Sequence[tuple[Lane, list[float]]], clock: Clock) -> None:
+    for lane, seconds in samples:
+        clock.rest()
+        _attempt(lane, lambda lane=lane, to=seconds: to.append(clock.sample(lane.work, lane.calls)))  # type: ignore[misc]
 
 
 def _calibrate(lane: Lane, clock: Clock, repeat: bool) -> None:

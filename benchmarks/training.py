@@ -128,7 +128,8 @@ def _measure(
             lanes.append((acting, Lane(stream(_actor(training.model), x, None), _without_autograd(contender)), 1))
     for mode in ("train", "infer"):
         turns = [(row, lane, units) for row, lane, units in lanes if row.mode == mode]
-        take_turns([lane for _, lane, _ in turns], clock, settings.rounds, settings.budget, repeat=mode == "infer")
+        timed = [lane for _, lane, _ in turns]
+        take_turns(timed, clock, settings.rounds, settings.budget, repeat=mode == "infer", busy=settings.busy)
         for row, lane, units in turns:
             if lane.error is not None:
                 blame(row, lane.error)
