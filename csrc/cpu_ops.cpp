@@ -160,10 +160,14 @@ struct Weights {
   Tensors all;
 };
 
+// One layer of a stack: h0 and c0 are of all layers.
 struct Layer {
   Layer(const Tensor& x_in, const Tensors& flat, bool bidirectional, const OptionalTensor& h0_in,
-        const OptionalTensor& c0_in, const OptionalTensor& lengths_in, const OptionalTensor& reset_in)
-      : x(dense(x_in)),
+        const OptionalTensor& c0_in, const OptionalTensor& lengths_in, const OptionalTensor& reset_in,
+        int64_t index_in = 0, int64_t layers_in = 1)
+      : index(index_in),
+        layers(layers_in),
+        x(dense(x_in)),
         weights(flat, bidirectional),
         h0(dense(h0_in)),
         c0(dense(c0_in)),
@@ -201,9 +205,12 @@ struct Layer {
 
   void check_state(const char* name, const OptionalTensor& tensor, int64_t N) const {
     if (!tensor.has_value()) return;
-    check_size(name, *tensor, {sizes.D, sizes.B, N});
+    check_size(name, *tensor, {layers * sizes.D, sizes.B, N});
     STD_TORCH_CHECK(tensor->scalar_type() == x.scalar_type(), name, " must have the dtype of x");
   }
+
+  // Of a tensor [layers * D, B, N], what belongs to this one.
+  int64_t own(int64_t N) const { return index * sizes.D * sizes.B * N; }
 
   Sequence sequence() const {
     return {static_cast<const int64_t*>(pointer(lengths)), static_cast<const uint8_t*>(pointer(reset))};
@@ -214,6 +221,7 @@ struct Layer {
     return !lengths.has_value() || row / sizes.B < static_cast<const int64_t*>(pointer(lengths))[row % sizes.B];
   }
 
+  int64_t index, layers;
   Tensor x;
   Weights weights;
   OptionalTensor h0, c0, lengths, reset;
@@ -402,12 +410,17 @@ void forward_sequence(const Layer& layer, ForwardParams& params, const OptionalT
   }
 }
 
-// What a forward returns: y, hn and cn; and c and the gates, where they are wanted.
+Tensor empty_y(const Layer& layer) {
+  const Sizes& s = layer.sizes;
+  return empty({s.T, s.B, s.D * s.P}, layer.x.scalar_type());
+}
+
+// What a forward writes: y; hn and cn, of all layers; and c and the gates, where they are wanted.
 struct Outputs {
   explicit Outputs(const Layer& layer)
-      : y(empty({layer.sizes.T, layer.sizes.B, layer.sizes.D * layer.sizes.P}, layer.x.scalar_type())),
-        hn(empty({layer.sizes.D, layer.sizes.B, layer.sizes.P}, layer.x.scalar_type())),
-        cn(empty({layer.sizes.D, layer.sizes.B, layer.sizes.H}, layer.x.scalar_type())) {}
+      : y(empty_y(layer)),
+        hn(empty({layer.layers * layer.sizes.D, layer.sizes.B, layer.sizes.P}, layer.x.scalar_type())),
+        cn(empty({layer.layers * layer.sizes.D, layer.sizes.B, layer.sizes.H}, layer.x.scalar_type())) {}
 
   Tensor y, hn, cn;
   OptionalTensor c, gates;
@@ -432,11 +445,11 @@ void forward(const Layer& layer, Outputs& out) {
     params.b_ih[d] = layer.weights.biased() ? layer.weights.b_ih(d).const_data_ptr() : nullptr;
     params.b_hh[d] = layer.weights.biased() ? layer.weights.b_hh(d).const_data_ptr() : nullptr;
   }
-  params.h0 = pointer(layer.h0);
-  params.c0 = pointer(layer.c0);
+  params.h0 = layer.h0.has_value() ? at(*layer.h0, layer.own(s.P)) : nullptr;
+  params.c0 = layer.c0.has_value() ? at(*layer.c0, layer.own(s.H)) : nullptr;
   params.y = pointer(out.y);
-  params.hn = pointer(out.hn);
-  params.cn = pointer(out.cn);
+  params.hn = at(out.hn, layer.own(s.P));
+  params.cn = at(out.cn, layer.own(s.H));
   params.c = pointer(out.c);
   params.gates = pointer(out.gates);
   params.h = h;
@@ -466,12 +479,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_forward(Tensor x, Tensors
   return {out.y, out.hn, out.cn, present(out.c), present(out.gates)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> cpu_infer(Tensor x, Tensors flat, bool bidirectional, OptionalTensor h0,
-                                             OptionalTensor c0) {
-  const Layer layer(x, flat, bidirectional, h0, c0, std::nullopt, std::nullopt);
-  Outputs out(layer);
-  forward(layer, out);
-  return {out.y, out.hn, out.cn};
+std::tuple<Tensor, Tensor, Tensor> cpu_infer(Tensor x, Tensors flat, int64_t layers, bool bidirectional,
+                                             OptionalTensor h0, OptionalTensor c0) {
+  const NoGrad no_grad;
+  const int64_t all = static_cast<int64_t>(flat.size());
+  STD_TORCH_CHECK(layers > 0 && all % layers == 0, "weights must be as many for each of ", layers, " layers");
+  std::optional<Outputs> out;
+  for (int64_t index = 0; index < layers; ++index) {
+    const auto first = flat.begin() + index * (all / layers);
+    const Layer layer(index == 0 ? x : out->y, Tensors(first, first + all / layers), bidirectional, h0, c0,
+                      std::nullopt, std::nullopt, index, layers);
+    if (index == 0) {
+      out.emplace(layer);
+    } else {
+      STD_TORCH_CHECK(layer.sizes.H == out->cn.size(2) && layer.sizes.P == out->hn.size(2),
+                      "all layers must have states of one size");
+      out->y = empty_y(layer);
+    }
+    forward(layer, *out);
+  }
+  return {out->y, out->hn, out->cn};
 }
 
 // ---------------------------------------------------------------------------------------------- backward

@@ -79,8 +79,8 @@ def lstm(
         NotImplementedError: inside torch.func.vmap or forward-mode differentiation.
     """
     plain = batch_sizes is None and lengths is None and reset is None and not return_states
-    if plain and num_layers == 1 and 0 <= dropout <= 1:
-        quick = _infer(input, weights, hx, batch_first, bidirectional)
+    if plain and 0 <= dropout <= 1 and (num_layers == 1 or not (training and dropout)):
+        quick = _infer(input, weights, hx, num_layers, batch_first, bidirectional)
         if quick is not None:
             return quick
     form = _form_of(input, batch_first, batch_sizes)
@@ -216,22 +216,25 @@ def _infer(
     input: Tensor,
     weights: Sequence[Tensor],
     hx: Sequence[Tensor] | None,
+    num_layers: int = 1,
     batch_first: bool = False,
     bidirectional: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]] | None:
-    """One layer on the CPU where only its results are asked for; None where that is not so, or something is wrong.
+    """Layers on the CPU where only their results are asked for; None where that is not so, or something is wrong.
 
     A single time step takes less than all the questions that `lstm` asks. The operator makes sure of shapes and dtypes
     by itself, in fewer words: whoever gets None asks them all, and finds the words.
     """
     if type(input) is not Tensor or input.dim() != 3 or not dispatch.plain_inference(input):
         return None
-    if hx is not None and not (isinstance(hx, (tuple, list)) and len(hx) == 2):
-        return None
-    h0, c0 = (None, None) if hx is None else hx
+    h0 = c0 = None
+    if hx is not None:
+        if not (isinstance(hx, (tuple, list)) and len(hx) == 2) or hx[0] is None or hx[1] is None:
+            return None
+        h0, c0 = hx
     x = input.transpose(0, 1) if batch_first else input
     try:
-        y, hn, cn = ops.cpu_infer(x, weights, bidirectional, h0, c0)
+        y, hn, cn = ops.cpu_infer(x, weights, num_layers, bidirectional, h0, c0)
     except (RuntimeError, TypeError, ValueError):
         return None
     return y.transpose(0, 1) if batch_first else y, (hn, cn)

@@ -1,5 +1,6 @@
 """Which backend runs, who decides it, and what is said about the others."""
 
+import itertools
 import json
 import shutil
 from importlib.util import find_spec
@@ -515,19 +516,56 @@ def test_plain_inference_is_where_the_cpu_backend_is_selected(name, dtype):
 
 
 def test_the_short_way_of_inference_gives_the_same_bits(monkeypatch):
-    """One layer, both directions, projections, batch first, and a cell."""
-    called = []
-    real = functional._infer
-    monkeypatch.setattr(functional, "_infer", lambda *arguments: called.append(1) or real(*arguments))
-    for options in ({}, {"bidirectional": True, "proj_size": 2}, {"batch_first": True, "bias": False}):
-        lstm, x = fusedrnn.LSTM(3, 5, **options), torch.randn(4, 2, 3)
-        expected = lstm(x)
-        with torch.no_grad():
-            y, state = lstm(x)
-        assert torch.equal(y, expected[0])
-        assert all(torch.equal(a, b) for a, b in zip(state, expected[1], strict=True))
+    """Layers, both directions, projections, batch first, and a cell."""
+    results, real = [], functional._infer
+
+    def spy(*arguments):
+        results.append(real(*arguments))
+        return results[-1]
+
+    monkeypatch.setattr(functional, "_infer", spy)
+    for layers, options in itertools.product(
+        (1, 3), ({}, {"bidirectional": True, "proj_size": 2}, {"batch_first": True, "bias": False})
+    ):
+        lstm, x = fusedrnn.LSTM(3, 5, layers, **options), torch.randn(4, 2, 3)
+        B = 4 if lstm.batch_first else 2
+        rows = layers * (2 if lstm.bidirectional else 1)
+        for hx in (None, (torch.randn(rows, B, lstm.proj_size or 5), torch.randn(rows, B, 5))):
+            expected = lstm(x, hx)
+            with torch.no_grad():
+                y, state = lstm(x, hx)
+            assert torch.equal(y, expected[0])
+            assert all(torch.equal(a, b) for a, b in zip(state, expected[1], strict=True))
     cell, x, state = fusedrnn.LSTMCell(3, 5), torch.randn(2, 3), (torch.randn(2, 5), torch.randn(2, 5))
     expected = cell(x, state)
     with torch.no_grad():
         assert all(torch.equal(a, b) for a, b in zip(cell(x, state), expected, strict=True))
-    assert called
+    if "cpu" in OPERATORS:
+        assert [result is not None for result in results] == [False, True] * 13
+
+
+def test_the_short_way_of_inference_keeps_dropout():
+    lstm, x = fusedrnn.LSTM(3, 5, 2, dropout=0.5), torch.randn(4, 2, 3)
+    with torch.no_grad():
+        torch.manual_seed(0)
+        first = lstm(x)[0]
+        assert not torch.equal(first, lstm(x)[0])
+        torch.manual_seed(0)
+        assert torch.equal(first, lstm(x)[0])
+        assert torch.equal(lstm.eval()(x)[0], lstm(x)[0])
+
+
+@pytest.mark.skipif("cpu" not in OPERATORS, reason=str(ops.cpu_unavailable))
+@torch.no_grad()
+def test_inference_of_layers_that_do_not_fit_each_other():
+    """Each is a layer by itself, but states of all of them have one size."""
+    small, large = nn.LSTM(3, 5, 1), nn.LSTM(5, 7, 1)
+    weights = [*small._flat_weights, *large._flat_weights]
+    with pytest.raises(RuntimeError, match="one size"):
+        ops.cpu_infer(torch.randn(4, 2, 3), weights, 2, False, None, None)
+    with pytest.raises(RuntimeError, match="as many for each of 3 layers"):
+        ops.cpu_infer(torch.randn(4, 2, 3), weights, 3, False, None, None)
+    with pytest.raises(RuntimeError, match="h0"):
+        ops.cpu_infer(torch.randn(4, 2, 3), weights[:4], 1, False, torch.randn(2, 2, 5), None)
+    with pytest.raises(ValueError, match="must have shape"):
+        functional.lstm(torch.randn(4, 2, 3), weights, num_layers=2)
