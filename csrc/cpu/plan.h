@@ -8,22 +8,19 @@
 
 namespace fusedrnn {
 
-constexpr double kSerialFlops = 5e5;         // below this a parallel region costs more than it brings
-constexpr int64_t kCacheBytes = 512 << 10;   // what a core keeps of the weights from one step to the next
-constexpr int64_t kStreamedBytes = 4 << 20;  // of weights that a core streams faster than it computes with them
-
-constexpr int64_t kChunkBytes = 8 << 20;  // of the input's affine maps, where they need not be kept
+constexpr double kSerialFlops = 5e5;        // below this a parallel region costs more than it brings
+constexpr int64_t kCacheBytes = 512 << 10;  // what a core keeps of the weights from one step to the next
+constexpr int64_t kChunkBytes = 8 << 20;    // of the input's affine maps, where they need not be kept
 constexpr int64_t kUnpackedRows = 16;  // steps times batch rows, up to which packing weights costs more than it brings
 
-// Rows need no synchronisation; units are shared where there are fewer rows than threads, or where every thread would
-// stream weights that fit no cache for a handful of rows.
+// Rows need no synchronisation; units are shared where there are fewer rows than threads, or where the weights do not fit
+// the cache of a core, of which each then streams its part alone.
 inline Team plan_team(const Sizes& s, const Kernels& kernels, bool is_double, int64_t threads) {
   const double flops = 8.0 * s.T * s.B * s.D * s.H * (s.P + (s.projected ? s.P / 4.0 : 0));
   if (flops < kSerialFlops) threads = 1;
   const int64_t rows = s.D * s.B, units = s.D * blocks_of(s.H, kernels.lanes);
   const int64_t weights = 4 * s.H * s.P * (is_double ? 8 : 4);
-  const bool streams = rows >= threads * kernels.tile_rows && weights <= kStreamedBytes;
-  const bool by_rows = threads == 1 || (rows >= threads && (weights <= kCacheBytes || streams));
+  const bool by_rows = threads == 1 || (rows >= threads && weights <= kCacheBytes);
   return {by_rows ? Team::Split::kRows : Team::Split::kUnits,
           static_cast<int>(std::min(threads, by_rows ? rows : units)), nullptr};
 }
