@@ -13,8 +13,8 @@ constexpr int64_t kCacheBytes = 512 << 10;  // what a core keeps of the weights 
 constexpr int64_t kChunkBytes = 8 << 20;    // of the input's affine maps, where they need not be kept
 constexpr int64_t kUnpackedRows = 16;  // steps times batch rows, up to which packing weights costs more than it brings
 
-// Rows need no synchronisation; units are shared where there are fewer rows than threads, or where the weights do not fit
-// the cache of a core, of which each then streams its part alone.
+// Rows need no synchronisation; units are shared where there are fewer rows than threads, or where the weights do not
+// fit the cache of a core, of which each then streams its part alone.
 inline Team plan_team(const Sizes& s, const Kernels& kernels, bool is_double, int64_t threads) {
   const double flops = 8.0 * s.T * s.B * s.D * s.H * (s.P + (s.projected ? s.P / 4.0 : 0));
   if (flops < kSerialFlops) threads = 1;
