@@ -160,7 +160,7 @@ struct Weights {
   Tensors all;
 };
 
-// One layer of a stack: h0 and c0 are of all layers.
+// One layer of a stack: h0 and c0 are of all layers. Or a cell: x [B, I], h0 and c0 without a dimension for layers.
 struct Layer {
   Layer(const Tensor& x_in, const Tensors& flat, bool bidirectional, const OptionalTensor& h0_in,
         const OptionalTensor& c0_in, const OptionalTensor& lengths_in, const OptionalTensor& reset_in,
@@ -175,10 +175,12 @@ struct Layer {
         reset(dense(reset_in)),
         compute(compute_type(x_in)),
         kernels(kernels_of(x_in.scalar_type())) {
-    STD_TORCH_CHECK(x.dim() == 3 && weights.w_hh(0).dim() == 2, "x and w_hh must have 3 and 2 dimensions");
+    STD_TORCH_CHECK((x.dim() == 3 || (is_cell() && layers * weights.directions == 1)) && weights.w_hh(0).dim() == 2,
+                    "x and w_hh must have 3 and 2 dimensions");
     Sizes& s = sizes;
-    s = {x.size(0),          x.size(1),          x.size(2), weights.w_hh(0).size(0) / 4, weights.w_hh(0).size(1),
-         weights.directions, weights.projected()};
+    const Tensor& w_hh = weights.w_hh(0);
+    s = {is_cell() ? 1 : x.size(0), x.size(x.dim() - 2), x.size(x.dim() - 1), w_hh.size(0) / 4, w_hh.size(1),
+         weights.directions,        weights.projected()};
     STD_TORCH_CHECK(s.T > 0, "x must have at least one time step");
     for (int64_t d = 0; d < s.D; ++d) {
       check_size("w_ih", weights.w_ih(d), {4 * s.H, s.I});
@@ -205,9 +207,15 @@ struct Layer {
 
   void check_state(const char* name, const OptionalTensor& tensor, int64_t N) const {
     if (!tensor.has_value()) return;
-    check_size(name, *tensor, {layers * sizes.D, sizes.B, N});
+    if (is_cell()) {
+      check_size(name, *tensor, {sizes.B, N});
+    } else {
+      check_size(name, *tensor, {layers * sizes.D, sizes.B, N});
+    }
     STD_TORCH_CHECK(tensor->scalar_type() == x.scalar_type(), name, " must have the dtype of x");
   }
+
+  bool is_cell() const { return x.dim() == 2; }
 
   // Of a tensor [layers * D, B, N], what belongs to this one.
   int64_t own(int64_t N) const { return index * sizes.D * sizes.B * N; }
@@ -414,13 +422,16 @@ Tensor empty_y(const Layer& layer) {
   const Sizes& s = layer.sizes;
   return empty({s.T, s.B, s.D * s.P}, layer.x.scalar_type());
 }
+Tensor empty_state(const Layer& layer, int64_t N) {
+  const Sizes& s = layer.sizes;
+  return layer.is_cell() ? empty({s.B, N}, layer.x.scalar_type())
+                         : empty({layer.layers * s.D, s.B, N}, layer.x.scalar_type());
+}
 
 // What a forward writes: y; hn and cn, of all layers; and c and the gates, where they are wanted.
 struct Outputs {
   explicit Outputs(const Layer& layer)
-      : y(empty_y(layer)),
-        hn(empty({layer.layers * layer.sizes.D, layer.sizes.B, layer.sizes.P}, layer.x.scalar_type())),
-        cn(empty({layer.layers * layer.sizes.D, layer.sizes.B, layer.sizes.H}, layer.x.scalar_type())) {}
+      : y(empty_y(layer)), hn(empty_state(layer, layer.sizes.P)), cn(empty_state(layer, layer.sizes.H)) {}
 
   Tensor y, hn, cn;
   OptionalTensor c, gates;

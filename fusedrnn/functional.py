@@ -168,12 +168,10 @@ def lstm_cell(
     Raises:
         TypeError, ValueError, RuntimeError: as `lstm`.
     """
-    states_fit = hx is None or (type(hx) is tuple and all(isinstance(s, Tensor) for s in hx))
-    if isinstance(input, Tensor) and input.dim() == 2 and states_fit and b_ih is not None and b_hh is not None:
-        states = None if hx is None else [s.unsqueeze(0) for s in hx]
-        quick = _infer(input.unsqueeze(0), [w_ih, w_hh, b_ih, b_hh], states)
+    if (hx is None or type(hx) is tuple) and b_ih is not None and b_hh is not None:
+        quick = _infer(input, [w_ih, w_hh, b_ih, b_hh], hx, dims=2)
         if quick is not None:
-            return quick[1][0].squeeze(0), quick[1][1].squeeze(0)
+            return quick[1]
     if not isinstance(input, Tensor):
         raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
     if input.dim() not in (1, 2):
@@ -219,13 +217,15 @@ def _infer(
     num_layers: int = 1,
     batch_first: bool = False,
     bidirectional: bool = False,
+    dims: int = 3,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]] | None:
-    """Layers on the CPU where only their results are asked for; None where that is not so, or something is wrong.
+    """Layers, or with 2 dims a cell, on the CPU where only their results are asked for; None where that is not so, or
+    something is wrong.
 
     A single time step takes less than all the questions that `lstm` asks. The operator makes sure of shapes and dtypes
     by itself, in fewer words: whoever gets None asks them all, and finds the words.
     """
-    if type(input) is not Tensor or input.dim() != 3 or not dispatch.plain_inference(input):
+    if type(input) is not Tensor or input.dim() != dims or not dispatch.plain_inference(input):
         return None
     h0 = c0 = None
     if hx is not None:

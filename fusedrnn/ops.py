@@ -249,7 +249,8 @@ _library.define("cuda_device_type() -> str")
 
 _define("cpu")
 # A stack of layers where nothing but its results is asked for: a single time step feels every argument. h0, c0, hn and
-# cn are those of all layers. It is never traced; without a fake kernel, a meta tensor among its arguments is an error.
+# cn are those of all layers; or x, h0, c0, hn and cn are those of a cell, [B, ...]. It is never traced; without a fake
+# kernel, a meta tensor among its arguments is an error.
 _library.define(
     "cpu_infer(Tensor x, Tensor[] weights, int layers, bool bidirectional, Tensor? h0, Tensor? c0) "
     "-> (Tensor y, Tensor hn, Tensor cn)"

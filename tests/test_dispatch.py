@@ -519,8 +519,8 @@ def test_the_short_way_of_inference_gives_the_same_bits(monkeypatch):
     """Layers, both directions, projections, batch first, and a cell."""
     results, real = [], functional._infer
 
-    def spy(*arguments):
-        results.append(real(*arguments))
+    def spy(*arguments, **dims):
+        results.append(real(*arguments, **dims))
         return results[-1]
 
     monkeypatch.setattr(functional, "_infer", spy)
@@ -567,5 +567,9 @@ def test_inference_of_layers_that_do_not_fit_each_other():
         ops.cpu_infer(torch.randn(4, 2, 3), weights, 3, False, None, None)
     with pytest.raises(RuntimeError, match="h0"):
         ops.cpu_infer(torch.randn(4, 2, 3), weights[:4], 1, False, torch.randn(2, 2, 5), None)
+    with pytest.raises(RuntimeError, match="c0"):
+        ops.cpu_infer(torch.randn(2, 3), weights[:4], 1, False, None, torch.randn(1, 2, 5))
+    with pytest.raises(RuntimeError, match="3 and 2 dimensions"):
+        ops.cpu_infer(torch.randn(2, 3), [*weights[:4], *weights[:4]], 1, True, None, None)
     with pytest.raises(ValueError, match="must have shape"):
         functional.lstm(torch.randn(4, 2, 3), weights, num_layers=2)

@@ -14,13 +14,15 @@ constexpr int64_t kChunkBytes = 8 << 20;    // of the input's affine maps, where
 constexpr int64_t kUnpackedRows = 16;  // steps times batch rows, up to which packing weights costs more than it brings
 
 // Rows need no synchronisation; units are shared where there are fewer rows than threads, or where the weights do not
-// fit the cache of a core, of which each then streams its part alone.
+// fit the cache of a core, of which each then streams its part alone. That takes some blocks for each of them, to share
+// evenly; with fewer, rows that fill tiles are better.
 inline Team plan_team(const Sizes& s, const Kernels& kernels, bool is_double, int64_t threads) {
   const double flops = 8.0 * s.T * s.B * s.D * s.H * (s.P + (s.projected ? s.P / 4.0 : 0));
   if (flops < kSerialFlops) threads = 1;
   const int64_t rows = s.D * s.B, units = s.D * blocks_of(s.H, kernels.lanes);
   const int64_t weights = 4 * s.H * s.P * (is_double ? 8 : 4);
-  const bool by_rows = threads == 1 || (rows >= threads && weights <= kCacheBytes);
+  const bool are_few = units < 4 * threads && rows >= threads * kernels.tile_rows;
+  const bool by_rows = threads == 1 || (rows >= threads && (weights <= kCacheBytes || are_few));
   return {by_rows ? Team::Split::kRows : Team::Split::kUnits,
           static_cast<int>(std::min(threads, by_rows ? rows : units)), nullptr};
 }
