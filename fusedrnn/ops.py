@@ -1,4 +1,5 @@
-"""torch.library operators: one forward and one backward per backend, all of the same schema, and their fake kernels.
+"""torch.library operators: one forward and one backward per backend, all of the same schema, and their fake kernels;
+and a shorter forward on the CPU for where nothing is differentiated.
 
 An operator computes one layer over a whole sequence, both directions. It does not mutate its arguments and is not
 differentiable by itself: `autograd.py` wraps the pair. Importing this module loads the native libraries that can be
