@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 
 from . import ops, reference
 
@@ -45,14 +46,22 @@ def lstm_layer(
         needs_grad = False  # what is recorded will be run and not trained: it should reserve nothing
     with _autocast_off(x.device):
         if needs_grad or _is_transformed():
-            y, hn, cn, c, _ = LSTMFunction.apply(
-                backend, bidirectional, cell_states, x, h0, c0, lengths, reset, *weights
-            )
+            y, hn, cn, c, _ = _apply(backend, bidirectional, cell_states, x, h0, c0, lengths, reset, *weights)
         else:
             y, hn, cn, c, _ = ops.forward_op(backend)(
                 x, weights, bidirectional, h0, c0, lengths, reset, cell_states, False
             )
     return y, hn, cn, c
+
+
+def _apply(*arguments: Any) -> tuple[Tensor, ...]:
+    """LSTMFunction.apply, which takes 30 us to read and bind the signature of its forward for defaults: it has none.
+
+    What is behind that is all there is where nothing is transformed or traced.
+    """
+    if torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
+        return LSTMFunction.apply(*arguments)
+    return super(torch.autograd.Function, LSTMFunction).apply(*unwrap_dead_wrappers(arguments))
 
 
 def _autocast_off(device: torch.device) -> AbstractContextManager[Any]:
