@@ -9,6 +9,7 @@
 #include <array>
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <optional>
 #include <string>
@@ -252,19 +253,34 @@ void launch(const Team& team, const F& f) {
   });
 }
 
+// Memory that begins with a cache line, uninitialised.
+class CacheLines {
+ public:
+  static constexpr size_t kLine = 64;
+
+  explicit CacheLines(size_t bytes) : storage_(new char[bytes + kLine]) {}
+
+  char* begin() const {
+    return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(storage_.get()) + kLine - 1) / kLine * kLine);
+  }
+
+ private:
+  std::unique_ptr<char[]> storage_;
+};
+
 // The claims of team.h, aligned and zeroed.
 class Lines {
  public:
   Lines(Team& team, const Sizes& s, const Kernels& kernels) {
     if (team.split != Team::Split::kUnits) return;
-    storage_.assign((2 + s.D * blocks_of(s.H, kernels.lanes)) * kWords, 0);
-    const auto address = reinterpret_cast<uintptr_t>(storage_.data());
-    team.lines = reinterpret_cast<void*>((address + 63) / 64 * 64);
+    const size_t bytes = (1 + s.D * blocks_of(s.H, kernels.lanes)) * CacheLines::kLine;
+    storage_.emplace(bytes);
+    std::memset(storage_->begin(), 0, bytes);
+    team.lines = storage_->begin();
   }
 
  private:
-  static constexpr int64_t kWords = 64 / sizeof(int64_t);
-  std::vector<int64_t> storage_;
+  std::optional<CacheLines> storage_;
 };
 
 std::string cpu_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int64_t D, bool float64) {
@@ -442,8 +458,8 @@ void forward(const Layer& layer, Outputs& out) {
   if (s.B == 0) return;
   const int64_t h_size = 2 * s.D * s.B * s.P, c_size = s.D * s.B * s.H;
   const int64_t bytes = layer.compute == ScalarType::Double ? 8 : 4;
-  const std::unique_ptr<char[]> scratch(new char[(h_size + (s.projected ? 2 : 1) * c_size) * bytes]);
-  char* const h = scratch.get();
+  const CacheLines scratch((h_size + (s.projected ? 2 : 1) * c_size) * bytes);
+  char* const h = scratch.begin();
   char* const c_state = h + h_size * bytes;
 
   ForwardParams params{};

@@ -164,6 +164,21 @@ def test_shared_units(isa, threads, case):
     check(case)
 
 
+@pytest.mark.parametrize(
+    ("H", "B", "count", "expected"),
+    [
+        (128, 64, 2, "2 threads by batch rows"),  # 256 KiB of weights: every core keeps them
+        (256, 64, 2, "2 threads by hidden units"),
+        (256, 1024, 64, "64 threads by batch rows"),  # of at most 32 blocks of units
+        (2048, 1024, 16, "16 threads by hidden units"),
+        (2048, 8, 16, "16 threads by hidden units"),  # fewer rows than threads
+    ],
+)
+def test_what_is_shared(isa, threads, H, B, count, expected):
+    threads(count)
+    assert expected in torch.ops.fusedrnn.cpu_plan(64, B, H, H, H, 1, False)
+
+
 @pytest.mark.parametrize("case", SHARED_ROWS, ids=lambda case: case.id)
 def test_short_sequences_with_shared_rows(isa, threads, case):
     threads(2)
