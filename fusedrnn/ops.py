@@ -320,5 +320,5 @@ def backward_op(backend: str) -> Callable[..., tuple[Tensor, Tensor, Tensor, lis
 
 _ops = getattr(torch.ops, NAMESPACE)
 _FORWARD = {name: getattr(_ops, f"{name}_forward").default for name in ("reference", "cuda", "triton", "cpu")}
-cpu_infer = _ops.cpu_infer.default
 _BACKWARD = {name: getattr(_ops, f"{name}_backward").default for name in ("reference", "cuda", "triton", "cpu")}
+cpu_infer = _ops.cpu_infer.default
