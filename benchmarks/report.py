@@ -14,6 +14,10 @@ time steps of the sequence (for a whole model, over its characters, words or ste
 the memory in use. `limit` is the share of the machine's limit: the least time that its arithmetic and its memory allow,
 over the median. How each is measured stands in docs/benchmarks.md.
 """
+_MEANS_MEANING = f"""\
+`at most` is what the mean would be with every cell at the machine's limit: nothing can be faster there, and in a single
+cell nothing can be faster than {BASELINE} by more than one over the share that {BASELINE} has of the limit.
+"""
 _BUSY_MEANING = """\
 `busy ms` is the median while another process, bound to one core, computes all the time; `busy/quiet` is that over
 `median ms`, which was measured in the same rounds without it.
@@ -26,8 +30,11 @@ def write(rows: Sequence[Row], provenance: dict[str, str], pictures: Sequence[Pa
     if ceilings := _ceilings(rows):
         parts += [f"Ceilings measured in the same run: {ceilings}."]
     if means := geometric_means(rows):
-        lines = [(mode, name, f"{mean:.2f}x", str(count)) for mode, name, mean, count in means]
-        parts += ["## Geometric means", markdown(("mode", "contender", f"ratio to {BASELINE}", "cells"), lines)]
+        heads = ("mode", "contender", f"ratio to {BASELINE}", "at most", "cells")
+        lines = [
+            (mean.mode, mean.contender, _times(mean.ratio), _times(mean.at_most), str(mean.cells)) for mean in means
+        ]
+        parts += ["## Geometric means", _MEANS_MEANING, markdown(heads, lines)]
     parts += ["## Cells that lose", "\n".join(f"- {line}" for line in losses(rows)) or "None."]
     if busy := worst_busy(rows):
         lines = [(name, f"{factor:.2f}", where, str(count)) for name, factor, where, count in busy]
@@ -59,6 +66,10 @@ def _ceilings(rows: Sequence[Row]) -> str:
     return f"{products}; {min(bandwidths):,.0f} to {max(bandwidths):,.0f} GB/s, depending on the amount of data"
 
 
+def _times(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}x"
+
+
 def _models(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     """Whole models: how fast, and the error of their losses over what is allowed."""
     speeds = {id(row): rate for row, rate in rates(rows)}
@@ -68,7 +79,7 @@ def _models(rows: Sequence[Row]) -> list[tuple[str, ...]]:
             row.mode,
             row.contender,
             speeds.get(id(row), f"{row.status}: {row.reason}"),
-            "-" if row.ratio is None else f"{row.ratio:.2f}x",
+            _times(row.ratio),
             "-" if row.excess is None else f"{row.excess:.2f}",
         )
         for row in rows

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import geometric_mean
-from typing import Any
+from typing import Any, NamedTuple
 
 from .contender import BASELINE, OURS
 
@@ -215,13 +215,29 @@ def table(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def geometric_means(rows: Sequence[Row]) -> list[tuple[str, str, float, int]]:
-    """Mode, contender, geometric mean of the ratios to nn.LSTM, and of how many; whole models are not among them."""
-    groups: dict[tuple[str, str], list[float]] = {}
+class Mean(NamedTuple):
+    """The geometric mean of a contender's ratios to nn.LSTM."""
+
+    mode: str
+    contender: str
+    ratio: float
+    at_most: float | None  # what it would be with every cell at the machine's limit; None without a limit
+    cells: int
+
+
+def geometric_means(rows: Sequence[Row]) -> list[Mean]:
+    """For each mode and contender with ratios to nn.LSTM; whole models are not among them."""
+    groups: dict[tuple[str, str], list[tuple[float, float | None]]] = {}
     for row in rows:
         if row.status == "ok" and row.ratio is not None and row.contender != BASELINE and row.suite != "models":
-            groups.setdefault((row.mode, row.contender), []).append(row.ratio)
-    return [(*key, geometric_mean(ratios), len(ratios)) for key, ratios in groups.items()]
+            highest = row.ratio / row.limit_share if row.limit_share else None
+            groups.setdefault((row.mode, row.contender), []).append((row.ratio, highest))
+    means = []
+    for key, found in groups.items():
+        highest_ratios = [highest for _, highest in found if highest is not None]
+        at_most = geometric_mean(highest_ratios) if len(highest_ratios) == len(found) else None
+        means.append(Mean(*key, geometric_mean([ratio for ratio, _ in found]), at_most, len(found)))
+    return means
 
 
 def losses(rows: Sequence[Row]) -> list[str]:
@@ -276,9 +292,13 @@ def summary(rows: Sequence[Row]) -> list[str]:
         lines += ["", "whole models:"]
         lines += [f"  {row.case}, {row.mode}, {row.contender}: {rate}" for row, rate in models]
     if means := geometric_means(rows):
-        width = max(len(contender) for _, contender, _, _ in means)
+        width = max(len(mean.contender) for mean in means)
         lines += ["", f"geometric mean of the ratios to {BASELINE}:"]
-        lines += [f"  {mode:8} {contender:{width}}  {mean:.2f}x over {count}" for mode, contender, mean, count in means]
+        lines += [
+            f"  {mean.mode:8} {mean.contender:{width}}  {mean.ratio:.2f}x over {mean.cells}"
+            + (f", at most {mean.at_most:.2f}x" if mean.at_most else "")
+            for mean in means
+        ]
     if lost := losses(rows):
         lines += ["", "slower than another contender, or without a time:", *(f"  {line}" for line in lost)]
     elif any(row.ours and row.status == "ok" for row in rows):

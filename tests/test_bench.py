@@ -494,6 +494,19 @@ def test_ceilings_are_measured_once(fake, monkeypatch):
     assert first.bytes_per_second == 12 * (2**20 // 12) / 0.5
 
 
+def test_arithmetic_is_that_of_the_faster_library(fake, monkeypatch):
+    found = ceilings.Ceilings(fake)
+    seconds = {"float32": [2.0, 0.5], "float64": [3.0]}
+    asked = []
+    for dtype, times in seconds.items():
+        left = iter(times)
+        monkeypatch.setattr(found, "_least_seconds", lambda way, left=left: asked.append(way()) or next(left))
+        assert found._measure_arithmetic("cpu", dtype) == 2 * 1024**3 / min(times)
+        assert next(left, None) is None
+    product, of_onednn, _ = asked
+    torch.testing.assert_close(product.shape, of_onednn.shape)
+
+
 # ------------------------------------------------------------------------------------------------ streaming
 
 
@@ -611,6 +624,26 @@ def test_a_wrong_result_is_timed_where_asked_but_stays_wrong(monkeypatch, tmp_pa
     assert ours.status == "wrong"
     assert ours.median_ms > 0
     assert results.geometric_means([ours]) == []
+
+
+def test_means_say_what_they_would_be_at_the_limit():
+    def rows(ratio, share, mode="infer", contender=OURS + "cpu"):
+        return results.Row(
+            suite="",
+            contender=contender,
+            status="ok",
+            case="",
+            mode=mode,
+            ratio=ratio,
+            limit_share=share,
+            median_ms=1.0,
+        )
+
+    found = results.geometric_means([rows(2.0, 0.5), rows(1.0, 1.0), rows(3.0, None, "train"), rows(1.0, 1, "train")])
+    infer, train = found
+    assert infer == ("infer", OURS + "cpu", pytest.approx(2**0.5), pytest.approx(2.0), 2)
+    assert train == ("train", OURS + "cpu", pytest.approx(3**0.5), None, 2)
+    assert "at most 2.00x" in "\n".join(results.summary([rows(2.0, 0.5), rows(1.0, 1.0)]))
 
 
 def test_a_wrong_gradient_makes_training_wrong_and_nothing_else(monkeypatch, tmp_path):
