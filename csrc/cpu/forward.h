@@ -4,9 +4,10 @@
 //   c_t = f * c_{t-1} + i * g             m_t = o * tanh(c_t)                  h_t = m_t  or  m_t @ w_hr^T
 //
 // Work: a block is `lanes` hidden units with their four gates (panel.h). The product, the nonlinearities and the cell
-// update of a block happen in registers, and h, c and, for training, the gates are written once.
-// Split by rows: a worker takes its rows through all steps and never waits. Split by units: a chunk is a block, and
-// workers meet after each step, or twice a step with a projection (team.h). h_{t-1} and h_t lie in two buffers, so that
+// update of a block happen in registers, and h, c and, for training, the gates are written once. The cells of some rows
+// are computed in turns, because one alone is a long chain; a single row has those of some blocks computed so.
+// Split by rows: a worker takes its rows through all steps and never waits. Split by units: a chunk is a block, or some of a single
+// row, and workers meet after each step, or twice a step with a projection (team.h). h_{t-1} and h_t lie in two buffers, so that
 // no block reads what another has written in the same step.
 // A single step, or a single row, has no use for a tile: the weights are read as they lie, as dot products along K, and
 // nothing is packed.
@@ -24,7 +25,8 @@ class Forward {
   using A = Compute<S>;
   using V = Vec<A>;
 
-  explicit Forward(const ForwardParams& params) : p_(params), s_(params.sizes), order_(params.sizes.H) {}
+  explicit Forward(const ForwardParams& params)
+      : p_(params), s_(params.sizes), order_(params.sizes.H), blocks_at_a_time_(blocks_at_a_time()) {}
 
   void run(int index) const {
     if (p_.team.split == Team::Split::kRows) {
@@ -33,8 +35,8 @@ class Forward {
         if (rows.begin >= rows.end) continue;
         if (p_.begin == 0) start(d, rows.begin, rows.end);
         for (int64_t n = p_.begin; n < p_.end; ++n) {
-          for (int64_t k = 0; k < unit_blocks(); ++k) {
-            units(n, d, in_turns(n, k, unit_blocks()), rows.begin, rows.end);
+          for (int64_t k = 0; k < unit_chunks(); ++k) {
+            units(n, d, in_turns(n - p_.begin, k, unit_chunks()), rows.begin, rows.end);
           }
           for (int64_t k = 0; k < output_blocks(); ++k) {
             outputs(n, d, in_turns(n, k, output_blocks()), rows.begin, rows.end);
@@ -44,16 +46,16 @@ class Forward {
       return;
     }
     // One Worker serves phases of different chunk counts by using the larger one; the surplus chunks are empty.
-    const int64_t blocks = unit_blocks();
-    Worker worker(p_.team, s_.D * blocks, index);
+    const int64_t chunks = unit_chunks();
+    Worker worker(p_.team, s_.D * chunks, index);
     worker.phase([&](int64_t chunk) {
-      if (chunk % blocks == 0 && p_.begin == 0) start(chunk / blocks, 0, s_.B);
+      if (chunk % chunks == 0 && p_.begin == 0) start(chunk / chunks, 0, s_.B);
     });
     for (int64_t n = p_.begin; n < p_.end; ++n) {
-      worker.phase([&](int64_t chunk) { units(n, chunk / blocks, chunk % blocks, 0, s_.B); });
+      worker.phase([&](int64_t chunk) { units(n, chunk / chunks, chunk % chunks, 0, s_.B); });
       if (!s_.projected) continue;
       worker.phase([&](int64_t chunk) {
-        if (chunk % blocks < output_blocks()) outputs(n, chunk / blocks, chunk % blocks, 0, s_.B);
+        if (chunk % chunks < output_blocks()) outputs(n, chunk / chunks, chunk % chunks, 0, s_.B);
       });
     }
   }
@@ -91,7 +93,24 @@ class Forward {
   }
 
  private:
+  static constexpr int kTogether = 4;  // rows, or blocks of a single one, whose cells are computed at the same time
+
   int64_t unit_blocks() const { return blocks_of(s_.H, kUnits<A>); }
+  int64_t unit_chunks() const { return blocks_of(unit_blocks(), blocks_at_a_time_); }
+
+  // How many blocks of a single row a chunk has: as many as leave nobody more blocks than the smallest chunks would.
+  int64_t blocks_at_a_time() const {
+    if (s_.B > 1) return 1;
+    const int64_t workers = p_.team.split == Team::Split::kUnits ? p_.team.workers : 1;
+    int64_t best = 1, least = blocks_of(s_.D * unit_blocks(), workers);
+    for (int64_t count = 2; count <= kTogether; ++count) {
+      const int64_t most = blocks_of(s_.D * blocks_of(unit_blocks(), count), workers) * count;
+      if (most <= least) best = count;
+    }
+    return best;
+  }
+
+  // No more than there are chunks of units.
   int64_t output_blocks() const { return s_.projected ? blocks_of(s_.P, kWide<A>) : 0; }
 
   A* h(int64_t n, int64_t d) const { return static_cast<A*>(p_.h) + ((n & 1) * s_.D + d) * s_.B * s_.P; }
@@ -124,20 +143,57 @@ class Forward {
     }
   }
 
-  // The n-th step of a block of hidden units, for rows [row_begin, row_end).
-  void units(int64_t n, int64_t d, int64_t block, int64_t row_begin, int64_t row_end) const {
+  // The n-th step of a chunk of hidden units, for rows [row_begin, row_end).
+  void units(int64_t n, int64_t d, int64_t chunk, int64_t row_begin, int64_t row_end) const {
     const Direction direction(s_, p_.sequence, d);
-    const int64_t t = direction.at(n), unit = block * kUnits<A>;
+    if (s_.B == 1) {
+      const int64_t begin = chunk * blocks_at_a_time_, end = begin + blocks_at_a_time_;
+      return single_row(direction, n, d, begin, end < unit_blocks() ? end : unit_blocks());
+    }
+    const int64_t t = direction.at(n), unit = chunk * kUnits<A>;
     const int64_t count = s_.H - unit < kUnits<A> ? s_.H - unit : kUnits<A>;
     if (p_.panel_hh == nullptr) return dot_units(n, d, unit, count, row_begin, row_end);
-    const A* panel = static_cast<const A*>(p_.panel_hh) + (d * unit_blocks() + block) * s_.P * kWide<A>;
     for_each_chunk(row_begin, row_end, [&](int64_t b, int64_t rows) {
       for (int64_t r = 0; r < rows; ++r) prefetch_gates(xg(d, t, b + r) + order_(unit));  // while the product runs
-      V sum[kRowsAtATime][4];
-      multiply<A>(sum, h(n, d) + b * s_.P, s_.P, panel, s_.P, rows, s_.B == 1,
+      V sum[kRowsAtATime][kGates];
+      multiply<A>(sum, h(n, d) + b * s_.P, s_.P, panel(d, chunk), s_.P, rows, false,
                   [&](int64_t first, int64_t count) { return direction.any_exists(t, b + first, count); });
       finish(direction, n, d, b, rows, unit, count, sum);
     });
+  }
+
+  // The n-th step of blocks [begin, end), at most kTogether, of the only row.
+  void single_row(const Direction& direction, int64_t n, int64_t d, int64_t begin, int64_t end) const {
+    const int64_t t = direction.at(n), full = end * kUnits<A> <= s_.H ? end : end - 1;
+    V gates[kTogether][kGates];
+    for (int64_t k = 0; k < end - begin; ++k) {
+      const int64_t block = begin + in_turns(n - p_.begin, k, end - begin), unit = block * kUnits<A>;
+      V(*const own)[kGates] = gates + (block - begin);
+      if (p_.panel_hh == nullptr) {
+        dots(own, n, d, unit, block < full ? kUnits<A> : s_.H - unit, 0, 1);
+      } else {
+        prefetch_gates(xg(d, t, 0) + order_(unit));
+        multiply<A>(own, h(n, d), s_.P, panel(d, block), s_.P, 1, true,
+                    [&](int64_t, int64_t) { return direction.exists(t, 0); });
+      }
+    }
+    if (begin < full) {
+      with_rows<kTogether>(full - begin, [&](auto R) {
+        if (direction.ragged()) {
+          finish_some<true, true, R.kCount>(direction, n, d, 0, begin * kUnits<A>, kUnits<A>, gates);
+        } else {
+          finish_some<false, true, R.kCount>(direction, n, d, 0, begin * kUnits<A>, kUnits<A>, gates);
+        }
+      });
+    }
+    if (full < end) {
+      const int64_t unit = full * kUnits<A>;
+      finish_some<true, true, 1>(direction, n, d, 0, unit, s_.H - unit, gates + (full - begin));
+    }
+  }
+
+  const A* panel(int64_t d, int64_t block) const {
+    return static_cast<const A*>(p_.panel_hh) + (d * unit_blocks() + block) * s_.P * kWide<A>;
   }
 
   // From the affine maps of some hidden units, without biases and the input's where it was computed before, to
@@ -154,22 +210,30 @@ class Forward {
   template <bool kRagged>
   FUSEDRNN_INLINE void finish_all(const Direction& direction, int64_t n, int64_t d, int64_t b, int64_t rows,
                                   int64_t unit, int64_t count, V (*gates)[kGates]) const {
-    V bias[kGates] = {};
-    for (int gate = 0; p_.b_ih[d] != nullptr && gate < kGates; ++gate) {
-      bias[gate] = load(static_cast<const S*>(p_.b_ih[d]) + gate * s_.H + unit, count) +
-                   load(static_cast<const S*>(p_.b_hh[d]) + gate * s_.H + unit, count);
-    }
     for (int64_t r = 0; r < rows; r += kTogether) {
       with_rows<kTogether>(rows - r < kTogether ? rows - r : kTogether, [&](auto R) {
-        finish_rows<kRagged, R.kCount>(direction, n, d, b + r, unit, count, bias, gates + r);
+        finish_some<kRagged, false, R.kCount>(direction, n, d, b + r, unit, count, gates + r);
       });
     }
   }
 
-  template <bool kRagged, int R>
-  FUSEDRNN_INLINE void finish_rows(const Direction& direction, int64_t n, int64_t d, int64_t b, int64_t unit,
-                                   int64_t count, const V (&bias)[kGates], V (*gates)[kGates]) const {
-    const int64_t t = direction.at(n), H = s_.H, c_step = s_.D * H;
+  // b_ih + b_hh
+  FUSEDRNN_INLINE void load_bias(V (&bias)[kGates], int64_t d, int64_t unit, int64_t count) const {
+    for (int gate = 0; gate < kGates; ++gate) {
+      bias[gate] = p_.b_ih[d] == nullptr ? V{}
+                                         : load(static_cast<const S*>(p_.b_ih[d]) + gate * s_.H + unit, count) +
+                                               load(static_cast<const S*>(p_.b_hh[d]) + gate * s_.H + unit, count);
+    }
+  }
+
+  // Of R rows from b on, or of R blocks of one row, from `unit` on.
+  template <bool kRagged, bool kBlocks, int R>
+  FUSEDRNN_INLINE void finish_some(const Direction& direction, int64_t n, int64_t d, int64_t b, int64_t unit,
+                                   int64_t count, V (*gates)[kGates]) const {
+    const int64_t t = direction.at(n), H = s_.H;
+    // From one to the next of them.
+    const int64_t row_step = kBlocks ? 0 : 1, state_step = kBlocks ? kUnits<A> : H;
+    const int64_t gates_step = kBlocks ? order_(kUnits<A>) : kGates * H, c_step = kBlocks ? kUnits<A> : s_.D * H;
     const int64_t gates_at = direction_major(s_, d, t, b, kGates * H) + order_(unit);
     const A* xg = p_.xg[d] == nullptr ? nullptr : this->xg(d, t, b) + order_(unit);
     S* gates_all = p_.gates == nullptr ? nullptr : static_cast<S*>(p_.gates) + gates_at;
@@ -177,32 +241,35 @@ class Forward {
     A* c_state = this->c_state(d) + b * H + unit;
     A* m_all = s_.projected ? static_cast<A*>(p_.m) + state(s_, d, b, H) + unit : nullptr;
     S* cn = static_cast<S*>(p_.cn) + state(s_, d, b, H) + unit;
-    const Outputs outputs(*this, direction, n, d, b, unit);
-    V c[R], m[R];
+    const Outputs outputs(*this, direction, n, d, b, unit, kBlocks);
+    V c[R], m[R], bias[kGates];
+    load_bias(bias, d, unit, count);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
+      if (kBlocks && r > 0) load_bias(bias, d, unit + r * kUnits<A>, count);
       for (int gate = 0; gate < kGates; ++gate) gates[r][gate] += bias[gate];
       if (xg != nullptr) {
-        const A* row = xg + r * kGates * H;
+        const A* row = xg + r * gates_step;
         for (int gate = 0; gate < kGates; ++gate) gates[r][gate] += load(row + order_(0, gate), count);
-        prefetch_gates(row + kTogether * kGates * H);
+        if (!kBlocks) prefetch_gates(row + kTogether * kGates * H);
       }
-      c[r] = kRagged && direction.is_reset(t, b + r) ? V{} : load(c_state + r * H, count);
+      c[r] = kRagged && direction.is_reset(t, b + r * row_step) ? V{} : load(c_state + r * state_step, count);
     }
     LstmCell<A>::template forward<R>(gates, c, m);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const bool exists = !kRagged || direction.exists(t, b + r);
+      const int64_t row = b + r * row_step;
+      const bool exists = !kRagged || direction.exists(t, row);
       if (c_all != nullptr) store(c_all + r * c_step, exists ? c[r] : V{}, count);
       for (int gate = 0; gates_all != nullptr && gate < kGates; ++gate) {
-        store(gates_all + r * kGates * H + order_(0, gate), exists ? gates[r][gate] : V{}, count);
+        store(gates_all + r * gates_step + order_(0, gate), exists ? gates[r][gate] : V{}, count);
       }
-      if (exists) store(c_state + r * H, c[r], count);
-      if (exists && (kRagged ? direction.is_last(t, b + r) : n + 1 == s_.T)) store(cn + r * H, c[r], count);
+      if (exists) store(c_state + r * state_step, c[r], count);
+      if (exists && (kRagged ? direction.is_last(t, row) : n + 1 == s_.T)) store(cn + r * state_step, c[r], count);
       if (!s_.projected) {
         outputs.template write<kRagged>(r, m[r], count);
       } else if (exists) {
-        store(m_all + r * H, m[r], count);
+        store(m_all + r * state_step, m[r], count);
       }
     }
   }
@@ -225,34 +292,37 @@ class Forward {
     });
   }
 
-  // Where some outputs of rows from b on go at the n-th step: the output, the state that enters the next step, and the
-  // final state.
+  // Where some outputs of rows from b on, or of blocks of one row, go at the n-th step: the output, the state that
+  // enters the next step, and the final state.
   struct Outputs {
-    Outputs(const Forward& forward, const Direction& direction, int64_t n, int64_t d, int64_t b, int64_t output)
+    Outputs(const Forward& forward, const Direction& direction, int64_t n, int64_t d, int64_t b, int64_t output,
+            bool blocks = false)
         : direction(direction),
           t(direction.at(n)),
           next(direction.at(n + 1)),
           b(b),
-          P(forward.s_.P),
-          y_step(forward.s_.D * forward.s_.P),
+          row_step(blocks ? 0 : 1),
+          y_step(blocks ? kUnits<A> : forward.s_.D * forward.s_.P),
+          h_step(blocks ? kUnits<A> : forward.s_.P),
           final(n + 1 == forward.s_.T),
-          y(static_cast<S*>(forward.p_.y) + time_major(forward.s_, t, b, d, P) + output),
-          hn(static_cast<S*>(forward.p_.hn) + state(forward.s_, d, b, P) + output),
-          h_in(forward.h(n, d) + b * P + output),
-          h_out(forward.h(n + 1, d) + b * P + output) {}
+          y(static_cast<S*>(forward.p_.y) + time_major(forward.s_, t, b, d, forward.s_.P) + output),
+          hn(static_cast<S*>(forward.p_.hn) + state(forward.s_, d, b, forward.s_.P) + output),
+          h_in(forward.h(n, d) + b * forward.s_.P + output),
+          h_out(forward.h(n + 1, d) + b * forward.s_.P + output) {}
 
     template <bool kRagged>
     FUSEDRNN_INLINE void write(int64_t r, V value, int64_t count) const {
-      const bool exists = !kRagged || direction.exists(t, b + r);
+      const int64_t row = b + r * row_step;
+      const bool exists = !kRagged || direction.exists(t, row);
       store(y + r * y_step, exists ? value : V{}, count);
-      if (exists && (kRagged ? direction.is_last(t, b + r) : final)) store(hn + r * P, value, count);
+      if (exists && (kRagged ? direction.is_last(t, row) : final)) store(hn + r * h_step, value, count);
       if (final) return;
-      const V after = exists ? rounded<S>(value) : load(h_in + r * P, count);
-      store(h_out + r * P, kRagged && direction.is_reset(next, b + r) ? V{} : after, count);
+      const V after = exists ? rounded<S>(value) : load(h_in + r * h_step, count);
+      store(h_out + r * h_step, kRagged && direction.is_reset(next, row) ? V{} : after, count);
     }
 
     const Direction& direction;
-    int64_t t, next, b, P, y_step;
+    int64_t t, next, b, row_step, y_step, h_step;
     bool final;
     S *y, *hn;
     const A* h_in;
@@ -263,31 +333,36 @@ class Forward {
   // products with the weights as they lie.
   void dot_units(int64_t n, int64_t d, int64_t unit, int64_t count, int64_t row_begin, int64_t row_end) const {
     const Direction direction(s_, p_.sequence, d);
-    const S* w_hh = static_cast<const S*>(p_.w_hh[d]) + unit * s_.P;
-    const S* x = static_cast<const S*>(p_.x) + direction.at(n) * s_.B * s_.I;
-    const bool recurs = n > 0 || p_.h0 != nullptr;
     for_each_chunk(row_begin, row_end, [&](int64_t b, int64_t rows) {
       V gates[kRowsAtATime][kGates];
-      for (int gate = 0; gate < kGates; ++gate) {
-        for (int64_t r = 0; r < rows; ++r) {
-          V sums[kUnits<A>];
-          for (int64_t u = 0; u < kUnits<A>; ++u) sums[u] = V{};
-          const S* w_ih = static_cast<const S*>(p_.w_ih[d]) + (gate * s_.H + unit) * s_.I;
-          add_dots<A>(sums, w_ih, count, x + (b + r) * s_.I, s_.I);
-          // The states of rows that are reset were made zero where they were written.
-          if (recurs) add_dots<A>(sums, w_hh + gate * s_.H * s_.P, count, h(n, d) + (b + r) * s_.P, s_.P);
-          gates[r][gate] = sum_each<A>(sums);
-        }
-      }
+      dots(gates, n, d, unit, count, b, rows);
       finish(direction, n, d, b, rows, unit, count, gates);
     });
   }
 
-  static constexpr int kTogether = 4;  // rows whose cells are computed at the same time
+  // Their affine maps without biases.
+  void dots(V (*gates)[kGates], int64_t n, int64_t d, int64_t unit, int64_t count, int64_t b, int64_t rows) const {
+    const Direction direction(s_, p_.sequence, d);
+    const S* w_hh = static_cast<const S*>(p_.w_hh[d]) + unit * s_.P;
+    const S* x = static_cast<const S*>(p_.x) + direction.at(n) * s_.B * s_.I;
+    const bool recurs = n > 0 || p_.h0 != nullptr;
+    for (int gate = 0; gate < kGates; ++gate) {
+      for (int64_t r = 0; r < rows; ++r) {
+        V sums[kUnits<A>];
+        for (int64_t u = 0; u < kUnits<A>; ++u) sums[u] = V{};
+        const S* w_ih = static_cast<const S*>(p_.w_ih[d]) + (gate * s_.H + unit) * s_.I;
+        add_dots<A>(sums, w_ih, count, x + (b + r) * s_.I, s_.I);
+        // The states of rows that are reset were made zero where they were written.
+        if (recurs) add_dots<A>(sums, w_hh + gate * s_.H * s_.P, count, h(n, d) + (b + r) * s_.P, s_.P);
+        gates[r][gate] = sum_each<A>(sums);
+      }
+    }
+  }
 
   const ForwardParams& p_;
   const Sizes& s_;
   const GateOrder<A> order_;
+  const int64_t blocks_at_a_time_;
 };
 
 }  // namespace fusedrnn::FUSEDRNN_ISA
