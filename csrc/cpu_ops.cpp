@@ -20,6 +20,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/kept.h"
 #include "cpu/plan.h"
 
 namespace fusedrnn {
@@ -385,6 +386,100 @@ void gemm(const Kernels& kernels, const GemmParams& params) {
   });
 }
 
+// ---------------------------------------------------------------------------------------------- weights of forward
+
+// The weights of a layer as forward takes them, all directions of each one after the other.
+struct Panels {
+  OptionalTensor w_ih, w_hh, w_hr;
+};
+
+// In which order the affine maps of the input come out: as in GateOrder.
+Packing input_packing(const Layer& layer) {
+  const Sizes& s = layer.sizes;
+  return gates_in_blocks(s.H, layer.kernels.lanes) ? gates_of(layer.kernels, s.H, s.I)
+                                                   : rows_of(layer.kernels, 4 * s.H, s.I);
+}
+Packing recurrent_packing(const Layer& layer) { return gates_of(layer.kernels, layer.sizes.H, layer.sizes.P); }
+Packing projection_packing(const Layer& layer) { return rows_of(layer.kernels, layer.sizes.P, layer.sizes.H); }
+
+OptionalTensor packed_projection(const Layer& layer) {
+  if (!layer.sizes.projected) return std::nullopt;
+  return packed(layer, projection_packing(layer), [&](int64_t d) { return layer.weights.w_hr(d); });
+}
+
+Panels packed_weights(const Layer& layer) {
+  return {packed(layer, input_packing(layer), [&](int64_t d) { return layer.weights.w_ih(d); }),
+          packed(layer, recurrent_packing(layer), [&](int64_t d) { return layer.weights.w_hh(d); }),
+          packed_projection(layer)};
+}
+
+int64_t panel_bytes(const Layer& layer) {
+  const Kernels& kernels = layer.kernels;
+  const int64_t numbers = input_packing(layer).numbers(kernels) + recurrent_packing(layer).numbers(kernels) +
+                          (layer.sizes.projected ? projection_packing(layer).numbers(kernels) : 0);
+  return layer.sizes.D * numbers * (layer.compute == ScalarType::Double ? 8 : 4);
+}
+
+// Inference keeps packed weights, and looks at every call whether the weights still are what was packed: reading them
+// takes a sixth of the time of packing them. No version is trusted, which does not count what is written through .data,
+// NumPy or another process.
+Kept<Panels>& kept_panels() {
+  constexpr int64_t kDefaultMib = 64;
+  static Kept<Panels>* const kept = [] {
+    const char* const text = std::getenv("FUSEDRNN_CPU_KEEP_MIB");
+    char* end = nullptr;
+    const int64_t mib = text == nullptr ? kDefaultMib : std::strtoll(text, &end, 10);
+    STD_TORCH_CHECK(text == nullptr || (end != text && *end == 0 && mib >= 0 && mib < (int64_t{1} << 40)),
+                    "FUSEDRNN_CPU_KEEP_MIB must be a whole number from 0, got '", text, "'");
+    return new Kept<Panels>(mib << 20);  // never destroyed: tensors should not be, when torch itself is
+  }();
+  return *kept;
+}
+
+std::vector<uint64_t> fingerprint_of(const Layer& layer) {
+  constexpr int64_t kPiece = 32 << 10, kWords = 8;
+  struct Piece {
+    const char* from;
+    int64_t bytes;
+  };
+  std::vector<Piece> pieces;
+  for (const Tensor& weight : layer.weights.all) {
+    if (weight.dim() != 2) continue;  // biases are not packed
+    const auto* const from = static_cast<const char*>(weight.const_data_ptr());
+    const int64_t bytes = weight.numel() * weight.element_size();
+    for (int64_t k = 0; k < bytes; k += kPiece) pieces.push_back({from + k, std::min(kPiece, bytes - k)});
+  }
+  std::vector<uint64_t> words(pieces.size() * kWords);
+  torch::stable::parallel_for(0, static_cast<int64_t>(pieces.size()), 4, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      layer.kernels.fingerprint(pieces[k].from, pieces[k].bytes, &words[k * kWords]);
+    }
+  });
+  return words;
+}
+
+// packed_weights, or what they were before.
+Panels kept_weights(const Layer& layer) {
+  Kept<Panels>& kept = kept_panels();
+  const int64_t bytes = panel_bytes(layer);
+  if (bytes > kept.limit()) return packed_weights(layer);
+  const Sizes& s = layer.sizes;
+  std::vector<intptr_t> place{reinterpret_cast<intptr_t>(&layer.kernels), s.I, s.H, s.P, s.projected};
+  for (const Tensor& weight : layer.weights.all) place.push_back(reinterpret_cast<intptr_t>(weight.const_data_ptr()));
+  std::vector<uint64_t> fingerprint = fingerprint_of(layer);
+  if (std::optional<Panels> panels = kept.find(place, fingerprint)) return *panels;
+  Panels panels = packed_weights(layer);
+  kept.keep(std::move(place), std::move(fingerprint), panels, bytes);
+  return panels;
+}
+
+// Sets how many bytes of packed weights inference may keep, or only tells how many it keeps.
+int64_t cpu_keep(std::optional<int64_t> limit) {
+  STD_TORCH_CHECK(!limit.has_value() || *limit >= 0, "limit must be 0 or more bytes, got ", limit.value_or(0));
+  if (limit.has_value()) kept_panels().set_limit(*limit);
+  return kept_panels().bytes();
+}
+
 // ---------------------------------------------------------------------------------------------- forward
 
 // One time step: nothing is packed, and both affine maps happen in the kernel.
@@ -417,11 +512,12 @@ int64_t steps_at_a_time(const Layer& layer) {
 void forward_sequence(const Layer& layer, ForwardParams& params, const OptionalTensor& gates) {
   const Sizes& s = layer.sizes;
   const Kernels& kernels = layer.kernels;
-  OptionalTensor panel_hr;
-  if (s.projected) {
-    panel_hr = packed(layer, rows_of(kernels, s.P, s.H), [&](int64_t d) { return layer.weights.w_hr(d); });
-  }
-  params.panel_hr = pointer(panel_hr);
+  const bool is_short = s.T * s.B <= kUnpackedRows;
+  const Panels panels = is_short            ? Panels{std::nullopt, std::nullopt, packed_projection(layer)}
+                        : gates.has_value() ? packed_weights(layer)  // of training: other ones at the next call
+                                            : kept_weights(layer);
+  params.panel_hh = pointer(panels.w_hh);
+  params.panel_hr = pointer(panels.w_hr);
   params.team = plan_team(layer);
   const auto run = [&](int64_t begin, int64_t end) {
     params.begin = begin;
@@ -429,24 +525,21 @@ void forward_sequence(const Layer& layer, ForwardParams& params, const OptionalT
     const Lines lines(params.team, s, kernels);
     launch(params.team, [&](int worker) { kernels.forward(params, worker); });
   };
-  if (s.T * s.B <= kUnpackedRows) return run(0, s.T);
+  if (is_short) return run(0, s.T);
 
   // The gates take the place of their affine maps where both are kept, in one dtype.
   const bool in_place = gates.has_value() && layer.x.scalar_type() == layer.compute;
   const int64_t steps = in_place ? s.T : steps_at_a_time(layer), G = 4 * s.H;
   const Tensor xg = in_place ? *gates : empty({s.D, steps, s.B, G}, layer.compute);
   const Tensor x = as(layer.x, layer.compute);
-  const Packing w_ih = gates_in_blocks(s.H, kernels.lanes) ? gates_of(kernels, s.H, s.I) : rows_of(kernels, G, s.I);
-  const Tensor panel_ih = packed(layer, w_ih, [&](int64_t d) { return layer.weights.w_ih(d); });
-  const Tensor panel_hh = packed(layer, gates_of(kernels, s.H, s.P), [&](int64_t d) { return layer.weights.w_hh(d); });
-  params.panel_hh = pointer(panel_hh);
+  const int64_t panel_numbers = input_packing(layer).numbers(kernels);
   for (int64_t begin = 0; begin < s.T; begin += steps) {
     const int64_t end = std::min(begin + steps, s.T);
     for (int64_t d = 0; d < s.D; ++d) {
       const int64_t first = d == 0 ? begin : s.T - end;
       void* const out = at(xg, d * steps * s.B * G);
-      gemm(kernels, {(end - begin) * s.B, G, s.I, at(x, first * s.B * s.I), false,
-                     at(panel_ih, d * w_ih.numbers(kernels)), out, false, params.team.split == Team::Split::kUnits});
+      gemm(kernels, {(end - begin) * s.B, G, s.I, at(x, first * s.B * s.I), false, at(*panels.w_ih, d * panel_numbers),
+                     out, false, params.team.split == Team::Split::kUnits});
       params.xg[d] = out;
     }
     run(begin, end);
@@ -747,6 +840,7 @@ STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CPU, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CompositeExplicitAutograd, library) {
   library.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  library.impl("cpu_keep", TORCH_BOX(&cpu_keep));
   library.impl("cpu_plan", TORCH_BOX(&cpu_plan));
 }
 

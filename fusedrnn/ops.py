@@ -257,6 +257,7 @@ _library.define(
     "-> (Tensor y, Tensor hn, Tensor cn)"
 )
 _library.define("cpu_isa(str? select=None) -> str")
+_library.define("cpu_keep(int? limit=None) -> int")
 _library.define("cpu_plan(int T, int B, int I, int H, int P, int D, bool float64) -> str")
 
 

@@ -4,10 +4,12 @@ The tolerance is derived (fusedrnn/testing.py): at most twice the error of torch
 buffers are poisoned with NaN, so that whatever a kernel leaves unwritten shows.
 """
 
+import itertools
 import math
 import os
 import subprocess
 import sys
+import threading
 from functools import cache
 
 import pytest
@@ -437,3 +439,227 @@ def test_operator_clamps_lengths():
     )
     for a, b in zip(wild, tame, strict=True):
         assert torch.equal(a, b)
+
+
+# ------------------------------------------------------------------------------------------------ kept weights
+
+MIB = 2**20
+keep = torch.ops.fusedrnn.cpu_keep
+
+
+@pytest.fixture
+def nothing_kept():
+    keep(0)
+    keep(64 * MIB)
+    yield
+    keep(0)
+    keep(64 * MIB)
+
+
+def infer(module, x, **options):
+    with torch.no_grad():
+        return module(x, **options)
+
+
+def infer_anew(module, x, **options):
+    """The same with weights packed for this call."""
+    keep(0)
+    result = infer(module, x, **options)
+    keep(64 * MIB)
+    return result
+
+
+def assert_same(ours, theirs):
+    (y, (h, c)), (other_y, (other_h, other_c)) = ours, theirs
+    assert torch.equal(y, other_y)
+    assert torch.equal(h, other_h)
+    assert torch.equal(c, other_c)
+
+
+def panel_bytes(module):
+    """What a layer of whole panels takes: every matrix once."""
+    return sum(weight.numel() * weight.element_size() for weight in module.parameters() if weight.dim() == 2)
+
+
+@pytest.mark.usefixtures("nothing_kept")
+@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16])
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True, "num_layers": 2}, {"proj_size": 3, "bias": False}])
+def test_every_number_that_changes_is_seen(isa, dtype, options):
+    torch.manual_seed(0)
+    module = fusedrnn.LSTM(6, 5, dtype=dtype, **options)
+    x = torch.randn(9, 2, 6, dtype=dtype)
+    matrices = [weight for weight in module.parameters() if weight.dim() == 2]
+    before = infer(module, x)
+    assert keep() > 0
+    for weight in matrices:
+        numbers = weight.data.view(-1)
+        for k in range(0, len(numbers), 1 + len(numbers) // 40):
+            old = numbers[k].item()
+            numbers[k] = old + 4
+            changed = infer(module, x)
+            assert not torch.equal(changed[0], before[0])
+            assert_same(changed, infer_anew(module, x))
+            infer(module, x)
+            numbers[k] = old
+            assert_same(infer(module, x), before)
+
+
+@pytest.mark.usefixtures("nothing_kept")
+@pytest.mark.parametrize("H", [16, 61, 200])
+def test_the_least_change_anywhere_is_seen(isa, H):
+    """One bit of one number, and two numbers that change places: of memory that is more than one piece and not even."""
+    torch.manual_seed(0)
+    module = fusedrnn.LSTM(H, H)
+    x = torch.randn(20, 1, H) * 3
+    bits = module.weight_hh_l0.data.view(-1).view(torch.int32)
+    before = infer(module, x)
+    # Neighbours, and numbers that a vector, several of them, or a row lie between.
+    for near, k in itertools.product((1, 4, 8, 16, 32, 64, 128, H), [0, *torch.randint(len(bits), (4,)).tolist()]):
+        far = (k + near) % len(bits)
+        old = bits.clone()
+        bits[k] ^= 1 << 22
+        changed = infer(module, x)
+        assert not torch.equal(changed[0], before[0])
+        assert_same(changed, infer_anew(module, x))
+        bits.copy_(old)
+        infer(module, x)
+        bits[k], bits[far] = old[far], old[k]
+        swapped = infer(module, x)
+        assert not torch.equal(swapped[0], before[0])
+        assert_same(swapped, infer_anew(module, x))
+        bits.copy_(old)
+        assert_same(infer(module, x), before)
+
+
+@pytest.mark.usefixtures("nothing_kept")
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda module: module.weight_hh_l0.data.mul_(0.5),
+        lambda module: module.weight_hh_l0.detach().numpy().fill(0.01),
+        lambda module: module.weight_ih_l0.detach().zero_(),
+        lambda module: module.load_state_dict({k: v * 2 for k, v in module.state_dict().items()}),
+        lambda module: setattr(module, "weight_hh_l0", torch.nn.Parameter(module.weight_hh_l0 * 3)),
+        lambda module: torch.optim.SGD(module.parameters(), lr=1e-2, weight_decay=10).step(),
+    ],
+    ids=["data", "numpy", "detach", "load_state_dict", "a new parameter", "optimizer"],
+)
+def test_whatever_changes_the_weights_is_seen(change):
+    module, x = fusedrnn.LSTM(32, 32), torch.randn(30, 1, 32)
+    for parameter in module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before = infer(module, x)
+    with torch.no_grad():
+        change(module)
+    after = infer(module, x)
+    assert not torch.equal(after[0], before[0])
+    assert_same(after, infer_anew(module, x))
+
+
+@pytest.mark.usefixtures("nothing_kept")
+def test_other_weights_at_the_same_address():
+    """Memory that is freed and given to another layer: of another size, dtype or order of its matrices."""
+    x = torch.randn(20, 1, 32)
+    for _ in range(30):
+        for sizes, options in (((32, 32), {}), ((32, 16), {}), ((32, 32), {"bidirectional": True})):
+            module = fusedrnn.LSTM(*sizes, **options)
+            assert_same(infer(module, x), infer_anew(module, x))
+            infer(module, x)
+            del module
+
+
+@pytest.mark.usefixtures("nothing_kept")
+def test_an_instruction_set_has_its_own(threads):
+    best = torch.ops.fusedrnn.cpu_isa(None)
+    module, x = fusedrnn.LSTM(40, 40), torch.randn(20, 1, 40)
+    expected = infer(module, x)
+    torch.ops.fusedrnn.cpu_isa("portable")
+    try:
+        infer(module, x)
+        portable = infer_anew(module, x)
+        assert_same(infer(module, x), portable)
+    finally:
+        torch.ops.fusedrnn.cpu_isa(best)
+    assert_same(infer(module, x), expected)
+
+
+@pytest.mark.usefixtures("nothing_kept")
+def test_what_is_kept_and_what_is_not():
+    module, x = fusedrnn.LSTM(64, 64), torch.randn(20, 2, 64)
+    infer(module, x[:1])  # a step, whose weights are not packed
+    infer(module, x[:8])  # as short
+    assert keep() == 0
+    module(x)  # training
+    assert keep() == 0
+    infer(module, x)
+    infer(module, x)
+    assert keep() == panel_bytes(module)
+    infer(module, x, lengths=torch.tensor([20, 3]))  # another way to the same kernel
+    assert keep() == panel_bytes(module)
+    deep = fusedrnn.LSTM(64, 64, 3, bidirectional=True)
+    infer(deep, x)
+    assert keep() == panel_bytes(module) + panel_bytes(deep)
+
+
+@pytest.mark.usefixtures("nothing_kept")
+def test_the_limit():
+    x = torch.randn(20, 1, 64)
+    modules = [fusedrnn.LSTM(64, 64) for _ in range(4)]
+    size = panel_bytes(modules[0])
+    keep(3 * size + 1)
+    expected = [infer_anew(module, x) for module in modules]
+    keep(3 * size + 1)
+    for order in itertools.permutations(range(4)):
+        for k in order:
+            assert_same(infer(modules[k], x), expected[k])
+            assert keep() <= 3 * size
+    assert keep() == 3 * size
+    assert keep(2 * size) == 2 * size
+    assert keep(size - 1) == 0
+    assert_same(infer(modules[0], x), expected[0])
+    assert keep() == 0  # too large a layer for the limit
+    with pytest.raises(RuntimeError, match="limit must be 0 or more bytes, got -1"):
+        keep(-1)
+
+
+@pytest.mark.usefixtures("nothing_kept")
+def test_the_limit_by_environment():
+    code = """
+import torch, fusedrnn
+with torch.no_grad():
+    fusedrnn.LSTM(64, 64)(torch.randn(20, 1, 64))
+print(torch.ops.fusedrnn.cpu_keep())
+"""
+    assert run_python(code).stdout.strip() == str(2 * 256 * 64 * 4)
+    assert run_python(code, FUSEDRNN_CPU_KEEP_MIB="0").stdout.strip() == "0"
+    for wrong in ("-1", "much", "", "1.5"):
+        result = run_python(code, FUSEDRNN_CPU_KEEP_MIB=wrong)
+        assert result.returncode != 0
+        assert f"FUSEDRNN_CPU_KEEP_MIB must be a whole number from 0, got '{wrong}'" in result.stderr
+
+
+@pytest.mark.usefixtures("nothing_kept")
+def test_many_threads():
+    """Each with weights of its own that change, and one layer for all; while the limit moves."""
+    torch.manual_seed(0)
+    x, shared = torch.randn(20, 1, 48), fusedrnn.LSTM(48, 48)
+    expected, wrong = infer_anew(shared, x), []
+
+    def work(seed):
+        module = fusedrnn.LSTM(48, 48)
+        for k in range(60):
+            with torch.no_grad():
+                module.weight_hh_l0.data.mul_(0.99)
+                now, again = module(x), module(x)
+            if not torch.equal(now[0], again[0]) or not torch.equal(infer(shared, x)[0], expected[0]):
+                wrong.append((seed, k))
+
+    workers = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for worker in workers:
+        worker.start()
+    while any(worker.is_alive() for worker in workers):
+        for limit in (0, 30_000, 100_000, 64 * MIB):
+            keep(limit)
+    for worker in workers:
+        worker.join()
+    assert wrong == []

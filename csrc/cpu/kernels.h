@@ -2,6 +2,7 @@
 #pragma once
 
 #include "backward.h"
+#include "fingerprint.h"
 #include "forward.h"
 #include "gemm.h"
 
@@ -23,6 +24,7 @@ constexpr Kernels kernels_for() {
       pack_gates<S>,
       pack_rows<S>,
       pack_columns<S>,
+      fingerprint,
       Simd<Compute<S>>::kLanes,
       kTileRows,
       Gemm<Compute<S>>::kScratch * static_cast<int64_t>(sizeof(Compute<S>)),

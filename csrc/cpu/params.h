@@ -139,9 +139,11 @@ struct Kernels {
   void (*entering_states)(const BackwardParams&, int64_t begin, int64_t end);
   // Rows [m, m_end), at most kGemmRows, and half panels [half, half_end) of c. scratch: gemm_scratch bytes, its own.
   void (*gemm)(const GemmParams&, int64_t m, int64_t m_end, int64_t half, int64_t half_end, void* scratch);
-  Pack pack_gates;       // blocks of w_hh [4H][P]: a block is `lanes` hidden units, four gates each
-  Pack pack_rows;        // blocks of w [N][K]: a block is 4 * lanes outputs, which are rows of w
-  Pack pack_columns;     // inputs of w [K][N]: a block is 4 * lanes outputs, which are columns of w
+  Pack pack_gates;    // blocks of w_hh [4H][P]: a block is `lanes` hidden units, four gates each
+  Pack pack_rows;     // blocks of w [N][K]: a block is 4 * lanes outputs, which are rows of w
+  Pack pack_columns;  // inputs of w [K][N]: a block is 4 * lanes outputs, which are columns of w
+  // to[0..8): a fingerprint of memory; see fingerprint.h.
+  void (*fingerprint)(const void* from, int64_t bytes, uint64_t* to);
   int lanes;             // numbers of type A in a vector register
   int tile_rows;         // batch rows that share one pass over a panel
   int64_t gemm_scratch;  // bytes
