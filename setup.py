@@ -244,7 +244,7 @@ def extension(name):
     return CppExtension(
         f"fusedrnn._{name}",
         [f"csrc/{name}_ops.cpp", *(["csrc/cpu/instruction_sets.cpp"] if name == "cpu" else [])],
-        depends=[str(path) for path in folder.glob("*.h")],
+        depends=[str(path) for path in (*Path("csrc").glob(f"{name}_*.h"), *folder.glob("*.h"))],
         extra_compile_args={"cxx": [*FLAGS, *(["-DUSE_CUDA"] if name == "cuda" else [])]},
         extra_link_args=CUDA_LINK if name == "cuda" else [f"-fsanitize={SANITIZE}"] if SANITIZE else [],
         py_limited_api=True,

@@ -1,13 +1,6 @@
 // The CPU operators: tensors in, plain structs out, the checks that memory safety needs, and the large matrix products.
 // The schemas, the fake kernels and every other check live in Python (fusedrnn/ops.py, fusedrnn/functional.py).
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include <algorithm>
 #include <array>
@@ -22,15 +15,10 @@
 
 #include "cpu/kept.h"
 #include "cpu/plan.h"
+#include "cpu_tensors.h"
 
 namespace fusedrnn {
 namespace {
-
-using torch::headeronly::IntHeaderOnlyArrayRef;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Tensors = std::vector<Tensor>;
-using OptionalTensor = std::optional<Tensor>;
 
 // ---------------------------------------------------------------------------------------------- instruction set
 
@@ -75,88 +63,6 @@ Dtype dtype_of(ScalarType dtype) {
 }
 
 const Kernels& kernels_of(ScalarType dtype) { return (*isa().kernels)[static_cast<size_t>(dtype_of(dtype))]; }
-
-// ---------------------------------------------------------------------------------------------- torch helpers
-
-// The operators are not differentiable, so nothing inside them is: an exported program calls them with grad mode on.
-class NoGrad {
- public:
-  NoGrad() : before_(aoti_torch_grad_mode_is_enabled()) { aoti_torch_grad_mode_set_enabled(false); }
-  ~NoGrad() { aoti_torch_grad_mode_set_enabled(before_); }
-  NoGrad(const NoGrad&) = delete;
-  NoGrad& operator=(const NoGrad&) = delete;
-
- private:
-  bool before_;
-};
-
-int32_t dtype_code(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Double: return aoti_torch_dtype_float64();
-    case ScalarType::BFloat16: return aoti_torch_dtype_bfloat16();
-    case ScalarType::Half: return aoti_torch_dtype_float16();
-    default: return aoti_torch_dtype_float32();
-  }
-}
-
-// Where the kernel grants large pages to who asks for them, asks for large tensors, as NumPy does: the first touch of
-// each of 4 KiB costs a microsecond, of which training with a large batch would have tens of thousands.
-void advise(Tensor& tensor) {
-#if defined(__linux__)
-  constexpr uintptr_t kAskFrom = 4 << 20, kPage = 2 << 20;
-  const uintptr_t bytes = static_cast<uintptr_t>(tensor.numel()) * tensor.element_size();
-  if (bytes < kAskFrom) return;
-  const auto first = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
-  const uintptr_t begin = (first + kPage - 1) / kPage * kPage, end = (first + bytes) / kPage * kPage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // refusing it is no error
-#endif
-}
-
-// On the CPU. Not through the dispatcher, which a single time step would feel.
-Tensor empty(std::initializer_list<int64_t> size, ScalarType dtype) {
-  std::array<int64_t, 4> strides{};
-  int64_t numel = 1;
-  for (size_t k = size.size(); k-- > 0; numel *= std::max<int64_t>(1, size.begin()[k])) strides[k] = numel;
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(size.size()), size.begin(),
-                                                         strides.data(), dtype_code(dtype),
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
-  Tensor tensor(handle);
-  advise(tensor);
-  return tensor;
-}
-
-Tensor as(const Tensor& tensor, ScalarType dtype) {
-  return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
-}
-
-ScalarType compute_type(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
-
-OptionalTensor dense(const OptionalTensor& tensor) {
-  return tensor.has_value() ? OptionalTensor(dense(*tensor)) : std::nullopt;
-}
-
-const void* pointer(const OptionalTensor& tensor) { return tensor.has_value() ? tensor->const_data_ptr() : nullptr; }
-
-void* pointer(Tensor& tensor) { return tensor.mutable_data_ptr(); }
-
-void* pointer(OptionalTensor& tensor) { return tensor.has_value() ? pointer(*tensor) : nullptr; }
-
-// The number at `offset` of a contiguous tensor.
-void* at(const Tensor& tensor, int64_t offset) {
-  return static_cast<char*>(tensor.mutable_data_ptr()) + offset * tensor.element_size();
-}
-
-void check_size(const char* name, const Tensor& tensor, std::initializer_list<int64_t> size) {
-  bool same = tensor.dim() == static_cast<int64_t>(size.size());
-  int64_t dim = 0;
-  for (auto n = size.begin(); same && n != size.end(); ++n, ++dim) same = tensor.size(dim) == *n;
-  STD_TORCH_CHECK(same, name, " has the wrong shape for this layer");
-}
 
 // ---------------------------------------------------------------------------------------------- a layer's arguments
 
@@ -349,14 +255,13 @@ void for_each_part(const Kernels& kernels, const Packing& packing, int64_t D, co
 
 // The panels of matrix(d) for each direction, one after the other.
 template <class F>
-Tensor packed(const Layer& layer, const Packing& packing, const F& matrix) {
+Scratch packed(const Layer& layer, const Packing& packing, const F& matrix) {
   const Kernels& kernels = layer.kernels;
-  Tensor panels = empty({layer.sizes.D, packing.numbers(kernels)}, layer.compute);
-  auto* const to = static_cast<char*>(pointer(panels));
-  const int64_t bytes = packing.numbers(kernels) * panels.element_size();
+  const int64_t numbers = packing.numbers(kernels);
+  Scratch panels(layer.sizes.D * numbers, layer.compute);
   for_each_part(kernels, packing, layer.sizes.D, [&](int64_t d, int64_t begin, int64_t end) {
     const Tensor& w = matrix(d);
-    (kernels.*packing.pack)(w.const_data_ptr(), w.size(0), w.size(1), to + d * bytes, begin, end);
+    (kernels.*packing.pack)(w.const_data_ptr(), w.size(0), w.size(1), panels.at(d * numbers), begin, end);
   });
   return panels;
 }
@@ -390,8 +295,9 @@ void gemm(const Kernels& kernels, const GemmParams& params) {
 
 // The weights of a layer as forward takes them, all directions of each one after the other.
 struct Panels {
-  OptionalTensor w_ih, w_hh, w_hr;
+  OptionalScratch w_ih, w_hh, w_hr;
 };
+using SharedPanels = std::shared_ptr<const Panels>;
 
 // In which order the affine maps of the input come out: as in GateOrder.
 Packing input_packing(const Layer& layer) {
@@ -402,15 +308,16 @@ Packing input_packing(const Layer& layer) {
 Packing recurrent_packing(const Layer& layer) { return gates_of(layer.kernels, layer.sizes.H, layer.sizes.P); }
 Packing projection_packing(const Layer& layer) { return rows_of(layer.kernels, layer.sizes.P, layer.sizes.H); }
 
-OptionalTensor packed_projection(const Layer& layer) {
+OptionalScratch packed_projection(const Layer& layer) {
   if (!layer.sizes.projected) return std::nullopt;
   return packed(layer, projection_packing(layer), [&](int64_t d) { return layer.weights.w_hr(d); });
 }
 
-Panels packed_weights(const Layer& layer) {
-  return {packed(layer, input_packing(layer), [&](int64_t d) { return layer.weights.w_ih(d); }),
-          packed(layer, recurrent_packing(layer), [&](int64_t d) { return layer.weights.w_hh(d); }),
-          packed_projection(layer)};
+SharedPanels packed_weights(const Layer& layer) {
+  return std::make_shared<Panels>(
+      Panels{packed(layer, input_packing(layer), [&](int64_t d) { return layer.weights.w_ih(d); }),
+             packed(layer, recurrent_packing(layer), [&](int64_t d) { return layer.weights.w_hh(d); }),
+             packed_projection(layer)});
 }
 
 int64_t panel_bytes(const Layer& layer) {
@@ -423,16 +330,8 @@ int64_t panel_bytes(const Layer& layer) {
 // Inference keeps packed weights, and looks at every call whether the weights still are what was packed: reading them
 // takes a sixth of the time of packing them. No version is trusted, which does not count what is written through .data,
 // NumPy or another process.
-Kept<Panels>& kept_panels() {
-  constexpr int64_t kDefaultMib = 64;
-  static Kept<Panels>* const kept = [] {
-    const char* const text = std::getenv("FUSEDRNN_CPU_KEEP_MIB");
-    char* end = nullptr;
-    const int64_t mib = text == nullptr ? kDefaultMib : std::strtoll(text, &end, 10);
-    STD_TORCH_CHECK(text == nullptr || (end != text && *end == 0 && mib >= 0 && mib < (int64_t{1} << 40)),
-                    "FUSEDRNN_CPU_KEEP_MIB must be a whole number from 0, got '", text, "'");
-    return new Kept<Panels>(mib << 20);  // never destroyed: tensors should not be, when torch itself is
-  }();
+Kept<SharedPanels>& kept_panels() {
+  static auto* const kept = new Kept<SharedPanels>(kept_by_default());  // never destroyed, as scratch is not
   return *kept;
 }
 
@@ -459,25 +358,31 @@ std::vector<uint64_t> fingerprint_of(const Layer& layer) {
 }
 
 // packed_weights, or what they were before.
-Panels kept_weights(const Layer& layer) {
-  Kept<Panels>& kept = kept_panels();
+SharedPanels kept_weights(const Layer& layer) {
+  Kept<SharedPanels>& kept = kept_panels();
   const int64_t bytes = panel_bytes(layer);
   if (bytes > kept.limit()) return packed_weights(layer);
   const Sizes& s = layer.sizes;
   std::vector<intptr_t> place{reinterpret_cast<intptr_t>(&layer.kernels), s.I, s.H, s.P, s.projected};
   for (const Tensor& weight : layer.weights.all) place.push_back(reinterpret_cast<intptr_t>(weight.const_data_ptr()));
   std::vector<uint64_t> fingerprint = fingerprint_of(layer);
-  if (std::optional<Panels> panels = kept.find(place, fingerprint)) return *panels;
-  Panels panels = packed_weights(layer);
+  if (std::optional<SharedPanels> panels = kept.find(place, fingerprint)) return *panels;
+  SharedPanels panels = packed_weights(layer);
   kept.keep(std::move(place), std::move(fingerprint), panels, bytes);
   return panels;
 }
 
-// Sets how many bytes of packed weights inference may keep, or only tells how many it keeps.
-int64_t cpu_keep(std::optional<int64_t> limit) {
+// Sets how many bytes of packed weights may be kept, and as many of scratch, or leaves that as it is. Returns it, and
+// how many are kept of each.
+std::tuple<int64_t, int64_t, int64_t> cpu_keep(std::optional<int64_t> limit) {
   STD_TORCH_CHECK(!limit.has_value() || *limit >= 0, "limit must be 0 or more bytes, got ", limit.value_or(0));
-  if (limit.has_value()) kept_panels().set_limit(*limit);
-  return kept_panels().bytes();
+  Kept<SharedPanels>& panels = kept_panels();
+  ScratchPool& scratch = ScratchPool::instance();
+  if (limit.has_value()) {
+    panels.set_limit(*limit);
+    scratch.set_limit(*limit);
+  }
+  return {panels.limit(), panels.bytes(), scratch.bytes()};
 }
 
 // ---------------------------------------------------------------------------------------------- forward
@@ -513,11 +418,12 @@ void forward_sequence(const Layer& layer, ForwardParams& params, const OptionalT
   const Sizes& s = layer.sizes;
   const Kernels& kernels = layer.kernels;
   const bool is_short = s.T * s.B <= kUnpackedRows;
-  const Panels panels = is_short            ? Panels{std::nullopt, std::nullopt, packed_projection(layer)}
-                        : gates.has_value() ? packed_weights(layer)  // of training: other ones at the next call
-                                            : kept_weights(layer);
-  params.panel_hh = pointer(panels.w_hh);
-  params.panel_hr = pointer(panels.w_hr);
+  const SharedPanels panels =
+      is_short            ? std::make_shared<Panels>(Panels{std::nullopt, std::nullopt, packed_projection(layer)})
+      : gates.has_value() ? packed_weights(layer)  // of training: other ones at the next call
+                          : kept_weights(layer);
+  params.panel_hh = pointer(panels->w_hh);
+  params.panel_hr = pointer(panels->w_hr);
   params.team = plan_team(layer);
   const auto run = [&](int64_t begin, int64_t end) {
     params.begin = begin;
@@ -530,15 +436,17 @@ void forward_sequence(const Layer& layer, ForwardParams& params, const OptionalT
   // The gates take the place of their affine maps where both are kept, in one dtype.
   const bool in_place = gates.has_value() && layer.x.scalar_type() == layer.compute;
   const int64_t steps = in_place ? s.T : steps_at_a_time(layer), G = 4 * s.H;
-  const Tensor xg = in_place ? *gates : empty({s.D, steps, s.B, G}, layer.compute);
+  OptionalScratch xg;
+  if (!in_place) xg.emplace(s.D * steps * s.B * G, layer.compute);
   const Tensor x = as(layer.x, layer.compute);
   const int64_t panel_numbers = input_packing(layer).numbers(kernels);
   for (int64_t begin = 0; begin < s.T; begin += steps) {
     const int64_t end = std::min(begin + steps, s.T);
     for (int64_t d = 0; d < s.D; ++d) {
       const int64_t first = d == 0 ? begin : s.T - end;
-      void* const out = at(xg, d * steps * s.B * G);
-      gemm(kernels, {(end - begin) * s.B, G, s.I, at(x, first * s.B * s.I), false, at(*panels.w_ih, d * panel_numbers),
+      const int64_t own = d * steps * s.B * G;
+      void* const out = in_place ? at(*gates, own) : xg->at(own);
+      gemm(kernels, {(end - begin) * s.B, G, s.I, at(x, first * s.B * s.I), false, panels->w_ih->at(d * panel_numbers),
                      out, false, params.team.split == Team::Split::kUnits});
       params.xg[d] = out;
     }
@@ -644,9 +552,9 @@ std::tuple<Tensor, Tensor, Tensor> cpu_infer(Tensor x, Tensors flat, int64_t lay
 
 // What the launch leaves for the matrix products: all in the compute dtype, of each direction.
 struct StepGradients {
-  Tensor da;                 // [T * B][4H]
-  OptionalTensor h_in;       // the panels of the states that entered each step, only if w_hh needs a gradient
-  OptionalTensor dh_out, m;  // [T * B][P] and [T * B][H], only with a projection
+  Scratch da;                 // [T * B][4H]
+  OptionalScratch h_in;       // the panels of the states that entered each step, only if w_hh needs a gradient
+  OptionalScratch dh_out, m;  // [T * B][P] and [T * B][H], only with a projection
 };
 
 // The recurrence backwards. params holds the tensors that came from the caller, or go to it.
@@ -654,32 +562,33 @@ StepGradients backward_sequence(const Layer& layer, BackwardParams& params, bool
   const Sizes& s = layer.sizes;
   const Kernels& kernels = layer.kernels;
   const int64_t N = s.T * s.B;
-  const auto make = [&](int64_t numbers) { return empty({s.D, numbers}, layer.compute); };
+  const auto make = [&](int64_t numbers) { return Scratch(s.D * numbers, layer.compute); };
   StepGradients steps{make(N * 4 * s.H), std::nullopt, std::nullopt, std::nullopt};
-  if (s.projected) steps.dh_out = make(N * s.P);
-  if (s.projected) steps.m = make(N * s.H);
-  Tensor dh_state = make(s.B * s.P), dc_state = make(s.B * s.H);
-  OptionalTensor panel_hh, panel_hr;
+  if (s.projected) steps.dh_out.emplace(make(N * s.P));
+  if (s.projected) steps.m.emplace(make(N * s.H));
+  const Scratch dh_state = make(s.B * s.P), dc_state = make(s.B * s.H);
+  OptionalScratch panel_hh, panel_hr;
   if (s.T > 1 || params.dh0 != nullptr) {
-    panel_hh = packed(layer, columns_of(kernels, s.P, 4 * s.H), [&](int64_t d) { return layer.weights.w_hh(d); });
+    panel_hh.emplace(
+        packed(layer, columns_of(kernels, s.P, 4 * s.H), [&](int64_t d) { return layer.weights.w_hh(d); }));
   }
   if (s.projected) {
-    panel_hr = packed(layer, columns_of(kernels, s.H, s.P), [&](int64_t d) { return layer.weights.w_hr(d); });
+    panel_hr.emplace(packed(layer, columns_of(kernels, s.H, s.P), [&](int64_t d) { return layer.weights.w_hr(d); }));
   }
   params.panel_hh = pointer(panel_hh);
   params.panel_hr = pointer(panel_hr);
-  params.da = pointer(steps.da);
-  params.dh_out = s.projected ? pointer(*steps.dh_out) : nullptr;
-  params.m = s.projected ? pointer(*steps.m) : nullptr;
-  params.dh_state = pointer(dh_state);
-  params.dc_state = pointer(dc_state);
+  params.da = steps.da.begin();
+  params.dh_out = pointer(steps.dh_out);
+  params.m = pointer(steps.m);
+  params.dh_state = dh_state.begin();
+  params.dc_state = dc_state.begin();
   params.team = plan_team(layer);
   const Lines lines(params.team, s, kernels);
   launch(params.team, [&](int worker) { kernels.backward(params, worker); });
   if (needs_w_hh) {
     const Packing states = columns_of(kernels, s.P, N);
-    steps.h_in = make(states.numbers(kernels));
-    params.h_in = pointer(*steps.h_in);
+    steps.h_in.emplace(make(states.numbers(kernels)));
+    params.h_in = pointer(steps.h_in);
     for_each_part(kernels, states, s.D, [&](int64_t d, int64_t begin, int64_t end) {
       kernels.entering_states(params, d * N + begin, d * N + end);
     });
@@ -692,23 +601,23 @@ Tensor input_gradient(const Layer& layer, const StepGradients& steps) {
   const Sizes& s = layer.sizes;
   Tensor dx = empty({s.T, s.B, s.I}, layer.compute);
   const Packing w_ih = columns_of(layer.kernels, s.I, 4 * s.H);
-  const Tensor panels = packed(layer, w_ih, [&](int64_t d) { return layer.weights.w_ih(d); });
+  const Scratch panels = packed(layer, w_ih, [&](int64_t d) { return layer.weights.w_ih(d); });
   for (int64_t d = 0; d < s.D; ++d) {
-    gemm(layer.kernels, {s.T * s.B, s.I, 4 * s.H, at(steps.da, d * s.T * s.B * 4 * s.H), false,
-                         at(panels, d * w_ih.numbers(layer.kernels)), pointer(dx), d > 0, false});
+    gemm(layer.kernels, {s.T * s.B, s.I, 4 * s.H, steps.da.at(d * s.T * s.B * 4 * s.H), false,
+                         panels.at(d * w_ih.numbers(layer.kernels)), pointer(dx), d > 0, false});
   }
   return as(dx, layer.x.scalar_type());
 }
 
 // The panels of x, its steps being the inputs; zero at steps that do not exist.
-Tensor packed_steps(const Layer& layer) {
+Scratch packed_steps(const Layer& layer) {
   const Sizes& s = layer.sizes;
   const Packing steps = columns_of(layer.kernels, s.I, s.T * s.B);
-  Tensor panels = empty({steps.numbers(layer.kernels)}, layer.compute);
+  Scratch panels(steps.numbers(layer.kernels), layer.compute);
   for_each_part(layer.kernels, steps, 1, [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      layer.kernels.pack_columns(layer.exists(row) ? layer.x.const_data_ptr() : nullptr, s.T * s.B, s.I,
-                                 pointer(panels), row, row + 1);
+      layer.kernels.pack_columns(layer.exists(row) ? layer.x.const_data_ptr() : nullptr, s.T * s.B, s.I, panels.begin(),
+                                 row, row + 1);
     }
   });
   return panels;
@@ -716,12 +625,12 @@ Tensor packed_steps(const Layer& layer) {
 
 // The weight gradients, each as one matrix product, or sum, over all steps; empty where not needed.
 template <class Needs>
-Tensors weight_gradients(const Layer& layer, const StepGradients& steps, const Needs& needs_weight) {
+Tensors weight_gradients(const Layer& layer, StepGradients& steps, const Needs& needs_weight) {
   const Sizes& s = layer.sizes;
   const int64_t N = s.T * s.B;
   const Tensor none = empty({0}, layer.x.scalar_type());
   Tensors dweights;
-  OptionalTensor x;
+  OptionalScratch x;
   for (int64_t d = 0; d < s.D; ++d) {
     // transposed [N][rows] @ panels of [N][columns]
     const auto product = [&](int64_t rows, const void* transposed, int64_t columns, const void* panels) {
@@ -729,25 +638,24 @@ Tensors weight_gradients(const Layer& layer, const StepGradients& steps, const N
       gemm(kernels_of(layer.compute), {rows, columns, N, transposed, true, panels, pointer(out), false, false});
       return out;
     };
-    const void* const da = at(steps.da, d * N * 4 * s.H);
+    const void* const da = steps.da.at(d * N * 4 * s.H);
     const auto append = [&](int64_t k, const auto& gradient) {
       const bool needed = needs_weight(d, k);
       dweights.push_back(needed ? as(gradient(), layer.x.scalar_type()) : torch::stable::clone(none));
     };
     append(0, [&] {
-      if (!x.has_value()) x = packed_steps(layer);
+      if (!x.has_value()) x.emplace(packed_steps(layer));
       return product(4 * s.H, da, s.I, pointer(x));
     });
     append(1, [&] {
       const int64_t states = columns_of(layer.kernels, s.P, N).numbers(layer.kernels);
-      return product(4 * s.H, da, s.P, at(*steps.h_in, d * states));
+      return product(4 * s.H, da, s.P, steps.h_in->at(d * states));
     });
     if (layer.weights.biased()) {
       OptionalTensor db;
       const auto bias_gradient = [&] {
         if (db.has_value()) return torch::stable::clone(*db);  // both biases have the same
-        Tensor own = torch::stable::select(steps.da, 0, d);
-        db = torch::stable::sum(torch::stable::view(own, {N, 4 * s.H}), std::array<int64_t, 1>{0});
+        db = torch::stable::sum(steps.da.matrix(d * N * 4 * s.H, N, 4 * s.H), std::array<int64_t, 1>{0});
         return *db;
       };
       append(2, bias_gradient);
@@ -757,11 +665,11 @@ Tensors weight_gradients(const Layer& layer, const StepGradients& steps, const N
       append(layer.weights.count - 1, [&] {
         const Kernels& kernels = kernels_of(layer.compute);  // m is not of the dtype of x
         const Packing columns = columns_of(kernels, s.H, N);
-        Tensor m = empty({columns.numbers(kernels)}, layer.compute);
+        const Scratch m(columns.numbers(kernels), layer.compute);
         for_each_part(kernels, columns, 1, [&](int64_t, int64_t begin, int64_t end) {
-          kernels.pack_columns(at(*steps.m, d * N * s.H), N, s.H, pointer(m), begin, end);
+          kernels.pack_columns(steps.m->at(d * N * s.H), N, s.H, m.begin(), begin, end);
         });
-        return product(s.P, at(*steps.dh_out, d * N * s.P), s.H, pointer(m));
+        return product(s.P, steps.dh_out->at(d * N * s.P), s.H, m.begin());
       });
     }
   }
@@ -827,7 +735,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> cpu_backward(OptionalTensor dy, Opti
   params.dc0 = needs_c0 ? pointer(dc0) : nullptr;
   bool needs_w_hh = false;
   for (int64_t d = 0; d < s.D; ++d) needs_w_hh |= needs_weight(d, 1);
-  const StepGradients steps = backward_sequence(layer, params, needs_w_hh);
+  StepGradients steps = backward_sequence(layer, params, needs_w_hh);
   Tensor dx = needs_x ? input_gradient(layer, steps) : torch::stable::clone(none);
   return {dx, dh0, dc0, weight_gradients(layer, steps, needs_weight)};
 }

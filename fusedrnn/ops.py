@@ -257,7 +257,8 @@ _library.define(
     "-> (Tensor y, Tensor hn, Tensor cn)"
 )
 _library.define("cpu_isa(str? select=None) -> str")
-_library.define("cpu_keep(int? limit=None) -> int")
+# How many bytes of packed weights, and as many of scratch, may be kept from call to call; and how many are.
+_library.define("cpu_keep(int? limit=None) -> (int limit, int weights, int scratch)")
 _library.define("cpu_plan(int T, int B, int I, int H, int P, int D, bool float64) -> str")
 
 

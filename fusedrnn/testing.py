@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from . import ops
+
 _VF = torch._VF  # the function behind nn.LSTM
 _NUDGES = 3  # random directions in which `answers` moves the inputs
 
@@ -36,6 +38,7 @@ def devices() -> list[str]:
 def poisoned() -> Iterator[None]:
     """Inside, torch.empty and all that allocates as it does is filled with NaN (integers: their largest value).
 
+    The CPU kernels keep no scratch meanwhile, which would be what an earlier call has left.
     It switches torch's deterministic mode on, for the whole process. Operators that have no deterministic version only
     warn in it: the filling is what is wanted here.
     """
@@ -43,9 +46,15 @@ def poisoned() -> Iterator[None]:
     mode, fill = torch.get_deterministic_debug_mode(), memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     memory.fill_uninitialized_memory = True
+    keep = torch.ops.fusedrnn.cpu_keep if ops.cpu_unavailable is None else None
+    limit = keep()[0] if keep else 0
+    if keep:
+        keep(0)
     try:
         yield
     finally:
+        if keep:
+            keep(limit)
         memory.fill_uninitialized_memory = fill
         torch.set_deterministic_debug_mode(mode)
 
