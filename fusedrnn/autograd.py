@@ -113,7 +113,8 @@ class LSTMFunction(torch.autograd.Function):
         ctx: Any, dy: Tensor | None, dhn: Tensor | None, dcn: Tensor | None, dc: Tensor | None, _: None
     ) -> tuple[Tensor | None, ...]:
         x, h0, c0, lengths, reset, *weights, y, c, reserve = ctx.saved_tensors
-        needs = [ctx.needs_input_grad[_X + k] for k in range(3)] + list(ctx.needs_input_grad[_WEIGHTS:])
+        needed = ctx.needs_input_grad
+        needs = [*needed[_X : _X + 3], *needed[_WEIGHTS:]]
         arguments = (dy, dhn, dcn, dc, x, h0, c0, lengths, reset, y, c, reserve, *weights)
         with _autocast_off(x.device):
             if (torch.is_grad_enabled() or _is_transformed()) and not torch.compiler.is_compiling():

@@ -181,15 +181,15 @@ def select(problem: Problem) -> str:
     raise RuntimeError(f"no backend can compute this: {reasons}")
 
 
-def plain_inference(input: Tensor) -> bool:
-    """Whether `select` gives "cpu" for any one layer with this input, and there is no autograd, autocast, transform or
-    trace. A shorter question than `select`'s.
+def is_plain_on_cpu(input: Tensor) -> bool:
+    """Whether `select` gives "cpu" for any layer with this input, and there is no autocast, transform or trace.
+
+    A shorter question than `select`'s.
     """
     return (
         input.is_cpu
         and (_forced == "auto" or _forced == "cpu")
         and ops.cpu_unavailable is None
-        and not torch.is_grad_enabled()
         and not torch._C._is_any_autocast_enabled()
         and not torch.compiler.is_compiling()
         and torch._C._get_tracing_state() is None

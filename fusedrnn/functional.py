@@ -80,7 +80,7 @@ def lstm(
     """
     plain = batch_sizes is None and lengths is None and reset is None and not return_states
     if plain and 0 <= dropout <= 1 and (num_layers == 1 or not (training and dropout)):
-        quick = _infer(input, weights, hx, num_layers, batch_first, bidirectional)
+        quick = _short_way(input, weights, hx, num_layers, batch_first, bidirectional)
         if quick is not None:
             return quick
     form = _form_of(input, batch_first, batch_sizes)
@@ -169,7 +169,7 @@ def lstm_cell(
         TypeError, ValueError, RuntimeError: as `lstm`.
     """
     if (hx is None or type(hx) is tuple) and b_ih is not None and b_hh is not None:
-        quick = _infer(input, [w_ih, w_hh, b_ih, b_hh], hx, dims=2)
+        quick = _short_way(input, [w_ih, w_hh, b_ih, b_hh], hx, dims=2)
         if quick is not None:
             return quick[1]
     if not isinstance(input, Tensor):
@@ -210,7 +210,7 @@ def lstm_cell(
     return (hn, cn) if batched else (hn.squeeze(0), cn.squeeze(0))
 
 
-def _infer(
+def _short_way(
     input: Tensor,
     weights: Sequence[Tensor],
     hx: Sequence[Tensor] | None,
@@ -220,12 +220,12 @@ def _infer(
     dims: int = 3,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]] | None:
     """Layers, or with 2 dims a cell, on the CPU where only their results are asked for; None where that is not so, or
-    something is wrong.
+    something is wrong. A cell only without gradients.
 
-    A single time step takes less than all the questions that `lstm` asks. The operator makes sure of shapes and dtypes
-    by itself, in fewer words: whoever gets None asks them all, and finds the words.
+    A short sequence takes less than all the questions that `lstm` asks. The operators make sure of shapes and dtypes by
+    themselves, in fewer words: whoever gets None asks them all, and finds the words.
     """
-    if type(input) is not Tensor or input.dim() != dims or not dispatch.plain_inference(input):
+    if type(input) is not Tensor or input.dim() != dims or not dispatch.is_plain_on_cpu(input):
         return None
     h0 = c0 = None
     if hx is not None:
@@ -234,8 +234,18 @@ def _infer(
         h0, c0 = hx
     x = input.transpose(0, 1) if batch_first else input
     try:
-        y, hn, cn = ops.cpu_infer(x, weights, num_layers, bidirectional, h0, c0)
-    except (RuntimeError, TypeError, ValueError):
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h0, c0, *weights)):
+            if dims == 2 or num_layers < 1 or len(weights) % num_layers:
+                return None
+            if not all(t is None or t.is_cpu for t in (h0, c0, *weights)):  # meta tensors have an operator, too
+                return None
+            states = num_layers * (2 if bidirectional else 1)
+            if not (h0 is None or c0 is None or len(h0) == len(c0) == states):
+                return None
+            y, hn, cn, *_ = _stack("cpu", x, weights, h0, c0, num_layers, 0.0, bidirectional, None, None, False)
+        else:
+            y, hn, cn = ops.cpu_infer(x, weights, num_layers, bidirectional, h0, c0)
+    except (RuntimeError, TypeError, ValueError, AttributeError):
         return None
     return y.transpose(0, 1) if batch_first else y, (hn, cn)
 

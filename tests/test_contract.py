@@ -30,7 +30,7 @@ ids = {"ids": lambda value: "-".join(f"{k}={v}" for k, v in value.items()) or "d
 
 @pytest.fixture(params=[True, False], ids=["grad", "no grad"])
 def grad_mode(request):
-    """Inference takes a shorter way (functional._infer), which has to come to the same errors."""
+    """On the CPU both take a shorter way (functional._short_way), which has to come to the same errors."""
     with torch.set_grad_enabled(request.param):
         yield
 

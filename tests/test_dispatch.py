@@ -59,7 +59,8 @@ def spies(monkeypatch):
 
 @pytest.fixture
 def replace(monkeypatch):
-    """Gives a row of the table other answers."""
+    """Gives a row of the table other answers, and has the table asked: the short way knows what it says of the CPU."""
+    monkeypatch.setattr(functional, "_short_way", lambda *_, **__: None)
 
     def change(name, **answers):
         monkeypatch.setitem(dispatch.TABLE, name, dispatch.TABLE[name]._replace(**answers))
@@ -299,6 +300,7 @@ def test_explain_tells_what_runs(spies, monkeypatch, form, asked):
     """The problem that is explained is the one that the call selects a backend for, and so is the backend."""
     module, args, options, problem = FORMS[form]
     select, selected = dispatch.select, []
+    monkeypatch.setattr(functional, "_short_way", lambda *_, **__: None)  # it has no problem to show
     monkeypatch.setattr(dispatch, "select", lambda problem: selected.append(problem) or select(problem))
     with fusedrnn.use_backend(asked):
         explanation = fusedrnn.explain(module, *args, **options)
@@ -504,44 +506,79 @@ def test_without_the_native_library(report, tmp_path, info, library, expected):
 
 @pytest.mark.parametrize("name", ["auto", "cpu", "aten", "reference"])
 @pytest.mark.parametrize("dtype", dispatch.FLOATING, ids=str)
-def test_plain_inference_is_where_the_cpu_backend_is_selected(name, dtype):
+def test_plain_on_the_cpu_is_where_the_cpu_backend_is_selected(name, dtype):
     x = torch.zeros(2, 3, 4, dtype=dtype)
     with fusedrnn.use_backend(name):
         selected = dispatch.select(Problem("cpu", dtype, 2, 3, 4, 5, 5, 1)) == "cpu"
-        with torch.no_grad():
-            assert dispatch.plain_inference(x) == selected
-            with torch.autocast("cpu"):
-                assert not dispatch.plain_inference(x)
-        assert not dispatch.plain_inference(x)
+        assert dispatch.is_plain_on_cpu(x) == selected
+        with torch.autocast("cpu"):
+            assert not dispatch.is_plain_on_cpu(x)
 
 
-def test_the_short_way_of_inference_gives_the_same_bits(monkeypatch):
-    """Layers, both directions, projections, batch first, and a cell."""
-    results, real = [], functional._infer
+def test_the_short_way_gives_the_same_bits(monkeypatch):
+    """Layers, both directions, projections, batch first, and a cell: training, inference, and the long way."""
+    results, real = [], functional._short_way
 
     def spy(*arguments, **dims):
         results.append(real(*arguments, **dims))
         return results[-1]
 
-    monkeypatch.setattr(functional, "_infer", spy)
+    def gradients(result, of):
+        y, (h, c) = result
+        return torch.autograd.grad(y.sin().sum() + h.sum() + (c * c).sum(), of)
+
     for layers, options in itertools.product(
         (1, 3), ({}, {"bidirectional": True, "proj_size": 2}, {"batch_first": True, "bias": False})
     ):
-        lstm, x = fusedrnn.LSTM(3, 5, layers, **options), torch.randn(4, 2, 3)
+        lstm, x = fusedrnn.LSTM(3, 5, layers, **options), torch.randn(4, 2, 3, requires_grad=True)
         B = 4 if lstm.batch_first else 2
         rows = layers * (2 if lstm.bidirectional else 1)
-        for hx in (None, (torch.randn(rows, B, lstm.proj_size or 5), torch.randn(rows, B, 5))):
-            expected = lstm(x, hx)
-            with torch.no_grad():
+        h0, c0 = torch.randn(rows, B, lstm.proj_size or 5), torch.randn(rows, B, 5)
+        for hx in (None, (h0.requires_grad_(), c0.requires_grad_())):
+            leaves = [x, *lstm.parameters(), *(hx or ())]
+            with monkeypatch.context() as patch:
+                patch.setattr(functional, "_short_way", lambda *_, **__: None)
                 y, state = lstm(x, hx)
-            assert torch.equal(y, expected[0])
-            assert all(torch.equal(a, b) for a, b in zip(state, expected[1], strict=True))
+                expected = [y, *state, *gradients((y, state), leaves)]
+            with monkeypatch.context() as patch:
+                patch.setattr(functional, "_short_way", spy)
+                y, state = lstm(x, hx)
+                trained = [y, *state, *gradients((y, state), leaves)]
+                with torch.no_grad():
+                    y, state = lstm(x, hx)
+            for ours, theirs in zip(trained, expected, strict=True):
+                assert torch.equal(ours, theirs)
+            for ours, theirs in zip([y, *state], expected, strict=False):
+                assert torch.equal(ours, theirs)
+                assert not ours.requires_grad
     cell, x, state = fusedrnn.LSTMCell(3, 5), torch.randn(2, 3), (torch.randn(2, 5), torch.randn(2, 5))
     expected = cell(x, state)
+    monkeypatch.setattr(functional, "_short_way", spy)
     with torch.no_grad():
         assert all(torch.equal(a, b) for a, b in zip(cell(x, state), expected, strict=True))
     if "cpu" in OPERATORS:
-        assert [result is not None for result in results] == [False, True] * 13
+        assert [result is not None for result in results] == [True, True] * 12 + [True]
+
+
+@pytest.mark.skipif("cpu" not in OPERATORS, reason=str(ops.cpu_unavailable))
+def test_what_needs_no_gradient_reserves_nothing(monkeypatch):
+    """With autograd on, but nothing that needs a gradient."""
+    monkeypatch.setattr(functional, "_stack", None)
+    lstm = fusedrnn.LSTM(3, 5, 2).requires_grad_(False)
+    y, (h, c) = lstm(torch.randn(4, 2, 3))
+    assert not any(tensor.requires_grad for tensor in (y, h, c))
+
+
+@pytest.mark.skipif("cpu" not in OPERATORS, reason=str(ops.cpu_unavailable))
+@pytest.mark.parametrize("layers", [1, 2])
+def test_states_of_too_many_layers_are_refused_in_training(layers):
+    lstm, x = fusedrnn.LSTM(3, 5, layers), torch.randn(4, 2, 3)
+    for rows in (layers + 1, 2 * layers):
+        hx = torch.randn(rows, 2, 5), torch.randn(rows, 2, 5)
+        with pytest.raises(RuntimeError, match=r"Expected hidden\[0\] size"):
+            lstm(x, hx)
+        with pytest.raises(RuntimeError, match=r"Expected hidden\[1\] size"):
+            lstm(x, (hx[0][:layers], hx[1]))
 
 
 def test_the_short_way_of_inference_keeps_dropout():
