@@ -244,7 +244,7 @@ Packing columns_of(const Kernels& kernels, int64_t outputs, int64_t inputs) {
 template <class F>
 void for_each_part(const Kernels& kernels, const Packing& packing, int64_t D, const F& f) {
   const int64_t count = packing.by_blocks ? packing.blocks : packing.inputs;
-  const int64_t grain = std::max<int64_t>(1, 65536 * count / std::max<int64_t>(1, packing.numbers(kernels)));
+  const int64_t grain = std::max<int64_t>(1, 16384 * count / std::max<int64_t>(1, packing.numbers(kernels)));
   torch::stable::parallel_for(0, D * count, grain, [&](int64_t begin, int64_t end) {
     for (int64_t d = 0; d < D; ++d) {
       const int64_t first = std::max(begin - d * count, int64_t{0}), last = std::min(end - d * count, count);
