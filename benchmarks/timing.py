@@ -16,6 +16,8 @@ from typing import Any, Protocol
 
 import torch
 
+from fusedrnn import testing
+
 SAMPLE = 0.02  # seconds: shorter calls are repeated until a sample lasts this long
 REST = 0.01  # seconds: the threads of the contender before, which may spin while they wait for work, go to sleep
 ROUNDS = 5  # at the least, whatever the time
@@ -180,7 +182,10 @@ def peak_bytes(work: Callable[[], object], device: str) -> int | None:
         return torch.cuda.max_memory_allocated() - before
     process = Path("/proc/self")
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system, or using it again would not be seen
+        # What was kept or freed goes back to the system, or using it again would not be seen.
+        with testing.nothing_kept():
+            pass
+        ctypes.CDLL(None).malloc_trim(0)
         (process / "clear_refs").write_text("5")  # the peak starts anew from what is resident now
         before = _status_bytes(process, "VmRSS")
         work()

@@ -46,17 +46,27 @@ def poisoned() -> Iterator[None]:
     mode, fill = torch.get_deterministic_debug_mode(), memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     memory.fill_uninitialized_memory = True
-    keep = torch.ops.fusedrnn.cpu_keep if ops.cpu_unavailable is None else None
-    limit = keep()[0] if keep else 0
-    if keep:
-        keep(0)
+    try:
+        with nothing_kept():
+            yield
+    finally:
+        memory.fill_uninitialized_memory = fill
+        torch.set_deterministic_debug_mode(mode)
+
+
+@contextmanager
+def nothing_kept() -> Iterator[None]:
+    """Inside, the CPU kernels keep neither packed weights nor scratch from call to call; what they kept is given up."""
+    if ops.cpu_unavailable is not None:
+        yield
+        return
+    keep = torch.ops.fusedrnn.cpu_keep
+    limit, *_ = keep()
+    keep(0)
     try:
         yield
     finally:
-        if keep:
-            keep(limit)
-        memory.fill_uninitialized_memory = fill
-        torch.set_deterministic_debug_mode(mode)
+        keep(limit)
 
 
 @contextmanager

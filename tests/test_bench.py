@@ -473,6 +473,23 @@ def test_peak_memory_sees_every_allocator():
     assert timing.peak_bytes(lambda: None, "cpu") < size / 10
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="no other system tells")
+@pytest.mark.skipif(ops.cpu_unavailable is not None, reason=str(ops.cpu_unavailable))
+def test_peak_memory_sees_what_is_kept():
+    module, x = fusedrnn.LSTM(256, 256), torch.randn(100, 32, 256)
+
+    def step():
+        module(x)[0].sum().backward()
+
+    step()
+    _, _, scratch = torch.ops.fusedrnn.cpu_keep()
+    assert scratch > 12 * 2**20
+    assert timing.peak_bytes(step, "cpu") > scratch
+    limit, _, again = torch.ops.fusedrnn.cpu_keep()
+    assert again > 0
+    assert limit > 0
+
+
 def test_limit_is_the_larger_of_arithmetic_and_bytes(fake, monkeypatch):
     found = ceilings.Ceilings(fake)
     monkeypatch.setattr(found, "_arithmetic", lambda *_: 1e9)
