@@ -623,12 +623,41 @@ Scratch packed_steps(const Layer& layer) {
   return panels;
 }
 
+template <class A>
+void sum_rows(const void* rows, int64_t count, int64_t columns, void* sum) {
+  const A* row = static_cast<const A*>(rows);
+  A* const to = static_cast<A*>(sum);
+  std::copy(row, row + columns, to);
+  for (int64_t k = 1; k < count; ++k) {
+    row += columns;
+    for (int64_t n = 0; n < columns; ++n) to[n] += row[n];
+  }
+}
+
+// The gradient of a bias, [4H]: the sum over all steps.
+Tensor bias_gradients(const Layer& layer, StepGradients& steps, int64_t d) {
+  const Sizes& s = layer.sizes;
+  const int64_t N = s.T * s.B, G = 4 * s.H;
+  if (N > kUnpackedRows) return torch::stable::sum(steps.da.matrix(d * N * G, N, G), std::array<int64_t, 1>{0});
+  // Of a few rows the sum takes less than the way to torch's.
+  Tensor sum = empty({G}, layer.compute);
+  const auto of = layer.compute == ScalarType::Double ? sum_rows<double> : sum_rows<float>;
+  of(steps.da.at(d * N * G), N, G, pointer(sum));
+  return sum;
+}
+
+// A vector once more.
+Tensor copied(const Tensor& vector) {
+  Tensor copy = empty({vector.numel()}, vector.scalar_type());
+  std::memcpy(pointer(copy), vector.const_data_ptr(), vector.numel() * vector.element_size());
+  return copy;
+}
+
 // The weight gradients, each as one matrix product, or sum, over all steps; empty where not needed.
 template <class Needs>
 Tensors weight_gradients(const Layer& layer, StepGradients& steps, const Needs& needs_weight) {
   const Sizes& s = layer.sizes;
   const int64_t N = s.T * s.B;
-  const Tensor none = empty({0}, layer.x.scalar_type());
   Tensors dweights;
   OptionalScratch x;
   for (int64_t d = 0; d < s.D; ++d) {
@@ -641,7 +670,7 @@ Tensors weight_gradients(const Layer& layer, StepGradients& steps, const Needs& 
     const void* const da = steps.da.at(d * N * 4 * s.H);
     const auto append = [&](int64_t k, const auto& gradient) {
       const bool needed = needs_weight(d, k);
-      dweights.push_back(needed ? as(gradient(), layer.x.scalar_type()) : torch::stable::clone(none));
+      dweights.push_back(needed ? as(gradient(), layer.x.scalar_type()) : empty({0}, layer.x.scalar_type()));
     };
     append(0, [&] {
       if (!x.has_value()) x.emplace(packed_steps(layer));
@@ -654,8 +683,8 @@ Tensors weight_gradients(const Layer& layer, StepGradients& steps, const Needs& 
     if (layer.weights.biased()) {
       OptionalTensor db;
       const auto bias_gradient = [&] {
-        if (db.has_value()) return torch::stable::clone(*db);  // both biases have the same
-        db = torch::stable::sum(steps.da.matrix(d * N * 4 * s.H, N, 4 * s.H), std::array<int64_t, 1>{0});
+        if (db.has_value()) return copied(*db);  // both biases have the same
+        db = bias_gradients(layer, steps, d);
         return *db;
       };
       append(2, bias_gradient);
@@ -706,15 +735,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> cpu_backward(OptionalTensor dy, Opti
       STD_TORCH_CHECK(tensor->scalar_type() == dtype, "gradients and saved tensors must have the dtype of x");
   }
 
-  const Tensor none = empty({0}, dtype);
-  Tensor dh0 = needs_h0 ? empty({s.D, s.B, s.P}, dtype) : none;
-  Tensor dc0 = needs_c0 ? empty({s.D, s.B, s.H}, dtype) : torch::stable::clone(none);
+  Tensor dh0 = needs_h0 ? empty({s.D, s.B, s.P}, dtype) : empty({0}, dtype);
+  Tensor dc0 = needs_c0 ? empty({s.D, s.B, s.H}, dtype) : empty({0}, dtype);
   if (s.B == 0) {
     Tensors dweights;
-    Tensor dx = needs_x ? empty({s.T, s.B, s.I}, dtype) : torch::stable::clone(none);
+    Tensor dx = needs_x ? empty({s.T, s.B, s.I}, dtype) : empty({0}, dtype);
     for (size_t k = 0; k < flat.size(); ++k) {
       Tensor zero = torch::stable::empty_like(flat[k]);
-      dweights.push_back(needs[3 + k] ? torch::stable::zero_(zero) : torch::stable::clone(none));
+      dweights.push_back(needs[3 + k] ? torch::stable::zero_(zero) : empty({0}, dtype));
     }
     return {dx, dh0, dc0, dweights};
   }
@@ -736,7 +764,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> cpu_backward(OptionalTensor dy, Opti
   bool needs_w_hh = false;
   for (int64_t d = 0; d < s.D; ++d) needs_w_hh |= needs_weight(d, 1);
   StepGradients steps = backward_sequence(layer, params, needs_w_hh);
-  Tensor dx = needs_x ? input_gradient(layer, steps) : torch::stable::clone(none);
+  Tensor dx = needs_x ? input_gradient(layer, steps) : empty({0}, dtype);
   return {dx, dh0, dc0, weight_gradients(layer, steps, needs_weight)};
 }
 

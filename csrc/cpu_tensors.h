@@ -53,7 +53,7 @@ int32_t dtype_code(ScalarType dtype) {
 // each of 4 KiB costs a microsecond, of which training with a large batch would have tens of thousands.
 void advise(Tensor& tensor) {
 #if defined(__linux__)
-  constexpr uintptr_t kAskFrom = 4 << 20, kPage = 2 << 20;
+  constexpr uintptr_t kAskFrom = 16 << 20, kPage = 2 << 20;
   const uintptr_t bytes = static_cast<uintptr_t>(tensor.numel()) * tensor.element_size();
   if (bytes < kAskFrom) return;
   const auto first = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());

@@ -54,6 +54,14 @@ def lstm_layer(
     return y, hn, cn, c
 
 
+def lstm_step(
+    backend: str, x: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """One time step of one direction, differentiable, outside of autocast: x [B, I], h0 [B, P], c0 [B, H] -> hn, cn."""
+    _, hn, cn, _, _ = _apply(backend, False, False, x, h0, c0, None, None, *weights)
+    return hn, cn
+
+
 def _apply(*arguments: Any) -> tuple[Tensor, ...]:
     """LSTMFunction.apply, which takes 30 us to read and bind the signature of its forward for defaults: it has none.
 
@@ -84,7 +92,11 @@ def _refuse_vmap(*_: Any) -> NoReturn:
 
 
 class LSTMFunction(torch.autograd.Function):
-    """forward: (*_FIXED, *weights) -> y, hn, cn, c, reserve. See docs/lstm_math.md for both directions."""
+    """forward: (*_FIXED, *weights) -> y, hn, cn, c, reserve. See docs/lstm_math.md for both directions.
+
+    Of a single step x, h0, c0, hn and cn may be without their first dimension: views made outside would be nodes of the
+    graph, each of which a short step feels.
+    """
 
     @staticmethod
     def forward(
@@ -98,7 +110,12 @@ class LSTMFunction(torch.autograd.Function):
         reset: Tensor | None,
         *weights: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        return ops.forward_op(backend)(x, weights, bidirectional, h0, c0, lengths, reset, cell_states, True)
+        forward = ops.forward_op(backend)
+        if x.dim() == 3:
+            return forward(x, weights, bidirectional, h0, c0, lengths, reset, cell_states, True)
+        x, h0, c0 = _unsqueezed(x, h0, c0)
+        y, hn, cn, c, reserve = forward(x, weights, bidirectional, h0, c0, lengths, reset, cell_states, True)
+        return y, hn.squeeze(0), cn.squeeze(0), c, reserve
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -113,6 +130,9 @@ class LSTMFunction(torch.autograd.Function):
         ctx: Any, dy: Tensor | None, dhn: Tensor | None, dcn: Tensor | None, dc: Tensor | None, _: None
     ) -> tuple[Tensor | None, ...]:
         x, h0, c0, lengths, reset, *weights, y, c, reserve = ctx.saved_tensors
+        is_step = x.dim() == 2
+        if is_step:
+            x, h0, c0, dhn, dcn = _unsqueezed(x, h0, c0, dhn, dcn)
         needed = ctx.needs_input_grad
         needs = [*needed[_X : _X + 3], *needed[_WEIGHTS:]]
         arguments = (dy, dhn, dcn, dc, x, h0, c0, lengths, reset, y, c, reserve, *weights)
@@ -122,9 +142,15 @@ class LSTMFunction(torch.autograd.Function):
             else:
                 grads = _run_backward(ctx.backend, ctx.bidirectional, needs, *arguments)
         dx, dh0, dc0, *dweights = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+        if is_step:
+            dx, dh0, dc0 = (None if grad is None else grad.squeeze(0) for grad in (dx, dh0, dc0))
         return None, None, None, dx, dh0, dc0, None, None, *dweights
 
     vmap = staticmethod(_refuse_vmap)
+
+
+def _unsqueezed(*tensors: Tensor | None) -> list[Any]:
+    return [None if t is None else t.unsqueeze(0) for t in tensors]
 
 
 def _run_backward(

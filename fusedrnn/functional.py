@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from . import dispatch, ops
-from .autograd import lstm_layer
+from .autograd import lstm_layer, lstm_step
 
 _VF = torch._VF  # the functions behind nn.LSTM: torch's own path, our `aten` backend
 
@@ -220,7 +220,7 @@ def _short_way(
     dims: int = 3,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]] | None:
     """Layers, or with 2 dims a cell, on the CPU where only their results are asked for; None where that is not so, or
-    something is wrong. A cell only without gradients.
+    something is wrong.
 
     A short sequence takes less than all the questions that `lstm` asks. The operators make sure of shapes and dtypes by
     themselves, in fewer words: whoever gets None asks them all, and finds the words.
@@ -235,10 +235,13 @@ def _short_way(
     x = input.transpose(0, 1) if batch_first else input
     try:
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h0, c0, *weights)):
-            if dims == 2 or num_layers < 1 or len(weights) % num_layers:
+            if num_layers < 1 or len(weights) % num_layers:
                 return None
             if not all(t is None or t.is_cpu for t in (h0, c0, *weights)):  # meta tensors have an operator, too
                 return None
+            if dims == 2:
+                hn, cn = lstm_step("cpu", x, weights, h0, c0)
+                return hn, (hn, cn)
             states = num_layers * (2 if bidirectional else 1)
             if not (h0 is None or c0 is None or len(h0) == len(c0) == states):
                 return None

@@ -76,6 +76,29 @@ def sums(y):
     return sum((t * torch.linspace(0.5, 1.5, t.numel(), dtype=t.dtype, device=t.device).view_as(t)).sum() for t in y)
 
 
+@pytest.mark.parametrize("wanted", ["everything", "no state", "input alone", "states alone"])
+def test_derivatives_of_a_cell_against_differences(kernel, wanted):
+    cell = fusedrnn.LSTMCell(2, 3, dtype=torch.float64, device=kernel.device)
+    x, h, c = (random(2, n, device=kernel.device) for n in (2, 3, 3))
+    cell.requires_grad_(wanted in ("everything", "no state"))
+    x.requires_grad_(wanted != "states alone")
+    if wanted in ("everything", "states alone"):
+        h.requires_grad_()
+        c.requires_grad_()
+    tensors = [x, *([] if wanted == "no state" else [h, c]), *cell.parameters()]
+
+    def call(x, *rest):
+        hx = None if wanted == "no state" else rest[:2]
+        weights = dict(zip(("weight_ih", "weight_hh", "bias_ih", "bias_hh"), rest[-4:], strict=True))
+        return functional_call(cell, weights, (x, hx))
+
+    assert gradcheck(call, tensors)
+    assert gradgradcheck(call, tensors)
+    h_next, _ = call(*tensors)
+    h_next.sum().backward()  # the gradient of c is not there
+    assert [t.grad is not None for t in tensors] == [t.requires_grad for t in tensors]
+
+
 def test_third_derivatives(kernel, assert_same):
     lstm = build(kernel, 2, 3, bidirectional=True)
     x, h0, c0 = (random(*shape, device=kernel.device, requires_grad=True) for shape in ((3, 2, 2), *[(2, 2, 3)] * 2))

@@ -551,13 +551,24 @@ def test_the_short_way_gives_the_same_bits(monkeypatch):
             for ours, theirs in zip([y, *state], expected, strict=False):
                 assert torch.equal(ours, theirs)
                 assert not ours.requires_grad
-    cell, x, state = fusedrnn.LSTMCell(3, 5), torch.randn(2, 3), (torch.randn(2, 5), torch.randn(2, 5))
-    expected = cell(x, state)
-    monkeypatch.setattr(functional, "_short_way", spy)
-    with torch.no_grad():
-        assert all(torch.equal(a, b) for a, b in zip(cell(x, state), expected, strict=True))
+    cell, x = fusedrnn.LSTMCell(3, 5), torch.randn(2, 3, requires_grad=True)
+    h, c = (torch.randn(2, 5, requires_grad=True) for _ in range(2))
+    for state in ((h, c), None):
+        leaves = [x, *cell.parameters(), *(state or ())]
+        with monkeypatch.context() as patch:
+            patch.setattr(functional, "_short_way", lambda *_, **__: None)
+            new = cell(x, state)
+            expected = [*new, *gradients((new[0], new), leaves)]
+        with monkeypatch.context() as patch:
+            patch.setattr(functional, "_short_way", spy)
+            new = cell(x, state)
+            trained = [*new, *gradients((new[0], new), leaves)]
+            with torch.no_grad():
+                inferred = cell(x, state)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(trained, expected, strict=True))
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(inferred, expected, strict=False))
     if "cpu" in OPERATORS:
-        assert [result is not None for result in results] == [True, True] * 12 + [True]
+        assert [result is not None for result in results] == [True, True] * 14
 
 
 @pytest.mark.skipif("cpu" not in OPERATORS, reason=str(ops.cpu_unavailable))
