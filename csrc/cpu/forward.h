@@ -8,8 +8,8 @@
 // are computed in turns, because one alone is a long chain; a single row has those of some blocks computed so.
 // Split by rows: a worker takes its rows through all steps and never waits. Split by units: a chunk is a block, or some
 // of a single row, and workers meet after each step, or twice a step with a projection (team.h). h_{t-1} and h_t lie in
-// two buffers, so that no block reads what another has written in the same step. A single step, or a single row, has no
-// use for a tile: the weights are read as they lie, as dot products along K, and nothing is packed.
+// two buffers, so that no block reads what another has written in the same step. A few rows in a few steps have no use
+// for a tile: the weights are read as they lie, as dot products along K, and nothing is packed.
 #pragma once
 
 #include "geometry.h"
