@@ -113,7 +113,7 @@ class LSTMFunction(torch.autograd.Function):
         forward = ops.forward_op(backend)
         if x.dim() == 3:
             return forward(x, weights, bidirectional, h0, c0, lengths, reset, cell_states, True)
-        x, h0, c0 = _unsqueezed(x, h0, c0)
+        x, h0, c0 = unsqueezed(x, h0, c0)
         y, hn, cn, c, reserve = forward(x, weights, bidirectional, h0, c0, lengths, reset, cell_states, True)
         return y, hn.squeeze(0), cn.squeeze(0), c, reserve
 
@@ -132,7 +132,7 @@ class LSTMFunction(torch.autograd.Function):
         x, h0, c0, lengths, reset, *weights, y, c, reserve = ctx.saved_tensors
         is_step = x.dim() == 2
         if is_step:
-            x, h0, c0, dhn, dcn = _unsqueezed(x, h0, c0, dhn, dcn)
+            x, h0, c0, dhn, dcn = unsqueezed(x, h0, c0, dhn, dcn)
         needed = ctx.needs_input_grad
         needs = [*needed[_X : _X + 3], *needed[_WEIGHTS:]]
         arguments = (dy, dhn, dcn, dc, x, h0, c0, lengths, reset, y, c, reserve, *weights)
@@ -149,7 +149,8 @@ class LSTMFunction(torch.autograd.Function):
     vmap = staticmethod(_refuse_vmap)
 
 
-def _unsqueezed(*tensors: Tensor | None) -> list[Any]:
+def unsqueezed(*tensors: Tensor | None) -> list[Any]:
+    """What a single step has, with a dimension for time or layers; None stays."""
     return [None if t is None else t.unsqueeze(0) for t in tensors]
 
 

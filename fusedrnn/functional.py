@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from . import dispatch, ops
-from .autograd import lstm_layer, lstm_step
+from .autograd import lstm_layer, lstm_step, unsqueezed
 
 _VF = torch._VF  # the functions behind nn.LSTM: torch's own path, our `aten` backend
 
@@ -188,7 +188,7 @@ def lstm_cell(
     if dtype is not None:
         input, h, c, *weights = _cast(dtype, input, h, c, *weights)
     if not batched:
-        input, h, c = _unsqueezed(input, h, c)
+        input, h, c = unsqueezed(input, h, c)
     (B, I), H = input.shape, w_hh.shape[1]
     if w_ih.shape[1] != I:
         raise RuntimeError(f"input has inconsistent input_size: got {I} expected {w_ih.shape[1]}")
@@ -204,7 +204,7 @@ def lstm_cell(
         h, c = (input.new_zeros(B, H) if s is None else s for s in (h, c))
         hn, cn = _VF.lstm_cell(input, (h, c), *weights)
     else:
-        x, h, c = _unsqueezed(input, h, c)
+        x, h, c = unsqueezed(input, h, c)
         _, hn, cn, _ = lstm_layer(backend, x, weights, False, h, c, None, None, False)
         hn, cn = hn.squeeze(0), cn.squeeze(0)
     return (hn, cn) if batched else (hn.squeeze(0), cn.squeeze(0))
@@ -369,10 +369,6 @@ def _aten(
         return _VF.lstm(input, form.batch_sizes, *options)
     y, hn, cn = _VF.lstm(_time_major(input, form)[0], *options, False)
     return _laid_out(y, form), hn, cn
-
-
-def _unsqueezed(*tensors: Tensor | None) -> list[Any]:
-    return [None if t is None else t.unsqueeze(0) for t in tensors]
 
 
 def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
