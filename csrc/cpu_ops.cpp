@@ -368,7 +368,7 @@ SharedPanels kept_weights(const Layer& layer) {
   std::vector<uint64_t> fingerprint = fingerprint_of(layer);
   if (std::optional<SharedPanels> panels = kept.find(place, fingerprint)) return *panels;
   SharedPanels panels = packed_weights(layer);
-  kept.keep(std::move(place), std::move(fingerprint), panels, bytes);
+  kept.keep({std::move(place), std::move(fingerprint), panels, bytes});
   return panels;
 }
 

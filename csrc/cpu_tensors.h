@@ -13,11 +13,12 @@
 #include <array>
 #include <cstdlib>
 #include <initializer_list>
-#include <list>
 #include <mutex>
 #include <optional>
 #include <utility>
 #include <vector>
+
+#include "cpu/kept.h"
 
 namespace fusedrnn {
 namespace {
@@ -120,11 +121,21 @@ int64_t kept_by_default() {
   return mib << 20;
 }
 
-// Memory that calls have worked in, for the next ones: at most `limit` bytes, of which those that were not used for the
-// longest go. Memory that is new to the process has to be found and cleared by the system page by page, which takes a
-// tenth of a training step with large weights, and far more where the allocator gives it back after every call.
-class ScratchPool {
+struct Block {
+  explicit Block(Tensor memory)
+      : tensor(std::move(memory)), bytes(tensor.numel() * static_cast<int64_t>(tensor.element_size())) {}
+
+  Tensor tensor;
+  int64_t bytes;
+};
+
+// Memory that calls have worked in, for the next ones. Memory that is new to the process has to be found and cleared by
+// the system page by page, which takes a tenth of a training step with large weights, and far more where the allocator
+// gives it back after every call.
+class ScratchPool : public Shelf<Block> {
  public:
+  using Shelf<Block>::Shelf;
+
   // Never destroyed: tensors should not be, when torch itself is.
   static ScratchPool& instance() {
     static auto* const pool = new ScratchPool(kept_by_default());
@@ -135,54 +146,24 @@ class ScratchPool {
   Tensor take(int64_t numbers, ScalarType dtype) {
     {
       const std::lock_guard lock(mutex_);
-      auto best = free_.end();
-      for (auto block = free_.begin(); block != free_.end(); ++block) {
-        const int64_t size = block->numel();
-        const bool fits = block->scalar_type() == dtype && size >= numbers && size <= 2 * numbers;
-        if (fits && (best == free_.end() || size < best->numel())) best = block;
+      auto best = items_.end();
+      for (auto block = items_.begin(); block != items_.end(); ++block) {
+        const int64_t size = block->tensor.numel();
+        const bool fits = block->tensor.scalar_type() == dtype && size >= numbers && size <= 2 * numbers;
+        if (fits && (best == items_.end() || size < best->tensor.numel())) best = block;
       }
-      if (best != free_.end()) {
-        Tensor block = std::move(*best);
-        free_.erase(best);
-        bytes_ -= bytes_of(block);
-        return block;
-      }
+      if (best != items_.end()) return take_out(best).tensor;
     }
     return empty({numbers}, dtype);
   }
 
-  void give(Tensor block) {
-    if (bytes_of(block) < kSmall) return;
+  void give(Tensor memory) {
+    constexpr int64_t kSmall = 64 << 10;  // less than that has its place in any allocator
+    Block block(std::move(memory));
+    if (block.bytes < kSmall) return;
     const std::lock_guard lock(mutex_);
-    bytes_ += bytes_of(block);
-    free_.push_front(std::move(block));
-    make_room();
+    put(std::move(block));
   }
-
-  void set_limit(int64_t limit) {
-    const std::lock_guard lock(mutex_);
-    limit_ = limit;
-    make_room();
-  }
-  int64_t bytes() const {
-    const std::lock_guard lock(mutex_);
-    return bytes_;
-  }
-
- private:
-  static constexpr int64_t kSmall = 64 << 10;  // less than that has its place in any allocator
-
-  explicit ScratchPool(int64_t limit) : limit_(limit) {}
-
-  static int64_t bytes_of(const Tensor& block) { return block.numel() * static_cast<int64_t>(block.element_size()); }
-
-  void make_room() {
-    for (; bytes_ > limit_; free_.pop_back()) bytes_ -= bytes_of(free_.back());
-  }
-
-  mutable std::mutex mutex_;
-  int64_t limit_, bytes_ = 0;
-  std::list<Tensor> free_;  // the one that was given back last comes first
 };
 
 // Numbers to work with, uninitialised, for as long as this lives.

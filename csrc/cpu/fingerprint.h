@@ -1,4 +1,5 @@
-// A fingerprint of memory: 512 bits that are the same for the same bytes, and for others with a chance of some 2^-64.
+// A fingerprint of memory: as many bits as a vector has, which are the same for the same bytes, and for others with a
+// chance of some 2^-64.
 //
 // Each lane takes 64 bits at a time: state ^= bits, then one step of a multiply-with-carry generator (G. Marsaglia,
 // 1994), state = lower half * kFactor + upper half. It is to notice that weights were changed, not to resist somebody

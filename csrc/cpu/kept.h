@@ -1,4 +1,4 @@
-// Values that are kept from call to call for as long as what they were made of stays the same.
+// What is kept from call to call, within a limit.
 #pragma once
 
 #include <cstdint>
@@ -11,31 +11,12 @@
 
 namespace fusedrnn {
 
-// A place has at most one value. It is given out only to who shows the fingerprint it was kept under. Together they
-// take at most `limit` bytes: those that were not asked for the longest make room. Any number of threads may call.
-template <class Value>
-class Kept {
+// Items of some `bytes` each, which together take at most `limit`: those that were put in front the longest ago make
+// room. Any number of threads may call; what derives from it locks the mutex around the items.
+template <class Item>
+class Shelf {
  public:
-  using Place = std::vector<intptr_t>;
-  using Fingerprint = std::vector<uint64_t>;
-
-  explicit Kept(int64_t limit) : limit_(limit) {}
-
-  std::optional<Value> find(const Place& place, const Fingerprint& fingerprint) {
-    const std::lock_guard lock(mutex_);
-    const auto found = at(place);
-    if (found == entries_.end() || found->fingerprint != fingerprint) return std::nullopt;
-    entries_.splice(entries_.begin(), entries_, found);
-    return found->value;
-  }
-
-  void keep(Place place, Fingerprint fingerprint, Value value, int64_t bytes) {
-    const std::lock_guard lock(mutex_);
-    if (const auto found = at(place); found != entries_.end()) drop(found);
-    entries_.push_front({std::move(place), std::move(fingerprint), std::move(value), bytes});
-    bytes_ += bytes;
-    make_room();
-  }
+  explicit Shelf(int64_t limit) : limit_(limit) {}
 
   int64_t limit() const {
     const std::lock_guard lock(mutex_);
@@ -51,33 +32,70 @@ class Kept {
     return bytes_;
   }
 
- private:
-  struct Entry {
-    Place place;
-    Fingerprint fingerprint;
-    Value value;
-    int64_t bytes;
-  };
-  using Entries = std::list<Entry>;
+ protected:
+  using Items = std::list<Item>;
 
-  typename Entries::iterator at(const Place& place) {
-    auto entry = entries_.begin();
-    while (entry != entries_.end() && entry->place != place) ++entry;
-    return entry;
+  void put(Item item) {
+    bytes_ += item.bytes;
+    items_.push_front(std::move(item));
+    make_room();
   }
 
-  void drop(typename Entries::iterator entry) {
-    bytes_ -= entry->bytes;
-    entries_.erase(entry);
-  }
-
-  void make_room() {
-    while (bytes_ > limit_) drop(std::prev(entries_.end()));
+  Item take_out(typename Items::iterator at) {
+    Item item = std::move(*at);
+    bytes_ -= item.bytes;
+    items_.erase(at);
+    return item;
   }
 
   mutable std::mutex mutex_;
+  Items items_;
+
+ private:
+  void make_room() {
+    while (bytes_ > limit_) take_out(std::prev(items_.end()));
+  }
+
   int64_t limit_, bytes_ = 0;
-  Entries entries_;  // the one that was asked for last comes first
+};
+
+// Where a value was made, what it was made of, and the value.
+template <class Value>
+struct KeptValue {
+  std::vector<intptr_t> place;
+  std::vector<uint64_t> fingerprint;
+  Value value;
+  int64_t bytes;
+};
+
+// Values for as long as what they were made of stays the same. A place has at most one, and it is given out only to who
+// shows the fingerprint it was kept under.
+template <class Value>
+class Kept : public Shelf<KeptValue<Value>> {
+ public:
+  using Item = KeptValue<Value>;
+  using Shelf<Item>::Shelf;
+
+  std::optional<Value> find(const std::vector<intptr_t>& place, const std::vector<uint64_t>& fingerprint) {
+    const std::lock_guard lock(this->mutex_);
+    const auto found = at(place);
+    if (found == this->items_.end() || found->fingerprint != fingerprint) return std::nullopt;
+    this->items_.splice(this->items_.begin(), this->items_, found);
+    return found->value;
+  }
+
+  void keep(Item item) {
+    const std::lock_guard lock(this->mutex_);
+    if (const auto found = at(item.place); found != this->items_.end()) this->take_out(found);
+    this->put(std::move(item));
+  }
+
+ private:
+  auto at(const std::vector<intptr_t>& place) {
+    auto item = this->items_.begin();
+    while (item != this->items_.end() && item->place != place) ++item;
+    return item;
+  }
 };
 
 }  // namespace fusedrnn
