@@ -449,8 +449,8 @@ def test_operator_clamps_lengths():
 
 
 @pytest.fixture
-def nothing_kept():
-    """As it is in a new process."""
+def as_new():
+    """Nothing is kept yet."""
     keep(0)
     assert keep(64 * MIB) == (64 * MIB, 0, 0)
     yield
@@ -472,10 +472,8 @@ def infer(module, x, **options):
 
 def infer_anew(module, x, **options):
     """The same with weights packed for this call."""
-    keep(0)
-    result = infer(module, x, **options)
-    keep(64 * MIB)
-    return result
+    with testing.nothing_kept():
+        return infer(module, x, **options)
 
 
 def assert_same(ours, theirs):
@@ -490,7 +488,7 @@ def panel_bytes(module):
     return sum(weight.numel() * weight.element_size() for weight in module.parameters() if weight.dim() == 2)
 
 
-@pytest.mark.usefixtures("nothing_kept")
+@pytest.mark.usefixtures("as_new")
 @pytest.mark.parametrize("dtype", [F32, F64, BF16, F16])
 @pytest.mark.parametrize("options", [{}, {"bidirectional": True, "num_layers": 2}, {"proj_size": 3, "bias": False}])
 def test_every_number_that_changes_is_seen(isa, dtype, options):
@@ -513,7 +511,7 @@ def test_every_number_that_changes_is_seen(isa, dtype, options):
             assert_same(infer(module, x), before)
 
 
-@pytest.mark.usefixtures("nothing_kept")
+@pytest.mark.usefixtures("as_new")
 @pytest.mark.parametrize("H", [16, 61, 200])
 def test_the_least_change_anywhere_is_seen(isa, H):
     """One bit of one number, and two numbers that change places: of memory that is more than one piece and not even."""
@@ -540,7 +538,7 @@ def test_the_least_change_anywhere_is_seen(isa, H):
         assert_same(infer(module, x), before)
 
 
-@pytest.mark.usefixtures("nothing_kept")
+@pytest.mark.usefixtures("as_new")
 @pytest.mark.parametrize(
     "change",
     [
@@ -565,7 +563,7 @@ def test_whatever_changes_the_weights_is_seen(change):
     assert_same(after, infer_anew(module, x))
 
 
-@pytest.mark.usefixtures("nothing_kept")
+@pytest.mark.usefixtures("as_new")
 def test_other_weights_at_the_same_address():
     """Memory that is freed and given to another layer: of another size, dtype or order of its matrices."""
     x = torch.randn(20, 1, 32)
@@ -577,7 +575,7 @@ def test_other_weights_at_the_same_address():
             del module
 
 
-@pytest.mark.usefixtures("nothing_kept")
+@pytest.mark.usefixtures("as_new")
 def test_an_instruction_set_has_its_own(threads):
     best = torch.ops.fusedrnn.cpu_isa(None)
     module, x = fusedrnn.LSTM(40, 40), torch.randn(20, 1, 40)
@@ -592,7 +590,7 @@ def test_an_instruction_set_has_its_own(threads):
     assert_same(infer(module, x), expected)
 
 
-@pytest.mark.usefixtures("nothing_kept")
+@pytest.mark.usefixtures("as_new")
 def test_what_is_kept_and_what_is_not():
     module, x = fusedrnn.LSTM(64, 64), torch.randn(20, 2, 64)
     infer(module, x[:1])  # a step, whose weights are not packed
@@ -610,14 +608,13 @@ def test_what_is_kept_and_what_is_not():
     assert kept() == panel_bytes(module) + panel_bytes(deep)
 
 
-@pytest.mark.usefixtures("nothing_kept")
+@pytest.mark.usefixtures("as_new")
 def test_the_limit():
     x = torch.randn(20, 1, 64)
     modules = [fusedrnn.LSTM(64, 64) for _ in range(4)]
     size = panel_bytes(modules[0])
     keep(3 * size + 1)
     expected = [infer_anew(module, x) for module in modules]
-    keep(3 * size + 1)
     for order in itertools.permutations(range(4)):
         for k in order:
             assert_same(infer(modules[k], x), expected[k])
@@ -631,7 +628,7 @@ def test_the_limit():
         keep(-1)
 
 
-@pytest.mark.usefixtures("nothing_kept")
+@pytest.mark.usefixtures("as_new")
 def test_the_limit_by_environment():
     code = """
 import torch, fusedrnn
@@ -647,7 +644,7 @@ print(torch.ops.fusedrnn.cpu_keep()[1])
         assert f"FUSEDRNN_CPU_KEEP_MIB must be a whole number from 0, got '{wrong}'" in result.stderr
 
 
-@pytest.mark.usefixtures("nothing_kept")
+@pytest.mark.usefixtures("as_new")
 def test_many_threads():
     """Each with weights of its own that change, and one layer for all; while the limit moves."""
     torch.manual_seed(0)
@@ -686,7 +683,7 @@ def everything(module, x):
     return [y, h, c, x.grad, *(parameter.grad for parameter in module.parameters())]
 
 
-@pytest.mark.usefixtures("nothing_kept")
+@pytest.mark.usefixtures("as_new")
 @pytest.mark.parametrize("dtype", [F32, F64, BF16])
 @pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"proj_size": 40, "num_layers": 2}])
 def test_what_was_left_in_scratch_is_not_seen(isa, dtype, options):
@@ -705,7 +702,7 @@ def test_what_was_left_in_scratch_is_not_seen(isa, dtype, options):
         assert torch.isfinite(infer(module, x)[0]).all()
 
 
-@pytest.mark.usefixtures("nothing_kept")
+@pytest.mark.usefixtures("as_new")
 def test_scratch_is_used_again_within_the_limit():
     module, x = fusedrnn.LSTM(128, 128), torch.randn(100, 4, 128)
     everything(module, x)
@@ -723,7 +720,23 @@ def test_scratch_is_used_again_within_the_limit():
     assert scratch() == 0
 
 
-@pytest.mark.usefixtures("nothing_kept")
+@pytest.mark.usefixtures("as_new")
+def test_what_was_kept_in_inference_mode_serves_training_as_well():
+    module, x = fusedrnn.LSTM(64, 128), torch.randn(60, 4, 64)
+    expected = [tensor.clone() for tensor in everything(module, x)]
+    keep(0)
+    keep(64 * MIB)
+    with torch.inference_mode():
+        module(x)
+        module(torch.randn(120, 4, 64))
+    assert kept() > 0
+    assert scratch() > 0
+    for ours, theirs in zip(everything(module, x), expected, strict=True):
+        assert torch.equal(ours, theirs)
+        assert not ours.is_inference()
+
+
+@pytest.mark.usefixtures("as_new")
 def test_scratch_of_many_threads():
     torch.manual_seed(0)
     modules = [fusedrnn.LSTM(64, H) for H in (64, 64, 80, 96)]
