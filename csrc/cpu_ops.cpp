@@ -390,12 +390,12 @@ std::tuple<int64_t, int64_t, int64_t> cpu_keep(std::optional<int64_t> limit) {
 // One time step: nothing is packed, and both affine maps happen in the kernel.
 void forward_step(const Layer& layer, ForwardParams& params) {
   const Sizes& s = layer.sizes;
-  const auto grain = [&](int64_t flops_per_unit) {
-    return std::max<int64_t>(layer.kernels.lanes,
-                             static_cast<int64_t>(kSerialFlops) / std::max<int64_t>(1, flops_per_unit));
+  const auto grain = [](int64_t flops) {
+    return std::max<int64_t>(1, static_cast<int64_t>(kSerialFlops) / std::max<int64_t>(1, flops));
   };
+  const int64_t lanes = layer.kernels.lanes;
   layer.kernels.step_start(params);
-  torch::stable::parallel_for(0, s.D * s.H, grain(8 * s.B * (s.I + s.P)),
+  torch::stable::parallel_for(0, s.D * blocks_of(s.H, lanes), grain(lanes * 8 * s.B * (s.I + s.P)),
                               [&](int64_t begin, int64_t end) { layer.kernels.step(params, begin, end); });
   if (!s.projected) return;
   torch::stable::parallel_for(0, s.D * s.P, grain(2 * s.B * s.H),

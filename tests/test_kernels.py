@@ -201,6 +201,8 @@ def test_short_sequences_with_shared_rows(isa, threads, case):
         *SHARED_ROWS,
         Case(30, 17, 24, 129, layers=2, bidirectional=True),
         Case(1, 17, 200, 129),
+        Case(1, 3, 5, 200, bidirectional=True),
+        Case(1, 2, 64, 512),
         Case(7, 16, 8, 64),
     ],
     ids=lambda case: case.id,

@@ -64,14 +64,11 @@ class Forward {
     for (int64_t d = 0; d < s_.D; ++d) start(d, 0, s_.B);
   }
 
-  // T = 1: hidden units [begin, end) of D * H, for all rows.
+  // T = 1: blocks [begin, end) of D * unit_blocks(), for all rows.
   void step(int64_t begin, int64_t end) const {
-    for (int64_t d = 0; d < s_.D; ++d) {
-      const int64_t first = begin > d * s_.H ? begin - d * s_.H : 0;
-      const int64_t last = end < (d + 1) * s_.H ? end - d * s_.H : s_.H;
-      for (int64_t unit = first; unit < last; unit += kUnits<A>) {
-        dot_units(0, d, unit, last - unit < kUnits<A> ? last - unit : kUnits<A>, 0, s_.B);
-      }
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t d = block / unit_blocks(), unit = block % unit_blocks() * kUnits<A>;
+      dot_units(0, d, unit, s_.H - unit < kUnits<A> ? s_.H - unit : kUnits<A>, 0, s_.B);
     }
   }
 

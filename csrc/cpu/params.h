@@ -130,7 +130,8 @@ using Pack = void (*)(const void* w, int64_t rows, int64_t columns, void* panel,
 // The kernels of one instruction set and one dtype. A worker function is called once for every worker of the team.
 struct Kernels {
   void (*forward)(const ForwardParams&, int worker);
-  // T = 1: once step_start; then units [begin, end) of D * H; then, where projected, outputs [begin, end) of D * P.
+  // T = 1: once step_start; then blocks of `lanes` units, [begin, end) of D * ceil(H / lanes); then, where projected,
+  // outputs [begin, end) of D * P.
   void (*step_start)(const ForwardParams&);
   void (*step)(const ForwardParams&, int64_t begin, int64_t end);
   void (*step_project)(const ForwardParams&, int64_t begin, int64_t end);
