@@ -87,7 +87,28 @@ struct Weights {
   Tensors all;
 };
 
-// One layer of a stack: h0 and c0 are of all layers. Or a cell: x [B, I], h0 and c0 without a dimension for layers.
+// Where the rows of each step of a PackedSequence begin, and the last ones end: Sequence::offsets.
+std::vector<int64_t> offsets_of(const Tensor& lengths, int64_t N) {
+  STD_TORCH_CHECK(lengths.dim() == 1 && lengths.numel() > 0 && lengths.scalar_type() == ScalarType::Long,
+                  "lengths of packed rows must be one int64 for each sequence");
+  const auto* const length = static_cast<const int64_t*>(lengths.const_data_ptr());
+  int64_t sequences = lengths.numel(), rows = 0;
+  for (int64_t b = 0; b < sequences && rows <= N; ++b) {
+    const int64_t most = b == 0 ? N : length[b - 1];
+    STD_TORCH_CHECK(0 <= length[b] && length[b] <= most, "lengths of packed rows must not be negative and never grow");
+    rows += length[b];
+  }
+  STD_TORCH_CHECK(rows == N, "lengths must add up to the ", N, " packed rows of x");
+  std::vector<int64_t> offsets{0};
+  for (int64_t t = 0; t < length[0]; ++t) {  // none where there are no rows, which is refused below
+    while (length[sequences - 1] <= t) --sequences;
+    offsets.push_back(offsets.back() + sequences);
+  }
+  return offsets;
+}
+
+// One layer of a stack: h0 and c0 are of all layers. x is [T, B, I]; or, with lengths, [N, I], the rows of a
+// PackedSequence; or [B, I] of a cell, with h0 and c0 without a dimension for layers.
 struct Layer {
   Layer(const Tensor& x_in, const Tensors& flat, bool bidirectional, const OptionalTensor& h0_in,
         const OptionalTensor& c0_in, const OptionalTensor& lengths_in, const OptionalTensor& reset_in,
@@ -100,14 +121,21 @@ struct Layer {
         c0(dense(c0_in)),
         lengths(dense(lengths_in)),
         reset(dense(reset_in)),
+        offsets(is_packed() ? offsets_of(*lengths, x.size(0)) : std::vector<int64_t>()),
         compute(compute_type(x_in)),
         kernels(kernels_of(x_in.scalar_type())) {
-    STD_TORCH_CHECK((x.dim() == 3 || (is_cell() && layers * weights.directions == 1)) && weights.w_hh(0).dim() == 2,
-                    "x and w_hh must have 3 and 2 dimensions");
+    const bool fits = x.dim() == 3 || is_packed() || (is_cell() && layers * weights.directions == 1);
+    STD_TORCH_CHECK(fits && weights.w_hh(0).dim() == 2, "x and w_hh must have 3 and 2 dimensions");
     Sizes& s = sizes;
     const Tensor& w_hh = weights.w_hh(0);
-    s = {is_cell() ? 1 : x.size(0), x.size(x.dim() - 2), x.size(x.dim() - 1), w_hh.size(0) / 4, w_hh.size(1),
-         weights.directions,        weights.projected()};
+    s.T = is_packed() ? static_cast<int64_t>(offsets.size()) - 1 : is_cell() ? 1 : x.size(0);
+    s.B = is_packed() ? lengths->size(0) : x.size(x.dim() - 2);
+    s.N = is_packed() ? x.size(0) : s.T * s.B;
+    s.I = x.size(x.dim() - 1);
+    s.H = w_hh.size(0) / 4;
+    s.P = w_hh.size(1);
+    s.D = weights.directions;
+    s.projected = weights.projected();
     STD_TORCH_CHECK(s.T > 0, "x must have at least one time step");
     for (int64_t d = 0; d < s.D; ++d) {
       check_size("w_ih", weights.w_ih(d), {4 * s.H, s.I});
@@ -142,24 +170,58 @@ struct Layer {
     STD_TORCH_CHECK(tensor->scalar_type() == x.scalar_type(), name, " must have the dtype of x");
   }
 
-  bool is_cell() const { return x.dim() == 2; }
+  bool is_packed() const { return x.dim() == 2 && lengths.has_value(); }
+  bool is_cell() const { return x.dim() == 2 && !lengths.has_value(); }
+
+  // Of a tensor with `size` numbers for each row: [T, B, size], or [N, size].
+  Tensor empty_rows(int64_t size, ScalarType dtype) const {
+    return is_packed() ? empty({sizes.N, size}, dtype) : empty({sizes.T, sizes.B, size}, dtype);
+  }
+  void check_rows(const char* name, const OptionalTensor& tensor, int64_t size) const {
+    if (!tensor.has_value()) return;
+    if (is_packed()) {
+      check_size(name, *tensor, {sizes.N, size});
+    } else {
+      check_size(name, *tensor, {sizes.T, sizes.B, size});
+    }
+  }
+
+  // The gates, [D, T, B, 4H], or [D, N, 4H].
+  Tensor empty_gates() const {
+    const Sizes& s = sizes;
+    return is_packed() ? empty({s.D, s.N, 4 * s.H}, x.scalar_type()) : empty({s.D, s.T, s.B, 4 * s.H}, x.scalar_type());
+  }
+  void check_gates(const Tensor& gates) const {
+    const Sizes& s = sizes;
+    if (is_packed()) {
+      check_size("reserve", gates, {s.D, s.N, 4 * s.H});
+    } else {
+      check_size("reserve", gates, {s.D, s.T, s.B, 4 * s.H});
+    }
+  }
 
   // Of a tensor [layers * D, B, N], what belongs to this one.
   int64_t own(int64_t N) const { return index * sizes.D * sizes.B * N; }
 
   Sequence sequence() const {
-    return {static_cast<const int64_t*>(pointer(lengths)), static_cast<const uint8_t*>(pointer(reset))};
+    return {static_cast<const int64_t*>(pointer(lengths)), is_packed() ? offsets.data() : nullptr,
+            static_cast<const uint8_t*>(pointer(reset))};
   }
 
-  // Whether a time step of a batch row exists, by their place in [T, B].
+  // Where the rows of step t begin.
+  int64_t row(int64_t t) const { return is_packed() ? offsets[t] : t * sizes.B; }
+
+  // Whether a row of x is a step that exists.
   bool exists(int64_t row) const {
-    return !lengths.has_value() || row / sizes.B < static_cast<const int64_t*>(pointer(lengths))[row % sizes.B];
+    return !lengths.has_value() || is_packed() ||
+           row / sizes.B < static_cast<const int64_t*>(pointer(lengths))[row % sizes.B];
   }
 
   int64_t index, layers;
   Tensor x;
   Weights weights;
   OptionalTensor h0, c0, lengths, reset;
+  std::vector<int64_t> offsets;  // only where packed
   ScalarType compute;
   const Kernels& kernels;
   Sizes sizes;
@@ -210,7 +272,7 @@ class Lines {
 };
 
 std::string cpu_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int64_t D, bool float64) {
-  const Sizes s{T, B, I, H, P, D, P != H};
+  const Sizes s{T, B, T * B, I, H, P, D, P != H};
   const Dtype dtype = float64 ? Dtype::kFloat64 : Dtype::kFloat32;
   const Kernels& kernels = (*isa().kernels)[static_cast<size_t>(dtype)];
   const std::string name = std::string(isa().name) + ", ";
@@ -408,7 +470,7 @@ int64_t steps_at_a_time(const Layer& layer) {
   const Sizes& s = layer.sizes;
   const int64_t row_bytes = s.D * 4 * s.H * (layer.compute == ScalarType::Double ? 8 : 4);
   const int64_t rows = std::max(kChunkBytes / row_bytes, kGemmRows * torch::stable::get_num_threads());
-  const int64_t parts = blocks_of(s.T * s.B, rows);
+  const int64_t parts = blocks_of(s.N, rows);
   return blocks_of(s.T, parts);
 }
 
@@ -417,7 +479,7 @@ int64_t steps_at_a_time(const Layer& layer) {
 void forward_sequence(const Layer& layer, ForwardParams& params, const OptionalTensor& gates) {
   const Sizes& s = layer.sizes;
   const Kernels& kernels = layer.kernels;
-  const bool is_short = s.T * s.B <= kUnpackedRows;
+  const bool is_short = s.N <= kUnpackedRows;
   const SharedPanels panels =
       is_short            ? std::make_shared<Panels>(Panels{std::nullopt, std::nullopt, packed_projection(layer)})
       : gates.has_value() ? packed_weights(layer)  // of training: other ones at the next call
@@ -437,27 +499,25 @@ void forward_sequence(const Layer& layer, ForwardParams& params, const OptionalT
   const bool in_place = gates.has_value() && layer.x.scalar_type() == layer.compute;
   const int64_t steps = in_place ? s.T : steps_at_a_time(layer), G = 4 * s.H;
   OptionalScratch xg;
-  if (!in_place) xg.emplace(s.D * steps * s.B * G, layer.compute);
+  const int64_t most_rows = std::min(steps * s.B, s.N);
+  if (!in_place) xg.emplace(s.D * most_rows * G, layer.compute);
   const Tensor x = as(layer.x, layer.compute);
   const int64_t panel_numbers = input_packing(layer).numbers(kernels);
   for (int64_t begin = 0; begin < s.T; begin += steps) {
     const int64_t end = std::min(begin + steps, s.T);
     for (int64_t d = 0; d < s.D; ++d) {
-      const int64_t first = d == 0 ? begin : s.T - end;
-      const int64_t own = d * steps * s.B * G;
+      const int64_t t = d == 0 ? begin : s.T - end, first = layer.row(t), rows = layer.row(t + end - begin) - first;
+      const int64_t own = d * most_rows * G;
       void* const out = in_place ? at(*gates, own) : xg->at(own);
-      gemm(kernels, {(end - begin) * s.B, G, s.I, at(x, first * s.B * s.I), false, panels->w_ih->at(d * panel_numbers),
-                     out, false, params.team.split == Team::Split::kUnits});
+      gemm(kernels, {rows, G, s.I, at(x, first * s.I), false, panels->w_ih->at(d * panel_numbers), out, false,
+                     params.team.split == Team::Split::kUnits});
       params.xg[d] = out;
     }
     run(begin, end);
   }
 }
 
-Tensor empty_y(const Layer& layer) {
-  const Sizes& s = layer.sizes;
-  return empty({s.T, s.B, s.D * s.P}, layer.x.scalar_type());
-}
+Tensor empty_y(const Layer& layer) { return layer.empty_rows(layer.sizes.D * layer.sizes.P, layer.x.scalar_type()); }
 Tensor empty_state(const Layer& layer, int64_t N) {
   const Sizes& s = layer.sizes;
   return layer.is_cell() ? empty({s.B, N}, layer.x.scalar_type())
@@ -519,8 +579,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_forward(Tensor x, Tensors
   const Sizes& s = layer.sizes;
   const ScalarType dtype = x.scalar_type();
   Outputs out(layer);
-  if (cell_states || reserve) out.c = empty({s.T, s.B, s.D * s.H}, dtype);
-  if (reserve) out.gates = empty({s.D, s.T, s.B, 4 * s.H}, dtype);
+  if (cell_states || reserve) out.c = layer.empty_rows(s.D * s.H, dtype);
+  if (reserve) out.gates = layer.empty_gates();
   forward(layer, out);
   const auto present = [&](const OptionalTensor& tensor) { return tensor.has_value() ? *tensor : empty({0}, dtype); };
   return {out.y, out.hn, out.cn, present(out.c), present(out.gates)};
@@ -552,16 +612,16 @@ std::tuple<Tensor, Tensor, Tensor> cpu_infer(Tensor x, Tensors flat, int64_t lay
 
 // What the launch leaves for the matrix products: all in the compute dtype, of each direction.
 struct StepGradients {
-  Scratch da;                 // [T * B][4H]
+  Scratch da;                 // [N][4H]
   OptionalScratch h_in;       // the panels of the states that entered each step, only if w_hh needs a gradient
-  OptionalScratch dh_out, m;  // [T * B][P] and [T * B][H], only with a projection
+  OptionalScratch dh_out, m;  // [N][P] and [N][H], only with a projection
 };
 
 // The recurrence backwards. params holds the tensors that came from the caller, or go to it.
 StepGradients backward_sequence(const Layer& layer, BackwardParams& params, bool needs_w_hh) {
   const Sizes& s = layer.sizes;
   const Kernels& kernels = layer.kernels;
-  const int64_t N = s.T * s.B;
+  const int64_t N = s.N;
   const auto make = [&](int64_t numbers) { return Scratch(s.D * numbers, layer.compute); };
   StepGradients steps{make(N * 4 * s.H), std::nullopt, std::nullopt, std::nullopt};
   if (s.projected) steps.dh_out.emplace(make(N * s.P));
@@ -599,11 +659,11 @@ StepGradients backward_sequence(const Layer& layer, BackwardParams& params, bool
 // dx as one matrix product a direction over all steps.
 Tensor input_gradient(const Layer& layer, const StepGradients& steps) {
   const Sizes& s = layer.sizes;
-  Tensor dx = empty({s.T, s.B, s.I}, layer.compute);
+  Tensor dx = layer.empty_rows(s.I, layer.compute);
   const Packing w_ih = columns_of(layer.kernels, s.I, 4 * s.H);
   const Scratch panels = packed(layer, w_ih, [&](int64_t d) { return layer.weights.w_ih(d); });
   for (int64_t d = 0; d < s.D; ++d) {
-    gemm(layer.kernels, {s.T * s.B, s.I, 4 * s.H, steps.da.at(d * s.T * s.B * 4 * s.H), false,
+    gemm(layer.kernels, {s.N, s.I, 4 * s.H, steps.da.at(d * s.N * 4 * s.H), false,
                          panels.at(d * w_ih.numbers(layer.kernels)), pointer(dx), d > 0, false});
   }
   return as(dx, layer.x.scalar_type());
@@ -612,12 +672,12 @@ Tensor input_gradient(const Layer& layer, const StepGradients& steps) {
 // The panels of x, its steps being the inputs; zero at steps that do not exist.
 Scratch packed_steps(const Layer& layer) {
   const Sizes& s = layer.sizes;
-  const Packing steps = columns_of(layer.kernels, s.I, s.T * s.B);
+  const Packing steps = columns_of(layer.kernels, s.I, s.N);
   Scratch panels(steps.numbers(layer.kernels), layer.compute);
   for_each_part(layer.kernels, steps, 1, [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      layer.kernels.pack_columns(layer.exists(row) ? layer.x.const_data_ptr() : nullptr, s.T * s.B, s.I, panels.begin(),
-                                 row, row + 1);
+      layer.kernels.pack_columns(layer.exists(row) ? layer.x.const_data_ptr() : nullptr, s.N, s.I, panels.begin(), row,
+                                 row + 1);
     }
   });
   return panels;
@@ -637,7 +697,7 @@ void sum_rows(const void* rows, int64_t count, int64_t columns, void* sum) {
 // The gradient of a bias, [4H]: the sum over all steps.
 Tensor bias_gradients(const Layer& layer, StepGradients& steps, int64_t d) {
   const Sizes& s = layer.sizes;
-  const int64_t N = s.T * s.B, G = 4 * s.H;
+  const int64_t N = s.N, G = 4 * s.H;
   if (N > kUnpackedRows) return torch::stable::sum(steps.da.matrix(d * N * G, N, G), std::array<int64_t, 1>{0});
   // Of a few rows the sum takes less than the way to torch's.
   Tensor sum = empty({G}, layer.compute);
@@ -657,7 +717,7 @@ Tensor copied(const Tensor& vector) {
 template <class Needs>
 Tensors weight_gradients(const Layer& layer, StepGradients& steps, const Needs& needs_weight) {
   const Sizes& s = layer.sizes;
-  const int64_t N = s.T * s.B;
+  const int64_t N = s.N;
   Tensors dweights;
   OptionalScratch x;
   for (int64_t d = 0; d < s.D; ++d) {
@@ -721,14 +781,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> cpu_backward(OptionalTensor dy, Opti
   y = dense(y);
   c = dense(c);
   reserve = dense(reserve);
-  check_size("y", y, {s.T, s.B, s.D * s.P});
-  check_size("c", c, {s.T, s.B, s.D * s.H});
-  check_size("reserve", reserve, {s.D, s.T, s.B, 4 * s.H});
+  layer.check_rows("y", y, s.D * s.P);
+  layer.check_rows("c", c, s.D * s.H);
+  layer.check_gates(reserve);
   const std::array<OptionalTensor, 4> gradients{dense(dy), dense(dhn), dense(dcn), dense(dc)};
-  if (gradients[0].has_value()) check_size("dy", *gradients[0], {s.T, s.B, s.D * s.P});
+  layer.check_rows("dy", gradients[0], s.D * s.P);
   layer.check_state("dhn", gradients[1], s.P);
   layer.check_state("dcn", gradients[2], s.H);
-  if (gradients[3].has_value()) check_size("dc", *gradients[3], {s.T, s.B, s.D * s.H});
+  layer.check_rows("dc", gradients[3], s.D * s.H);
   for (const OptionalTensor& tensor :
        {gradients[0], gradients[3], OptionalTensor(y), OptionalTensor(c), OptionalTensor(reserve)}) {
     if (tensor.has_value())
@@ -739,7 +799,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> cpu_backward(OptionalTensor dy, Opti
   Tensor dc0 = needs_c0 ? empty({s.D, s.B, s.H}, dtype) : empty({0}, dtype);
   if (s.B == 0) {
     Tensors dweights;
-    Tensor dx = needs_x ? empty({s.T, s.B, s.I}, dtype) : empty({0}, dtype);
+    Tensor dx = needs_x ? layer.empty_rows(s.I, dtype) : empty({0}, dtype);
     for (size_t k = 0; k < flat.size(); ++k) {
       Tensor zero = torch::stable::empty_like(flat[k]);
       dweights.push_back(needs[3 + k] ? torch::stable::zero_(zero) : empty({0}, dtype));

@@ -36,7 +36,8 @@ def lstm_layer(
     """One layer, differentiable where it has to be; the arguments are those of `ops.FORWARD_SCHEMA`.
 
     Returns:
-        y [T, B, D*P], hn [D, B, P], cn [D, B, H], c [T, B, D*H] (meaningful with cell_states only).
+        y [T, B, D*P], hn [D, B, P], cn [D, B, H], c [T, B, D*H] (meaningful with cell_states only); of packed rows
+        y and c are [N, ...].
 
     Raises:
         NotImplementedError: inside torch.func.vmap, torch.func.jvp or a forward-mode dual level.
@@ -94,8 +95,8 @@ def _refuse_vmap(*_: Any) -> NoReturn:
 class LSTMFunction(torch.autograd.Function):
     """forward: (*_FIXED, *weights) -> y, hn, cn, c, reserve. See docs/lstm_math.md for both directions.
 
-    Of a single step x, h0, c0, hn and cn may be without their first dimension: views made outside would be nodes of the
-    graph, each of which a short step feels.
+    Of a single step without lengths x, h0, c0, hn and cn may be without their first dimension: views made outside would
+    be nodes of the graph, each of which a short step feels.
     """
 
     @staticmethod
@@ -111,7 +112,7 @@ class LSTMFunction(torch.autograd.Function):
         *weights: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         forward = ops.forward_op(backend)
-        if x.dim() == 3:
+        if not _is_step(x, lengths):
             return forward(x, weights, bidirectional, h0, c0, lengths, reset, cell_states, True)
         x, h0, c0 = unsqueezed(x, h0, c0)
         y, hn, cn, c, reserve = forward(x, weights, bidirectional, h0, c0, lengths, reset, cell_states, True)
@@ -130,7 +131,7 @@ class LSTMFunction(torch.autograd.Function):
         ctx: Any, dy: Tensor | None, dhn: Tensor | None, dcn: Tensor | None, dc: Tensor | None, _: None
     ) -> tuple[Tensor | None, ...]:
         x, h0, c0, lengths, reset, *weights, y, c, reserve = ctx.saved_tensors
-        is_step = x.dim() == 2
+        is_step = _is_step(x, lengths)
         if is_step:
             x, h0, c0, dhn, dcn = unsqueezed(x, h0, c0, dhn, dcn)
         needed = ctx.needs_input_grad
@@ -147,6 +148,10 @@ class LSTMFunction(torch.autograd.Function):
         return None, None, None, dx, dh0, dc0, None, None, *dweights
 
     vmap = staticmethod(_refuse_vmap)
+
+
+def _is_step(x: Tensor, lengths: Tensor | None) -> bool:
+    return x.dim() == 2 and lengths is None
 
 
 def unsqueezed(*tensors: Tensor | None) -> list[Any]:
@@ -198,7 +203,7 @@ class LSTMBackwardFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *ddgrads: Tensor) -> tuple[Tensor | None, ...]:
         dy, dhn, dcn, dc, x, h0, c0, lengths, reset, y, c, _, *weights = ctx.saved_tensors
-        B, D = x.shape[1], 2 if ctx.bidirectional else 1
+        B, D = reference.batch_size(x, lengths), 2 if ctx.bidirectional else 1
         H, P = weights[1].shape[0] // 4, weights[1].shape[1]
         zeros = [y.new_zeros(size) for size in (y.shape, (D, B, P), (D, B, H), c.shape)]
         grad_outputs = tuple(zero if d is None else d for d, zero in zip((dy, dhn, dcn, dc), zeros, strict=True))

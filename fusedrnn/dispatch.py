@@ -40,12 +40,13 @@ class Problem(NamedTuple):
 
 
 class Backend(NamedTuple):
-    """One row of the table. Each function returns the reason against it, or None."""
+    """One row of the table."""
 
     name: str
-    unavailable: Callable[[], str | None]
-    unsupported: Callable[[Problem], str | None]
+    unavailable: Callable[[], str | None]  # the reason against it, or None
+    unsupported: Callable[[Problem], str | None]  # the same
     plan: Callable[[Problem], str]
+    takes_packed: bool = False  # the rows of a PackedSequence as they lie, which else are padded for it
 
 
 def _cpu_unsupported(problem: Problem) -> str | None:
@@ -121,7 +122,7 @@ TABLE = {
     for backend in (
         Backend("cuda", ops.cuda_unavailable, _cuda_unsupported, partial(_gpu_plan, "cuda")),
         Backend("triton", ops.triton_unavailable, _triton_unsupported, partial(_gpu_plan, "triton")),
-        Backend("cpu", lambda: ops.cpu_unavailable, _cpu_unsupported, _cpu_plan),
+        Backend("cpu", lambda: ops.cpu_unavailable, _cpu_unsupported, _cpu_plan, takes_packed=True),
         Backend("aten", lambda: None, _aten_unsupported, lambda _: "torch's own LSTM for this device"),
         Backend("reference", lambda: None, _dtype_unsupported, lambda _: "a Python loop over the time steps"),
     )
@@ -191,7 +192,14 @@ def is_plain_on_cpu(input: Tensor) -> bool:
         and (_forced == "auto" or _forced == "cpu")
         and ops.cpu_unavailable is None
         and not torch._C._is_any_autocast_enabled()
-        and not torch.compiler.is_compiling()
+        and is_eager()
+    )
+
+
+def is_eager() -> bool:
+    """Whether there is no transform and no trace, so that what is in a tensor may decide what is done."""
+    return (
+        not torch.compiler.is_compiling()
         and torch._C._get_tracing_state() is None
         and not torch._C._are_functorch_transforms_active()
         and torch.autograd.forward_ad._current_level < 0

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from . import dispatch, ops
 from .autograd import lstm_layer, lstm_step, unsqueezed
+from .packing import Packing
 
 _VF = torch._VF  # the functions behind nn.LSTM: torch's own path, our `aten` backend
 
@@ -126,20 +127,25 @@ def lstm(
     if backend == "aten":
         y, hn, cn = _aten(input, form, weights, h0, c0, num_layers, dropout, bidirectional)
         return y, _squeezed(hn, cn, form)
-    x, packed_lengths = _time_major(input, form)
+    if not dispatch.TABLE[backend].takes_packed:
+        form = form._replace(padded=True)
+    elif lengths is not None:
+        form = form._replace(packing=_packing(problem, num_layers, form, lengths))
+    h0, c0, lengths, reset = _in_order(h0, c0, lengths, reset, form, input.device)
     y, hn, cn, hs, cs = _stack(
         backend,
-        x,
+        _laid_in(input, form),
         weights,
         h0,
         c0,
         num_layers,
         dropout,
         bidirectional,
-        lengths if packed_lengths is None else packed_lengths,
+        lengths,
         reset,
         return_states,
     )
+    hn, cn = _in_order_again(hn, cn, form)
     if not return_states:
         return _laid_out(y, form), _squeezed(hn, cn, form)
     states = LSTMStates(*(tuple(_laid_out(s, form) for s in part) for part in (hs, cs)))
@@ -254,7 +260,7 @@ def _short_way(
 
 
 class _Form(NamedTuple):
-    """How an input is laid out."""
+    """How an input is laid out, and how it is computed."""
 
     T: int
     B: int
@@ -262,6 +268,8 @@ class _Form(NamedTuple):
     batch_first: bool = False
     rows: bool = False  # of a PackedSequence
     batch_sizes: Tensor | None = None  # of the same, unless all of its sequences are as long
+    padded: bool = False  # whether those are padded before they are computed
+    packing: Packing | None = None  # how padded sequences of other lengths than T are packed before
 
 
 def _form_of(input: Tensor, batch_first: bool, batch_sizes: Tensor | None) -> _Form:
@@ -279,28 +287,74 @@ def _form_of(input: Tensor, batch_first: bool, batch_sizes: Tensor | None) -> _F
     return _Form(input.shape[0], input.shape[1])
 
 
-def _time_major(input: Tensor, form: _Form) -> tuple[Tensor, Tensor | None]:
-    """x [T, B, I], and where input is packed the lengths of the sequences."""
+def _laid_in(input: Tensor, form: _Form) -> Tensor:
+    """x as a layer takes it: [T, B, I], or packed rows, [N, I]."""
+    if form.packing is not None:
+        return form.packing.packed(input)
     if form.batch_sizes is not None:
-        x, lengths = pad_packed_sequence(PackedSequence(input, form.batch_sizes))
-        return x, lengths.to(input.device)
+        return pad_packed_sequence(PackedSequence(input, form.batch_sizes))[0] if form.padded else input
     if form.rows:  # packed and padded are the same rows in the same order
-        return input.unflatten(0, (form.T, form.B)), None
+        return input.unflatten(0, (form.T, form.B))
     if form.unbatched:
-        return input.unsqueeze(1), None
-    return input.transpose(0, 1) if form.batch_first else input, None
+        return input.unsqueeze(1)
+    return input.transpose(0, 1) if form.batch_first else input
 
 
 def _laid_out(y: Tensor, form: _Form) -> Tensor:
-    """The inverse of `_time_major`."""
+    """The inverse of `_laid_in`."""
+    if form.packing is not None:
+        return form.packing.padded(y)
     if form.batch_sizes is not None:
-        lengths = (form.batch_sizes.unsqueeze(1) > torch.arange(form.B)).sum(0)
-        return pack_padded_sequence(y, lengths).data
+        return pack_padded_sequence(y, _packed_lengths(form)).data if form.padded else y
     if form.rows:
         return y.flatten(0, 1)
     if form.unbatched:
         return y.squeeze(1)
     return y.transpose(0, 1) if form.batch_first else y
+
+
+_PACKING_FLOPS = 5e7  # of padding: where there is less, to pack takes longer than to compute it
+
+
+def _packing(p: dispatch.Problem, num_layers: int, form: _Form, lengths: Tensor) -> Packing | None:
+    """How to pack padded sequences, where that pays."""
+    if not dispatch.is_eager():
+        return None
+    padding = p.T * p.B - int(lengths.sum())
+    if padding == p.T * p.B or 8.0 * padding * num_layers * p.D * p.H * (p.I + p.P) < _PACKING_FLOPS:
+        return None
+    return Packing(lengths, p.T, form.batch_first)
+
+
+def _in_order(
+    h0: Tensor | None,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    form: _Form,
+    device: torch.device,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """h0, c0, lengths and reset in the order in which the sequences are computed."""
+    if form.batch_sizes is not None:
+        return h0, c0, _packed_lengths(form).to(device), reset
+    if form.packing is None:
+        return h0, c0, lengths, reset
+    h0, c0, reset = (None if t is None else t.index_select(1, form.packing.order) for t in (h0, c0, reset))
+    return h0, c0, form.packing.lengths, None if reset is None else reset[: form.packing.steps]
+
+
+def _in_order_again(hn: Tensor, cn: Tensor, form: _Form) -> tuple[Tensor, Tensor]:
+    """The inverse of `_in_order`."""
+    if form.packing is None:
+        return hn, cn
+    back = form.packing.order.argsort()
+    return hn.index_select(1, back), cn.index_select(1, back)
+
+
+def _packed_lengths(form: _Form) -> Tensor:
+    """[B] int64 on the CPU."""
+    assert form.batch_sizes is not None
+    return (form.batch_sizes.unsqueeze(1) > torch.arange(form.B)).sum(0)
 
 
 def _squeezed(hn: Tensor, cn: Tensor, form: _Form) -> tuple[Tensor, Tensor]:
@@ -320,7 +374,10 @@ def _stack(
     reset: Tensor | None,
     cell_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
-    """The layers one after another: x [T, B, I] -> y [T, B, D*P], hn, cn [L*D, B, ...], and every layer's h and c."""
+    """The layers one after another: x [T, B, I] -> y [T, B, D*P], hn, cn [L*D, B, ...], and every layer's h and c.
+
+    Of packed rows x is [N, I], and so are y, h and c.
+    """
     if num_layers == 1:
         y, hn, cn, c = lstm_layer(backend, x, weights, bidirectional, h0, c0, lengths, reset, cell_states)
         return y, hn, cn, [y], [c]
@@ -367,7 +424,7 @@ def _aten(
     )
     if form.batch_sizes is not None:
         return _VF.lstm(input, form.batch_sizes, *options)
-    y, hn, cn = _VF.lstm(_time_major(input, form)[0], *options, False)
+    y, hn, cn = _VF.lstm(_laid_in(input, form), *options, False)
     return _laid_out(y, form), hn, cn
 
 

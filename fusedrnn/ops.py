@@ -26,7 +26,9 @@ from .layout import split_directions
 NAMESPACE = "fusedrnn"
 
 # y [T, B, D*P], hn [D, B, P], cn [D, B, H], c [T, B, D*H] (empty unless cell_states or reserve), and what backward
-# needs besides (empty unless reserve; its meaning is the backend's own).
+# needs besides (empty unless reserve; its meaning is the backend's own). Some backends, see dispatch.TABLE, also take
+# [N, I], the rows of a PackedSequence as they lie, for x [T, B, I]: what has [T, B, ...] then has [N, ...], but for
+# reset, and lengths, which never grow and begin with T, say where the rows of each step are.
 FORWARD_SCHEMA = (
     "(Tensor x, Tensor[] weights, bool bidirectional, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset, "
     "bool cell_states, bool reserve) -> (Tensor y, Tensor hn, Tensor cn, Tensor c, Tensor reserve)"
@@ -61,15 +63,15 @@ def _forward_fake(
     cell_states: bool,
     reserve: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    T, B, _ = x.shape
+    steps, B = x.shape[:-1], reference.batch_size(x, lengths)
     directions = split_directions(weights, bidirectional)
     D, H, P = len(directions), directions[0].hidden_size, directions[0].w_hh.shape[1]
     return (
-        x.new_empty(T, B, D * P),
+        x.new_empty(*steps, D * P),
         x.new_empty(D, B, P),
         x.new_empty(D, B, H),
-        x.new_empty(T, B, D * H) if cell_states or reserve else x.new_empty(0),
-        x.new_empty(D, T, B, 4 * H) if reserve else x.new_empty(0),
+        x.new_empty(*steps, D * H) if cell_states or reserve else x.new_empty(0),
+        x.new_empty(D, *steps, 4 * H) if reserve else x.new_empty(0),
     )
 
 
@@ -91,7 +93,8 @@ def _backward_fake(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     directions = split_directions(weights, bidirectional)
-    D, H, P, B = len(directions), directions[0].hidden_size, directions[0].w_hh.shape[1], x.shape[1]
+    D, H, P = len(directions), directions[0].hidden_size, directions[0].w_hh.shape[1]
+    B = reference.batch_size(x, lengths)
     shapes = [x.shape, (D, B, P), (D, B, H), *(weight.shape for weight in weights)]
     dx, dh0, dc0, *dweights = (
         x.new_empty(shape) if need else x.new_empty(0) for shape, need in zip(shapes, needs, strict=True)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .layout import DirectionWeights, split_directions
+from .packing import Packing
 
 
 class Trace(NamedTuple):
@@ -65,7 +66,8 @@ def layer(
     """One layer over a whole sequence, both directions, differentiable by autograd.
 
     Args:
-        x: [T, B, I].
+        x: [T, B, I]; or [N, I], the rows of a PackedSequence, with lengths that never grow, of which the first is T.
+            Then y, c and gates have [N, ...] for [T, B, ...].
         weights: the layer's weights in nn.LSTM's order and layout, direction after direction.
         bidirectional: whether `weights` holds a reverse direction as well.
         h0: [D, B, P] or None for zeros.
@@ -77,6 +79,10 @@ def layer(
     Returns:
         y [T, B, D*P], hn [D, B, P], cn [D, B, H], c [T, B, D*H] (every c_t), gates [D, T, B, 4H] (i, f, g, o).
     """
+    if x.dim() == 2:
+        packing = _packing(lengths)
+        y, hn, cn, c, gates = layer(packing.padded(x), weights, bidirectional, h0, c0, lengths, reset)
+        return packing.packed(y), hn, cn, packing.packed(c), packing.packed(gates)
     traces = [
         _direction(
             x, w, h0[d] if h0 is not None else None, c0[d] if c0 is not None else None, lengths, reset, reverse=d == 1
@@ -151,6 +157,14 @@ def layer_backward(
     Returns:
         dx [T, B, I], dh0 [D, B, P], dc0 [D, B, H], and a gradient for each of `weights`.
     """
+    if x.dim() == 2:
+        packing = _packing(lengths)
+        dy, dc = (None if rows is None else packing.padded(rows) for rows in (dy, dc))
+        x, y, c, gates = (packing.padded(rows) for rows in (x, y, c, gates))
+        dx, dh0, dc0, dweights = layer_backward(
+            dy, dhn, dcn, dc, x, weights, bidirectional, h0, c0, lengths, reset, y, c, gates
+        )
+        return packing.packed(dx), dh0, dc0, dweights
     T, B, I = x.shape
     dtype = compute_dtype(x.dtype)
     exists = existing(T, lengths)
@@ -203,6 +217,19 @@ def layer_backward(
         dh0s.append(dh)
         dc0s.append(dcell)
     return dx.to(x.dtype), torch.stack(dh0s).to(x.dtype), torch.stack(dc0s).to(x.dtype), dweights
+
+
+def batch_size(x: Tensor, lengths: Tensor | None) -> int:
+    """B, of x and lengths as `layer` takes them."""
+    if x.dim() == 2:
+        assert lengths is not None
+        return lengths.shape[0]
+    return x.shape[1]
+
+
+def _packing(lengths: Tensor | None) -> Packing:
+    assert lengths is not None
+    return Packing(lengths, int(lengths[0]))
 
 
 def entering(s: Tensor, s0: Tensor, exists: Tensor | None, reset: Tensor | None, reverse: bool) -> Tensor:

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 import fusedrnn
-from fusedrnn import dispatch, testing
+from fusedrnn import dispatch, functional, testing
 
 
 def _interpret_triton() -> None:
@@ -53,6 +54,7 @@ class Place(NamedTuple):
 
     backend: str
     device: str
+    lengths: str = "padded"  # or packed: what becomes of padded input with lengths
 
 
 def places(**needs: bool) -> list[Place]:
@@ -67,13 +69,15 @@ def places(**needs: bool) -> list[Place]:
 
 PLACES = places()
 KERNELS = places(lengths=True, reset=True, states=True)  # what is more than nn.LSTM: all but aten
+RAGGED = [*KERNELS, *(k._replace(lengths="packed") for k in KERNELS if dispatch.TABLE[k.backend].takes_packed)]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`place` is every backend, `kernel` every one that can do more than nn.LSTM."""
-    for name, found in (("place", PLACES), ("kernel", KERNELS)):
+    """`place` is every backend, `kernel` every one that can do more than nn.LSTM, `ragged` each way of these."""
+    for name, found in (("place", PLACES), ("kernel", KERNELS), ("ragged", RAGGED)):
         if name in metafunc.fixturenames:
-            metafunc.parametrize(name, found, ids="-".join, indirect=True)
+            ids = ["-".join(p if name == "ragged" and p.backend == "cpu" else p[:2]) for p in found]
+            metafunc.parametrize(name, found, ids=ids, indirect=True)
 
 
 def _use(request: pytest.FixtureRequest) -> Iterator[Place]:
@@ -90,6 +94,13 @@ def place(request: pytest.FixtureRequest) -> Iterator[Place]:
 @pytest.fixture
 def kernel(request: pytest.FixtureRequest) -> Iterator[Place]:
     """As `place`, for what torch's own LSTM cannot do."""
+    yield from _use(request)
+
+
+@pytest.fixture
+def ragged(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    """As `kernel`; and once more with padded input packed, whatever there is to save, where it may be."""
+    monkeypatch.setattr(functional, "_PACKING_FLOPS", 0 if request.param.lengths == "packed" else math.inf)
     yield from _use(request)
 
 

@@ -17,7 +17,8 @@ NATIVE = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in ("
 # Each module of the package and the siblings that it may import. A new module has to be given its place here.
 BELOW = {
     "layout": set(),
-    "reference": {"layout"},
+    "packing": set(),
+    "reference": {"layout", "packing"},
     "gpu": {"reference", "layout"},
     "cuda_plan": {"kernels"},
     "cuda": {"cuda_plan", "kernels"},
@@ -25,7 +26,7 @@ BELOW = {
     "testing": {"ops", "layout"},
     "autograd": {"ops", "reference", "layout"},
     "dispatch": {"ops"},
-    "functional": {"autograd", "dispatch", "layout", "ops"},
+    "functional": {"autograd", "dispatch", "layout", "ops", "packing"},
     "module": {"functional", "layout"},
     "convert": {"module"},
 }

@@ -55,13 +55,13 @@ CHECKED = {
 
 
 @pytest.mark.parametrize(("options", "extras"), CHECKED.values(), ids=CHECKED.keys())
-def test_derivatives_against_differences(kernel, options, extras):
-    lstm = build(kernel, 2, 2, **options)
-    extras = {name: value.to(kernel.device) if name != "return_states" else value for name, value in extras.items()}
+def test_derivatives_against_differences(ragged, options, extras):
+    lstm = build(ragged, 2, 2, **options)
+    extras = {name: value.to(ragged.device) if name != "return_states" else value for name, value in extras.items()}
     D, P = (2, 1) if options else (1, 2)
-    states = (random(D, 2, P, device=kernel.device), random(D, 2, 2, device=kernel.device))
+    states = (random(D, 2, P, device=ragged.device), random(D, 2, 2, device=ragged.device))
     names = [name for name, _ in lstm.named_parameters()]
-    leaves = [random(3, 2, 2, device=kernel.device), *states, *lstm.parameters()]
+    leaves = [random(3, 2, 2, device=ragged.device), *states, *lstm.parameters()]
 
     def call(x, h0, c0, *weights):
         return tuple(flat(functional_call(lstm, dict(zip(names, weights, strict=True)), (x, (h0, c0)), extras)))
@@ -99,11 +99,11 @@ def test_derivatives_of_a_cell_against_differences(kernel, wanted):
     assert [t.grad is not None for t in tensors] == [t.requires_grad for t in tensors]
 
 
-def test_third_derivatives(kernel, assert_same):
-    lstm = build(kernel, 2, 3, bidirectional=True)
-    x, h0, c0 = (random(*shape, device=kernel.device, requires_grad=True) for shape in ((3, 2, 2), *[(2, 2, 3)] * 2))
+def test_third_derivatives(ragged, assert_same):
+    lstm = build(ragged, 2, 3, bidirectional=True)
+    x, h0, c0 = (random(*shape, device=ragged.device, requires_grad=True) for shape in ((3, 2, 2), *[(2, 2, 3)] * 2))
     lengths, reset = torch.tensor([3, 2]), torch.tensor([[0, 0], [0, 1], [1, 0]]) > 0
-    lengths, reset = lengths.to(kernel.device), reset.to(kernel.device)
+    lengths, reset = lengths.to(ragged.device), reset.to(ragged.device)
     weights = list(lstm.parameters())
     y, (hn, cn) = lstm(x, (h0, c0), lengths=lengths, reset=reset)
     results = []

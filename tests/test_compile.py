@@ -271,6 +271,7 @@ LAYERS = {
     "lengths": {"lengths": True, "bidirectional": True},
     "reset": {"reset": True, "hx": True},
     "all of it": {"bidirectional": True, "proj_size": 2, "hx": True, "lengths": True, "reset": True},
+    "packed": {"bidirectional": True, "proj_size": 2, "hx": True, "packed": True, "reset": True},
 }
 
 
@@ -289,12 +290,21 @@ def forward_arguments(device, cell_states, reserve, bias=True, bidirectional=Fal
     h0, c0 = (random(D, B, P), random(D, B, H)) if extras.get("hx") else (None, None)
     lengths = torch.tensor([4, 0, 2], device=device) if extras.get("lengths") else None
     reset = torch.rand(T, B, device=device) < 0.3 if extras.get("reset") else None
-    return random(T, B, I), weights, bidirectional, h0, c0, lengths, reset, cell_states, reserve
+    x = random(T, B, I)
+    if extras.get("packed"):
+        x, lengths = random(7, I), torch.tensor([4, 2, 1], device=device)
+    return x, weights, bidirectional, h0, c0, lengths, reset, cell_states, reserve
+
+
+def skip_packed(kernel, layer):
+    if layer == "packed" and kernel.backend not in ("cpu", "reference"):
+        pytest.skip("packed input is padded for it")
 
 
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize(("cell_states", "reserve"), [(False, False), (True, False), (False, True)])
 def test_opcheck_forward(kernel, layer, cell_states, reserve):
+    skip_packed(kernel, layer)
     arguments = forward_arguments(kernel.device, cell_states, reserve, **LAYERS[layer])
     torch.library.opcheck(ops.forward_op(kernel.backend), arguments)
 
@@ -320,6 +330,7 @@ NEEDS = ["all", "x", "weights"]
     + [("all of it", given, needs) for given in GIVEN for needs in NEEDS][1:],
 )
 def test_opcheck_backward(kernel, layer, given, needs):
+    skip_packed(kernel, layer)
     arguments = forward_arguments(kernel.device, True, True, **LAYERS[layer])
     x, weights, bidirectional, h0, c0, lengths, reset, _, _ = arguments
     y, hn, cn, c, reserve = ops.forward_op(kernel.backend)(*arguments)

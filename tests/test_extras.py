@@ -129,11 +129,11 @@ def compare(theirs, ours, x, hx, lengths, reset, assert_same, gradients):
 @every_option
 @pytest.mark.parametrize("lengths", [None, LENGTHS, [5, 5, 5, 5], [0, 0, 0, 0]], ids=str)
 @pytest.mark.parametrize("with_reset", [True, False], ids=["reset", "no reset"])
-def test_against_nn_lstm_one_by_one(kernel, twins, assert_same, gradients, options, with_hx, lengths, with_reset):
-    theirs, ours = twins(I, H, device=kernel.device, **options)
-    x, hx = given(ours, kernel.device, with_hx)
-    lengths = None if lengths is None else torch.tensor(lengths, device=kernel.device)
-    reset = some_resets(kernel.device) if with_reset else None
+def test_against_nn_lstm_one_by_one(ragged, twins, assert_same, gradients, options, with_hx, lengths, with_reset):
+    theirs, ours = twins(I, H, device=ragged.device, **options)
+    x, hx = given(ours, ragged.device, with_hx)
+    lengths = None if lengths is None else torch.tensor(lengths, device=ragged.device)
+    reset = some_resets(ragged.device) if with_reset else None
     compare(theirs, ours, x, hx, lengths, reset, assert_same, gradients)
 
 
@@ -148,17 +148,17 @@ def test_the_definition_itself_is_nn_lstm(twins, assert_same):
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_lengths_of_both_integer_types(kernel, twins, assert_same, dtype):
-    _, ours = twins(I, H, device=kernel.device)
-    x, hx = given(ours, kernel.device, True)
-    lengths = torch.tensor(LENGTHS, device=kernel.device)
+def test_lengths_of_both_integer_types(ragged, twins, assert_same, dtype):
+    _, ours = twins(I, H, device=ragged.device)
+    x, hx = given(ours, ragged.device, True)
+    lengths = torch.tensor(LENGTHS, device=ragged.device)
     assert_same(ours(x, hx, lengths=lengths.to(dtype)), ours(x, hx, lengths=lengths))
 
 
-def test_lengths_may_be_strided(kernel, twins, assert_same):
-    _, ours = twins(I, H, bidirectional=True, device=kernel.device)
-    x, hx = given(ours, kernel.device, True)
-    lengths = torch.tensor(LENGTHS, device=kernel.device)
+def test_lengths_may_be_strided(ragged, twins, assert_same):
+    _, ours = twins(I, H, bidirectional=True, device=ragged.device)
+    x, hx = given(ours, ragged.device, True)
+    lengths = torch.tensor(LENGTHS, device=ragged.device)
     every_other = torch.stack([lengths, lengths * 0], 1)[:, 0]
     assert not every_other.is_contiguous()
     assert_same(ours(x, hx, lengths=every_other), ours(x, hx, lengths=lengths))
@@ -166,15 +166,15 @@ def test_lengths_may_be_strided(kernel, twins, assert_same):
 
 @every_option
 @pytest.mark.parametrize("with_reset", [True, False], ids=["reset", "no reset"])
-def test_what_lies_in_the_padding_has_no_influence(kernel, twins, gradients, options, with_reset):
+def test_what_lies_in_the_padding_has_no_influence(ragged, twins, gradients, options, with_reset):
     """NaN there comes out nowhere, neither in an output nor in a gradient; and the gradient of the padding is 0."""
-    _, ours = twins(I, H, device=kernel.device, **options)
-    x, hx = given(ours, kernel.device, True)
-    lengths = torch.tensor(LENGTHS, device=kernel.device)
-    exists = torch.arange(T, device=kernel.device).unsqueeze(1) < lengths
+    _, ours = twins(I, H, device=ragged.device, **options)
+    x, hx = given(ours, ragged.device, True)
+    lengths = torch.tensor(LENGTHS, device=ragged.device)
+    exists = torch.arange(T, device=ragged.device).unsqueeze(1) < lengths
     call = {"lengths": lengths, "return_states": True}
     if with_reset:
-        call["reset"] = laid_out(some_resets(kernel.device), ours)
+        call["reset"] = laid_out(some_resets(ragged.device), ours)
     results = []
     for padding in (math.nan, 0.0, math.inf):
         filled = x.detach().masked_fill(~exists.unsqueeze(-1), padding).requires_grad_()
@@ -192,11 +192,11 @@ def test_what_lies_in_the_padding_has_no_influence(kernel, twins, gradients, opt
         assert all(torch.equal(a, b) for a, b in zip(grads, results[0][1], strict=True))
 
 
-def test_the_gradient_of_an_output_in_the_padding_has_no_influence(kernel, twins):
-    _, ours = twins(I, H, num_layers=2, bidirectional=True, device=kernel.device)
-    x, _ = given(ours, kernel.device, False)
-    lengths = torch.tensor(LENGTHS, device=kernel.device)
-    padding = (torch.arange(T, device=kernel.device).unsqueeze(1) >= lengths).unsqueeze(-1)
+def test_the_gradient_of_an_output_in_the_padding_has_no_influence(ragged, twins):
+    _, ours = twins(I, H, num_layers=2, bidirectional=True, device=ragged.device)
+    x, _ = given(ours, ragged.device, False)
+    lengths = torch.tensor(LENGTHS, device=ragged.device)
+    padding = (torch.arange(T, device=ragged.device).unsqueeze(1) >= lengths).unsqueeze(-1)
     grads = []
     for value in (math.nan, 0.0):
         y, _, (hs, cs) = ours(x, lengths=lengths, return_states=True)
@@ -207,10 +207,10 @@ def test_the_gradient_of_an_output_in_the_padding_has_no_influence(kernel, twins
 
 
 @every_option
-def test_a_sequence_of_length_zero_hands_its_state_through(kernel, twins, options):
-    _, ours = twins(I, H, device=kernel.device, **options)
-    x, hx = given(ours, kernel.device, True)
-    lengths = torch.tensor(LENGTHS, device=kernel.device)
+def test_a_sequence_of_length_zero_hands_its_state_through(ragged, twins, options):
+    _, ours = twins(I, H, device=ragged.device, **options)
+    x, hx = given(ours, ragged.device, True)
+    lengths = torch.tensor(LENGTHS, device=ragged.device)
     y, state = ours(laid_out(x, ours), hx, lengths=lengths)
     assert bool((laid_out(y, ours)[:, 1] == 0).all())
     for final, initial in zip(state, hx, strict=True):
@@ -220,11 +220,11 @@ def test_a_sequence_of_length_zero_hands_its_state_through(kernel, twins, option
         assert bool((dx[:, 1] == 0).all())
 
 
-def test_lengths_and_an_empty_batch(kernel, twins):
-    _, ours = twins(I, H, bidirectional=True, device=kernel.device)
-    lengths = torch.zeros(0, dtype=torch.int64, device=kernel.device)
-    reset = torch.zeros(T, 0, dtype=torch.bool, device=kernel.device)
-    x = leaf(T, 0, I, device=kernel.device)
+def test_lengths_and_an_empty_batch(ragged, twins):
+    _, ours = twins(I, H, bidirectional=True, device=ragged.device)
+    lengths = torch.zeros(0, dtype=torch.int64, device=ragged.device)
+    reset = torch.zeros(T, 0, dtype=torch.bool, device=ragged.device)
+    x = leaf(T, 0, I, device=ragged.device)
     y, (h, c), (hs, cs) = ours(x, lengths=lengths, reset=reset, return_states=True)
     assert (y.shape, h.shape, c.shape) == ((T, 0, 2 * H), (2, 0, H), (2, 0, H))
     assert (hs[0].shape, cs[0].shape) == ((T, 0, 2 * H), (T, 0, 2 * H))
@@ -232,13 +232,13 @@ def test_lengths_and_an_empty_batch(kernel, twins):
         assert torch.equal(grad, torch.zeros_like(parameter))
 
 
-def test_lengths_agree_with_a_packed_sequence(kernel, twins, assert_same, gradients):
-    theirs, ours = twins(I, H, num_layers=2, bidirectional=True, proj_size=2, device=kernel.device)
-    x, hx = given(ours, kernel.device, True)
+def test_lengths_agree_with_a_packed_sequence(ragged, twins, assert_same, gradients):
+    theirs, ours = twins(I, H, num_layers=2, bidirectional=True, proj_size=2, device=ragged.device)
+    x, hx = given(ours, ragged.device, True)
     lengths = [3, 1, 5, 2]
     packed, state = theirs(pack_padded_sequence(x, lengths, enforce_sorted=False), hx)
     expected = pad_packed_sequence(packed)[0], state
-    outputs = ours(x, hx, lengths=torch.tensor(lengths, device=kernel.device))
+    outputs = ours(x, hx, lengths=torch.tensor(lengths, device=ragged.device))
     assert_same(outputs, expected)
     assert_same(
         gradients(outputs, [x, *hx, *ours.parameters()]),

@@ -97,17 +97,17 @@ def test_equals_nn_lstm(kernel, assert_same, gradients, drawn, form, data):
 
 @EXAMPLES
 @given(drawn=layers(), data=st.data())
-def test_lengths_equal_packing(kernel, assert_same, gradients, drawn, data):
+def test_lengths_equal_packing(ragged, assert_same, gradients, drawn, data):
     """Padded input with `lengths`, against nn.LSTM on the PackedSequence of the same sequences."""
     drawn.B = max(drawn.B, 1)
     lengths = torch.tensor(data.draw(st.lists(st.integers(1, drawn.T), min_size=drawn.B, max_size=drawn.B)))
     first = drawn.options["batch_first"]
-    theirs, ours = pair(drawn, kernel.device)
-    x, hx = inputs(drawn, kernel.device)
-    x = padded_with(x, existing(drawn, lengths.to(kernel.device)))
+    theirs, ours = pair(drawn, ragged.device)
+    x, hx = inputs(drawn, ragged.device)
+    x = padded_with(x, existing(drawn, lengths.to(ragged.device)))
     packed, expected_state = theirs(pack_padded_sequence(x, lengths, first, enforce_sorted=False), hx)
     expected = (pad_packed_sequence(packed, first, total_length=drawn.T)[0], expected_state)
-    outputs = ours(x, hx, lengths=lengths.to(kernel.device))
+    outputs = ours(x, hx, lengths=lengths.to(ragged.device))
     assert_same(outputs, expected)
     leaves = [x, *(hx or ())]
     assert_same(gradients(outputs, [*leaves, *ours.parameters()]), gradients(expected, [*leaves, *theirs.parameters()]))
@@ -130,17 +130,17 @@ def by_definition(module, x, hx, lengths, reset, batch_first):
 
 @EXAMPLES
 @given(drawn=layers(), with_lengths=st.booleans(), with_reset=st.booleans(), data=st.data())
-def test_equals_the_definition(kernel, assert_same, gradients, drawn, with_lengths, with_reset, data):
+def test_equals_the_definition(ragged, assert_same, gradients, drawn, with_lengths, with_reset, data):
     """All that is more than nn.LSTM: lengths that may be 0, resets, and the states of every step."""
-    _, ours = pair(drawn, kernel.device)
-    x, hx = inputs(drawn, kernel.device)
+    _, ours = pair(drawn, ragged.device)
+    x, hx = inputs(drawn, ragged.device)
     lengths = reset = None
     if with_lengths:
         lengths = data.draw(st.lists(st.integers(0, drawn.T), min_size=drawn.B, max_size=drawn.B))
-        lengths = torch.tensor(lengths, dtype=torch.int64, device=kernel.device)
+        lengths = torch.tensor(lengths, dtype=torch.int64, device=ragged.device)
         x = padded_with(x, existing(drawn, lengths))
     if with_reset:
-        reset = torch.rand(x.shape[:2]).to(kernel.device) < data.draw(st.sampled_from([0.1, 0.5, 1.0]))
+        reset = torch.rand(x.shape[:2]).to(ragged.device) < data.draw(st.sampled_from([0.1, 0.5, 1.0]))
     expected = by_definition(ours, x, hx, lengths, reset, drawn.options["batch_first"])
     outputs = ours(x, hx, lengths=lengths, reset=reset, return_states=True)
     assert_same(outputs, expected)

@@ -397,6 +397,19 @@ def test_dropout_draws_what_nn_lstm_draws(place, twins, assert_twins, options, d
     assert_twins(theirs, ours, lambda: form(ours, place.device))
 
 
+@pytest.mark.parametrize("dropout", [0.3, 1.0])
+@pytest.mark.parametrize("pack", [packed_unsorted, packed_equal])
+def test_dropout_of_packed_input_draws_what_nn_lstm_draws(twins, assert_twins, dropout, pack):
+    """On the CPU, where nothing is padded."""
+    theirs, ours = twins(I, H, 3, dropout=dropout, bidirectional=True)
+
+    def make():
+        x = leaf(T, B, I, device="cpu")
+        return [x], (pack(x, False),)
+
+    assert_twins(theirs, ours, make)
+
+
 @pytest.mark.parametrize("pack", [None, packed_unsorted, packed_equal])
 def test_dropout_is_reproducible(place, pack):
     module = fusedrnn.LSTM(I, H, 2, dropout=0.5, dtype=torch.float64, device=place.device)

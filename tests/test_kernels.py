@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import fusedrnn
-from fusedrnn import ops, testing
+from fusedrnn import functional, ops, testing
 from fusedrnn.testing import Case
 
 pytestmark = pytest.mark.skipif(ops.cpu_unavailable is not None, reason=str(ops.cpu_unavailable))
@@ -115,6 +115,8 @@ OPTIONS = {
     "strided": {"strided": True},
     "packed": {"packed": True},
     "packed-bidirectional": {"packed": True, "bidirectional": True},
+    "packed-projection-bidirectional": {"packed": True, "proj_size": 11, "bidirectional": True},
+    "packed-reset-bidirectional": {"packed": True, "reset": True, "bidirectional": True, "states": True},
     "lengths": {"lengths": True},
     "lengths-bidirectional": {"lengths": True, "bidirectional": True},
     "lengths-projection-bidirectional": {"lengths": True, "proj_size": 11, "bidirectional": True},
@@ -142,10 +144,40 @@ def test_options(isa, options, T):
 
 
 @pytest.mark.parametrize("dtype", [F64, BF16, F16], ids=str)
-@pytest.mark.parametrize("name", ["lengths-projection-bidirectional", "reset-bidirectional", "everything"])
+@pytest.mark.parametrize(
+    "name",
+    ["lengths-projection-bidirectional", "reset-bidirectional", "packed-projection-bidirectional", "everything"],
+)
 def test_options_other_dtypes(isa, name, dtype):
     check(Case(6, 5, 7, 37, dtype=dtype, **OPTIONS[name]))
-    check(Case(3, 5, 7, 37, dtype=dtype, **OPTIONS[name]))  # short: nothing is packed
+    check(Case(3, 5, 7, 37, dtype=dtype, **OPTIONS[name]))  # short: no weights are packed
+
+
+@pytest.mark.parametrize("size", [size for size in SIZES if size[0] > 1 and size[1] > 1], ids=str)
+def test_sizes_of_packed_input(isa, size):
+    check(Case(*size, packed=True, bidirectional=True, reset=True))
+
+
+@pytest.mark.parametrize("T", [1, 6])
+@pytest.mark.parametrize("name", [name for name, options in OPTIONS.items() if "lengths" in options])
+def test_lengths_where_padding_is_packed(isa, monkeypatch, name, T):
+    monkeypatch.setattr(functional, "_PACKING_FLOPS", 0)
+    check(Case(T, 5, 7, 37, **OPTIONS[name]))
+
+
+def test_padding_is_packed_where_there_is_much_of_it(isa, monkeypatch):
+    """Which changes no bit, but of the gradients of the weights: they are sums in another order."""
+    case, results, calls = Case(40, 16, 64, 129, bidirectional=True, lengths=True, reset=True, states=True), [], []
+    packing = functional.Packing
+    monkeypatch.setattr(functional, "Packing", lambda *given: calls.append(given) or packing(*given))
+    for flops in (functional._PACKING_FLOPS, math.inf):
+        monkeypatch.setattr(functional, "_PACKING_FLOPS", flops)
+        with fusedrnn.use_backend("cpu"), testing.poisoned():
+            results.append(testing.evaluate(testing.call, fusedrnn.LSTM, case))
+        assert len(calls) == 1  # of the first
+    packed, padded = results
+    for name in ("y", "hn", "cn", "h_l0", "c_l0", "dx", "dh0", "dc0"):
+        assert torch.equal(packed[name], padded[name]), name
 
 
 # Few rows and much work: hidden units are shared between the threads, which meet at every step.
@@ -155,10 +187,15 @@ SHARED_UNITS = [
     Case(40, 1, 16, 200, proj_size=70),
     Case(20, 2, 16, 400, proj_size=100, bidirectional=True, lengths=True, reset=True, states=True),
     Case(20, 3, 16, 512),
-    Case(9, 1, 16, 512, bidirectional=True),  # short: nothing is packed
+    Case(20, 4, 16, 400, proj_size=100, bidirectional=True, packed=True, reset=True, states=True),
+    Case(9, 1, 16, 512, bidirectional=True),  # short: no weights are packed
 ]
 # Short, and so wide that two threads share the rows.
-SHARED_ROWS = [Case(4, 4, 30, 180), Case(5, 3, 7, 170, bidirectional=True, lengths=True, reset=True)]
+SHARED_ROWS = [
+    Case(4, 4, 30, 180),
+    Case(5, 3, 7, 170, bidirectional=True, lengths=True, reset=True),
+    Case(5, 3, 7, 170, bidirectional=True, packed=True, reset=True),
+]
 
 
 @pytest.mark.parametrize("case", SHARED_UNITS, ids=lambda case: case.id)
@@ -200,6 +237,7 @@ def test_short_sequences_with_shared_rows(isa, threads, case):
         *SHARED_UNITS,
         *SHARED_ROWS,
         Case(30, 17, 24, 129, layers=2, bidirectional=True),
+        Case(30, 17, 24, 129, layers=2, bidirectional=True, packed=True, reset=True),
         Case(1, 17, 200, 129),
         Case(1, 3, 5, 200, bidirectional=True),
         Case(1, 2, 64, 512),
@@ -219,7 +257,11 @@ def test_number_of_threads_does_not_change_a_bit(isa, threads, case):
 
 
 # In parts that pass through a cache where nothing has to be kept; both have two parts of unequal length.
-PARTS = [Case(67, 62, 5, 129), Case(67, 17, 24, 260, bidirectional=True, lengths=True, reset=True)]
+PARTS = [
+    Case(67, 62, 5, 129),
+    Case(67, 17, 24, 260, bidirectional=True, lengths=True, reset=True),
+    Case(131, 17, 24, 260, bidirectional=True, packed=True, reset=True),
+]
 
 
 @pytest.mark.parametrize("case", PARTS, ids=lambda case: case.id)
@@ -433,6 +475,56 @@ def test_operator_refuses_what_it_would_read_out_of_bounds(change):
         torch.ops.fusedrnn.cpu_forward(
             given["x"], given["weights"], False, given["h0"], given["c0"], given["lengths"], given["reset"], True, True
         )
+
+
+@pytest.mark.parametrize(
+    ("lengths", "change"),
+    [
+        ([2, 2], {}),
+        ([3, 3], {}),
+        ([2, 3], {}),
+        ([6, -1], {}),
+        ([2**62, 2**62], {}),
+        ([], {}),
+        ([[3, 2]], {}),
+        ([3.0, 2.0], {}),
+        ([0, 0], {"x": torch.ones(0, 5)}),
+        ([3, 2], {"h0": torch.ones(1, 3, 4)}),
+        ([3, 2], {"reset": torch.zeros(2, 2, dtype=torch.bool)}),
+        ([3, 2], {"x": torch.ones(5)}),
+    ],
+    ids=str,
+)
+def test_operator_refuses_lengths_that_do_not_fit_packed_rows(lengths, change):
+    given = {"reset": None, **arguments(), "x": torch.ones(5, 5), **change}
+    with pytest.raises(RuntimeError):
+        torch.ops.fusedrnn.cpu_forward(
+            given["x"],
+            given["weights"],
+            False,
+            given["h0"],
+            given["c0"],
+            torch.tensor(lengths),
+            given["reset"],
+            True,
+            True,
+        )
+
+
+@pytest.mark.parametrize(("T", "B"), [(1, 3), (6, 1), (40, 1), (6, 4)])
+def test_packed_rows_of_one_length_are_padded_ones(isa, threads, T, B):
+    """Rows that lie as padded ones give the same bits; nobody calls the operator so."""
+    threads(2)
+    given, lengths = arguments(T, B, H=200), torch.full((B,), T)
+    results = []
+    for x in (given["x"], given["x"].flatten(0, 1)):
+        with testing.poisoned():
+            forward = (x, given["weights"], False, given["h0"], given["c0"], lengths, None)
+            y, hn, cn, c, reserve = ops.forward_op("cpu")(*forward, True, True)
+            backward = ops.backward_op("cpu")(y, hn, cn, c, *forward, y, c, reserve, [True] * 7)
+        dx, dh0, dc0, dweights = backward
+        results.append([t.flatten() for t in (y, hn, cn, c, reserve, dx, dh0, dc0, *dweights)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_operator_clamps_lengths():

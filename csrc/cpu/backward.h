@@ -28,7 +28,7 @@ class Backward {
   void run(int index) const {
     if (p_.team.split == Team::Split::kRows) {
       for (int64_t d = 0; d < s_.D; ++d) {
-        const OwnedRows rows = owned_rows(s_, p_.team, index, d);
+        const OwnedRows rows = owned_rows(s_, p_.sequence, p_.team, index, d);
         if (rows.begin >= rows.end) continue;
         start(d, rows.begin, rows.end);
         for (int64_t n = s_.T - 1; n >= -1; --n) {
@@ -63,18 +63,19 @@ class Backward {
 
   // The hidden state that entered each step, zero where it was reset or the step does not exist; packed.
   void entering_states(int64_t begin, int64_t end) const {
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t b = row % s_.B, t = row / s_.B % s_.T, d = row / s_.B / s_.T;
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t d = index / s_.N, row = index % s_.N;
       const Direction direction(s_, p_.sequence, d);
+      const int64_t t = direction.step_of(row), b = row - direction.row(t, 0);
       const S* from = nullptr;
       const bool enters = direction.exists(t, b) && !direction.is_reset(t, b);
       if (enters && !direction.is_first(t, b)) {
-        from = static_cast<const S*>(p_.y) + time_major(s_, direction.before(t), b, d, s_.P);
+        from = static_cast<const S*>(p_.y) + time_major(s_, direction.row(direction.before(t), b), d, s_.P);
       } else if (enters && p_.h0 != nullptr) {
         from = static_cast<const S*>(p_.h0) + state(s_, d, b, s_.P);
       }
-      const int64_t steps = s_.T * s_.B, panels = blocks_of(s_.P, kWide<A>) * steps * kWide<A>;
-      pack_input(from, s_.P, static_cast<A*>(p_.h_in) + d * panels, steps, row % steps);
+      const int64_t panels = blocks_of(s_.P, kWide<A>) * s_.N * kWide<A>;
+      pack_input(from, s_.P, static_cast<A*>(p_.h_in) + d * panels, s_.N, row);
     }
   }
 
@@ -82,14 +83,10 @@ class Backward {
   int64_t unit_blocks() const { return blocks_of(s_.H, kWide<A>); }
   int64_t output_blocks() const { return blocks_of(s_.P, kWide<A>); }
 
-  A* da(int64_t d, int64_t t, int64_t b) const {
-    return static_cast<A*>(p_.da) + direction_major(s_, d, t, b, kGates * s_.H);
-  }
+  A* da(int64_t d, int64_t row) const { return static_cast<A*>(p_.da) + direction_major(s_, d, row, kGates * s_.H); }
   A* dh_state(int64_t d, int64_t b) const { return static_cast<A*>(p_.dh_state) + state(s_, d, b, s_.P); }
   A* dc_state(int64_t d, int64_t b) const { return static_cast<A*>(p_.dc_state) + state(s_, d, b, s_.H); }
-  A* dh_out(int64_t d, int64_t t, int64_t b) const {
-    return static_cast<A*>(p_.dh_out) + direction_major(s_, d, t, b, s_.P);
-  }
+  A* dh_out(int64_t d, int64_t row) const { return static_cast<A*>(p_.dh_out) + direction_major(s_, d, row, s_.P); }
 
   void start(int64_t d, int64_t row_begin, int64_t row_end) const {
     for (int64_t b = row_begin; b < row_end; ++b) {
@@ -118,15 +115,21 @@ class Backward {
   void outputs(int64_t n, int64_t d, int64_t block, int64_t row_begin, int64_t row_end) const {
     if (n < 0 && p_.dh0 == nullptr) return;
     const Direction direction(s_, p_.sequence, d);
-    const int64_t next = direction.after(direction.at(n));  // n = -1 gives an at(n) that does not exist
+    const int64_t t = direction.at(n), next = direction.after(t);  // n = -1 gives a t that does not exist
     const bool last = n == s_.T - 1;
+    const int64_t next_end = last ? 0 : direction.clipped(next, row_end);
+    if (n >= 0) {  // sequences that have this step, or hand on what comes from the next
+      row_end = direction.clipped(t, row_end);
+      if (row_end < next_end) row_end = next_end;
+    }
     for_each_chunk(row_begin, row_end, [&](int64_t b, int64_t rows) {
       V sum[kRowsAtATime][4];
-      if (!s_.projected && n >= 0) prefetch_gates(d, direction.at(n), b, rows, block * kWide<A>);
-      if (!last) {
+      if (!s_.projected && n >= 0) prefetch_gates(d, direction.row(t, b), rows, block * kWide<A>);
+      if (b < next_end) {
         const int64_t panel_size = kGates * s_.H * kWide<A>;
         const A* panel = static_cast<const A*>(p_.panel_hh) + (d * output_blocks() + block) * panel_size;
-        multiply<A>(sum, da(d, next, b), kGates * s_.H, panel, kGates * s_.H, rows, s_.B == 1,
+        multiply<A>(sum, da(d, direction.row(next, b)), kGates * s_.H, panel, kGates * s_.H,
+                    next_end - b < rows ? next_end - b : rows, s_.B == 1,
                     [&](int64_t first, int64_t count) { return direction.any_exists(next, b + first, count); });
       }
       for (int v = 0; v < 4; ++v) {
@@ -142,9 +145,9 @@ class Backward {
   }
 
   // Brings the gates of a block of units nearer, while the product runs.
-  void prefetch_gates(int64_t d, int64_t t, int64_t b, int64_t rows, int64_t unit) const {
+  void prefetch_gates(int64_t d, int64_t first_row, int64_t rows, int64_t unit) const {
     const int64_t units = s_.H - unit < kWide<A> ? s_.H - unit : kWide<A>;
-    const S* gates = static_cast<const S*>(p_.gates) + direction_major(s_, d, t, b, kGates * s_.H);
+    const S* gates = static_cast<const S*>(p_.gates) + direction_major(s_, d, first_row, kGates * s_.H);
     for (int64_t r = 0; r < rows; ++r, gates += kGates * s_.H) {
       for (int64_t u = 0; u < units; u += kUnits<A>) {
         for (int64_t gate = 0; gate < kGates; ++gate) __builtin_prefetch(gates + order_(unit + u, gate), 0, 2);
@@ -152,7 +155,7 @@ class Backward {
     }
   }
 
-  // sum[r][v]: da_next @ w_hh for some outputs of row b + r; undefined at the last step.
+  // sum[r][v]: da_next @ w_hh for some outputs of row b + r; undefined where there is no next step.
   template <bool kRagged>
   FUSEDRNN_INLINE void output_gradients(const Direction& direction, int64_t n, int64_t d, int64_t b, int64_t rows,
                                         int64_t output, int64_t count, const V (*sum)[4], int v) const {
@@ -160,9 +163,10 @@ class Backward {
     const bool last = n == s_.T - 1;
     A* handed_on = dh_state(d, b) + output;  // by steps that do not exist; dhn at the end
     S* dh0 = n < 0 ? static_cast<S*>(p_.dh0) + state(s_, d, b, P) + output : nullptr;
-    const S* dy =
-        n < 0 || p_.dy == nullptr ? nullptr : static_cast<const S*>(p_.dy) + time_major(s_, t, b, d, P) + output;
-    A* out = n < 0 || !s_.projected ? nullptr : dh_out(d, t, b) + output;
+    const S* dy = n < 0 || p_.dy == nullptr
+                      ? nullptr
+                      : static_cast<const S*>(p_.dy) + time_major(s_, direction.row(t, b), d, P) + output;
+    A* out = n < 0 || !s_.projected ? nullptr : dh_out(d, direction.row(t, b)) + output;
     const Units units(*this, direction, t < 0 || t >= s_.T ? 0 : t, d, b, output);
     for (int64_t r = 0; r < rows; ++r) {
       V dh{};
@@ -178,6 +182,7 @@ class Backward {
       const bool exists = !kRagged || direction.exists(t, b + r);
       if (!exists) {
         store(handed_on + r * P, dh, count);
+        if (direction.is_packed()) continue;  // there is no row to write to
         dh = V{};
       } else if (dy != nullptr) {
         dh += load(dy + r * y_step, count);
@@ -194,10 +199,11 @@ class Backward {
   void projected_units(int64_t n, int64_t d, int64_t block, int64_t row_begin, int64_t row_end) const {
     const Direction direction(s_, p_.sequence, d);
     const int64_t t = direction.at(n);
+    row_end = direction.clipped(t, row_end);
     const A* panel = static_cast<const A*>(p_.panel_hr) + (d * unit_blocks() + block) * s_.P * kWide<A>;
     for_each_chunk(row_begin, row_end, [&](int64_t b, int64_t rows) {
       V sum[kRowsAtATime][4];
-      multiply<A>(sum, dh_out(d, t, b), s_.P, panel, s_.P, rows, s_.B == 1,
+      multiply<A>(sum, dh_out(d, direction.row(t, b)), s_.P, panel, s_.P, rows, s_.B == 1,
                   [&](int64_t first, int64_t count) { return direction.any_exists(t, b + first, count); });
       for (int v = 0; v < 4; ++v) {
         const int64_t unit = block * kWide<A> + v * kUnits<A>;
@@ -216,17 +222,17 @@ class Backward {
         : direction(direction), order(backward.order_), t(t), b(b), H(backward.s_.H), c_step(backward.s_.D * H) {
       const Sizes& s = backward.s_;
       const BackwardParams& p = backward.p_;
-      const int64_t c_at = time_major(s, t, b, d, H) + unit, row_at = direction_major(s, d, t, b, kGates * H);
+      const int64_t row = direction.row(t, b), before = direction.before(t);
+      const int64_t c_at = time_major(s, row, d, H) + unit, gates_at = direction_major(s, d, row, kGates * H);
       first = direction.is_first(t, b);
-      gates = static_cast<const S*>(p.gates) + row_at + order(unit);
-      da = static_cast<A*>(p.da) + row_at + unit;
+      gates = static_cast<const S*>(p.gates) + gates_at + order(unit);
+      da = static_cast<A*>(p.da) + gates_at + unit;
       c = static_cast<const S*>(p.c) + c_at;
-      // Of the step before t, which exists unless t is the first.
-      c_before = c + (direction.before(t) - t) * s.B * c_step;
+      c_before = before < 0 || before >= s.T ? c : c + (direction.row(before, b) - row) * c_step;  // not of the first
       c0 = p.c0 == nullptr ? nullptr : static_cast<const S*>(p.c0) + state(s, d, b, H) + unit;
       dc_all = p.dc == nullptr ? nullptr : static_cast<const S*>(p.dc) + c_at;
       dc_state = backward.dc_state(d, b) + unit;
-      m = p.m == nullptr ? nullptr : static_cast<A*>(p.m) + direction_major(s, d, t, b, H) + unit;
+      m = p.m == nullptr ? nullptr : static_cast<A*>(p.m) + direction_major(s, d, row, H) + unit;
     }
 
     template <bool kRagged>

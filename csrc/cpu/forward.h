@@ -30,7 +30,7 @@ class Forward {
   void run(int index) const {
     if (p_.team.split == Team::Split::kRows) {
       for (int64_t d = 0; d < s_.D; ++d) {
-        const OwnedRows rows = owned_rows(s_, p_.team, index, d);
+        const OwnedRows rows = owned_rows(s_, p_.sequence, p_.team, index, d);
         if (rows.begin >= rows.end) continue;
         if (p_.begin == 0) start(d, rows.begin, rows.end);
         for (int64_t n = p_.begin; n < p_.end; ++n) {
@@ -68,7 +68,8 @@ class Forward {
   void step(int64_t begin, int64_t end) const {
     for (int64_t block = begin; block < end; ++block) {
       const int64_t d = block / unit_blocks(), unit = block % unit_blocks() * kUnits<A>;
-      dot_units(0, d, unit, s_.H - unit < kUnits<A> ? s_.H - unit : kUnits<A>, 0, s_.B);
+      const int64_t rows = Direction(s_, p_.sequence, d).rows(0);
+      dot_units(0, d, unit, s_.H - unit < kUnits<A> ? s_.H - unit : kUnits<A>, 0, rows);
     }
   }
 
@@ -79,7 +80,7 @@ class Forward {
       const Direction direction(s_, p_.sequence, d);
       const S* w_hr = static_cast<const S*>(p_.w_hr[d]) + output * s_.H;
       const A* m = static_cast<const A*>(p_.m) + state(s_, d, 0, s_.H);
-      for (int64_t b = 0; b < s_.B; ++b) {
+      for (int64_t b = 0; b < direction.rows(0); ++b) {
         V sum{};
         for (int64_t k = 0; k < s_.H; k += kUnits<A>)
           sum += load(w_hr + k, s_.H - k) * load(m + b * s_.H + k, s_.H - k);
@@ -110,9 +111,9 @@ class Forward {
   int64_t output_blocks() const { return s_.projected ? blocks_of(s_.P, kWide<A>) : 0; }
 
   A* h(int64_t n, int64_t d) const { return static_cast<A*>(p_.h) + ((n & 1) * s_.D + d) * s_.B * s_.P; }
-  const A* xg(int64_t d, int64_t t, int64_t b) const {
+  const A* xg(const Direction& direction, int64_t d, int64_t t, int64_t b) const {
     const int64_t first = d == 0 ? p_.begin : s_.T - p_.end;
-    return static_cast<const A*>(p_.xg[d]) + ((t - first) * s_.B + b) * kGates * s_.H;
+    return static_cast<const A*>(p_.xg[d]) + (direction.row(t, b) - direction.row(first, 0)) * kGates * s_.H;
   }
   void prefetch_gates(const A* row) const {
     for (int64_t gate = 0; gate < kGates; ++gate) __builtin_prefetch(row + order_(0, gate));
@@ -125,10 +126,12 @@ class Forward {
     for (int64_t b = row_begin; b < row_end; ++b) {
       const S* h0 = static_cast<const S*>(p_.h0);
       const S* c0 = static_cast<const S*>(p_.c0);
-      const bool cut = direction.is_reset(direction.at(0), b);
+      const bool cut = direction.is_reset(direction.first(b), b);
       for (int64_t k = 0; k < s_.P; k += kUnits<A>) {
         const V value = h0 == nullptr ? V{} : load(h0 + state(s_, d, b, s_.P) + k, s_.P - k);
         store(h(0, d) + b * s_.P + k, cut ? V{} : value, s_.P - k);
+        // Where steps that do not exist have no rows, nobody hands the state on to the first one that does.
+        if (direction.is_packed()) store(h(1, d) + b * s_.P + k, cut ? V{} : value, s_.P - k);
         if (direction.length(b) == 0) store(static_cast<S*>(p_.hn) + state(s_, d, b, s_.P) + k, value, s_.P - k);
       }
       for (int64_t k = 0; k < s_.H; k += kUnits<A>) {
@@ -148,9 +151,11 @@ class Forward {
     }
     const int64_t t = direction.at(n), unit = chunk * kUnits<A>;
     const int64_t count = s_.H - unit < kUnits<A> ? s_.H - unit : kUnits<A>;
+    row_end = direction.clipped(t, row_end);
     if (p_.panel_hh == nullptr) return dot_units(n, d, unit, count, row_begin, row_end);
     for_each_chunk(row_begin, row_end, [&](int64_t b, int64_t rows) {
-      for (int64_t r = 0; r < rows; ++r) prefetch_gates(xg(d, t, b + r) + order_(unit));  // while the product runs
+      for (int64_t r = 0; r < rows; ++r)
+        prefetch_gates(xg(direction, d, t, b + r) + order_(unit));  // while the product runs
       V sum[kRowsAtATime][kGates];
       multiply<A>(sum, h(n, d) + b * s_.P, s_.P, panel(d, chunk), s_.P, rows, false,
                   [&](int64_t first, int64_t count) { return direction.any_exists(t, b + first, count); });
@@ -168,7 +173,7 @@ class Forward {
       if (p_.panel_hh == nullptr) {
         dots(own, n, d, unit, block < full ? kUnits<A> : s_.H - unit, 0, 1);
       } else {
-        prefetch_gates(xg(d, t, 0) + order_(unit));
+        prefetch_gates(xg(direction, d, t, 0) + order_(unit));
         multiply<A>(own, h(n, d), s_.P, panel(d, block), s_.P, 1, true,
                     [&](int64_t, int64_t) { return direction.exists(t, 0); });
       }
@@ -226,14 +231,14 @@ class Forward {
   template <bool kRagged, bool kBlocks, int R>
   FUSEDRNN_INLINE void finish_some(const Direction& direction, int64_t n, int64_t d, int64_t b, int64_t unit,
                                    int64_t count, V (*gates)[kGates]) const {
-    const int64_t t = direction.at(n), H = s_.H;
+    const int64_t t = direction.at(n), H = s_.H, first_row = direction.row(t, b);
     // From one to the next of them.
     const int64_t row_step = kBlocks ? 0 : 1, state_step = kBlocks ? kUnits<A> : H;
     const int64_t gates_step = kBlocks ? order_(kUnits<A>) : kGates * H, c_step = kBlocks ? kUnits<A> : s_.D * H;
-    const int64_t gates_at = direction_major(s_, d, t, b, kGates * H) + order_(unit);
-    const A* xg = p_.xg[d] == nullptr ? nullptr : this->xg(d, t, b) + order_(unit);
+    const int64_t gates_at = direction_major(s_, d, first_row, kGates * H) + order_(unit);
+    const A* xg = p_.xg[d] == nullptr ? nullptr : this->xg(direction, d, t, b) + order_(unit);
     S* gates_all = p_.gates == nullptr ? nullptr : static_cast<S*>(p_.gates) + gates_at;
-    S* c_all = p_.c == nullptr ? nullptr : static_cast<S*>(p_.c) + time_major(s_, t, b, d, H) + unit;
+    S* c_all = p_.c == nullptr ? nullptr : static_cast<S*>(p_.c) + time_major(s_, first_row, d, H) + unit;
     A* c_state = this->c_state(d) + b * H + unit;
     A* m_all = s_.projected ? static_cast<A*>(p_.m) + state(s_, d, b, H) + unit : nullptr;
     S* cn = static_cast<S*>(p_.cn) + state(s_, d, b, H) + unit;
@@ -273,6 +278,7 @@ class Forward {
   // The n-th step of a block of projected outputs.
   void outputs(int64_t n, int64_t d, int64_t block, int64_t row_begin, int64_t row_end) const {
     const Direction direction(s_, p_.sequence, d);
+    row_end = direction.clipped(direction.at(n), row_end);
     const A* panel = static_cast<const A*>(p_.panel_hr) + (d * output_blocks() + block) * s_.H * kWide<A>;
     for_each_chunk(row_begin, row_end, [&](int64_t b, int64_t rows) {
       V sum[kRowsAtATime][4];
@@ -301,7 +307,7 @@ class Forward {
           y_step(blocks ? kUnits<A> : forward.s_.D * forward.s_.P),
           h_step(blocks ? kUnits<A> : forward.s_.P),
           final(n + 1 == forward.s_.T),
-          y(static_cast<S*>(forward.p_.y) + time_major(forward.s_, t, b, d, forward.s_.P) + output),
+          y(static_cast<S*>(forward.p_.y) + time_major(forward.s_, direction.row(t, b), d, forward.s_.P) + output),
           hn(static_cast<S*>(forward.p_.hn) + state(forward.s_, d, b, forward.s_.P) + output),
           h_in(forward.h(n, d) + b * forward.s_.P + output),
           h_out(forward.h(n + 1, d) + b * forward.s_.P + output) {}
@@ -340,7 +346,7 @@ class Forward {
   void dots(V (*gates)[kGates], int64_t n, int64_t d, int64_t unit, int64_t count, int64_t b, int64_t rows) const {
     const Direction direction(s_, p_.sequence, d);
     const S* w_hh = static_cast<const S*>(p_.w_hh[d]) + unit * s_.P;
-    const S* x = static_cast<const S*>(p_.x) + direction.at(n) * s_.B * s_.I;
+    const S* x = static_cast<const S*>(p_.x) + direction.row(direction.at(n), 0) * s_.I;
     const bool recurs = n > 0 || p_.h0 != nullptr;
     for (int gate = 0; gate < kGates; ++gate) {
       for (int64_t r = 0; r < rows; ++r) {

@@ -1,11 +1,12 @@
-// Where things lie: the order of the time steps of a direction, the steps that exist, and offsets into the tensors.
+// Where things lie: the order of the time steps of a direction, the steps that exist, their rows, and offsets into the
+// tensors.
 #pragma once
 
 #include "simd.h"
 
 namespace fusedrnn::FUSEDRNN_ISA {
 
-// One direction of a layer: its n-th step is time step at(n), and which steps of which row exist.
+// One direction of a layer: its n-th step is time step at(n), which steps of which sequence exist, and their rows.
 class Direction {
  public:
   Direction(const Sizes& sizes, const Sequence& sequence, int64_t d)
@@ -13,7 +14,23 @@ class Direction {
 
   int64_t at(int64_t n) const { return reverse_ ? T_ - 1 - n : n; }
 
-  // Whether a step may not exist, or be reset, for some rows.
+  // The row of a step of a sequence, and how many sequences, the first ones, have a row at step t.
+  int64_t row(int64_t t, int64_t b) const { return (is_packed() ? sequence_.offsets[t] : t * B_) + b; }
+  int64_t rows(int64_t t) const { return is_packed() ? sequence_.offsets[t + 1] - sequence_.offsets[t] : B_; }
+  bool is_packed() const { return sequence_.offsets != nullptr; }
+  int64_t step_of(int64_t row) const {
+    if (!is_packed()) return row / B_;
+    int64_t first = 0;  // by halves: the last step that begins at this row or before
+    for (int64_t end = T_; end - first > 1;) {
+      const int64_t middle = (first + end) / 2;
+      (sequence_.offsets[middle] <= row ? first : end) = middle;
+    }
+    return first;
+  }
+  // The end of those of sequences [.., end) that have a row at step t.
+  int64_t clipped(int64_t t, int64_t end) const { return end < rows(t) ? end : rows(t); }
+
+  // Whether a step may not exist, or be reset, for some sequences.
   bool ragged() const { return sequence_.lengths != nullptr || sequence_.reset != nullptr; }
 
   int64_t length(int64_t b) const {
@@ -30,9 +47,10 @@ class Direction {
   }
   // Whether the state entering step t is cut to zero.
   bool is_reset(int64_t t, int64_t b) const {
-    return sequence_.reset != nullptr && sequence_.reset[t * B_ + b] != 0 && exists(t, b);
+    return sequence_.reset != nullptr && exists(t, b) && sequence_.reset[t * B_ + b] != 0;
   }
-  bool is_first(int64_t t, int64_t b) const { return t == (reverse_ ? length(b) - 1 : 0); }
+  int64_t first(int64_t b) const { return reverse_ ? length(b) - 1 : 0; }
+  bool is_first(int64_t t, int64_t b) const { return t == first(b); }
   bool is_last(int64_t t, int64_t b) const { return t == (reverse_ ? 0 : length(b) - 1); }
   // The step whose state enters step t, and the one that step t's state enters.
   int64_t before(int64_t t) const { return reverse_ ? t + 1 : t - 1; }
@@ -44,15 +62,15 @@ class Direction {
   bool reverse_;
 };
 
-// Offset of [t][b][d][0] in a tensor [T][B][D][N], and of [d][t][b][0] in one [D][T][B][N].
-FUSEDRNN_INLINE int64_t time_major(const Sizes& s, int64_t t, int64_t b, int64_t d, int64_t N) {
-  return ((t * s.B + b) * s.D + d) * N;
+// Offset of [row][d][0] in a tensor [N][D][size], of [d][row][0] in one [D][N][size], and of [d][b][0] in one
+// [D][B][size].
+FUSEDRNN_INLINE int64_t time_major(const Sizes& s, int64_t row, int64_t d, int64_t size) {
+  return (row * s.D + d) * size;
 }
-FUSEDRNN_INLINE int64_t direction_major(const Sizes& s, int64_t d, int64_t t, int64_t b, int64_t N) {
-  return ((d * s.T + t) * s.B + b) * N;
+FUSEDRNN_INLINE int64_t direction_major(const Sizes& s, int64_t d, int64_t row, int64_t size) {
+  return (d * s.N + row) * size;
 }
-// Offset of [d][b][0] in a tensor [D][B][N].
-FUSEDRNN_INLINE int64_t state(const Sizes& s, int64_t d, int64_t b, int64_t N) { return (d * s.B + b) * N; }
+FUSEDRNN_INLINE int64_t state(const Sizes& s, int64_t d, int64_t b, int64_t size) { return (d * s.B + b) * size; }
 
 // Where the gates of hidden units lie in a row of 4H: gate `gate` of units from `unit` on, a multiple of `lanes`. Block
 // after block, as in a panel, where H is a multiple of `lanes`, so that a step touches one place for each row and
@@ -69,13 +87,28 @@ class GateOrder {
   int64_t gate_, unit_;
 };
 
-// The rows of one direction that a worker owns, of D * B rows shared evenly.
+// Of D * B sequences, shared so that every worker has about as many steps: where those of a worker begin.
+inline int64_t first_owned(const Sizes& s, const Sequence& sequence, const Team& team, int worker) {
+  const int64_t all = s.D * s.B;
+  if (sequence.lengths == nullptr || worker == 0 || worker == team.workers) return worker * all / team.workers;
+  const Direction direction(s, sequence, 0);
+  int64_t steps = 0, before = 0, first = 0;
+  for (int64_t b = 0; b < s.B; ++b) steps += s.D * direction.length(b);
+  for (; first < all; ++first) {
+    const int64_t length = direction.length(first % s.B);
+    if (2 * before + length >= 2 * steps * worker / team.workers) break;
+    before += length;
+  }
+  return first;
+}
+
+// The sequences of one direction that a worker owns.
 struct OwnedRows {
   int64_t begin, end;
 };
-FUSEDRNN_INLINE OwnedRows owned_rows(const Sizes& s, const Team& team, int worker, int64_t d) {
-  const int64_t all = s.D * s.B;
-  const int64_t begin = worker * all / team.workers - d * s.B, end = (worker + 1) * all / team.workers - d * s.B;
+inline OwnedRows owned_rows(const Sizes& s, const Sequence& sequence, const Team& team, int worker, int64_t d) {
+  const int64_t begin = first_owned(s, sequence, team, worker) - d * s.B;
+  const int64_t end = first_owned(s, sequence, team, worker + 1) - d * s.B;
   return {begin < 0 ? 0 : begin, end > s.B ? s.B : end};
 }
 

@@ -1,7 +1,9 @@
 // The plain structs that the CPU kernels take: pointers, sizes, nothing of torch.
 //
-// Letters: T time, B batch, H hidden, P projection (P = H without one), D directions. S is the dtype tensors are stored
-// in, A the dtype of the arithmetic: float for bfloat16, float16 and float, double for double. Everything is contiguous
+// Letters: T time, B batch, H hidden, P projection (P = H without one), D directions, N the steps of all sequences
+// together, which are rows of x: T * B of them, one for each sequence at each step, or those of a PackedSequence. S is
+// the dtype tensors are stored in, A the dtype of the arithmetic: float for bfloat16, float16 and float, double for
+// double. Everything is contiguous
 // and row-major in the shape given beside it. No two pointers may alias unless it says so. A null pointer where "or
 // null" stands means zeros for an input and "not wanted" for an output.
 #pragma once
@@ -30,14 +32,17 @@ struct Float16 {
 enum class Dtype : int { kFloat32, kFloat64, kBFloat16, kFloat16, kCount };
 
 struct Sizes {
-  int64_t T, B, I, H, P, D;
+  int64_t T, B, N, I, H, P, D;
   bool projected;  // whether there is a w_hr; else P = H
 };
 
-// Which steps exist and where the state is cut.
+// Which steps exist, where their rows are, and where the state is cut.
 struct Sequence {
   const int64_t* lengths;  // [B] or null (all T); values outside 0..T count as the nearest
-  const uint8_t* reset;    // [T][B] or null
+  // [T + 1] or null. Not null: of a PackedSequence, whose lengths never grow from sequence to sequence. The rows of
+  // step t are [offsets[t], offsets[t + 1]), those of the first sequences, and steps that do not exist have none.
+  const int64_t* offsets;
+  const uint8_t* reset;  // [T][B] or null
 };
 
 // How the work of one launch is shared by workers that may or may not run at the same time.
@@ -55,12 +60,12 @@ struct Team {
 struct ForwardParams {
   Sizes sizes;
   Sequence sequence;
-  // Where T * B is large, the input's affine maps were computed before and the recurrent weights are packed; where it
+  // Where N is large, the input's affine maps were computed before and the recurrent weights are packed; where it
   // is small, both affine maps are dot products with the weights as they are in nn.LSTM.
-  const void* x;  // S [T][B][I]
+  const void* x;  // S [N][I]
   // The steps of this launch, counted as each direction goes through them; other launches do the others, in order.
   int64_t begin, end;
-  // A [end - begin][B][4H] of each direction: x @ w_ih^T of these, by time, each row in GateOrder; or null
+  // A [rows of these steps][4H] of each direction: x @ w_ih^T, by time, each row in GateOrder; or null
   const void* xg[2];
   const void* w_ih[2];   // S [4H][I]
   const void* w_hh[2];   // S [4H][P]
@@ -71,11 +76,11 @@ struct ForwardParams {
   const void* b_hh[2];   // S [4H] for each direction, or null
   const void* h0;        // S [D][B][P] or null
   const void* c0;        // S [D][B][H] or null
-  void* y;               // S [T][B][D][P]
+  void* y;               // S [N][D][P]
   void* hn;              // S [D][B][P]
   void* cn;              // S [D][B][H]
-  void* c;               // S [T][B][D][H] or null
-  void* gates;           // S [D][T][B][4H], each row in GateOrder, or null; may hold xg where S is A
+  void* c;               // S [N][D][H] or null
+  void* gates;           // S [D][N][4H], each row in GateOrder, or null; may hold xg where S is A
   // Scratch, uninitialised.
   void* h;        // A [2][D][B][P]: the state entering this step and the next
   void* c_state;  // A [D][B][H]
@@ -88,22 +93,22 @@ struct BackwardParams {
   Sequence sequence;
   const void* panel_hh;  // A, packed by pack_columns from w_hh: one buffer per direction; or null if T = 1, dh0 is null
   const void* panel_hr;  // A, packed by pack_columns from w_hr, or null
-  const void* dy;        // S [T][B][D][P] or null
+  const void* dy;        // S [N][D][P] or null
   const void* dhn;       // S [D][B][P] or null
   const void* dcn;       // S [D][B][H] or null
-  const void* dc;        // S [T][B][D][H] or null
+  const void* dc;        // S [N][D][H] or null
   const void* h0;        // S [D][B][P] or null
   const void* c0;        // S [D][B][H] or null
-  const void* y;         // S [T][B][D][P]
-  const void* c;         // S [T][B][D][H]
-  const void* gates;     // S [D][T][B][4H], each row in GateOrder
-  void* da;              // A [D][T][B][4H]: gradients before the nonlinearities
+  const void* y;         // S [N][D][P]
+  const void* c;         // S [N][D][H]
+  const void* gates;     // S [D][N][4H], each row in GateOrder
+  void* da;              // A [D][N][4H]: gradients before the nonlinearities
   void* dh0;             // S [D][B][P] or null
   void* dc0;             // S [D][B][H] or null
   // What the weight gradients need besides da.
-  void* h_in;    // A, [D] panels as by pack_columns from [T * B][P], or null: the hidden state that entered each step
-  void* dh_out;  // A [D][T][B][P], only where projected: gradient of h_t
-  void* m;       // A [D][T][B][H], only where projected: o * tanh(c)
+  void* h_in;    // A, [D] panels as by pack_columns from [N][P], or null: the hidden state that entered each step
+  void* dh_out;  // A [D][N][P], only where projected: gradient of h_t
+  void* m;       // A [D][N][H], only where projected: o * tanh(c)
   // Scratch, uninitialised.
   void* dh_state;  // A [D][B][P]: gradient of the hidden state where it passes a step that does not exist
   void* dc_state;  // A [D][B][H]
@@ -136,7 +141,7 @@ struct Kernels {
   void (*step)(const ForwardParams&, int64_t begin, int64_t end);
   void (*step_project)(const ForwardParams&, int64_t begin, int64_t end);
   void (*backward)(const BackwardParams&, int worker);
-  // Fills h_in for rows [begin, end) of D * T * B.
+  // Fills h_in for rows [begin, end) of D * N.
   void (*entering_states)(const BackwardParams&, int64_t begin, int64_t end);
   // Rows [m, m_end), at most kGemmRows, and half panels [half, half_end) of c. scratch: gemm_scratch bytes, its own.
   void (*gemm)(const GemmParams&, int64_t m, int64_t m_end, int64_t half, int64_t half_end, void* scratch);

@@ -17,7 +17,7 @@ constexpr int64_t kUnpackedRows = 16;  // steps times batch rows, up to which pa
 // fit the cache of a core, of which each then streams its part alone. That takes some blocks for each of them, to share
 // evenly; with fewer, rows that fill tiles are better.
 inline Team plan_team(const Sizes& s, const Kernels& kernels, bool is_double, int64_t threads) {
-  const double flops = 8.0 * s.T * s.B * s.D * s.H * (s.P + (s.projected ? s.P / 4.0 : 0));
+  const double flops = 8.0 * s.N * s.D * s.H * (s.P + (s.projected ? s.P / 4.0 : 0));
   if (flops < kSerialFlops) threads = 1;
   const int64_t rows = s.D * s.B, units = s.D * blocks_of(s.H, kernels.lanes);
   const int64_t weights = 4 * s.H * s.P * (is_double ? 8 : 4);

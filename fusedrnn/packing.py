@@ -1,0 +1,43 @@
+"""Padded sequences and the rows of a PackedSequence: how the ones become the others."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Packing:
+    """Which rows of padded sequences a PackedSequence of them has, and in which order.
+
+    Those of one step after another, and within a step the longest sequence first. Differentiable to any order.
+
+    Args:
+        lengths: [B] int64, each in 0..T.
+        T: time steps of the padded sequences; the longest sequence may have less.
+        batch_first: whether padded sequences are [B, T, ...] and not [T, B, ...].
+
+    Attributes:
+        lengths: [B], the longest first; zeros, which have no rows, last.
+        steps: of the longest sequence.
+        order: [B], the places of these sequences among the padded ones.
+        rows: [N], the places of the rows in [T * B], or [B * T].
+    """
+
+    def __init__(self, lengths: Tensor, T: int, batch_first: bool = False):
+        self.lengths, self.order = lengths.sort(descending=True, stable=True)
+        self.steps = int(self.lengths[0])
+        exists = torch.arange(T, device=lengths.device).unsqueeze(1) < self.lengths
+        t, b = exists.nonzero(as_tuple=True)
+        b, B = self.order[b], len(lengths)
+        self.sizes = (B, T) if batch_first else (T, B)
+        self.rows = b * T + t if batch_first else t * B + b
+
+    def packed(self, padded: Tensor) -> Tensor:
+        """[..., T, B, size], or [..., B, T, size] -> [..., N, size]."""
+        return padded.flatten(-3, -2).index_select(-2, self.rows)
+
+    def padded(self, packed: Tensor) -> Tensor:
+        """[..., N, size] -> [..., T, B, size], or [..., B, T, size], with zeros where there is no row."""
+        T, B = self.sizes
+        zeros = packed.new_zeros(*packed.shape[:-2], T * B, packed.shape[-1])
+        return zeros.index_copy_(-2, self.rows, packed).unflatten(-2, self.sizes)
