@@ -289,6 +289,7 @@ struct Packing {
   Pack Kernels::* pack;
   int64_t blocks, inputs;
   bool by_blocks;
+  bool pairs = false;  // an input is two columns of the matrix, which is of 16-bit numbers
 
   int64_t numbers(const Kernels& kernels) const { return blocks * inputs * 4 * kernels.lanes; }
 };
@@ -318,18 +319,19 @@ void for_each_part(const Kernels& kernels, const Packing& packing, int64_t D, co
 // The panels of matrix(d) for each direction, one after the other.
 template <class F>
 Scratch packed(const Layer& layer, const Packing& packing, const F& matrix) {
-  const Kernels& kernels = layer.kernels;
-  const int64_t numbers = packing.numbers(kernels);
+  const Kernels& kernels = packing.pairs ? kernels_of(ScalarType::Float) : layer.kernels;
+  const int64_t numbers = packing.numbers(kernels), width = packing.pairs ? 2 : 1;
   Scratch panels(layer.sizes.D * numbers, layer.compute);
   for_each_part(kernels, packing, layer.sizes.D, [&](int64_t d, int64_t begin, int64_t end) {
     const Tensor& w = matrix(d);
-    (kernels.*packing.pack)(w.const_data_ptr(), w.size(0), w.size(1), panels.at(d * numbers), begin, end);
+    (kernels.*packing.pack)(w.const_data_ptr(), w.size(0), w.size(1) / width, panels.at(d * numbers), begin, end);
   });
   return panels;
 }
 
 // c = a @ b or c += a @ b, see params.h.
-void gemm(const Kernels& kernels, const GemmParams& params) {
+void gemm(const Kernels& kernels, const GemmParams& params, bool pairs = false) {
+  const auto run = pairs ? kernels.gemm_pairs : kernels.gemm;
   const int64_t tiles = blocks_of(params.M, kernels.tile_rows), halves = blocks_of(params.N, 2 * kernels.lanes);
   const int64_t blocks = blocks_of(halves, 2);
   const bool is_large = 2.0 * params.M * params.N * params.K >= kSerialFlops;
@@ -348,7 +350,7 @@ void gemm(const Kernels& kernels, const GemmParams& params) {
       const int64_t m = row * tiles / row_parts * kernels.tile_rows;
       const int64_t m_end = std::min((row + 1) * tiles / row_parts * kernels.tile_rows, params.M);
       const int64_t half = column * blocks / column_parts * 2, half_end = (column + 1) * blocks / column_parts * 2;
-      kernels.gemm(params, m, m_end, half, std::min(half_end, halves), scratch.get());
+      run(params, m, m_end, half, std::min(half_end, halves), scratch.get());
     }
   });
 }
@@ -361,13 +363,24 @@ struct Panels {
 };
 using SharedPanels = std::shared_ptr<const Panels>;
 
+// Whether a product with a matrix of so many columns takes pairs of them.
+bool in_pairs(const Layer& layer, int64_t columns) { return layer.kernels.gemm_pairs != nullptr && columns % 2 == 0; }
+
+Packing paired(const Layer& layer, Packing (*packing)(const Kernels&, int64_t, int64_t), int64_t outputs,
+               int64_t columns) {
+  const bool pairs = in_pairs(layer, columns);
+  Packing result = packing(layer.kernels, outputs, pairs ? columns / 2 : columns);
+  result.pairs = pairs;
+  return result;
+}
+
 // In which order the affine maps of the input come out: as in GateOrder.
 Packing input_packing(const Layer& layer) {
   const Sizes& s = layer.sizes;
-  return gates_in_blocks(s.H, layer.kernels.lanes) ? gates_of(layer.kernels, s.H, s.I)
-                                                   : rows_of(layer.kernels, 4 * s.H, s.I);
+  return gates_in_blocks(s.H, layer.kernels.lanes) ? paired(layer, gates_of, s.H, s.I)
+                                                   : paired(layer, rows_of, 4 * s.H, s.I);
 }
-Packing recurrent_packing(const Layer& layer) { return gates_of(layer.kernels, layer.sizes.H, layer.sizes.P); }
+Packing recurrent_packing(const Layer& layer) { return paired(layer, gates_of, layer.sizes.H, layer.sizes.P); }
 Packing projection_packing(const Layer& layer) { return rows_of(layer.kernels, layer.sizes.P, layer.sizes.H); }
 
 OptionalScratch packed_projection(const Layer& layer) {
@@ -486,6 +499,7 @@ void forward_sequence(const Layer& layer, ForwardParams& params, const OptionalT
                           : kept_weights(layer);
   params.panel_hh = pointer(panels->w_hh);
   params.panel_hr = pointer(panels->w_hr);
+  params.pairs = !is_short && recurrent_packing(layer).pairs;
   params.team = plan_team(layer);
   const auto run = [&](int64_t begin, int64_t end) {
     params.begin = begin;
@@ -501,16 +515,19 @@ void forward_sequence(const Layer& layer, ForwardParams& params, const OptionalT
   OptionalScratch xg;
   const int64_t most_rows = std::min(steps * s.B, s.N);
   if (!in_place) xg.emplace(s.D * most_rows * G, layer.compute);
-  const Tensor x = as(layer.x, layer.compute);
-  const int64_t panel_numbers = input_packing(layer).numbers(kernels);
+  const Packing packing = input_packing(layer);
+  const Tensor x = packing.pairs ? layer.x : as(layer.x, layer.compute);
+  const int64_t panel_numbers = packing.numbers(kernels);
   for (int64_t begin = 0; begin < s.T; begin += steps) {
     const int64_t end = std::min(begin + steps, s.T);
     for (int64_t d = 0; d < s.D; ++d) {
       const int64_t t = d == 0 ? begin : s.T - end, first = layer.row(t), rows = layer.row(t + end - begin) - first;
       const int64_t own = d * most_rows * G;
       void* const out = in_place ? at(*gates, own) : xg->at(own);
-      gemm(kernels, {rows, G, s.I, at(x, first * s.I), false, panels->w_ih->at(d * panel_numbers), out, false,
-                     params.team.split == Team::Split::kUnits});
+      gemm(kernels,
+           {rows, G, packing.inputs, at(x, first * s.I), false, panels->w_ih->at(d * panel_numbers), out, false,
+            params.team.split == Team::Split::kUnits},
+           packing.pairs);
       params.xg[d] = out;
     }
     run(begin, end);

@@ -18,11 +18,14 @@
 
 namespace fusedrnn::FUSEDRNN_ISA {
 
-template <class S>
+// With kPairs the state is kept in S, and the recurrent product takes two numbers at a time.
+template <class S, bool kPairs = false>
 class Forward {
  public:
   using A = Compute<S>;
   using V = Vec<A>;
+  using State = std::conditional_t<kPairs, S, A>;
+  using E = std::conditional_t<kPairs, Pair, A>;
 
   explicit Forward(const ForwardParams& params)
       : p_(params), s_(params.sizes), order_(params.sizes.H), blocks_at_a_time_(blocks_at_a_time()) {}
@@ -110,7 +113,7 @@ class Forward {
   // No more than there are chunks of units.
   int64_t output_blocks() const { return s_.projected ? blocks_of(s_.P, kWide<A>) : 0; }
 
-  A* h(int64_t n, int64_t d) const { return static_cast<A*>(p_.h) + ((n & 1) * s_.D + d) * s_.B * s_.P; }
+  State* h(int64_t n, int64_t d) const { return static_cast<State*>(p_.h) + ((n & 1) * s_.D + d) * s_.B * s_.P; }
   const A* xg(const Direction& direction, int64_t d, int64_t t, int64_t b) const {
     const int64_t first = d == 0 ? p_.begin : s_.T - p_.end;
     return static_cast<const A*>(p_.xg[d]) + (direction.row(t, b) - direction.row(first, 0)) * kGates * s_.H;
@@ -157,7 +160,7 @@ class Forward {
       for (int64_t r = 0; r < rows; ++r)
         prefetch_gates(xg(direction, d, t, b + r) + order_(unit));  // while the product runs
       V sum[kRowsAtATime][kGates];
-      multiply<A>(sum, h(n, d) + b * s_.P, s_.P, panel(d, chunk), s_.P, rows, false,
+      multiply<E>(sum, entering(n, d, b), inputs(), panel(d, chunk), inputs(), rows, false,
                   [&](int64_t first, int64_t count) { return direction.any_exists(t, b + first, count); });
       finish(direction, n, d, b, rows, unit, count, sum);
     });
@@ -174,7 +177,7 @@ class Forward {
         dots(own, n, d, unit, block < full ? kUnits<A> : s_.H - unit, 0, 1);
       } else {
         prefetch_gates(xg(direction, d, t, 0) + order_(unit));
-        multiply<A>(own, h(n, d), s_.P, panel(d, block), s_.P, 1, true,
+        multiply<E>(own, entering(n, d, 0), inputs(), panel(d, block), inputs(), 1, true,
                     [&](int64_t, int64_t) { return direction.exists(t, 0); });
       }
     }
@@ -193,8 +196,11 @@ class Forward {
     }
   }
 
-  const A* panel(int64_t d, int64_t block) const {
-    return static_cast<const A*>(p_.panel_hh) + (d * unit_blocks() + block) * s_.P * kWide<A>;
+  // The recurrent product: how many inputs it has, those of a row, and the weights.
+  int64_t inputs() const { return kPairs ? s_.P / 2 : s_.P; }
+  const E* entering(int64_t n, int64_t d, int64_t b) const { return reinterpret_cast<const E*>(h(n, d) + b * s_.P); }
+  const E* panel(int64_t d, int64_t block) const {
+    return static_cast<const E*>(p_.panel_hh) + (d * unit_blocks() + block) * inputs() * kWide<A>;
   }
 
   // From the affine maps of some hidden units, without biases and the input's where it was computed before, to
@@ -327,8 +333,8 @@ class Forward {
     int64_t t, next, b, row_step, y_step, h_step;
     bool final;
     S *y, *hn;
-    const A* h_in;
-    A* h_out;
+    const State* h_in;
+    State* h_out;
   };
 
   // The n-th step of the hidden units [unit, unit + count), at most `lanes`, for rows [row_begin, row_end): dot

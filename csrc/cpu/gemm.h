@@ -14,11 +14,13 @@
 
 namespace fusedrnn::FUSEDRNN_ISA {
 
-template <class A>
+template <class E>
 class Gemm {
  public:
+  using A = Compute<E>;
   using V = Vec<A>;
   static_assert(kGemmRows % kTileRows == 0);
+  static constexpr bool kMayBeTransposed = std::is_same_v<E, A>;
 
   // Numbers of a sliver: the store of a whole vector at its last input stays inside of it.
   static constexpr int64_t sliver(int64_t depth) { return depth * kTileRows + kUnits<A>; }
@@ -29,17 +31,18 @@ class Gemm {
   // Rows [m, m_end) of c, at most kGemmRows of them, of the half panels [half, half_end). scratch: kScratch numbers,
   // used where a is transposed.
   void run(int64_t m, int64_t m_end, int64_t half, int64_t half_end, A* scratch) const {
-    const A* a = static_cast<const A*>(p_.a);
+    const E* a = static_cast<const E*>(p_.a);
     int64_t k = 0;
     do {  // also where K = 0, and c all zeros
       const int64_t depth = p_.K - k < kGemmDepth ? p_.K - k : kGemmDepth;
-      if (p_.a_transposed) pack_slivers(m, m_end, k, depth, scratch);
+      if (kMayBeTransposed && p_.a_transposed) pack_slivers(m, m_end, k, depth, scratch);
       for (int64_t n = half; n < half_end; ++n) {
-        const A* panel = static_cast<const A*>(p_.panels) + n / 2 * p_.K * kWide<A> + in_panel<A>(p_.K, k, n % 2 * 2);
+        const E* panel = static_cast<const E*>(p_.panels) + n / 2 * p_.K * kWide<A> + in_panel<A>(p_.K, k, n % 2 * 2);
         for (int64_t row = m; row < m_end; row += kTileRows) {
           with_rows<kTileRows>(m_end - row < kTileRows ? m_end - row : kTileRows, [&](auto R) {
-            if (p_.a_transposed) {
-              tile<R.kCount>(scratch + (row - m) / kTileRows * sliver(depth), 1, kTileRows, panel, k, depth, row, n);
+            if (kMayBeTransposed && p_.a_transposed) {
+              tile<R.kCount>(reinterpret_cast<const E*>(scratch) + (row - m) / kTileRows * sliver(depth), 1, kTileRows,
+                             panel, k, depth, row, n);
             } else {
               tile<R.kCount>(a + row * p_.K + k, p_.K, 1, panel, k, depth, row, n);
             }
@@ -52,7 +55,7 @@ class Gemm {
 
  private:
   template <int R>
-  FUSEDRNN_INLINE void tile(const A* a, int64_t row_stride, int64_t k_stride, const A* panel, int64_t k, int64_t depth,
+  FUSEDRNN_INLINE void tile(const E* a, int64_t row_stride, int64_t k_stride, const E* panel, int64_t k, int64_t depth,
                             int64_t row, int64_t half) const {
     const int64_t column = half * 2 * kUnits<A>, columns = p_.N - column;
     A* c = static_cast<A*>(p_.c) + row * p_.N + column;
@@ -60,7 +63,7 @@ class Gemm {
     for (int r = 0; r < R; ++r) {
       for (int v = 0; v < 2; ++v) __builtin_prefetch(c + r * p_.N + v * kUnits<A>, 1);
     }
-    accumulate<A, R, 2>(a, row_stride, k_stride, panel, p_.K, depth, zero<A>, [&](int r, int v, V value) {
+    accumulate<E, R, 2>(a, row_stride, k_stride, panel, p_.K, depth, zero<A>, [&](int r, int v, V value) {
       const int64_t count = columns - v * kUnits<A>;
       if (count <= 0) return;
       A* to = c + r * p_.N + v * kUnits<A>;

@@ -8,10 +8,33 @@
 
 namespace fusedrnn::FUSEDRNN_ISA {
 
+#if defined(FUSEDRNN_PAIRS)
+template <class S>
+constexpr bool kPairs = std::is_same_v<S, BFloat16>;
+#else
+template <class S>
+constexpr bool kPairs = false;
+#endif
+
+template <class S>
+constexpr auto gemm_pairs() -> decltype(Kernels::gemm_pairs) {
+  if constexpr (kPairs<S>) {
+    return [](const GemmParams& params, int64_t m, int64_t m_end, int64_t half, int64_t half_end, void*) {
+      Gemm<Pair>(params).run(m, m_end, half, half_end, nullptr);
+    };
+  }
+  return nullptr;
+}
+
 template <class S>
 constexpr Kernels kernels_for() {
   return {
-      [](const ForwardParams& params, int worker) { Forward<S>(params).run(worker); },
+      [](const ForwardParams& params, int worker) {
+        if constexpr (kPairs<S>) {
+          if (params.pairs) return Forward<S, true>(params).run(worker);
+        }
+        Forward<S>(params).run(worker);
+      },
       [](const ForwardParams& params) { Forward<S>(params).step_start(); },
       [](const ForwardParams& params, int64_t begin, int64_t end) { Forward<S>(params).step(begin, end); },
       [](const ForwardParams& params, int64_t begin, int64_t end) { Forward<S>(params).step_project(begin, end); },
@@ -21,6 +44,7 @@ constexpr Kernels kernels_for() {
         using A = Compute<S>;
         Gemm<A>(params).run(m, m_end, half, half_end, static_cast<A*>(scratch));
       },
+      gemm_pairs<S>(),
       pack_gates<S>,
       pack_rows<S>,
       pack_columns<S>,
@@ -31,8 +55,10 @@ constexpr Kernels kernels_for() {
   };
 }
 
+#if !defined(FUSEDRNN_PAIRS)
 // In the order of Dtype.
 constexpr KernelTable kKernels = {kernels_for<float>(), kernels_for<double>(), kernels_for<BFloat16>(),
                                   kernels_for<Float16>()};
+#endif
 
 }  // namespace fusedrnn::FUSEDRNN_ISA

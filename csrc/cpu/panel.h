@@ -7,6 +7,8 @@
 // that a tile is tall and half a panel, kDepth deep, stays in the first-level cache while the rows pass by; four where
 // there are so few that a pass over the panel is all there is.
 //
+// Where operands are pairs of 16-bit numbers, an input of a panel is two of the matrix.
+//
 // The sum over K runs in the same order whatever the tile is, so that a row's result does not depend on which rows it
 // shares one with, and therefore not on the number of threads.
 #pragma once
@@ -37,9 +39,12 @@ FUSEDRNN_INLINE int64_t in_panel(int64_t K, int64_t k, int64_t v) {
 // vectors of a panel of K inputs. With two Chains, even and odd k are summed apart: a single row has too few sums to
 // hide the latency of an addition. Memory is asked for what comes: `next`, two vectors of each k that are needed after
 // this product, or null; and by a single row, which waits for nothing but the panel, for the panel itself.
-template <class A, int R, int V, int Chains = 1, class Start, class Finish>
-FUSEDRNN_INLINE void accumulate(const A* a, int64_t row_stride, int64_t k_stride, const A* panel, int64_t K,
-                                int64_t depth, const Start& start, const Finish& finish, const A* next = nullptr) {
+// E is A, or Pair.
+template <class E, int R, int V, int Chains = 1, class Start, class Finish>
+FUSEDRNN_INLINE void accumulate(const E* a, int64_t row_stride, int64_t k_stride, const E* panel, int64_t K,
+                                int64_t depth, const Start& start, const Finish& finish, const E* next = nullptr) {
+  using A = Compute<E>;
+  static_assert(sizeof(E) == sizeof(A));
   Vec<A> acc[Chains][R][V];
 #pragma GCC unroll 2
   for (int chain = 0; chain < Chains; ++chain) {
@@ -52,7 +57,7 @@ FUSEDRNN_INLINE void accumulate(const A* a, int64_t row_stride, int64_t k_stride
   const auto step = [&](int64_t k, int chain) {
     Vec<A> w[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) w[v] = load(panel + in_panel<A>(K, k, v));
+    for (int v = 0; v < V; ++v) w[v] = load(reinterpret_cast<const A*>(panel + in_panel<A>(K, k, v)));
     if constexpr (R == 1) {
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) __builtin_prefetch(panel + in_panel<A>(K, k + 16, v));
@@ -61,9 +66,9 @@ FUSEDRNN_INLINE void accumulate(const A* a, int64_t row_stride, int64_t k_stride
     }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const A scalar = a[r * row_stride + k * k_stride];
+      const E number = a[r * row_stride + k * k_stride];
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) acc[chain][r][v] += scalar * w[v];
+      for (int v = 0; v < V; ++v) acc[chain][r][v] = multiply_add(acc[chain][r][v], number, w[v]);
     }
   };
   int64_t k = 0;
@@ -104,23 +109,24 @@ FUSEDRNN_INLINE void with_rows(int64_t rows, const F& f) {
 
 // sum[r] = a[r] @ panel for r in [0, rows), rows at most kRowsAtATime. Tiles without a row that is wanted(first, count)
 // are left out: their sums are zero. `alone` says that the layer has a single row, which then needs no tile.
-template <class A, class Wanted>
-inline void multiply(Vec<A> (*sum)[4], const A* a, int64_t stride, const A* panel, int64_t K, int64_t rows, bool alone,
-                     const Wanted& wanted) {
+template <class E, class Wanted>
+inline void multiply(Vec<Compute<E>> (*sum)[4], const E* a, int64_t stride, const E* panel, int64_t K, int64_t rows,
+                     bool alone, const Wanted& wanted) {
+  using A = Compute<E>;
   for (int64_t r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = sum[r][2] = sum[r][3] = Vec<A>{};
   if (rows <= kTileRows / 2) {
     if (!wanted(0, rows)) return;
     const auto finish = [&](int r, int v, Vec<A> value) { sum[r][v] = value; };
-    if (alone) return accumulate<A, 1, 4, 2>(a, stride, 1, panel, K, K, zero<A>, finish);
+    if (alone) return accumulate<E, 1, 4, 2>(a, stride, 1, panel, K, K, zero<A>, finish);
     return with_rows<kTileRows / 2>(
-        rows, [&](auto R) { accumulate<A, R.kCount, 4>(a, stride, 1, panel, K, K, zero<A>, finish); });
+        rows, [&](auto R) { accumulate<E, R.kCount, 4>(a, stride, 1, panel, K, K, zero<A>, finish); });
   }
   const int64_t tiles = blocks_of(rows, kTileRows);
   for (int64_t k = 0; k < K; k += kDepth) {
     const int64_t depth = K - k < kDepth ? K - k : kDepth;
     for (int half = 0; half < 4; half += 2) {
-      const A* part = panel + in_panel<A>(K, k, half);
-      const A* next = half == 0        ? panel + in_panel<A>(K, k, 2)
+      const E* part = panel + in_panel<A>(K, k, half);
+      const E* next = half == 0        ? panel + in_panel<A>(K, k, 2)
                       : k + kDepth < K ? panel + in_panel<A>(K, k + kDepth, 0)
                                        : panel + K * kWide<A>;  // of the next block
       for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -128,7 +134,7 @@ inline void multiply(Vec<A> (*sum)[4], const A* a, int64_t stride, const A* pane
         if (!wanted(first, count)) continue;
         with_rows<kTileRows>(count, [&](auto R) {
           Vec<A>(*const own)[4] = sum + first;
-          accumulate<A, R.kCount, 2>(
+          accumulate<E, R.kCount, 2>(
               a + first * stride + k, stride, 1, part, K, depth, [&](int r, int v) { return own[r][half + v]; },
               [&](int r, int v, Vec<A> value) { own[r][half + v] = value; },
               next + tile % 2 * kUnits<A>);  // two tiles ask for one vector each

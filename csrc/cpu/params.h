@@ -70,7 +70,7 @@ struct ForwardParams {
   const void* w_ih[2];   // S [4H][I]
   const void* w_hh[2];   // S [4H][P]
   const void* w_hr[2];   // S [P][H], or null
-  const void* panel_hh;  // A, packed by pack_gates: one buffer per direction; null where xg is
+  const void* panel_hh;  // A, packed by pack_gates: one buffer per direction; null where xg is; or pairs of S
   const void* panel_hr;  // A, packed by pack_rows from w_hr, or null
   const void* b_ih[2];   // S [4H] for each direction, or null
   const void* b_hh[2];   // S [4H] for each direction, or null
@@ -82,9 +82,10 @@ struct ForwardParams {
   void* c;               // S [N][D][H] or null
   void* gates;           // S [D][N][4H], each row in GateOrder, or null; may hold xg where S is A
   // Scratch, uninitialised.
-  void* h;        // A [2][D][B][P]: the state entering this step and the next
+  void* h;        // A [2][D][B][P], or S where pairs: the state entering this step and the next
   void* c_state;  // A [D][B][H]
   void* m;        // A [D][B][H], only where projected: o * tanh(c)
+  bool pairs;     // the recurrent product takes two numbers at a time: only where Kernels::gemm_pairs is, P even
   Team team;
 };
 
@@ -145,6 +146,9 @@ struct Kernels {
   void (*entering_states)(const BackwardParams&, int64_t begin, int64_t end);
   // Rows [m, m_end), at most kGemmRows, and half panels [half, half_end) of c. scratch: gemm_scratch bytes, its own.
   void (*gemm)(const GemmParams&, int64_t m, int64_t m_end, int64_t half, int64_t half_end, void* scratch);
+  // The same where a and panels are pairs of 16-bit numbers, a not transposed; or null. K counts pairs, and panels are
+  // packed by the kernels for float, from matrices that are taken as of floats.
+  void (*gemm_pairs)(const GemmParams&, int64_t m, int64_t m_end, int64_t half, int64_t half_end, void* scratch);
   Pack pack_gates;    // blocks of w_hh [4H][P]: a block is `lanes` hidden units, four gates each
   Pack pack_rows;     // blocks of w [N][K]: a block is 4 * lanes outputs, which are rows of w
   Pack pack_columns;  // inputs of w [K][N]: a block is 4 * lanes outputs, which are columns of w

@@ -5,6 +5,11 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+
+#if defined(FUSEDRNN_PAIRS)
+#include <immintrin.h>
+#endif
 
 #include "params.h"
 
@@ -22,6 +27,14 @@ struct Storage<BFloat16> {
 };
 template <>
 struct Storage<Float16> {
+  using Compute = float;
+};
+// Two bfloat16 numbers next to each other, which a product takes as one where the processor has instructions for that.
+struct Pair {
+  uint32_t bits;
+};
+template <>
+struct Storage<Pair> {
   using Compute = float;
 };
 template <class S>
@@ -190,6 +203,19 @@ FUSEDRNN_INLINE Vec<Compute<S>> rounded(Vec<Compute<S>> value) {
     return value;
   }
 }
+
+// sum + number * operands, where a number, and a lane of operands, may be a pair: the sum of both products then.
+FUSEDRNN_INLINE Vec<float> multiply_add(Vec<float> sum, float number, Vec<float> operands) {
+  return sum + number * operands;
+}
+FUSEDRNN_INLINE Vec<double> multiply_add(Vec<double> sum, double number, Vec<double> operands) {
+  return sum + number * operands;
+}
+#if defined(FUSEDRNN_PAIRS)
+FUSEDRNN_INLINE Vec<float> multiply_add(Vec<float> sum, Pair number, Vec<float> operands) {
+  return _mm512_dpbf16_ps(sum, bit_cast<__m512bh>(operands), bit_cast<__m512bh>(WordVec{} + number.bits));
+}
+#endif
 
 // Lane l of the result is the sum of lanes l & ~step and l | step of a where l & step is 0, and of b where it is not.
 template <class A, int step>
