@@ -289,7 +289,7 @@ struct Packing {
   Pack Kernels::* pack;
   int64_t blocks, inputs;
   bool by_blocks;
-  bool pairs = false;  // an input is two columns of the matrix, which is of 16-bit numbers
+  bool pairs = false;  // an input is two of the matrix, which is of 16-bit numbers
 
   int64_t numbers(const Kernels& kernels) const { return blocks * inputs * 4 * kernels.lanes; }
 };
@@ -301,6 +301,19 @@ Packing rows_of(const Kernels& kernels, int64_t outputs, int64_t inputs) {
 }
 Packing columns_of(const Kernels& kernels, int64_t outputs, int64_t inputs) {
   return {&Kernels::pack_columns, blocks_of(outputs, 4 * kernels.lanes), inputs, false};
+}
+
+// The same of pairs of inputs, where the kernels multiply pairs, and all inputs are in one.
+Packing paired(Packing (*packing)(const Kernels&, int64_t, int64_t), const Kernels& kernels, int64_t outputs,
+               int64_t inputs) {
+  const bool pairs = kernels.gemm_pairs != nullptr && inputs % 2 == 0;
+  Packing result = packing(kernels, outputs, pairs ? inputs / 2 : inputs);
+  result.pairs = pairs;
+  return result;
+}
+// Columns of rows of steps, of which a last one may be without another.
+Packing steps_of(const Kernels& kernels, int64_t outputs, int64_t steps) {
+  return paired(columns_of, kernels, outputs, kernels.gemm_pairs != nullptr ? steps + steps % 2 : steps);
 }
 
 // Runs f(d, begin, end) for parts of the blocks, or inputs, of D matrices.
@@ -316,6 +329,15 @@ void for_each_part(const Kernels& kernels, const Packing& packing, int64_t D, co
   });
 }
 
+// Pairs of rows [begin, end), which are inputs.
+void pack_row_pairs(const Layer& layer, const Packing& packing, const Tensor& w, void* panels, int64_t begin,
+                    int64_t end) {
+  for (int64_t k = begin; k < end; ++k) {
+    layer.kernels.pack_pair(at(w, 2 * k * w.size(1)), at(w, (2 * k + 1) * w.size(1)), w.size(1), panels, packing.inputs,
+                            k);
+  }
+}
+
 // The panels of matrix(d) for each direction, one after the other.
 template <class F>
 Scratch packed(const Layer& layer, const Packing& packing, const F& matrix) {
@@ -324,6 +346,8 @@ Scratch packed(const Layer& layer, const Packing& packing, const F& matrix) {
   Scratch panels(layer.sizes.D * numbers, layer.compute);
   for_each_part(kernels, packing, layer.sizes.D, [&](int64_t d, int64_t begin, int64_t end) {
     const Tensor& w = matrix(d);
+    if (packing.pairs && !packing.by_blocks)
+      return pack_row_pairs(layer, packing, w, panels.at(d * numbers), begin, end);
     (kernels.*packing.pack)(w.const_data_ptr(), w.size(0), w.size(1) / width, panels.at(d * numbers), begin, end);
   });
   return panels;
@@ -363,24 +387,13 @@ struct Panels {
 };
 using SharedPanels = std::shared_ptr<const Panels>;
 
-// Whether a product with a matrix of so many columns takes pairs of them.
-bool in_pairs(const Layer& layer, int64_t columns) { return layer.kernels.gemm_pairs != nullptr && columns % 2 == 0; }
-
-Packing paired(const Layer& layer, Packing (*packing)(const Kernels&, int64_t, int64_t), int64_t outputs,
-               int64_t columns) {
-  const bool pairs = in_pairs(layer, columns);
-  Packing result = packing(layer.kernels, outputs, pairs ? columns / 2 : columns);
-  result.pairs = pairs;
-  return result;
-}
-
 // In which order the affine maps of the input come out: as in GateOrder.
 Packing input_packing(const Layer& layer) {
   const Sizes& s = layer.sizes;
-  return gates_in_blocks(s.H, layer.kernels.lanes) ? paired(layer, gates_of, s.H, s.I)
-                                                   : paired(layer, rows_of, 4 * s.H, s.I);
+  return gates_in_blocks(s.H, layer.kernels.lanes) ? paired(gates_of, layer.kernels, s.H, s.I)
+                                                   : paired(rows_of, layer.kernels, 4 * s.H, s.I);
 }
-Packing recurrent_packing(const Layer& layer) { return paired(layer, gates_of, layer.sizes.H, layer.sizes.P); }
+Packing recurrent_packing(const Layer& layer) { return paired(gates_of, layer.kernels, layer.sizes.H, layer.sizes.P); }
 Packing projection_packing(const Layer& layer) { return rows_of(layer.kernels, layer.sizes.P, layer.sizes.H); }
 
 OptionalScratch packed_projection(const Layer& layer) {
@@ -627,7 +640,8 @@ std::tuple<Tensor, Tensor, Tensor> cpu_infer(Tensor x, Tensors flat, int64_t lay
 
 // ---------------------------------------------------------------------------------------------- backward
 
-// What the launch leaves for the matrix products: all in the compute dtype, of each direction.
+// What the launch leaves for the matrix products, of each direction: in the compute dtype, but for da, which is in the
+// layer's where its products take pairs.
 struct StepGradients {
   Scratch da;                 // [N][4H]
   OptionalScratch h_in;       // the panels of the states that entered each step, only if w_hh needs a gradient
@@ -640,14 +654,15 @@ StepGradients backward_sequence(const Layer& layer, BackwardParams& params, bool
   const Kernels& kernels = layer.kernels;
   const int64_t N = s.N;
   const auto make = [&](int64_t numbers) { return Scratch(s.D * numbers, layer.compute); };
-  StepGradients steps{make(N * 4 * s.H), std::nullopt, std::nullopt, std::nullopt};
+  const ScalarType da_type = kernels.gemm_pairs != nullptr ? layer.x.scalar_type() : layer.compute;
+  StepGradients steps{Scratch(s.D * N * 4 * s.H, da_type), std::nullopt, std::nullopt, std::nullopt};
   if (s.projected) steps.dh_out.emplace(make(N * s.P));
   if (s.projected) steps.m.emplace(make(N * s.H));
   const Scratch dh_state = make(s.B * s.P), dc_state = make(s.B * s.H);
   OptionalScratch panel_hh, panel_hr;
   if (s.T > 1 || params.dh0 != nullptr) {
     panel_hh.emplace(
-        packed(layer, columns_of(kernels, s.P, 4 * s.H), [&](int64_t d) { return layer.weights.w_hh(d); }));
+        packed(layer, paired(columns_of, kernels, s.P, 4 * s.H), [&](int64_t d) { return layer.weights.w_hh(d); }));
   }
   if (s.projected) {
     panel_hr.emplace(packed(layer, columns_of(kernels, s.H, s.P), [&](int64_t d) { return layer.weights.w_hr(d); }));
@@ -663,11 +678,11 @@ StepGradients backward_sequence(const Layer& layer, BackwardParams& params, bool
   const Lines lines(params.team, s, kernels);
   launch(params.team, [&](int worker) { kernels.backward(params, worker); });
   if (needs_w_hh) {
-    const Packing states = columns_of(kernels, s.P, N);
+    const Packing states = steps_of(kernels, s.P, N);
     steps.h_in.emplace(make(states.numbers(kernels)));
     params.h_in = pointer(steps.h_in);
     for_each_part(kernels, states, s.D, [&](int64_t d, int64_t begin, int64_t end) {
-      kernels.entering_states(params, d * N + begin, d * N + end);
+      kernels.entering_states(params, d * states.inputs + begin, d * states.inputs + end);
     });
   }
   return steps;
@@ -677,11 +692,13 @@ StepGradients backward_sequence(const Layer& layer, BackwardParams& params, bool
 Tensor input_gradient(const Layer& layer, const StepGradients& steps) {
   const Sizes& s = layer.sizes;
   Tensor dx = layer.empty_rows(s.I, layer.compute);
-  const Packing w_ih = columns_of(layer.kernels, s.I, 4 * s.H);
+  const Packing w_ih = paired(columns_of, layer.kernels, s.I, 4 * s.H);
   const Scratch panels = packed(layer, w_ih, [&](int64_t d) { return layer.weights.w_ih(d); });
   for (int64_t d = 0; d < s.D; ++d) {
-    gemm(layer.kernels, {s.N, s.I, 4 * s.H, steps.da.at(d * s.N * 4 * s.H), false,
-                         panels.at(d * w_ih.numbers(layer.kernels)), pointer(dx), d > 0, false});
+    gemm(layer.kernels,
+         {s.N, s.I, w_ih.inputs, steps.da.at(d * s.N * 4 * s.H), false, panels.at(d * w_ih.numbers(layer.kernels)),
+          pointer(dx), d > 0, false},
+         w_ih.pairs);
   }
   return as(dx, layer.x.scalar_type());
 }
@@ -689,12 +706,17 @@ Tensor input_gradient(const Layer& layer, const StepGradients& steps) {
 // The panels of x, its steps being the inputs; zero at steps that do not exist.
 Scratch packed_steps(const Layer& layer) {
   const Sizes& s = layer.sizes;
-  const Packing steps = columns_of(layer.kernels, s.I, s.N);
+  const Packing steps = steps_of(layer.kernels, s.I, s.N);
   Scratch panels(steps.numbers(layer.kernels), layer.compute);
   for_each_part(layer.kernels, steps, 1, [&](int64_t, int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      layer.kernels.pack_columns(layer.exists(row) ? layer.x.const_data_ptr() : nullptr, s.N, s.I, panels.begin(), row,
-                                 row + 1);
+    const auto row = [&](int64_t k) { return k < s.N && layer.exists(k) ? at(layer.x, k * s.I) : nullptr; };
+    for (int64_t k = begin; k < end; ++k) {
+      if (steps.pairs) {
+        layer.kernels.pack_pair(row(2 * k), row(2 * k + 1), s.I, panels.begin(), steps.inputs, k);
+      } else {
+        layer.kernels.pack_columns(layer.exists(k) ? layer.x.const_data_ptr() : nullptr, s.N, s.I, panels.begin(), k,
+                                   k + 1);
+      }
     }
   });
   return panels;
@@ -715,7 +737,9 @@ void sum_rows(const void* rows, int64_t count, int64_t columns, void* sum) {
 Tensor bias_gradients(const Layer& layer, StepGradients& steps, int64_t d) {
   const Sizes& s = layer.sizes;
   const int64_t N = s.N, G = 4 * s.H;
-  if (N > kUnpackedRows) return torch::stable::sum(steps.da.matrix(d * N * G, N, G), std::array<int64_t, 1>{0});
+  if (N > kUnpackedRows || layer.kernels.gemm_pairs != nullptr) {
+    return torch::stable::sum(steps.da.matrix(d * N * G, N, G), std::array<int64_t, 1>{0});
+  }
   // Of a few rows the sum takes less than the way to torch's.
   Tensor sum = empty({G}, layer.compute);
   const auto of = layer.compute == ScalarType::Double ? sum_rows<double> : sum_rows<float>;
@@ -739,11 +763,15 @@ Tensors weight_gradients(const Layer& layer, StepGradients& steps, const Needs& 
   OptionalScratch x;
   for (int64_t d = 0; d < s.D; ++d) {
     // transposed [N][rows] @ panels of [N][columns]
-    const auto product = [&](int64_t rows, const void* transposed, int64_t columns, const void* panels) {
+    const auto product = [&](int64_t rows, const void* transposed, int64_t columns, const void* panels,
+                             bool pairs = false) {
+      const Kernels& kernels = pairs ? layer.kernels : kernels_of(layer.compute);
       Tensor out = empty({rows, columns}, layer.compute);
-      gemm(kernels_of(layer.compute), {rows, columns, N, transposed, true, panels, pointer(out), false, false});
+      const int64_t inputs = pairs ? blocks_of(N, 2) : N;
+      gemm(kernels, {rows, columns, inputs, transposed, true, panels, pointer(out), false, false, N % 2 == 1}, pairs);
       return out;
     };
+    const bool pairs = layer.kernels.gemm_pairs != nullptr;
     const void* const da = steps.da.at(d * N * 4 * s.H);
     const auto append = [&](int64_t k, const auto& gradient) {
       const bool needed = needs_weight(d, k);
@@ -751,11 +779,11 @@ Tensors weight_gradients(const Layer& layer, StepGradients& steps, const Needs& 
     };
     append(0, [&] {
       if (!x.has_value()) x.emplace(packed_steps(layer));
-      return product(4 * s.H, da, s.I, pointer(x));
+      return product(4 * s.H, da, s.I, pointer(x), pairs);
     });
     append(1, [&] {
-      const int64_t states = columns_of(layer.kernels, s.P, N).numbers(layer.kernels);
-      return product(4 * s.H, da, s.P, steps.h_in->at(d * states));
+      const int64_t states = steps_of(layer.kernels, s.P, N).numbers(layer.kernels);
+      return product(4 * s.H, da, s.P, steps.h_in->at(d * states), pairs);
     });
     if (layer.weights.biased()) {
       OptionalTensor db;

@@ -98,7 +98,17 @@ def test_sizes_float32(isa, case):
 
 
 @pytest.mark.parametrize("dtype", [F64, BF16, F16], ids=str)
-@pytest.mark.parametrize("size", [(1, 3, 31, 30), (2, 17, 33, 129), (63, 1, 9, 129), (63, 3, 30, 64)], ids=str)
+@pytest.mark.parametrize(
+    "size",
+    [
+        (1, 3, 31, 30),
+        (2, 17, 33, 129),
+        (63, 1, 9, 129),
+        (63, 3, 30, 64),
+        (21, 25, 402, 98),  # what is multiplied in pairs is cut along all of its dimensions, an odd number of rows too
+    ],
+    ids=str,
+)
 def test_sizes_other_dtypes(isa, size, dtype):
     check(Case(*size, dtype=dtype))
 
@@ -151,6 +161,15 @@ def test_options(isa, options, T):
 def test_options_other_dtypes(isa, name, dtype):
     check(Case(6, 5, 7, 37, dtype=dtype, **OPTIONS[name]))
     check(Case(3, 5, 7, 37, dtype=dtype, **OPTIONS[name]))  # short: no weights are packed
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_bfloat16(isa, name):
+    """All of even sizes, whose products take pairs where the processor does, or some; with an odd number of rows."""
+    options = {**OPTIONS[name], "dtype": BF16}
+    check(Case(7, 5, 6, 38, **(options | {"proj_size": 12} if "proj_size" in options else options)))
+    check(Case(7, 5, 6, 37, **(options | {"proj_size": 12} if "proj_size" in options else options)))
+    check(Case(7, 5, 5, 38, **options))
 
 
 @pytest.mark.parametrize("size", [size for size in SIZES if size[0] > 1 and size[1] > 1], ids=str)
@@ -238,6 +257,8 @@ def test_short_sequences_with_shared_rows(isa, threads, case):
         *SHARED_ROWS,
         Case(30, 17, 24, 129, layers=2, bidirectional=True),
         Case(30, 17, 24, 129, layers=2, bidirectional=True, packed=True, reset=True),
+        Case(30, 17, 24, 130, layers=2, bidirectional=True, packed=True, reset=True, dtype=BF16),
+        Case(40, 1, 16, 200, dtype=BF16),
         Case(1, 17, 200, 129),
         Case(1, 3, 5, 200, bidirectional=True),
         Case(1, 2, 64, 512),
@@ -279,6 +300,18 @@ def test_inference_has_the_bits_of_training(isa, threads, case):
 
 def test_parts_in_bfloat16(isa):  # of which gates are kept in another dtype than their affine maps
     check(Case(67, 17, 24, 260, bidirectional=True, lengths=True, reset=True, dtype=BF16))
+
+
+def test_a_narrow_state_keeps_infinities_and_nan(isa):
+    """The products of pairs, too."""
+    for value in (math.inf, -math.inf, math.nan):
+        module, x = Case(8, 4, 6, 32, dtype=BF16).module(fusedrnn.LSTM), torch.zeros(8, 4, 6, dtype=BF16)
+        x[3, 1, 2] = value
+        with fusedrnn.use_backend("cpu"), torch.no_grad():
+            y = module(x)[0]
+        assert y[:, [0, 2, 3]].isfinite().all()
+        assert y[:3].isfinite().all()
+        assert bool(y[3:, 1].isnan().all()) == math.isnan(value)
 
 
 def test_same_bits_twice(isa):

@@ -16,11 +16,14 @@
 
 namespace fusedrnn::FUSEDRNN_ISA {
 
-template <class S>
+// With kPairs da is kept in S, and the products with it take two numbers at a time.
+template <class S, bool kPairs = false>
 class Backward {
  public:
   using A = Compute<S>;
   using V = Vec<A>;
+  using Gradient = std::conditional_t<kPairs, S, A>;
+  using E = std::conditional_t<kPairs, Pair, A>;
 
   explicit Backward(const BackwardParams& params) : p_(params), s_(params.sizes), order_(params.sizes.H) {}
 
@@ -63,27 +66,38 @@ class Backward {
 
   // The hidden state that entered each step, zero where it was reset or the step does not exist; packed.
   void entering_states(int64_t begin, int64_t end) const {
+    const int64_t inputs = kPairs ? blocks_of(s_.N, 2) : s_.N;
     for (int64_t index = begin; index < end; ++index) {
-      const int64_t d = index / s_.N, row = index % s_.N;
+      const int64_t d = index / inputs, input = index % inputs;
       const Direction direction(s_, p_.sequence, d);
-      const int64_t t = direction.step_of(row), b = row - direction.row(t, 0);
-      const S* from = nullptr;
-      const bool enters = direction.exists(t, b) && !direction.is_reset(t, b);
-      if (enters && !direction.is_first(t, b)) {
-        from = static_cast<const S*>(p_.y) + time_major(s_, direction.row(direction.before(t), b), d, s_.P);
-      } else if (enters && p_.h0 != nullptr) {
-        from = static_cast<const S*>(p_.h0) + state(s_, d, b, s_.P);
+      A* const panels = static_cast<A*>(p_.h_in) + d * blocks_of(s_.P, kWide<A>) * inputs * kWide<A>;
+      if constexpr (kPairs) {
+        pack_pair(entering(direction, d, 2 * input), entering(direction, d, 2 * input + 1), s_.P, panels, inputs,
+                  input);
+      } else {
+        pack_input(entering(direction, d, input), s_.P, panels, inputs, input);
       }
-      const int64_t panels = blocks_of(s_.P, kWide<A>) * s_.N * kWide<A>;
-      pack_input(from, s_.P, static_cast<A*>(p_.h_in) + d * panels, s_.N, row);
     }
   }
 
  private:
+  // The state that entered the step of a row, or null for zeros.
+  const S* entering(const Direction& direction, int64_t d, int64_t row) const {
+    if (row >= s_.N) return nullptr;
+    const int64_t t = direction.step_of(row), b = row - direction.row(t, 0);
+    if (!direction.exists(t, b) || direction.is_reset(t, b)) return nullptr;
+    if (!direction.is_first(t, b)) {
+      return static_cast<const S*>(p_.y) + time_major(s_, direction.row(direction.before(t), b), d, s_.P);
+    }
+    return p_.h0 == nullptr ? nullptr : static_cast<const S*>(p_.h0) + state(s_, d, b, s_.P);
+  }
+
   int64_t unit_blocks() const { return blocks_of(s_.H, kWide<A>); }
   int64_t output_blocks() const { return blocks_of(s_.P, kWide<A>); }
 
-  A* da(int64_t d, int64_t row) const { return static_cast<A*>(p_.da) + direction_major(s_, d, row, kGates * s_.H); }
+  Gradient* da(int64_t d, int64_t row) const {
+    return static_cast<Gradient*>(p_.da) + direction_major(s_, d, row, kGates * s_.H);
+  }
   A* dh_state(int64_t d, int64_t b) const { return static_cast<A*>(p_.dh_state) + state(s_, d, b, s_.P); }
   A* dc_state(int64_t d, int64_t b) const { return static_cast<A*>(p_.dc_state) + state(s_, d, b, s_.H); }
   A* dh_out(int64_t d, int64_t row) const { return static_cast<A*>(p_.dh_out) + direction_major(s_, d, row, s_.P); }
@@ -126,9 +140,9 @@ class Backward {
       V sum[kRowsAtATime][4];
       if (!s_.projected && n >= 0) prefetch_gates(d, direction.row(t, b), rows, block * kWide<A>);
       if (b < next_end) {
-        const int64_t panel_size = kGates * s_.H * kWide<A>;
-        const A* panel = static_cast<const A*>(p_.panel_hh) + (d * output_blocks() + block) * panel_size;
-        multiply<A>(sum, da(d, direction.row(next, b)), kGates * s_.H, panel, kGates * s_.H,
+        const int64_t inputs = kGates * s_.H / (kPairs ? 2 : 1);
+        const E* panel = static_cast<const E*>(p_.panel_hh) + (d * output_blocks() + block) * inputs * kWide<A>;
+        multiply<E>(sum, reinterpret_cast<const E*>(da(d, direction.row(next, b))), inputs, panel, inputs,
                     next_end - b < rows ? next_end - b : rows, s_.B == 1,
                     [&](int64_t first, int64_t count) { return direction.any_exists(next, b + first, count); });
       }
@@ -226,7 +240,7 @@ class Backward {
       const int64_t c_at = time_major(s, row, d, H) + unit, gates_at = direction_major(s, d, row, kGates * H);
       first = direction.is_first(t, b);
       gates = static_cast<const S*>(p.gates) + gates_at + order(unit);
-      da = static_cast<A*>(p.da) + gates_at + unit;
+      da = static_cast<Gradient*>(p.da) + gates_at + unit;
       c = static_cast<const S*>(p.c) + c_at;
       c_before = before < 0 || before >= s.T ? c : c + (direction.row(before, b) - row) * c_step;  // not of the first
       c0 = p.c0 == nullptr ? nullptr : static_cast<const S*>(p.c0) + state(s, d, b, H) + unit;
@@ -267,7 +281,8 @@ class Backward {
     int64_t t, b, H, c_step;
     bool first;
     const S *gates, *c, *c_before, *c0, *dc_all;
-    A *da, *dc_state, *m;
+    Gradient* da;
+    A *dc_state, *m;
   };
 
   const BackwardParams& p_;

@@ -20,7 +20,7 @@ class Gemm {
   using A = Compute<E>;
   using V = Vec<A>;
   static_assert(kGemmRows % kTileRows == 0);
-  static constexpr bool kMayBeTransposed = std::is_same_v<E, A>;
+  static constexpr bool kPairs = !std::is_same_v<E, A>;
 
   // Numbers of a sliver: the store of a whole vector at its last input stays inside of it.
   static constexpr int64_t sliver(int64_t depth) { return depth * kTileRows + kUnits<A>; }
@@ -35,12 +35,18 @@ class Gemm {
     int64_t k = 0;
     do {  // also where K = 0, and c all zeros
       const int64_t depth = p_.K - k < kGemmDepth ? p_.K - k : kGemmDepth;
-      if (kMayBeTransposed && p_.a_transposed) pack_slivers(m, m_end, k, depth, scratch);
+      if (p_.a_transposed) {
+        if constexpr (kPairs) {
+          pack_paired_slivers(m, m_end, k, depth, scratch);
+        } else {
+          pack_slivers(m, m_end, k, depth, scratch);
+        }
+      }
       for (int64_t n = half; n < half_end; ++n) {
         const E* panel = static_cast<const E*>(p_.panels) + n / 2 * p_.K * kWide<A> + in_panel<A>(p_.K, k, n % 2 * 2);
         for (int64_t row = m; row < m_end; row += kTileRows) {
           with_rows<kTileRows>(m_end - row < kTileRows ? m_end - row : kTileRows, [&](auto R) {
-            if (kMayBeTransposed && p_.a_transposed) {
+            if (p_.a_transposed) {
               tile<R.kCount>(reinterpret_cast<const E*>(scratch) + (row - m) / kTileRows * sliver(depth), 1, kTileRows,
                              panel, k, depth, row, n);
             } else {
@@ -78,6 +84,22 @@ class Gemm {
       for (int64_t row = m; row < m_end; row += kTileRows) {
         A* at = to + (row - m) / kTileRows * sliver(depth) + i * kTileRows;
         for (int64_t v = 0; v < kTileRows; v += kUnits<A>) store(at + v, load(from + row + v, p_.M - row - v));
+      }
+    }
+  }
+
+  // The same of pairs: of two rows of a each, where the last one may be missing.
+  void pack_paired_slivers(int64_t m, int64_t m_end, int64_t k, int64_t depth, A* to) const {
+    for (int64_t i = 0; i < depth; ++i) {
+      const BFloat16* first = static_cast<const BFloat16*>(p_.a) + 2 * (k + i) * p_.M;
+      const bool is_whole = k + i + 1 < p_.K || !p_.is_odd;
+      for (int64_t row = m; row < m_end; row += kTileRows) {
+        A* at = to + (row - m) / kTileRows * sliver(depth) + i * kTileRows;
+        for (int64_t v = 0; v < kTileRows; v += kUnits<A>) {
+          const int64_t column = row + v, count = p_.M - column;
+          const V low = load(first + column, count), high = is_whole ? load(first + p_.M + column, count) : V{};
+          store(at + v, paired(low, high));
+        }
       }
     }
   }

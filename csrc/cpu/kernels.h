@@ -19,8 +19,18 @@ constexpr bool kPairs = false;
 template <class S>
 constexpr auto gemm_pairs() -> decltype(Kernels::gemm_pairs) {
   if constexpr (kPairs<S>) {
-    return [](const GemmParams& params, int64_t m, int64_t m_end, int64_t half, int64_t half_end, void*) {
-      Gemm<Pair>(params).run(m, m_end, half, half_end, nullptr);
+    return [](const GemmParams& params, int64_t m, int64_t m_end, int64_t half, int64_t half_end, void* scratch) {
+      Gemm<Pair>(params).run(m, m_end, half, half_end, static_cast<float*>(scratch));
+    };
+  }
+  return nullptr;
+}
+
+template <class S>
+constexpr auto pack_pairs() -> decltype(Kernels::pack_pair) {
+  if constexpr (kPairs<S>) {
+    return [](const void* first, const void* second, int64_t N, void* panels, int64_t K, int64_t k) {
+      pack_pair(static_cast<const S*>(first), static_cast<const S*>(second), N, static_cast<float*>(panels), K, k);
     };
   }
   return nullptr;
@@ -38,8 +48,10 @@ constexpr Kernels kernels_for() {
       [](const ForwardParams& params) { Forward<S>(params).step_start(); },
       [](const ForwardParams& params, int64_t begin, int64_t end) { Forward<S>(params).step(begin, end); },
       [](const ForwardParams& params, int64_t begin, int64_t end) { Forward<S>(params).step_project(begin, end); },
-      [](const BackwardParams& params, int worker) { Backward<S>(params).run(worker); },
-      [](const BackwardParams& params, int64_t begin, int64_t end) { Backward<S>(params).entering_states(begin, end); },
+      [](const BackwardParams& params, int worker) { Backward<S, kPairs<S>>(params).run(worker); },
+      [](const BackwardParams& params, int64_t begin, int64_t end) {
+        Backward<S, kPairs<S>>(params).entering_states(begin, end);
+      },
       [](const GemmParams& params, int64_t m, int64_t m_end, int64_t half, int64_t half_end, void* scratch) {
         using A = Compute<S>;
         Gemm<A>(params).run(m, m_end, half, half_end, static_cast<A*>(scratch));
@@ -48,6 +60,7 @@ constexpr Kernels kernels_for() {
       pack_gates<S>,
       pack_rows<S>,
       pack_columns<S>,
+      pack_pairs<S>(),
       fingerprint,
       Simd<Compute<S>>::kLanes,
       kTileRows,

@@ -212,6 +212,20 @@ FUSEDRNN_INLINE void pack_input(const S* row, int64_t N, Compute<S>* panels, int
   }
 }
 
+// The same of two rows of 16-bit numbers, of which an input is a pair; either may be null.
+template <class S>
+FUSEDRNN_INLINE void pack_pair(const S* first, const S* second, int64_t N, float* panels, int64_t K, int64_t k) {
+  for (int64_t block = 0; block < blocks_of(N, kWide<float>); ++block) {
+    for (int64_t v = 0; v < 4; ++v) {
+      const int64_t column = block * kWide<float> + v * kUnits<float>, count = N - column;
+      const Vec<float> zeros{};
+      const Vec<float> low = first != nullptr && count > 0 ? load(first + column, count) : zeros;
+      const Vec<float> high = second != nullptr && count > 0 ? load(second + column, count) : zeros;
+      store(panels + block * K * kWide<float> + in_panel<float>(K, k, v), paired(low, high));
+    }
+  }
+}
+
 // For inputs k in [begin, end): the v-th vector of a block, lane by lane, = w[k][(block * 4 + v) * lanes + lane], for
 // w [K][N]; zeros where w is null.
 template <class S>

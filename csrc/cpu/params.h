@@ -103,7 +103,7 @@ struct BackwardParams {
   const void* y;         // S [N][D][P]
   const void* c;         // S [N][D][H]
   const void* gates;     // S [D][N][4H], each row in GateOrder
-  void* da;              // A [D][N][4H]: gradients before the nonlinearities
+  void* da;              // A [D][N][4H], or S where there is Kernels::gemm_pairs: gradients before the nonlinearities
   void* dh0;             // S [D][B][P] or null
   void* dc0;             // S [D][B][H] or null
   // What the weight gradients need besides da.
@@ -124,7 +124,8 @@ struct GemmParams {
   const void* panels;  // A, packed from [N][K] or [K][N]: outputs are counted as they lie in the panels
   void* c;             // A [M][N]
   bool accumulate;
-  bool by_columns;  // workers share the columns of c, as they share hidden units, and not its rows
+  bool by_columns;      // workers share the columns of c, as they share hidden units, and not its rows
+  bool is_odd = false;  // of pairs, a transposed: the last pair is a single row of a, and zeros
 };
 constexpr int64_t kGemmRows = 192;   // of c, that a worker computes at a time: a multiple of every tile's rows
 constexpr int64_t kGemmDepth = 384;  // along K; kGemmRows by kGemmDepth is a part of the second-level cache
@@ -142,16 +143,19 @@ struct Kernels {
   void (*step)(const ForwardParams&, int64_t begin, int64_t end);
   void (*step_project)(const ForwardParams&, int64_t begin, int64_t end);
   void (*backward)(const BackwardParams&, int worker);
-  // Fills h_in for rows [begin, end) of D * N.
+  // Fills h_in for inputs [begin, end) of D * N; of D * ceil(N / 2) where there is gemm_pairs.
   void (*entering_states)(const BackwardParams&, int64_t begin, int64_t end);
   // Rows [m, m_end), at most kGemmRows, and half panels [half, half_end) of c. scratch: gemm_scratch bytes, its own.
   void (*gemm)(const GemmParams&, int64_t m, int64_t m_end, int64_t half, int64_t half_end, void* scratch);
-  // The same where a and panels are pairs of 16-bit numbers, a not transposed; or null. K counts pairs, and panels are
-  // packed by the kernels for float, from matrices that are taken as of floats.
+  // The same where a and panels are pairs of 16-bit numbers; or null. K counts pairs.
   void (*gemm_pairs)(const GemmParams&, int64_t m, int64_t m_end, int64_t half, int64_t half_end, void* scratch);
   Pack pack_gates;    // blocks of w_hh [4H][P]: a block is `lanes` hidden units, four gates each
   Pack pack_rows;     // blocks of w [N][K]: a block is 4 * lanes outputs, which are rows of w
   Pack pack_columns;  // inputs of w [K][N]: a block is 4 * lanes outputs, which are columns of w
+  // Where gemm_pairs is: input k of K, of panels as by pack_columns, from two rows of N columns; null for zeros. Rows
+  // that are packed by pack_gates or pack_rows are taken as of half as many floats, and packed by the kernels for
+  // float.
+  void (*pack_pair)(const void* first, const void* second, int64_t N, void* panels, int64_t K, int64_t k);
   // to[0..8): a fingerprint of memory; see fingerprint.h.
   void (*fingerprint)(const void* from, int64_t bytes, uint64_t* to);
   int lanes;             // numbers of type A in a vector register

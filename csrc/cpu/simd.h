@@ -109,6 +109,11 @@ FUSEDRNN_INLINE Vec<float> widen(NarrowVec narrow, BFloat16) {
   return bit_cast<Vec<float>>(__builtin_convertvector(narrow, WordVec) << 16);
 }
 
+// What each lane of two vectors was narrow, as a pair.
+FUSEDRNN_INLINE Vec<float> paired(Vec<float> first, Vec<float> second) {
+  return bit_cast<Vec<float>>((bit_cast<WordVec>(first) >> 16) | (bit_cast<WordVec>(second) & 0xffff0000u));
+}
+
 FUSEDRNN_INLINE Vec<float> widen(NarrowVec narrow, Float16) {
   const WordVec bits = __builtin_convertvector(narrow, WordVec);
   const WordVec magnitude = (bits & 0x7fffu) << 13;
