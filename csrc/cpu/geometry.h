@@ -18,6 +18,7 @@ class Direction {
   int64_t row(int64_t t, int64_t b) const { return (is_packed() ? sequence_.offsets[t] : t * B_) + b; }
   int64_t rows(int64_t t) const { return is_packed() ? sequence_.offsets[t + 1] - sequence_.offsets[t] : B_; }
   bool is_packed() const { return sequence_.offsets != nullptr; }
+  // The step of a row.
   int64_t step_of(int64_t row) const {
     if (!is_packed()) return row / B_;
     int64_t first = 0;  // by halves: the last step that begins at this row or before

@@ -3,9 +3,8 @@
 // Letters: T time, B batch, H hidden, P projection (P = H without one), D directions, N the steps of all sequences
 // together, which are rows of x: T * B of them, one for each sequence at each step, or those of a PackedSequence. S is
 // the dtype tensors are stored in, A the dtype of the arithmetic: float for bfloat16, float16 and float, double for
-// double. Everything is contiguous
-// and row-major in the shape given beside it. No two pointers may alias unless it says so. A null pointer where "or
-// null" stands means zeros for an input and "not wanted" for an output.
+// double. Everything is contiguous and row-major in the shape given beside it. No two pointers may alias unless it says
+// so. A null pointer where "or null" stands means zeros for an input and "not wanted" for an output.
 #pragma once
 
 #include <array>
