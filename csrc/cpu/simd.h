@@ -30,7 +30,8 @@ struct Storage<Float16> {
   using Compute = float;
 };
 // Two bfloat16 numbers next to each other, which a product takes as one where the processor has instructions for that.
-struct Pair {
+// They are written as numbers and read as pairs.
+struct __attribute__((may_alias)) Pair {
   uint32_t bits;
 };
 template <>
