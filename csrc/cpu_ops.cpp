@@ -1,11 +1,9 @@
-// The CPU operators: tensors in, plain structs out, the checks that memory safety needs, and the large matrix products.
+// The CPU operators: tensors in, plain structs out, and the launches between the large matrix products.
 // The schemas, the fake kernels and every other check live in Python (fusedrnn/ops.py, fusedrnn/functional.py).
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <array>
-#include <atomic>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <optional>
@@ -13,219 +11,10 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/kept.h"
-#include "cpu/plan.h"
-#include "cpu_tensors.h"
+#include "cpu_weights.h"
 
 namespace fusedrnn {
 namespace {
-
-// ---------------------------------------------------------------------------------------------- instruction set
-
-const Isa* find_isa(const std::string& name) {
-  std::string known;
-  for (const Isa* const* isa = instruction_sets(); *isa != nullptr; ++isa) {
-    if (name.empty() ? (*isa)->runs_here() : name == (*isa)->name) {
-      STD_TORCH_CHECK((*isa)->runs_here(), "this processor does not have the instruction set ", name);
-      return *isa;
-    }
-    known += std::string(known.empty() ? "" : ", ") + (*isa)->name;
-  }
-  STD_TORCH_CHECK(false, "unknown instruction set '", name, "': expected one of ", known);
-  return nullptr;
-}
-
-std::atomic<const Isa*> selected_isa{nullptr};
-
-const Isa& isa() {
-  const Isa* current = selected_isa.load(std::memory_order_relaxed);
-  if (current == nullptr) {
-    const char* wanted = std::getenv("FUSEDRNN_CPU_ISA");
-    selected_isa = current = find_isa(wanted == nullptr ? "" : wanted);
-  }
-  return *current;
-}
-
-// Selects an instruction set by name ("" for the best one), or only tells which is in use.
-std::string cpu_isa(std::optional<std::string> select) {
-  if (select.has_value()) selected_isa = find_isa(*select);
-  return isa().name;
-}
-
-Dtype dtype_of(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float: return Dtype::kFloat32;
-    case ScalarType::Double: return Dtype::kFloat64;
-    case ScalarType::BFloat16: return Dtype::kBFloat16;
-    case ScalarType::Half: return Dtype::kFloat16;
-    default: STD_TORCH_CHECK(false, "x must be float32, float64, bfloat16 or float16"); return Dtype::kCount;
-  }
-}
-
-const Kernels& kernels_of(ScalarType dtype) { return (*isa().kernels)[static_cast<size_t>(dtype_of(dtype))]; }
-
-// ---------------------------------------------------------------------------------------------- a layer's arguments
-
-// One layer's weights, contiguous, direction after direction in nn.LSTM's order; see fusedrnn/layout.py.
-struct Weights {
-  Weights(const Tensors& flat, bool bidirectional) : directions(bidirectional ? 2 : 1) {
-    count = static_cast<int64_t>(flat.size()) / directions;
-    STD_TORCH_CHECK(count >= 2 && count <= 5 && count * directions == static_cast<int64_t>(flat.size()),
-                    "weights must be 2 to 5 tensors per direction, got ", flat.size());
-    for (const Tensor& weight : flat) all.push_back(dense(weight));
-  }
-
-  bool biased() const { return count >= 4; }
-  bool projected() const { return count % 2 == 1; }
-  const Tensor& w_ih(int64_t d) const { return all[d * count]; }
-  const Tensor& w_hh(int64_t d) const { return all[d * count + 1]; }
-  const Tensor& b_ih(int64_t d) const { return all[d * count + 2]; }
-  const Tensor& b_hh(int64_t d) const { return all[d * count + 3]; }
-  const Tensor& w_hr(int64_t d) const { return all[d * count + count - 1]; }
-
-  int64_t directions, count;
-  Tensors all;
-};
-
-// Where the rows of each step of a PackedSequence begin, and the last ones end: Sequence::offsets.
-std::vector<int64_t> offsets_of(const Tensor& lengths, int64_t N) {
-  STD_TORCH_CHECK(lengths.dim() == 1 && lengths.numel() > 0 && lengths.scalar_type() == ScalarType::Long,
-                  "lengths of packed rows must be one int64 for each sequence");
-  const auto* const length = static_cast<const int64_t*>(lengths.const_data_ptr());
-  int64_t sequences = lengths.numel(), rows = 0;
-  for (int64_t b = 0; b < sequences && rows <= N; ++b) {
-    const int64_t most = b == 0 ? N : length[b - 1];
-    STD_TORCH_CHECK(0 <= length[b] && length[b] <= most, "lengths of packed rows must not be negative and never grow");
-    rows += length[b];
-  }
-  STD_TORCH_CHECK(rows == N, "lengths must add up to the ", N, " packed rows of x");
-  std::vector<int64_t> offsets{0};
-  for (int64_t t = 0; t < length[0]; ++t) {  // none where there are no rows, which is refused below
-    while (length[sequences - 1] <= t) --sequences;
-    offsets.push_back(offsets.back() + sequences);
-  }
-  return offsets;
-}
-
-// One layer of a stack: h0 and c0 are of all layers. x is [T, B, I]; or, with lengths, [N, I], the rows of a
-// PackedSequence; or [B, I] of a cell, with h0 and c0 without a dimension for layers.
-struct Layer {
-  Layer(const Tensor& x_in, const Tensors& flat, bool bidirectional, const OptionalTensor& h0_in,
-        const OptionalTensor& c0_in, const OptionalTensor& lengths_in, const OptionalTensor& reset_in,
-        int64_t index_in = 0, int64_t layers_in = 1)
-      : index(index_in),
-        layers(layers_in),
-        x(dense(x_in)),
-        weights(flat, bidirectional),
-        h0(dense(h0_in)),
-        c0(dense(c0_in)),
-        lengths(dense(lengths_in)),
-        reset(dense(reset_in)),
-        offsets(is_packed() ? offsets_of(*lengths, x.size(0)) : std::vector<int64_t>()),
-        compute(compute_type(x_in)),
-        kernels(kernels_of(x_in.scalar_type())) {
-    const bool fits = x.dim() == 3 || is_packed() || (is_cell() && layers * weights.directions == 1);
-    STD_TORCH_CHECK(fits && weights.w_hh(0).dim() == 2, "x and w_hh must have 3 and 2 dimensions");
-    Sizes& s = sizes;
-    const Tensor& w_hh = weights.w_hh(0);
-    s.T = is_packed() ? static_cast<int64_t>(offsets.size()) - 1 : is_cell() ? 1 : x.size(0);
-    s.B = is_packed() ? lengths->size(0) : x.size(x.dim() - 2);
-    s.N = is_packed() ? x.size(0) : s.T * s.B;
-    s.I = x.size(x.dim() - 1);
-    s.H = w_hh.size(0) / 4;
-    s.P = w_hh.size(1);
-    s.D = weights.directions;
-    s.projected = weights.projected();
-    STD_TORCH_CHECK(s.T > 0, "x must have at least one time step");
-    for (int64_t d = 0; d < s.D; ++d) {
-      check_size("w_ih", weights.w_ih(d), {4 * s.H, s.I});
-      check_size("w_hh", weights.w_hh(d), {4 * s.H, s.P});
-      if (weights.biased()) check_size("b_ih", weights.b_ih(d), {4 * s.H});
-      if (weights.biased()) check_size("b_hh", weights.b_hh(d), {4 * s.H});
-      if (s.projected) check_size("w_hr", weights.w_hr(d), {s.P, s.H});
-    }
-    STD_TORCH_CHECK(s.projected || s.P == s.H, "w_hh must be [4H, H] without a projection");
-    for (const Tensor& weight : weights.all) {
-      STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type(), "weights must have the dtype of x");
-    }
-    check_state("h0", h0, s.P);
-    check_state("c0", c0, s.H);
-    if (lengths.has_value()) {
-      check_size("lengths", *lengths, {s.B});
-      STD_TORCH_CHECK(lengths->scalar_type() == ScalarType::Long, "lengths must be int64");
-    }
-    if (reset.has_value()) {
-      check_size("reset", *reset, {s.T, s.B});
-      STD_TORCH_CHECK(reset->scalar_type() == ScalarType::Bool, "reset must be bool");
-    }
-  }
-
-  void check_state(const char* name, const OptionalTensor& tensor, int64_t N) const {
-    if (!tensor.has_value()) return;
-    if (is_cell()) {
-      check_size(name, *tensor, {sizes.B, N});
-    } else {
-      check_size(name, *tensor, {layers * sizes.D, sizes.B, N});
-    }
-    STD_TORCH_CHECK(tensor->scalar_type() == x.scalar_type(), name, " must have the dtype of x");
-  }
-
-  bool is_packed() const { return x.dim() == 2 && lengths.has_value(); }
-  bool is_cell() const { return x.dim() == 2 && !lengths.has_value(); }
-
-  // Of a tensor with `size` numbers for each row: [T, B, size], or [N, size].
-  Tensor empty_rows(int64_t size, ScalarType dtype) const {
-    return is_packed() ? empty({sizes.N, size}, dtype) : empty({sizes.T, sizes.B, size}, dtype);
-  }
-  void check_rows(const char* name, const OptionalTensor& tensor, int64_t size) const {
-    if (!tensor.has_value()) return;
-    if (is_packed()) {
-      check_size(name, *tensor, {sizes.N, size});
-    } else {
-      check_size(name, *tensor, {sizes.T, sizes.B, size});
-    }
-  }
-
-  // The gates, [D, T, B, 4H], or [D, N, 4H].
-  Tensor empty_gates() const {
-    const Sizes& s = sizes;
-    return is_packed() ? empty({s.D, s.N, 4 * s.H}, x.scalar_type()) : empty({s.D, s.T, s.B, 4 * s.H}, x.scalar_type());
-  }
-  void check_gates(const Tensor& gates) const {
-    const Sizes& s = sizes;
-    if (is_packed()) {
-      check_size("reserve", gates, {s.D, s.N, 4 * s.H});
-    } else {
-      check_size("reserve", gates, {s.D, s.T, s.B, 4 * s.H});
-    }
-  }
-
-  // Of a tensor [layers * D, B, N], what belongs to this one.
-  int64_t own(int64_t N) const { return index * sizes.D * sizes.B * N; }
-
-  Sequence sequence() const {
-    return {static_cast<const int64_t*>(pointer(lengths)), is_packed() ? offsets.data() : nullptr,
-            static_cast<const uint8_t*>(pointer(reset))};
-  }
-
-  // Where the rows of step t begin.
-  int64_t row(int64_t t) const { return is_packed() ? offsets[t] : t * sizes.B; }
-
-  // Whether a row of x is a step that exists.
-  bool exists(int64_t row) const {
-    return !lengths.has_value() || is_packed() ||
-           row / sizes.B < static_cast<const int64_t*>(pointer(lengths))[row % sizes.B];
-  }
-
-  int64_t index, layers;
-  Tensor x;
-  Weights weights;
-  OptionalTensor h0, c0, lengths, reset;
-  std::vector<int64_t> offsets;  // only where packed
-  ScalarType compute;
-  const Kernels& kernels;
-  Sizes sizes;
-};
 
 // ---------------------------------------------------------------------------------------------- launching
 
@@ -270,208 +59,6 @@ class Lines {
  private:
   std::optional<CacheLines> storage_;
 };
-
-std::string cpu_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int64_t D, bool float64) {
-  const Sizes s{T, B, T * B, I, H, P, D, P != H};
-  const Dtype dtype = float64 ? Dtype::kFloat64 : Dtype::kFloat32;
-  const Kernels& kernels = (*isa().kernels)[static_cast<size_t>(dtype)];
-  const std::string name = std::string(isa().name) + ", ";
-  if (T == 1) return name + "one step, weights read as they lie";
-  const Team team = plan_team(s, kernels, float64, torch::stable::get_num_threads());
-  return name + std::to_string(team.workers) + (team.workers == 1 ? " thread" : " threads") + " by " +
-         (team.split == Team::Split::kRows ? "batch rows, no synchronisation" : "hidden units, meeting at every step");
-}
-
-// ---------------------------------------------------------------------------------------------- matrix products
-
-// A way to pack a matrix into panels (panel.h): how many blocks of how many inputs, and which of the two are counted.
-struct Packing {
-  Pack Kernels::* pack;
-  int64_t blocks, inputs;
-  bool by_blocks;
-  bool pairs = false;  // an input is two of the matrix, which is of 16-bit numbers
-
-  int64_t numbers(const Kernels& kernels) const { return blocks * inputs * 4 * kernels.lanes; }
-};
-Packing gates_of(const Kernels& kernels, int64_t H, int64_t inputs) {
-  return {&Kernels::pack_gates, blocks_of(H, kernels.lanes), inputs, true};
-}
-Packing rows_of(const Kernels& kernels, int64_t outputs, int64_t inputs) {
-  return {&Kernels::pack_rows, blocks_of(outputs, 4 * kernels.lanes), inputs, true};
-}
-Packing columns_of(const Kernels& kernels, int64_t outputs, int64_t inputs) {
-  return {&Kernels::pack_columns, blocks_of(outputs, 4 * kernels.lanes), inputs, false};
-}
-
-// The same of pairs of inputs, where the kernels multiply pairs, and all inputs are in one.
-Packing paired(Packing (*packing)(const Kernels&, int64_t, int64_t), const Kernels& kernels, int64_t outputs,
-               int64_t inputs) {
-  const bool pairs = kernels.gemm_pairs != nullptr && inputs % 2 == 0;
-  Packing result = packing(kernels, outputs, pairs ? inputs / 2 : inputs);
-  result.pairs = pairs;
-  return result;
-}
-// Columns of rows of steps, of which a last one may be without another.
-Packing steps_of(const Kernels& kernels, int64_t outputs, int64_t steps) {
-  return paired(columns_of, kernels, outputs, kernels.gemm_pairs != nullptr ? steps + steps % 2 : steps);
-}
-
-// Runs f(d, begin, end) for parts of the blocks, or inputs, of D matrices.
-template <class F>
-void for_each_part(const Kernels& kernels, const Packing& packing, int64_t D, const F& f) {
-  const int64_t count = packing.by_blocks ? packing.blocks : packing.inputs;
-  const int64_t grain = std::max<int64_t>(1, 16384 * count / std::max<int64_t>(1, packing.numbers(kernels)));
-  torch::stable::parallel_for(0, D * count, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t d = 0; d < D; ++d) {
-      const int64_t first = std::max(begin - d * count, int64_t{0}), last = std::min(end - d * count, count);
-      if (first < last) f(d, first, last);
-    }
-  });
-}
-
-// Pairs of rows [begin, end), which are inputs.
-void pack_row_pairs(const Layer& layer, const Packing& packing, const Tensor& w, void* panels, int64_t begin,
-                    int64_t end) {
-  for (int64_t k = begin; k < end; ++k) {
-    layer.kernels.pack_pair(at(w, 2 * k * w.size(1)), at(w, (2 * k + 1) * w.size(1)), w.size(1), panels, packing.inputs,
-                            k);
-  }
-}
-
-// The panels of matrix(d) for each direction, one after the other.
-template <class F>
-Scratch packed(const Layer& layer, const Packing& packing, const F& matrix) {
-  const Kernels& kernels = packing.pairs ? kernels_of(ScalarType::Float) : layer.kernels;
-  const int64_t numbers = packing.numbers(kernels), width = packing.pairs ? 2 : 1;
-  Scratch panels(layer.sizes.D * numbers, layer.compute);
-  for_each_part(kernels, packing, layer.sizes.D, [&](int64_t d, int64_t begin, int64_t end) {
-    const Tensor& w = matrix(d);
-    if (packing.pairs && !packing.by_blocks)
-      return pack_row_pairs(layer, packing, w, panels.at(d * numbers), begin, end);
-    (kernels.*packing.pack)(w.const_data_ptr(), w.size(0), w.size(1) / width, panels.at(d * numbers), begin, end);
-  });
-  return panels;
-}
-
-// c = a @ b or c += a @ b, see params.h.
-void gemm(const Kernels& kernels, const GemmParams& params, bool pairs = false) {
-  const auto run = pairs ? kernels.gemm_pairs : kernels.gemm;
-  const int64_t tiles = blocks_of(params.M, kernels.tile_rows), halves = blocks_of(params.N, 2 * kernels.lanes);
-  const int64_t blocks = blocks_of(halves, 2);
-  const bool is_large = 2.0 * params.M * params.N * params.K >= kSerialFlops;
-  const int64_t threads = is_large ? torch::stable::get_num_threads() : 1;
-  // Rows are shared, unless there are so few that a worker would hardly use what it reads of b.
-  int64_t row_parts = blocks_of(params.M, kGemmRows), column_parts = 1;
-  if (tiles >= 4 * threads && !params.by_columns) {
-    row_parts = blocks_of(row_parts, threads) * threads;
-  } else {
-    column_parts = std::min(threads, blocks);
-  }
-  torch::stable::parallel_for(0, row_parts * column_parts, 1, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<char[]> scratch(params.a_transposed ? new char[kernels.gemm_scratch] : nullptr);
-    for (int64_t part = begin; part < end; ++part) {
-      const int64_t row = part / column_parts, column = part % column_parts;
-      const int64_t m = row * tiles / row_parts * kernels.tile_rows;
-      const int64_t m_end = std::min((row + 1) * tiles / row_parts * kernels.tile_rows, params.M);
-      const int64_t half = column * blocks / column_parts * 2, half_end = (column + 1) * blocks / column_parts * 2;
-      run(params, m, m_end, half, std::min(half_end, halves), scratch.get());
-    }
-  });
-}
-
-// ---------------------------------------------------------------------------------------------- weights of forward
-
-// The weights of a layer as forward takes them, all directions of each one after the other.
-struct Panels {
-  OptionalScratch w_ih, w_hh, w_hr;
-};
-using SharedPanels = std::shared_ptr<const Panels>;
-
-// In which order the affine maps of the input come out: as in GateOrder.
-Packing input_packing(const Layer& layer) {
-  const Sizes& s = layer.sizes;
-  return gates_in_blocks(s.H, layer.kernels.lanes) ? paired(gates_of, layer.kernels, s.H, s.I)
-                                                   : paired(rows_of, layer.kernels, 4 * s.H, s.I);
-}
-Packing recurrent_packing(const Layer& layer) { return paired(gates_of, layer.kernels, layer.sizes.H, layer.sizes.P); }
-Packing projection_packing(const Layer& layer) { return rows_of(layer.kernels, layer.sizes.P, layer.sizes.H); }
-
-OptionalScratch packed_projection(const Layer& layer) {
-  if (!layer.sizes.projected) return std::nullopt;
-  return packed(layer, projection_packing(layer), [&](int64_t d) { return layer.weights.w_hr(d); });
-}
-
-SharedPanels packed_weights(const Layer& layer) {
-  return std::make_shared<Panels>(
-      Panels{packed(layer, input_packing(layer), [&](int64_t d) { return layer.weights.w_ih(d); }),
-             packed(layer, recurrent_packing(layer), [&](int64_t d) { return layer.weights.w_hh(d); }),
-             packed_projection(layer)});
-}
-
-int64_t panel_bytes(const Layer& layer) {
-  const Kernels& kernels = layer.kernels;
-  const int64_t numbers = input_packing(layer).numbers(kernels) + recurrent_packing(layer).numbers(kernels) +
-                          (layer.sizes.projected ? projection_packing(layer).numbers(kernels) : 0);
-  return layer.sizes.D * numbers * (layer.compute == ScalarType::Double ? 8 : 4);
-}
-
-// Inference keeps packed weights, and looks at every call whether the weights still are what was packed: reading them
-// takes a sixth of the time of packing them. No version is trusted, which does not count what is written through .data,
-// NumPy or another process.
-Kept<SharedPanels>& kept_panels() {
-  static auto* const kept = new Kept<SharedPanels>(kept_by_default());  // never destroyed, as scratch is not
-  return *kept;
-}
-
-std::vector<uint64_t> fingerprint_of(const Layer& layer) {
-  constexpr int64_t kPiece = 32 << 10, kWords = 8;
-  struct Piece {
-    const char* from;
-    int64_t bytes;
-  };
-  std::vector<Piece> pieces;
-  for (const Tensor& weight : layer.weights.all) {
-    if (weight.dim() != 2) continue;  // biases are not packed
-    const auto* const from = static_cast<const char*>(weight.const_data_ptr());
-    const int64_t bytes = weight.numel() * weight.element_size();
-    for (int64_t k = 0; k < bytes; k += kPiece) pieces.push_back({from + k, std::min(kPiece, bytes - k)});
-  }
-  std::vector<uint64_t> words(pieces.size() * kWords);
-  torch::stable::parallel_for(0, static_cast<int64_t>(pieces.size()), 4, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) {
-      layer.kernels.fingerprint(pieces[k].from, pieces[k].bytes, &words[k * kWords]);
-    }
-  });
-  return words;
-}
-
-// packed_weights, or what they were before.
-SharedPanels kept_weights(const Layer& layer) {
-  Kept<SharedPanels>& kept = kept_panels();
-  const int64_t bytes = panel_bytes(layer);
-  if (bytes > kept.limit()) return packed_weights(layer);
-  const Sizes& s = layer.sizes;
-  std::vector<intptr_t> place{reinterpret_cast<intptr_t>(&layer.kernels), s.I, s.H, s.P, s.projected};
-  for (const Tensor& weight : layer.weights.all) place.push_back(reinterpret_cast<intptr_t>(weight.const_data_ptr()));
-  std::vector<uint64_t> fingerprint = fingerprint_of(layer);
-  if (std::optional<SharedPanels> panels = kept.find(place, fingerprint)) return *panels;
-  SharedPanels panels = packed_weights(layer);
-  kept.keep({std::move(place), std::move(fingerprint), panels, bytes});
-  return panels;
-}
-
-// Sets how many bytes of packed weights may be kept, and as many of scratch, or leaves that as it is. Returns it, and
-// how many are kept of each.
-std::tuple<int64_t, int64_t, int64_t> cpu_keep(std::optional<int64_t> limit) {
-  STD_TORCH_CHECK(!limit.has_value() || *limit >= 0, "limit must be 0 or more bytes, got ", limit.value_or(0));
-  Kept<SharedPanels>& panels = kept_panels();
-  ScratchPool& scratch = ScratchPool::instance();
-  if (limit.has_value()) {
-    panels.set_limit(*limit);
-    scratch.set_limit(*limit);
-  }
-  return {panels.limit(), panels.bytes(), scratch.bytes()};
-}
 
 // ---------------------------------------------------------------------------------------------- forward
 
@@ -871,6 +458,39 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> cpu_backward(OptionalTensor dy, Opti
   StepGradients steps = backward_sequence(layer, params, needs_w_hh);
   Tensor dx = needs_x ? input_gradient(layer, steps) : empty({0}, dtype);
   return {dx, dh0, dc0, weight_gradients(layer, steps, needs_weight)};
+}
+
+// ---------------------------------------------------------------------------------------------- what there is, and
+// what is kept
+
+// Selects an instruction set by name ("" for the best one), or only tells which is in use.
+std::string cpu_isa(std::optional<std::string> select) {
+  if (select.has_value()) selected_isa = find_isa(*select);
+  return isa().name;
+}
+
+std::string cpu_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int64_t D, bool float64) {
+  const Sizes s{T, B, T * B, I, H, P, D, P != H};
+  const Dtype dtype = float64 ? Dtype::kFloat64 : Dtype::kFloat32;
+  const Kernels& kernels = (*isa().kernels)[static_cast<size_t>(dtype)];
+  const std::string name = std::string(isa().name) + ", ";
+  if (T == 1) return name + "one step, weights read as they lie";
+  const Team team = plan_team(s, kernels, float64, torch::stable::get_num_threads());
+  return name + std::to_string(team.workers) + (team.workers == 1 ? " thread" : " threads") + " by " +
+         (team.split == Team::Split::kRows ? "batch rows, no synchronisation" : "hidden units, meeting at every step");
+}
+
+// Sets how many bytes of packed weights may be kept, and as many of scratch, or leaves that as it is. Returns it, and
+// how many are kept of each.
+std::tuple<int64_t, int64_t, int64_t> cpu_keep(std::optional<int64_t> limit) {
+  STD_TORCH_CHECK(!limit.has_value() || *limit >= 0, "limit must be 0 or more bytes, got ", limit.value_or(0));
+  Kept<SharedPanels>& panels = kept_panels();
+  ScratchPool& scratch = ScratchPool::instance();
+  if (limit.has_value()) {
+    panels.set_limit(*limit);
+    scratch.set_limit(*limit);
+  }
+  return {panels.limit(), panels.bytes(), scratch.bytes()};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CPU, library) {

@@ -1,0 +1,215 @@
+// One layer as the CPU operators get it: its tensors, looked at once for all that memory safety needs, its sizes, and
+// the kernels that compute it.
+#pragma once
+
+#include <atomic>
+#include <cstdlib>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cpu/params.h"
+#include "cpu_tensors.h"
+
+namespace fusedrnn {
+namespace {
+
+const Isa* find_isa(const std::string& name) {
+  std::string known;
+  for (const Isa* const* isa = instruction_sets(); *isa != nullptr; ++isa) {
+    if (name.empty() ? (*isa)->runs_here() : name == (*isa)->name) {
+      STD_TORCH_CHECK((*isa)->runs_here(), "this processor does not have the instruction set ", name);
+      return *isa;
+    }
+    known += std::string(known.empty() ? "" : ", ") + (*isa)->name;
+  }
+  STD_TORCH_CHECK(false, "unknown instruction set '", name, "': expected one of ", known);
+  return nullptr;
+}
+
+std::atomic<const Isa*> selected_isa{nullptr};
+
+const Isa& isa() {
+  const Isa* current = selected_isa.load(std::memory_order_relaxed);
+  if (current == nullptr) {
+    const char* wanted = std::getenv("FUSEDRNN_CPU_ISA");
+    selected_isa = current = find_isa(wanted == nullptr ? "" : wanted);
+  }
+  return *current;
+}
+
+Dtype dtype_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return Dtype::kFloat32;
+    case ScalarType::Double: return Dtype::kFloat64;
+    case ScalarType::BFloat16: return Dtype::kBFloat16;
+    case ScalarType::Half: return Dtype::kFloat16;
+    default: STD_TORCH_CHECK(false, "x must be float32, float64, bfloat16 or float16"); return Dtype::kCount;
+  }
+}
+
+const Kernels& kernels_of(ScalarType dtype) { return (*isa().kernels)[static_cast<size_t>(dtype_of(dtype))]; }
+
+// One layer's weights, contiguous, direction after direction in nn.LSTM's order; see fusedrnn/layout.py.
+struct Weights {
+  Weights(const Tensors& flat, bool bidirectional) : directions(bidirectional ? 2 : 1) {
+    count = static_cast<int64_t>(flat.size()) / directions;
+    STD_TORCH_CHECK(count >= 2 && count <= 5 && count * directions == static_cast<int64_t>(flat.size()),
+                    "weights must be 2 to 5 tensors per direction, got ", flat.size());
+    for (const Tensor& weight : flat) all.push_back(dense(weight));
+  }
+
+  bool biased() const { return count >= 4; }
+  bool projected() const { return count % 2 == 1; }
+  const Tensor& w_ih(int64_t d) const { return all[d * count]; }
+  const Tensor& w_hh(int64_t d) const { return all[d * count + 1]; }
+  const Tensor& b_ih(int64_t d) const { return all[d * count + 2]; }
+  const Tensor& b_hh(int64_t d) const { return all[d * count + 3]; }
+  const Tensor& w_hr(int64_t d) const { return all[d * count + count - 1]; }
+
+  int64_t directions, count;
+  Tensors all;
+};
+
+// Where the rows of each step of a PackedSequence begin, and the last ones end: Sequence::offsets.
+std::vector<int64_t> offsets_of(const Tensor& lengths, int64_t N) {
+  STD_TORCH_CHECK(lengths.dim() == 1 && lengths.numel() > 0 && lengths.scalar_type() == ScalarType::Long,
+                  "lengths of packed rows must be one int64 for each sequence");
+  const auto* const length = static_cast<const int64_t*>(lengths.const_data_ptr());
+  int64_t sequences = lengths.numel(), rows = 0;
+  for (int64_t b = 0; b < sequences && rows <= N; ++b) {
+    const int64_t most = b == 0 ? N : length[b - 1];
+    STD_TORCH_CHECK(0 <= length[b] && length[b] <= most, "lengths of packed rows must not be negative and never grow");
+    rows += length[b];
+  }
+  STD_TORCH_CHECK(rows == N, "lengths must add up to the ", N, " packed rows of x");
+  std::vector<int64_t> offsets{0};
+  for (int64_t t = 0; t < length[0]; ++t) {  // none where there are no rows, which is refused below
+    while (length[sequences - 1] <= t) --sequences;
+    offsets.push_back(offsets.back() + sequences);
+  }
+  return offsets;
+}
+
+// One layer of a stack: h0 and c0 are of all layers. x is [T, B, I]; or, with lengths, [N, I], the rows of a
+// PackedSequence; or [B, I] of a cell, with h0 and c0 without a dimension for layers.
+struct Layer {
+  Layer(const Tensor& x_in, const Tensors& flat, bool bidirectional, const OptionalTensor& h0_in,
+        const OptionalTensor& c0_in, const OptionalTensor& lengths_in, const OptionalTensor& reset_in,
+        int64_t index_in = 0, int64_t layers_in = 1)
+      : index(index_in),
+        layers(layers_in),
+        x(dense(x_in)),
+        weights(flat, bidirectional),
+        h0(dense(h0_in)),
+        c0(dense(c0_in)),
+        lengths(dense(lengths_in)),
+        reset(dense(reset_in)),
+        offsets(is_packed() ? offsets_of(*lengths, x.size(0)) : std::vector<int64_t>()),
+        compute(compute_type(x_in)),
+        kernels(kernels_of(x_in.scalar_type())) {
+    const bool fits = x.dim() == 3 || is_packed() || (is_cell() && layers * weights.directions == 1);
+    STD_TORCH_CHECK(fits && weights.w_hh(0).dim() == 2, "x and w_hh must have 3 and 2 dimensions");
+    Sizes& s = sizes;
+    const Tensor& w_hh = weights.w_hh(0);
+    s.T = is_packed() ? static_cast<int64_t>(offsets.size()) - 1 : is_cell() ? 1 : x.size(0);
+    s.B = is_packed() ? lengths->size(0) : x.size(x.dim() - 2);
+    s.N = is_packed() ? x.size(0) : s.T * s.B;
+    s.I = x.size(x.dim() - 1);
+    s.H = w_hh.size(0) / 4;
+    s.P = w_hh.size(1);
+    s.D = weights.directions;
+    s.projected = weights.projected();
+    STD_TORCH_CHECK(s.T > 0, "x must have at least one time step");
+    for (int64_t d = 0; d < s.D; ++d) {
+      check_size("w_ih", weights.w_ih(d), {4 * s.H, s.I});
+      check_size("w_hh", weights.w_hh(d), {4 * s.H, s.P});
+      if (weights.biased()) check_size("b_ih", weights.b_ih(d), {4 * s.H});
+      if (weights.biased()) check_size("b_hh", weights.b_hh(d), {4 * s.H});
+      if (s.projected) check_size("w_hr", weights.w_hr(d), {s.P, s.H});
+    }
+    STD_TORCH_CHECK(s.projected || s.P == s.H, "w_hh must be [4H, H] without a projection");
+    for (const Tensor& weight : weights.all) {
+      STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type(), "weights must have the dtype of x");
+    }
+    check_state("h0", h0, s.P);
+    check_state("c0", c0, s.H);
+    if (lengths.has_value()) {
+      check_size("lengths", *lengths, {s.B});
+      STD_TORCH_CHECK(lengths->scalar_type() == ScalarType::Long, "lengths must be int64");
+    }
+    if (reset.has_value()) {
+      check_size("reset", *reset, {s.T, s.B});
+      STD_TORCH_CHECK(reset->scalar_type() == ScalarType::Bool, "reset must be bool");
+    }
+  }
+
+  void check_state(const char* name, const OptionalTensor& tensor, int64_t N) const {
+    if (!tensor.has_value()) return;
+    if (is_cell()) {
+      check_size(name, *tensor, {sizes.B, N});
+    } else {
+      check_size(name, *tensor, {layers * sizes.D, sizes.B, N});
+    }
+    STD_TORCH_CHECK(tensor->scalar_type() == x.scalar_type(), name, " must have the dtype of x");
+  }
+
+  bool is_packed() const { return x.dim() == 2 && lengths.has_value(); }
+  bool is_cell() const { return x.dim() == 2 && !lengths.has_value(); }
+
+  // Of a tensor with `size` numbers for each row: [T, B, size], or [N, size].
+  Tensor empty_rows(int64_t size, ScalarType dtype) const {
+    return is_packed() ? empty({sizes.N, size}, dtype) : empty({sizes.T, sizes.B, size}, dtype);
+  }
+  void check_rows(const char* name, const OptionalTensor& tensor, int64_t size) const {
+    if (!tensor.has_value()) return;
+    if (is_packed()) {
+      check_size(name, *tensor, {sizes.N, size});
+    } else {
+      check_size(name, *tensor, {sizes.T, sizes.B, size});
+    }
+  }
+
+  // The gates, [D, T, B, 4H], or [D, N, 4H].
+  Tensor empty_gates() const {
+    const Sizes& s = sizes;
+    return is_packed() ? empty({s.D, s.N, 4 * s.H}, x.scalar_type()) : empty({s.D, s.T, s.B, 4 * s.H}, x.scalar_type());
+  }
+  void check_gates(const Tensor& gates) const {
+    const Sizes& s = sizes;
+    if (is_packed()) {
+      check_size("reserve", gates, {s.D, s.N, 4 * s.H});
+    } else {
+      check_size("reserve", gates, {s.D, s.T, s.B, 4 * s.H});
+    }
+  }
+
+  // Of a tensor [layers * D, B, N], what belongs to this one.
+  int64_t own(int64_t N) const { return index * sizes.D * sizes.B * N; }
+
+  Sequence sequence() const {
+    return {static_cast<const int64_t*>(pointer(lengths)), is_packed() ? offsets.data() : nullptr,
+            static_cast<const uint8_t*>(pointer(reset))};
+  }
+
+  // Where the rows of step t begin.
+  int64_t row(int64_t t) const { return is_packed() ? offsets[t] : t * sizes.B; }
+
+  // Whether a row of x is a step that exists.
+  bool exists(int64_t row) const {
+    return !lengths.has_value() || is_packed() ||
+           row / sizes.B < static_cast<const int64_t*>(pointer(lengths))[row % sizes.B];
+  }
+
+  int64_t index, layers;
+  Tensor x;
+  Weights weights;
+  OptionalTensor h0, c0, lengths, reset;
+  std::vector<int64_t> offsets;  // only where packed
+  ScalarType compute;
+  const Kernels& kernels;
+  Sizes sizes;
+};
+
+}  // namespace
+}  // namespace fusedrnn
