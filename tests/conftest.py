@@ -76,7 +76,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`place` is every backend, `kernel` every one that can do more than nn.LSTM, `ragged` each way of these."""
     for name, found in (("place", PLACES), ("kernel", KERNELS), ("ragged", RAGGED)):
         if name in metafunc.fixturenames:
-            ids = ["-".join(p if name == "ragged" and p.backend == "cpu" else p[:2]) for p in found]
+            ids = ["-".join(place if place.lengths == "packed" else place[:2]) for place in found]
             metafunc.parametrize(name, found, ids=ids, indirect=True)
 
 
