@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <memory>
 
 #include "cpu/plan.h"
 #include "cpu_layer.h"
@@ -94,13 +93,13 @@ void gemm(const Kernels& kernels, const GemmParams& params, bool pairs = false) 
     column_parts = std::min(threads, blocks);
   }
   torch::stable::parallel_for(0, row_parts * column_parts, 1, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<char[]> scratch(params.a_transposed ? new char[kernels.gemm_scratch] : nullptr);
+    const Scratch scratch(blocks_of(kernels.gemm_scratch, sizeof(float)), ScalarType::Float);
     for (int64_t part = begin; part < end; ++part) {
       const int64_t row = part / column_parts, column = part % column_parts;
       const int64_t m = row * tiles / row_parts * kernels.tile_rows;
       const int64_t m_end = std::min((row + 1) * tiles / row_parts * kernels.tile_rows, params.M);
       const int64_t half = column * blocks / column_parts * 2, half_end = (column + 1) * blocks / column_parts * 2;
-      run(params, m, m_end, half, std::min(half_end, halves), scratch.get());
+      run(params, m, m_end, half, std::min(half_end, halves), scratch.begin());
     }
   });
 }

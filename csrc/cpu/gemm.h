@@ -21,6 +21,8 @@ class Gemm {
   using V = Vec<A>;
   static_assert(kGemmRows % kTileRows == 0);
   static constexpr bool kPairs = !std::is_same_v<E, A>;
+  static constexpr bool kPacksRows = FUSEDRNN_VECTOR_BYTES == 32 && !kPairs;
+  static constexpr int64_t kHalvesToPackFor = 8;
 
   // Numbers of a sliver: the store of a whole vector at its last input stays inside of it.
   static constexpr int64_t sliver(int64_t depth) { return depth * kTileRows + kUnits<A>; }
@@ -32,10 +34,13 @@ class Gemm {
   // used where a is transposed.
   void run(int64_t m, int64_t m_end, int64_t half, int64_t half_end, A* scratch) const {
     const E* a = static_cast<const E*>(p_.a);
+    const bool packs = p_.a_transposed || (kPacksRows && half_end - half >= kHalvesToPackFor);
     int64_t k = 0;
     do {  // also where K = 0, and c all zeros
       const int64_t depth = p_.K - k < kGemmDepth ? p_.K - k : kGemmDepth;
-      if (p_.a_transposed) {
+      if (packs && !p_.a_transposed) {
+        pack_rows_as_slivers(m, m_end, k, depth, scratch);
+      } else if (packs) {
         if constexpr (kPairs) {
           pack_paired_slivers(m, m_end, k, depth, scratch);
         } else {
@@ -46,11 +51,11 @@ class Gemm {
         const E* panel = static_cast<const E*>(p_.panels) + n / 2 * p_.K * kWide<A> + in_panel<A>(p_.K, k, n % 2 * 2);
         for (int64_t row = m; row < m_end; row += kTileRows) {
           with_rows<kTileRows>(m_end - row < kTileRows ? m_end - row : kTileRows, [&](auto R) {
-            if (p_.a_transposed) {
-              tile<R.kCount>(reinterpret_cast<const E*>(scratch) + (row - m) / kTileRows * sliver(depth), 1, kTileRows,
-                             panel, k, depth, row, n);
+            if (packs) {
+              const E* sliver = reinterpret_cast<const E*>(scratch) + (row - m) / kTileRows * this->sliver(depth);
+              tile<R.kCount>(Sliver<E>{sliver}, panel, k, depth, row, n);
             } else {
-              tile<R.kCount>(a + row * p_.K + k, p_.K, 1, panel, k, depth, row, n);
+              tile<R.kCount>(StridedRows<E, R.kCount>(a + row * p_.K + k, p_.K), panel, k, depth, row, n);
             }
           });
         }
@@ -60,21 +65,43 @@ class Gemm {
   }
 
  private:
-  template <int R>
-  FUSEDRNN_INLINE void tile(const E* a, int64_t row_stride, int64_t k_stride, const E* panel, int64_t k, int64_t depth,
-                            int64_t row, int64_t half) const {
+  template <int R, class Left>
+  FUSEDRNN_INLINE void tile(Left left, const E* panel, int64_t k, int64_t depth, int64_t row, int64_t half) const {
     const int64_t column = half * 2 * kUnits<A>, columns = p_.N - column;
     A* c = static_cast<A*>(p_.c) + row * p_.N + column;
     const bool add = k > 0 || p_.accumulate;
     for (int r = 0; r < R; ++r) {
       for (int v = 0; v < 2; ++v) __builtin_prefetch(c + r * p_.N + v * kUnits<A>, 1);
     }
-    accumulate<E, R, 2>(a, row_stride, k_stride, panel, p_.K, depth, zero<A>, [&](int r, int v, V value) {
+    accumulate<E, R, 2>(left, panel, p_.K, depth, zero<A>, [&](int r, int v, V value) {
       const int64_t count = columns - v * kUnits<A>;
       if (count <= 0) return;
       A* to = c + r * p_.N + v * kUnits<A>;
       store(to, add ? value + load(to, count) : value, count);
     });
+  }
+
+  // Rows [m, m_end) of a, inputs [k, k + depth).
+  void pack_rows_as_slivers(int64_t m, int64_t m_end, int64_t k, int64_t depth, A* to) const {
+    constexpr int kSquares = (kTileRows + kUnits<A> - 1) / kUnits<A>;
+    for (int64_t row = m; row < m_end; row += kTileRows, to += sliver(depth)) {
+      const int64_t rows = m_end - row < kTileRows ? m_end - row : kTileRows;
+      const A* const from = static_cast<const A*>(p_.a) + row * p_.K + k;
+      for (int64_t i = 0; i < depth; i += kUnits<A>) {
+        V squares[kSquares][kUnits<A>];
+        for (int s = 0; s < kSquares; ++s) {
+          for (int r = 0; r < kUnits<A>; ++r) {
+            const int64_t at = s * kUnits<A> + r;
+            squares[s][r] = at < rows ? load(from + at * p_.K + i, depth - i) : V{};
+          }
+          transpose<A>(squares[s]);
+        }
+        const int64_t count = depth - i < kUnits<A> ? depth - i : kUnits<A>;
+        for (int64_t u = 0; u < count; ++u) {
+          for (int s = 0; s < kSquares; ++s) store(to + (i + u) * kTileRows + s * kUnits<A>, squares[s][u]);
+        }
+      }
+    }
   }
 
   // Rows [m, m_end) of a, which are columns of memory, inputs [k, k + depth).

@@ -26,6 +26,8 @@ constexpr int64_t kWide = 4 * Simd<A>::kLanes;  // outputs of every other block
 constexpr int kTileRows = FUSEDRNN_VECTOR_BYTES == 64 ? 12 : 6;
 // Steps along K for which half a panel takes half of a first-level cache of 32 KiB.
 constexpr int64_t kDepth = 16384 / (2 * FUSEDRNN_VECTOR_BYTES);
+// Vectors of an input, of a half panel, that share a cache line.
+constexpr int kVectorsInLine = FUSEDRNN_VECTOR_BYTES == 64 ? 1 : 2;
 // Rows whose sums are kept between the product and what follows it.
 constexpr int64_t kRowsAtATime = 4 * kTileRows;
 
@@ -35,16 +37,37 @@ FUSEDRNN_INLINE int64_t in_panel(int64_t K, int64_t k, int64_t v) {
   return (v / 2 * K * 2 + k * 2 + v % 2) * kUnits<A>;
 }
 
-// finish(r, v, start(r, v) + sum over k < depth of a[r * row_stride + k * k_stride] * panel[k][v]) for R rows and V
-// vectors of a panel of K inputs. With two Chains, even and odd k are summed apart: a single row has too few sums to
-// hide the latency of an addition. Memory is asked for what comes: `next`, two vectors of each k that are needed after
-// this product, or null; and by a single row, which waits for nothing but the panel, for the panel itself.
-// E is A, or Pair.
-template <class E, int R, int V, int Chains = 1, class Start, class Finish>
-FUSEDRNN_INLINE void accumulate(const E* a, int64_t row_stride, int64_t k_stride, const E* panel, int64_t K,
-                                int64_t depth, const Start& start, const Finish& finish, const E* next = nullptr) {
+// Number k of row r of the left matrix, of R rows: of rows as they lie, `stride` apart, or of a sliver,
+// [K][kTileRows].
+template <class E, int R>
+struct StridedRows {
+  StridedRows(const E* rows, int64_t stride) : stride(stride) {
+    for (int r = 0; r < R; r += 3) at[r / 3] = rows + r * stride;
+  }
+
+  E operator()(int r, int k) const { return at[r / 3][r % 3 * stride + k]; }
+  void advance(int k) {
+    for (int r = 0; r < R; r += 3) at[r / 3] += k;
+  }
+
+  const E* at[(R + 2) / 3];  // of every third row: a processor adds once or twice the stride on its own
+  int64_t stride;
+};
+template <class E>
+struct Sliver {
+  const E* at;
+
+  E operator()(int r, int k) const { return at[k * kTileRows + r]; }
+  void advance(int k) { at += k * kTileRows; }
+};
+
+// finish(r, v, start(r, v) + sum over k < depth of left(r, k) * panel[k][v]) for R rows and V vectors of a panel of K
+// inputs, of which each round of the loop takes `kRound`. The rest is as in accumulate.
+template <class E, int R, int V, int Chains, bool kNext, int kRound, class Left, class Start, class Finish>
+FUSEDRNN_INLINE void accumulate_rounds(Left left, const E* panel, int64_t K, int64_t depth, const Start& start,
+                                       const Finish& finish, const E* next) {
   using A = Compute<E>;
-  static_assert(sizeof(E) == sizeof(A));
+  static_assert(sizeof(E) == sizeof(A) && kRound % Chains == 0);
   Vec<A> acc[Chains][R][V];
 #pragma GCC unroll 2
   for (int chain = 0; chain < Chains; ++chain) {
@@ -54,29 +77,38 @@ FUSEDRNN_INLINE void accumulate(const E* a, int64_t row_stride, int64_t k_stride
       for (int v = 0; v < V; ++v) acc[chain][r][v] = chain == 0 ? start(r, v) : Vec<A>{};
     }
   }
-  const auto step = [&](int64_t k, int chain) {
+  const auto step = [&](int k, int chain) {
     Vec<A> w[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) w[v] = load(reinterpret_cast<const A*>(panel + in_panel<A>(K, k, v)));
     if constexpr (R == 1) {
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) __builtin_prefetch(panel + in_panel<A>(K, k + 16, v));
-    } else if (next != nullptr) {
-      __builtin_prefetch(next + k * 2 * kUnits<A>);
+      for (int v = 0; v < V; v += kVectorsInLine) __builtin_prefetch(panel + in_panel<A>(K, k + 16, v));
     }
+    if constexpr (kNext) __builtin_prefetch(next + k * 2 * kUnits<A>);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const E number = a[r * row_stride + k * k_stride];
+      const E number = left(r, k);
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) acc[chain][r][v] = multiply_add(acc[chain][r][v], number, w[v]);
+      for (int v = 0; v < V; ++v) {
+        if constexpr (R == 1) {
+          acc[chain][r][v] = multiply_add(acc[chain][r][v], number, w[v]);  // of w in memory
+        } else {
+          acc[chain][r][v] = multiply_add_in_place<A>(acc[chain][r][v], number, w[v]);
+        }
+      }
     }
   };
-  int64_t k = 0;
-  for (; k + Chains <= depth; k += Chains) {
-#pragma GCC unroll 2
-    for (int chain = 0; chain < Chains; ++chain) step(k + chain, chain);
+  for (; depth >= kRound; depth -= kRound) {
+#pragma GCC unroll 4
+    for (int k = 0; k < kRound; ++k) step(k, k % Chains);
+    left.advance(kRound);
+    panel += kRound * 2 * kUnits<A>;
+    if constexpr (kNext) next += kRound * 2 * kUnits<A>;
   }
-  for (; k < depth; ++k) step(k, 0);
+  if constexpr (kRound == Chains && Chains > 1) {
+    if (depth > 0) step(0, 0);
+  }
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
@@ -85,6 +117,24 @@ FUSEDRNN_INLINE void accumulate(const E* a, int64_t row_stride, int64_t k_stride
       for (int chain = 1; chain < Chains; ++chain) all += acc[chain][r][v];
       finish(r, v, all);
     }
+  }
+}
+
+// finish(r, v, start(r, v) + sum over k < depth of left(r, k) * panel[k][v]) for R rows and V vectors of a panel of K
+// inputs. With two Chains, even and odd k are summed apart: a single row has too few sums to hide the latency of an
+// addition. Memory is asked for what comes: `next`, a cache line for each k of what is needed after this product, where
+// there is kNext; and by a single row, which waits for nothing but the panel, for the panel itself.
+// Left is StridedRows or Sliver of E, which is A, or Pair.
+//
+// Four inputs a round, where there are no others: counting and moving pointers are instructions too, and a processor
+// whose core works for somebody else as well begins three a cycle, of which a tile with AVX2 needs 20 in 6.
+template <class E, int R, int V, int Chains = 1, bool kNext = false, class Left, class Start, class Finish>
+FUSEDRNN_INLINE void accumulate(const Left& left, const E* panel, int64_t K, int64_t depth, const Start& start,
+                                const Finish& finish, const E* next = nullptr) {
+  if (depth % 4 == 0) {
+    accumulate_rounds<E, R, V, Chains, kNext, 4>(left, panel, K, depth, start, finish, next);
+  } else {
+    accumulate_rounds<E, R, V, Chains, kNext, Chains>(left, panel, K, depth, start, finish, next);
   }
 }
 
@@ -117,9 +167,10 @@ inline void multiply(Vec<Compute<E>> (*sum)[4], const E* a, int64_t stride, cons
   if (rows <= kTileRows / 2) {
     if (!wanted(0, rows)) return;
     const auto finish = [&](int r, int v, Vec<A> value) { sum[r][v] = value; };
-    if (alone) return accumulate<E, 1, 4, 2>(a, stride, 1, panel, K, K, zero<A>, finish);
-    return with_rows<kTileRows / 2>(
-        rows, [&](auto R) { accumulate<E, R.kCount, 4>(a, stride, 1, panel, K, K, zero<A>, finish); });
+    if (alone) return accumulate<E, 1, 4, 2>(StridedRows<E, 1>(a, stride), panel, K, K, zero<A>, finish);
+    return with_rows<kTileRows / 2>(rows, [&](auto R) {
+      accumulate<E, R.kCount, 4>(StridedRows<E, R.kCount>(a, stride), panel, K, K, zero<A>, finish);
+    });
   }
   const int64_t tiles = blocks_of(rows, kTileRows);
   for (int64_t k = 0; k < K; k += kDepth) {
@@ -132,12 +183,16 @@ inline void multiply(Vec<Compute<E>> (*sum)[4], const E* a, int64_t stride, cons
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t first = tile * rows / tiles, count = (tile + 1) * rows / tiles - first;
         if (!wanted(first, count)) continue;
+        Vec<A>(*const own)[4] = sum + first;
+        const auto start = [&](int r, int v) { return own[r][half + v]; };
+        const auto finish = [&](int r, int v, Vec<A> value) { own[r][half + v] = value; };
         with_rows<kTileRows>(count, [&](auto R) {
-          Vec<A>(*const own)[4] = sum + first;
-          accumulate<E, R.kCount, 2>(
-              a + first * stride + k, stride, 1, part, K, depth, [&](int r, int v) { return own[r][half + v]; },
-              [&](int r, int v, Vec<A> value) { own[r][half + v] = value; },
-              next + tile % 2 * kUnits<A>);  // two tiles ask for one vector each
+          const StridedRows<E, R.kCount> left(a + first * stride + k, stride);
+          if (tile < 2 / kVectorsInLine) {  // each asks for a cache line of an input
+            accumulate<E, R.kCount, 2, 1, true>(left, part, K, depth, start, finish, next + tile * kUnits<A>);
+          } else {
+            accumulate<E, R.kCount, 2>(left, part, K, depth, start, finish);
+          }
         });
       }
     }
