@@ -113,6 +113,9 @@ class Forward {
   // No more than there are chunks of units.
   int64_t output_blocks() const { return s_.projected ? blocks_of(s_.P, kWide<A>) : 0; }
 
+  // Whether a state enters the n-th step that may be other than zero.
+  bool enters(int64_t n) const { return n > 0 || p_.h0 != nullptr; }
+
   State* h(int64_t n, int64_t d) const { return static_cast<State*>(p_.h) + ((n & 1) * s_.D + d) * s_.B * s_.P; }
   const A* xg(const Direction& direction, int64_t d, int64_t t, int64_t b) const {
     const int64_t first = d == 0 ? p_.begin : s_.T - p_.end;
@@ -161,7 +164,7 @@ class Forward {
         prefetch_gates(xg(direction, d, t, b + r) + order_(unit));  // while the product runs
       V sum[kRowsAtATime][kGates];
       multiply<E>(sum, entering(n, d, b), inputs(), panel(d, chunk), inputs(), rows, false,
-                  [&](int64_t first, int64_t count) { return direction.any_exists(t, b + first, count); });
+                  [&](int64_t first, int64_t count) { return enters(n) && direction.any_exists(t, b + first, count); });
       finish(direction, n, d, b, rows, unit, count, sum);
     });
   }
@@ -178,7 +181,7 @@ class Forward {
       } else {
         prefetch_gates(xg(direction, d, t, 0) + order_(unit));
         multiply<E>(own, entering(n, d, 0), inputs(), panel(d, block), inputs(), 1, true,
-                    [&](int64_t, int64_t) { return direction.exists(t, 0); });
+                    [&](int64_t, int64_t) { return enters(n) && direction.exists(t, 0); });
       }
     }
     if (begin < full) {
@@ -353,7 +356,6 @@ class Forward {
     const Direction direction(s_, p_.sequence, d);
     const S* w_hh = static_cast<const S*>(p_.w_hh[d]) + unit * s_.P;
     const S* x = static_cast<const S*>(p_.x) + direction.row(direction.at(n), 0) * s_.I;
-    const bool recurs = n > 0 || p_.h0 != nullptr;
     for (int gate = 0; gate < kGates; ++gate) {
       for (int64_t r = 0; r < rows; ++r) {
         V sums[kUnits<A>];
@@ -361,7 +363,7 @@ class Forward {
         const S* w_ih = static_cast<const S*>(p_.w_ih[d]) + (gate * s_.H + unit) * s_.I;
         add_dots<A>(sums, w_ih, count, x + (b + r) * s_.I, s_.I);
         // The states of rows that are reset were made zero where they were written.
-        if (recurs) add_dots<A>(sums, w_hh + gate * s_.H * s_.P, count, h(n, d) + (b + r) * s_.P, s_.P);
+        if (enters(n)) add_dots<A>(sums, w_hh + gate * s_.H * s_.P, count, h(n, d) + (b + r) * s_.P, s_.P);
         gates[r][gate] = sum_each<A>(sums);
       }
     }

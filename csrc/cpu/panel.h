@@ -26,8 +26,11 @@ constexpr int64_t kWide = 4 * Simd<A>::kLanes;  // outputs of every other block
 constexpr int kTileRows = FUSEDRNN_VECTOR_BYTES == 64 ? 12 : 6;
 // Steps along K for which half a panel takes half of a first-level cache of 32 KiB.
 constexpr int64_t kDepth = 16384 / (2 * FUSEDRNN_VECTOR_BYTES);
-// Vectors of an input, of a half panel, that share a cache line.
-constexpr int kVectorsInLine = FUSEDRNN_VECTOR_BYTES == 64 ? 1 : 2;
+// With AVX2 and its 16 registers a tile is 20 instructions and 12 multiply-adds. Where somebody else works on the core as
+// well, which then begins three instructions a cycle, all others count: those that move pointers, so that a loop takes
+// four inputs a round, and those that ask memory for what comes.
+constexpr bool kNarrow = FUSEDRNN_VECTOR_BYTES < 64;
+constexpr int kInputsARound = kNarrow ? 4 : 1;
 // Rows whose sums are kept between the product and what follows it.
 constexpr int64_t kRowsAtATime = 4 * kTileRows;
 
@@ -42,15 +45,18 @@ FUSEDRNN_INLINE int64_t in_panel(int64_t K, int64_t k, int64_t v) {
 template <class E, int R>
 struct StridedRows {
   StridedRows(const E* rows, int64_t stride) : stride(stride) {
-    for (int r = 0; r < R; r += 3) at[r / 3] = rows + r * stride;
+    for (int r = 0; r < R; r += kOfPointer) at[r / kOfPointer] = rows + r * stride;
   }
 
-  E operator()(int r, int k) const { return at[r / 3][r % 3 * stride + k]; }
+  E operator()(int r, int k) const { return at[r / kOfPointer][r % kOfPointer * stride + k]; }
   void advance(int k) {
-    for (int r = 0; r < R; r += 3) at[r / 3] += k;
+    for (int r = 0; r < R; r += kOfPointer) at[r / kOfPointer] += k;
   }
 
-  const E* at[(R + 2) / 3];  // of every third row: a processor adds once or twice the stride on its own
+  // Rows that are found from one pointer. A processor adds once or twice the stride on its own; every other multiple
+  // and every other k would take a register in a loop of more than one input.
+  static constexpr int kOfPointer = kInputsARound > 1 ? 3 : R;
+  const E* at[(R + kOfPointer - 1) / kOfPointer];
   int64_t stride;
 };
 template <class E>
@@ -78,24 +84,34 @@ FUSEDRNN_INLINE void accumulate_rounds(Left left, const E* panel, int64_t K, int
     }
   }
   const auto step = [&](int k, int chain) {
-    Vec<A> w[V];
+    const auto weights = [&](int v) { return load(reinterpret_cast<const A*>(panel + in_panel<A>(K, k, v))); };
+    if constexpr (R == 1 && !kNarrow) {
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) w[v] = load(reinterpret_cast<const A*>(panel + in_panel<A>(K, k, v)));
-    if constexpr (R == 1) {
-#pragma GCC unroll 4
-      for (int v = 0; v < V; v += kVectorsInLine) __builtin_prefetch(panel + in_panel<A>(K, k + 16, v));
+      for (int v = 0; v < V; ++v) __builtin_prefetch(panel + in_panel<A>(K, k + 16, v));
     }
     if constexpr (kNext) __builtin_prefetch(next + k * 2 * kUnits<A>);
+    // What there are fewer of stays in registers, while the others pass by.
+    if constexpr (R < V) {
+      E numbers[R];
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const E number = left(r, k);
+      for (int r = 0; r < R; ++r) numbers[r] = left(r, k);
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
-        if constexpr (R == 1) {
-          acc[chain][r][v] = multiply_add(acc[chain][r][v], number, w[v]);  // of w in memory
-        } else {
-          acc[chain][r][v] = multiply_add_in_place<A>(acc[chain][r][v], number, w[v]);
+        const Vec<A> w = weights(v);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+          acc[chain][r][v] = multiply_add(acc[chain][r][v], numbers[r], w);
         }
+      }
+    } else {
+      Vec<A> w[V];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) w[v] = weights(v);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const E number = left(r, k);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) acc[chain][r][v] = multiply_add_in_place<A>(acc[chain][r][v], number, w[v]);
       }
     }
   };
@@ -125,17 +141,15 @@ FUSEDRNN_INLINE void accumulate_rounds(Left left, const E* panel, int64_t K, int
 // addition. Memory is asked for what comes: `next`, a cache line for each k of what is needed after this product, where
 // there is kNext; and by a single row, which waits for nothing but the panel, for the panel itself.
 // Left is StridedRows or Sliver of E, which is A, or Pair.
-//
-// Four inputs a round, where there are no others: counting and moving pointers are instructions too, and a processor
-// whose core works for somebody else as well begins three a cycle, of which a tile with AVX2 needs 20 in 6.
 template <class E, int R, int V, int Chains = 1, bool kNext = false, class Left, class Start, class Finish>
 FUSEDRNN_INLINE void accumulate(const Left& left, const E* panel, int64_t K, int64_t depth, const Start& start,
                                 const Finish& finish, const E* next = nullptr) {
-  if (depth % 4 == 0) {
-    accumulate_rounds<E, R, V, Chains, kNext, 4>(left, panel, K, depth, start, finish, next);
-  } else {
-    accumulate_rounds<E, R, V, Chains, kNext, Chains>(left, panel, K, depth, start, finish, next);
+  if constexpr (kInputsARound > Chains && R != 2) {  // two rows wait for the panel, and not for instructions
+    if (depth % kInputsARound == 0) {
+      return accumulate_rounds<E, R, V, Chains, kNext, kInputsARound>(left, panel, K, depth, start, finish, next);
+    }
   }
+  accumulate_rounds<E, R, V, Chains, kNext, Chains>(left, panel, K, depth, start, finish, next);
 }
 
 template <class A>
@@ -188,7 +202,7 @@ inline void multiply(Vec<Compute<E>> (*sum)[4], const E* a, int64_t stride, cons
         const auto finish = [&](int r, int v, Vec<A> value) { own[r][half + v] = value; };
         with_rows<kTileRows>(count, [&](auto R) {
           const StridedRows<E, R.kCount> left(a + first * stride + k, stride);
-          if (tile < 2 / kVectorsInLine) {  // each asks for a cache line of an input
+          if (!kNarrow && tile < 2) {  // each for one of the two vectors of an input
             accumulate<E, R.kCount, 2, 1, true>(left, part, K, depth, start, finish, next + tile * kUnits<A>);
           } else {
             accumulate<E, R.kCount, 2>(left, part, K, depth, start, finish);

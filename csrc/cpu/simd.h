@@ -223,20 +223,20 @@ FUSEDRNN_INLINE Vec<float> multiply_add(Vec<float> sum, Pair number, Vec<float> 
 }
 #endif
 
-// The same, where the register of the sum stays its register: compilers that are free to choose put sums where an operand
-// ends, and then move, or spill, the twelve or more of a tile.
+// The same, where the register of the sum stays its register: with 16 of them the compiler, which is free to put a sum
+// where an operand ends, moves or spills some of the twelve of a tile.
 template <class A, class E>
 FUSEDRNN_INLINE Vec<A> multiply_add_in_place(Vec<A> sum, E number, Vec<A> operands) {
-#if defined(__FMA__)
-  if constexpr (std::is_same_v<E, float>) {
-    __asm__("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(broadcast<A>(number)), "v"(operands));
-    return sum;
-  } else if constexpr (std::is_same_v<E, double>) {
-    __asm__("vfmadd231pd %2, %1, %0" : "+v"(sum) : "v"(broadcast<A>(number)), "v"(operands));
-    return sum;
+#if defined(__FMA__) && !defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4) {
+    __asm__("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(broadcast<A>(number)), "x"(operands));
+  } else {
+    __asm__("vfmadd231pd %2, %1, %0" : "+x"(sum) : "x"(broadcast<A>(number)), "x"(operands));
   }
-#endif
+  return sum;
+#else
   return multiply_add(sum, number, operands);
+#endif
 }
 
 // Lane l of the result is the sum of lanes l & ~step and l | step of a where l & step is 0, and of b where it is not.
