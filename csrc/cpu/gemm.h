@@ -23,6 +23,7 @@ class Gemm {
   static constexpr bool kPairs = !std::is_same_v<E, A>;
   static constexpr bool kPacksRows = FUSEDRNN_VECTOR_BYTES == 32 && !kPairs;
   static constexpr int64_t kHalvesToPackFor = 8;
+  static constexpr int64_t kInputsAtATime = 16;  // of slivers, so that their lines are in the cache for the next ones
 
   // Numbers of a sliver: the store of a whole vector at its last input stays inside of it.
   static constexpr int64_t sliver(int64_t depth) { return depth * kTileRows + kUnits<A>; }
@@ -106,11 +107,14 @@ class Gemm {
 
   // Rows [m, m_end) of a, which are columns of memory, inputs [k, k + depth).
   void pack_slivers(int64_t m, int64_t m_end, int64_t k, int64_t depth, A* to) const {
-    for (int64_t i = 0; i < depth; ++i) {
-      const A* from = static_cast<const A*>(p_.a) + (k + i) * p_.M;
+    for (int64_t first = 0; first < depth; first += kInputsAtATime) {
+      const int64_t end = depth - first < kInputsAtATime ? depth : first + kInputsAtATime;
       for (int64_t row = m; row < m_end; row += kTileRows) {
-        A* at = to + (row - m) / kTileRows * sliver(depth) + i * kTileRows;
-        for (int64_t v = 0; v < kTileRows; v += kUnits<A>) store(at + v, load(from + row + v, p_.M - row - v));
+        A* at = to + (row - m) / kTileRows * sliver(depth) + first * kTileRows;
+        const A* from = static_cast<const A*>(p_.a) + (k + first) * p_.M + row;
+        for (int64_t i = first; i < end; ++i, at += kTileRows, from += p_.M) {
+          for (int64_t v = 0; v < kTileRows; v += kUnits<A>) store(at + v, load(from + v, p_.M - row - v));
+        }
       }
     }
   }
