@@ -241,7 +241,7 @@ StepGradients backward_sequence(const Layer& layer, BackwardParams& params, bool
   const Kernels& kernels = layer.kernels;
   const int64_t N = s.N;
   const auto make = [&](int64_t numbers) { return Scratch(s.D * numbers, layer.compute); };
-  const ScalarType da_type = kernels.gemm_pairs != nullptr ? layer.x.scalar_type() : layer.compute;
+  const ScalarType da_type = kernels.take_pairs() ? layer.x.scalar_type() : layer.compute;
   StepGradients steps{Scratch(s.D * N * 4 * s.H, da_type), std::nullopt, std::nullopt, std::nullopt};
   if (s.projected) steps.dh_out.emplace(make(N * s.P));
   if (s.projected) steps.m.emplace(make(N * s.H));
@@ -296,14 +296,13 @@ Scratch packed_steps(const Layer& layer) {
   const Packing steps = steps_of(layer.kernels, s.I, s.N);
   Scratch panels(steps.numbers(layer.kernels), layer.compute);
   for_each_part(layer.kernels, steps, 1, [&](int64_t, int64_t begin, int64_t end) {
-    const auto row = [&](int64_t k) { return k < s.N && layer.exists(k) ? at(layer.x, k * s.I) : nullptr; };
+    if (steps.pairs) {
+      const auto row = [&](int64_t k) { return k < s.N && layer.exists(k) ? at(layer.x, k * s.I) : nullptr; };
+      return pack_row_pairs(layer.kernels, steps, row, s.I, panels.begin(), begin, end);
+    }
     for (int64_t k = begin; k < end; ++k) {
-      if (steps.pairs) {
-        layer.kernels.pack_pair(row(2 * k), row(2 * k + 1), s.I, panels.begin(), steps.inputs, k);
-      } else {
-        layer.kernels.pack_columns(layer.exists(k) ? layer.x.const_data_ptr() : nullptr, s.N, s.I, panels.begin(), k,
-                                   k + 1);
-      }
+      const void* const x = layer.exists(k) ? layer.x.const_data_ptr() : nullptr;
+      layer.kernels.pack_columns(x, s.N, s.I, panels.begin(), k, k + 1);
     }
   });
   return panels;
@@ -324,7 +323,7 @@ void sum_rows(const void* rows, int64_t count, int64_t columns, void* sum) {
 Tensor bias_gradients(const Layer& layer, StepGradients& steps, int64_t d) {
   const Sizes& s = layer.sizes;
   const int64_t N = s.N, G = 4 * s.H;
-  if (N > kUnpackedRows || layer.kernels.gemm_pairs != nullptr) {
+  if (N > kUnpackedRows || layer.kernels.take_pairs()) {
     return torch::stable::sum(steps.da.matrix(d * N * G, N, G), std::array<int64_t, 1>{0});
   }
   // Of a few rows the sum takes less than the way to torch's.
@@ -358,7 +357,7 @@ Tensors weight_gradients(const Layer& layer, StepGradients& steps, const Needs& 
       gemm(kernels, {rows, columns, inputs, transposed, true, panels, pointer(out), false, false, N % 2 == 1}, pairs);
       return out;
     };
-    const bool pairs = layer.kernels.gemm_pairs != nullptr;
+    const bool pairs = layer.kernels.take_pairs();
     const void* const da = steps.da.at(d * N * 4 * s.H);
     const auto append = [&](int64_t k, const auto& gradient) {
       const bool needed = needs_weight(d, k);

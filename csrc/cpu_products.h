@@ -31,14 +31,14 @@ Packing columns_of(const Kernels& kernels, int64_t outputs, int64_t inputs) {
 // The same of pairs of inputs, where the kernels multiply pairs, and all inputs are in one.
 Packing paired(Packing (*packing)(const Kernels&, int64_t, int64_t), const Kernels& kernels, int64_t outputs,
                int64_t inputs) {
-  const bool pairs = kernels.gemm_pairs != nullptr && inputs % 2 == 0;
+  const bool pairs = kernels.take_pairs() && inputs % 2 == 0;
   Packing result = packing(kernels, outputs, pairs ? inputs / 2 : inputs);
   result.pairs = pairs;
   return result;
 }
 // Columns of rows of steps, of which a last one may be without another.
 Packing steps_of(const Kernels& kernels, int64_t outputs, int64_t steps) {
-  return paired(columns_of, kernels, outputs, kernels.gemm_pairs != nullptr ? steps + steps % 2 : steps);
+  return paired(columns_of, kernels, outputs, kernels.take_pairs() ? steps + steps % 2 : steps);
 }
 
 // Runs f(d, begin, end) for parts of the blocks, or inputs, of D matrices.
@@ -54,12 +54,12 @@ void for_each_part(const Kernels& kernels, const Packing& packing, int64_t D, co
   });
 }
 
-// Pairs of rows [begin, end), which are inputs.
-void pack_row_pairs(const Layer& layer, const Packing& packing, const Tensor& w, void* panels, int64_t begin,
-                    int64_t end) {
+// Pairs [begin, end) of rows of so many columns, which are inputs of a panel; row(k) is null for zeros.
+template <class Row>
+void pack_row_pairs(const Kernels& kernels, const Packing& packing, const Row& row, int64_t columns, void* panels,
+                    int64_t begin, int64_t end) {
   for (int64_t k = begin; k < end; ++k) {
-    layer.kernels.pack_pair(at(w, 2 * k * w.size(1)), at(w, (2 * k + 1) * w.size(1)), w.size(1), panels, packing.inputs,
-                            k);
+    kernels.pack_pair(row(2 * k), row(2 * k + 1), columns, panels, packing.inputs, k);
   }
 }
 
@@ -71,8 +71,10 @@ Scratch packed(const Layer& layer, const Packing& packing, const F& matrix) {
   Scratch panels(layer.sizes.D * numbers, layer.compute);
   for_each_part(kernels, packing, layer.sizes.D, [&](int64_t d, int64_t begin, int64_t end) {
     const Tensor& w = matrix(d);
-    if (packing.pairs && !packing.by_blocks)
-      return pack_row_pairs(layer, packing, w, panels.at(d * numbers), begin, end);
+    if (packing.pairs && !packing.by_blocks) {
+      const auto row = [&](int64_t k) { return at(w, k * w.size(1)); };
+      return pack_row_pairs(layer.kernels, packing, row, w.size(1), panels.at(d * numbers), begin, end);
+    }
     (kernels.*packing.pack)(w.const_data_ptr(), w.size(0), w.size(1) / width, panels.at(d * numbers), begin, end);
   });
   return panels;
@@ -93,13 +95,13 @@ void gemm(const Kernels& kernels, const GemmParams& params, bool pairs = false) 
     column_parts = std::min(threads, blocks);
   }
   torch::stable::parallel_for(0, row_parts * column_parts, 1, [&](int64_t begin, int64_t end) {
-    const Scratch scratch(blocks_of(kernels.gemm_scratch, sizeof(float)), ScalarType::Float);
+    const Scratch own(blocks_of(kernels.gemm_scratch(params.M, params.K), sizeof(float)), ScalarType::Float);
     for (int64_t part = begin; part < end; ++part) {
       const int64_t row = part / column_parts, column = part % column_parts;
       const int64_t m = row * tiles / row_parts * kernels.tile_rows;
       const int64_t m_end = std::min((row + 1) * tiles / row_parts * kernels.tile_rows, params.M);
       const int64_t half = column * blocks / column_parts * 2, half_end = (column + 1) * blocks / column_parts * 2;
-      run(params, m, m_end, half, std::min(half_end, halves), scratch.begin());
+      run(params, m, m_end, half, std::min(half_end, halves), own.begin());
     }
   });
 }

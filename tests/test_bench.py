@@ -499,16 +499,21 @@ def test_limit_is_the_larger_of_arithmetic_and_bytes(fake, monkeypatch):
     assert found.limit(many).seconds == many.flops / 1e9 > many.bytes / 1e9
 
 
-def test_ceilings_are_measured_once(fake, monkeypatch):
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_ceilings_are_the_best_that_was_seen(fake, monkeypatch, device):
     found = ceilings.Ceilings(fake)
-    counted = []
-    monkeypatch.setattr(fake, "sample", lambda work, calls: counted.append(calls) or 0.5)
-    first = found.limit(cell((1, 1, 64, 64), "infer"))
-    before = len(counted)
-    assert found.limit(cell((1, 1, 64, 64), "infer")) == first
-    assert len(counted) == before > 0
-    assert first.flops_per_second == 2 * 1024**3 / 0.5
-    assert first.bytes_per_second == 12 * (2**20 // 12) / 0.5
+    of_moments = iter([3e9, 5e9, 4e9])
+    monkeypatch.setattr(found, "_measure_arithmetic", lambda *_: next(of_moments))
+    monkeypatch.setattr(found, "_measure_bandwidth", lambda *_: 1e9)
+    seen = [found.limit(cell((1, 1, 64, 64), "infer", device=device)).flops_per_second for _ in range(3)]
+    assert seen == ([3e9, 5e9, 5e9] if device == "cpu" else [3e9, 3e9, 3e9])
+
+
+def test_ceilings_are_measured_by_the_clock(fake, monkeypatch):
+    monkeypatch.setattr(fake, "sample", lambda work, calls: 0.5)
+    limit = ceilings.Ceilings(fake).limit(cell((1, 1, 64, 64), "infer"))
+    assert limit.flops_per_second == 2 * 1024**3 / 0.5
+    assert limit.bytes_per_second == 12 * (2**20 // 12) / 0.5
 
 
 def test_arithmetic_is_that_of_the_faster_library(fake, monkeypatch):

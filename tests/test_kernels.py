@@ -211,9 +211,9 @@ SHARED_UNITS = [
 ]
 # Short, and so wide that two threads share the rows.
 SHARED_ROWS = [
-    Case(4, 4, 30, 180),
-    Case(5, 3, 7, 170, bidirectional=True, lengths=True, reset=True),
-    Case(5, 3, 7, 170, bidirectional=True, packed=True, reset=True),
+    Case(4, 4, 30, 120),
+    Case(5, 3, 7, 110, bidirectional=True, lengths=True, reset=True),
+    Case(5, 3, 7, 110, bidirectional=True, packed=True, reset=True),
 ]
 
 
@@ -230,6 +230,8 @@ def test_shared_units(isa, threads, case):
     ("H", "B", "count", "expected"),
     [
         (128, 64, 2, "2 threads by batch rows"),  # 256 KiB of weights: every core keeps them
+        (128, 8, 2, "2 threads by hidden units"),  # too few rows to fill tiles
+        (120, 8, 2, "2 threads by batch rows"),
         (256, 64, 2, "2 threads by hidden units"),
         (256, 1024, 64, "64 threads by batch rows"),  # of at most 32 blocks of units
         (2048, 1024, 16, "16 threads by hidden units"),

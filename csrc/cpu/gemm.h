@@ -3,8 +3,9 @@
 //
 // A worker computes kGemmRows rows of c at a time, in blocks of kGemmDepth along K: half a panel of that depth stays in
 // the first-level cache while the rows pass by, the rows in the second level, and a tile of them in registers, as in
-// panel.h. A row that is contiguous is read as it lies. A transposed one is packed first, in slivers of kTileRows rows,
-// [K][rows], because its numbers lie in as many pages as there are.
+// panel.h. A transposed row is packed first, in slivers of kTileRows rows, [K][rows], because its numbers lie in as
+// many pages as there are. A row that is contiguous is read as it lies with AVX-512; with narrower vectors a sliver is
+// faster, where there are some columns to use it for.
 //
 // The sum over K runs in one order wherever a tile begins and ends, so that the result does not depend on the number of
 // threads.
@@ -21,39 +22,30 @@ class Gemm {
   using V = Vec<A>;
   static_assert(kGemmRows % kTileRows == 0);
   static constexpr bool kPairs = !std::is_same_v<E, A>;
-  static constexpr bool kPacksRows = FUSEDRNN_VECTOR_BYTES == 32 && !kPairs;
-  static constexpr int64_t kHalvesToPackFor = 8;
-  static constexpr int64_t kInputsAtATime = 16;  // of slivers, so that their lines are in the cache for the next ones
 
   // Numbers of a sliver: the store of a whole vector at its last input stays inside of it.
   static constexpr int64_t sliver(int64_t depth) { return depth * kTileRows + kUnits<A>; }
-  static constexpr int64_t kScratch = kGemmRows / kTileRows * sliver(kGemmDepth);
+  // Numbers that run() needs for itself where a has so many rows and inputs.
+  static constexpr int64_t scratch(int64_t M, int64_t K) {
+    return blocks_of(M < kGemmRows ? M : kGemmRows, kTileRows) * sliver(K < kGemmDepth ? K : kGemmDepth);
+  }
 
   explicit Gemm(const GemmParams& params) : p_(params) {}
 
-  // Rows [m, m_end) of c, at most kGemmRows of them, of the half panels [half, half_end). scratch: kScratch numbers,
-  // used where a is transposed.
-  void run(int64_t m, int64_t m_end, int64_t half, int64_t half_end, A* scratch) const {
+  // Rows [m, m_end) of c, at most kGemmRows of them, of the half panels [half, half_end). own: scratch(M, K) numbers.
+  void run(int64_t m, int64_t m_end, int64_t half, int64_t half_end, A* own) const {
     const E* a = static_cast<const E*>(p_.a);
-    const bool packs = p_.a_transposed || (kPacksRows && half_end - half >= kHalvesToPackFor);
+    const bool packs = p_.a_transposed || (kNarrow && half_end - half >= kHalvesToPackFor);
     int64_t k = 0;
     do {  // also where K = 0, and c all zeros
       const int64_t depth = p_.K - k < kGemmDepth ? p_.K - k : kGemmDepth;
-      if (packs && !p_.a_transposed) {
-        pack_rows_as_slivers(m, m_end, k, depth, scratch);
-      } else if (packs) {
-        if constexpr (kPairs) {
-          pack_paired_slivers(m, m_end, k, depth, scratch);
-        } else {
-          pack_slivers(m, m_end, k, depth, scratch);
-        }
-      }
+      if (packs) pack(m, m_end, k, depth, own);
       for (int64_t n = half; n < half_end; ++n) {
         const E* panel = static_cast<const E*>(p_.panels) + n / 2 * p_.K * kWide<A> + in_panel<A>(p_.K, k, n % 2 * 2);
         for (int64_t row = m; row < m_end; row += kTileRows) {
           with_rows<kTileRows>(m_end - row < kTileRows ? m_end - row : kTileRows, [&](auto R) {
             if (packs) {
-              const E* sliver = reinterpret_cast<const E*>(scratch) + (row - m) / kTileRows * this->sliver(depth);
+              const E* sliver = reinterpret_cast<const E*>(own) + (row - m) / kTileRows * this->sliver(depth);
               tile<R.kCount>(Sliver<E>{sliver}, panel, k, depth, row, n);
             } else {
               tile<R.kCount>(StridedRows<E, R.kCount>(a + row * p_.K + k, p_.K), panel, k, depth, row, n);
@@ -82,16 +74,28 @@ class Gemm {
     });
   }
 
-  // Rows [m, m_end) of a, inputs [k, k + depth).
-  void pack_rows_as_slivers(int64_t m, int64_t m_end, int64_t k, int64_t depth, A* to) const {
-    constexpr int kSquares = (kTileRows + kUnits<A> - 1) / kUnits<A>;
+  // Rows [m, m_end) of a, inputs [k, k + depth), in slivers.
+  void pack(int64_t m, int64_t m_end, int64_t k, int64_t depth, A* to) const {
+    if (!p_.a_transposed) {
+      rows_to_slivers(m, m_end, k, depth, to);
+    } else if constexpr (kPairs) {
+      paired_columns_to_slivers(m, m_end, k, depth, to);
+    } else {
+      columns_to_slivers(m, m_end, k, depth, to);
+    }
+  }
+
+  // Contiguous rows, by squares transposed in registers. What a store writes beyond a sliver's rows is written over by
+  // the next one.
+  void rows_to_slivers(int64_t m, int64_t m_end, int64_t k, int64_t depth, A* to) const {
+    constexpr int64_t kSquares = blocks_of(kTileRows, kUnits<A>);
     for (int64_t row = m; row < m_end; row += kTileRows, to += sliver(depth)) {
       const int64_t rows = m_end - row < kTileRows ? m_end - row : kTileRows;
       const A* const from = static_cast<const A*>(p_.a) + row * p_.K + k;
       for (int64_t i = 0; i < depth; i += kUnits<A>) {
         V squares[kSquares][kUnits<A>];
-        for (int s = 0; s < kSquares; ++s) {
-          for (int r = 0; r < kUnits<A>; ++r) {
+        for (int64_t s = 0; s < kSquares; ++s) {
+          for (int64_t r = 0; r < kUnits<A>; ++r) {
             const int64_t at = s * kUnits<A> + r;
             squares[s][r] = at < rows ? load(from + at * p_.K + i, depth - i) : V{};
           }
@@ -99,14 +103,14 @@ class Gemm {
         }
         const int64_t count = depth - i < kUnits<A> ? depth - i : kUnits<A>;
         for (int64_t u = 0; u < count; ++u) {
-          for (int s = 0; s < kSquares; ++s) store(to + (i + u) * kTileRows + s * kUnits<A>, squares[s][u]);
+          for (int64_t s = 0; s < kSquares; ++s) store(to + (i + u) * kTileRows + s * kUnits<A>, squares[s][u]);
         }
       }
     }
   }
 
-  // Rows [m, m_end) of a, which are columns of memory, inputs [k, k + depth).
-  void pack_slivers(int64_t m, int64_t m_end, int64_t k, int64_t depth, A* to) const {
+  // Rows that are columns of memory.
+  void columns_to_slivers(int64_t m, int64_t m_end, int64_t k, int64_t depth, A* to) const {
     for (int64_t first = 0; first < depth; first += kInputsAtATime) {
       const int64_t end = depth - first < kInputsAtATime ? depth : first + kInputsAtATime;
       for (int64_t row = m; row < m_end; row += kTileRows) {
@@ -120,7 +124,7 @@ class Gemm {
   }
 
   // The same of pairs: of two rows of a each, where the last one may be missing.
-  void pack_paired_slivers(int64_t m, int64_t m_end, int64_t k, int64_t depth, A* to) const {
+  void paired_columns_to_slivers(int64_t m, int64_t m_end, int64_t k, int64_t depth, A* to) const {
     for (int64_t i = 0; i < depth; ++i) {
       const BFloat16* first = static_cast<const BFloat16*>(p_.a) + 2 * (k + i) * p_.M;
       const bool is_whole = k + i + 1 < p_.K || !p_.is_odd;
@@ -134,6 +138,9 @@ class Gemm {
       }
     }
   }
+
+  static constexpr int64_t kHalvesToPackFor = 8;
+  static constexpr int64_t kInputsAtATime = 16;  // of all slivers, so that the next ones find their lines in the cache
 
   const GemmParams& p_;
 };

@@ -19,8 +19,8 @@ constexpr bool kPairs = false;
 template <class S>
 constexpr auto gemm_pairs() -> decltype(Kernels::gemm_pairs) {
   if constexpr (kPairs<S>) {
-    return [](const GemmParams& params, int64_t m, int64_t m_end, int64_t half, int64_t half_end, void* scratch) {
-      Gemm<Pair>(params).run(m, m_end, half, half_end, static_cast<float*>(scratch));
+    return [](const GemmParams& params, int64_t m, int64_t m_end, int64_t half, int64_t half_end, void* own) {
+      Gemm<Pair>(params).run(m, m_end, half, half_end, static_cast<float*>(own));
     };
   }
   return nullptr;
@@ -52,11 +52,12 @@ constexpr Kernels kernels_for() {
       [](const BackwardParams& params, int64_t begin, int64_t end) {
         Backward<S, kPairs<S>>(params).entering_states(begin, end);
       },
-      [](const GemmParams& params, int64_t m, int64_t m_end, int64_t half, int64_t half_end, void* scratch) {
+      [](const GemmParams& params, int64_t m, int64_t m_end, int64_t half, int64_t half_end, void* own) {
         using A = Compute<S>;
-        Gemm<A>(params).run(m, m_end, half, half_end, static_cast<A*>(scratch));
+        Gemm<A>(params).run(m, m_end, half, half_end, static_cast<A*>(own));
       },
       gemm_pairs<S>(),
+      [](int64_t M, int64_t K) { return Gemm<Compute<S>>::scratch(M, K) * static_cast<int64_t>(sizeof(Compute<S>)); },
       pack_gates<S>,
       pack_rows<S>,
       pack_columns<S>,
@@ -64,7 +65,6 @@ constexpr Kernels kernels_for() {
       fingerprint,
       Simd<Compute<S>>::kLanes,
       kTileRows,
-      Gemm<Compute<S>>::kScratch * static_cast<int64_t>(sizeof(Compute<S>)),
   };
 }
 

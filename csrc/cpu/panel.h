@@ -26,9 +26,9 @@ constexpr int64_t kWide = 4 * Simd<A>::kLanes;  // outputs of every other block
 constexpr int kTileRows = FUSEDRNN_VECTOR_BYTES == 64 ? 12 : 6;
 // Steps along K for which half a panel takes half of a first-level cache of 32 KiB.
 constexpr int64_t kDepth = 16384 / (2 * FUSEDRNN_VECTOR_BYTES);
-// With AVX2 and its 16 registers a tile is 20 instructions and 12 multiply-adds. Where somebody else works on the core as
-// well, which then begins three instructions a cycle, all others count: those that move pointers, so that a loop takes
-// four inputs a round, and those that ask memory for what comes.
+// With AVX2 and its 16 registers a tile is 20 instructions and 12 multiply-adds. Where somebody else works on the core
+// as well, which then begins three instructions a cycle, all others count: those that move pointers, so that a loop
+// takes four inputs a round, and those that ask memory for what comes.
 constexpr bool kNarrow = FUSEDRNN_VECTOR_BYTES < 64;
 constexpr int kInputsARound = kNarrow ? 4 : 1;
 // Rows whose sums are kept between the product and what follows it.
