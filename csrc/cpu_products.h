@@ -94,14 +94,16 @@ void gemm(const Kernels& kernels, const GemmParams& params, bool pairs = false) 
   } else {
     column_parts = std::min(threads, blocks);
   }
+  const int64_t own_bytes = kernels.gemm_scratch(params);
   torch::stable::parallel_for(0, row_parts * column_parts, 1, [&](int64_t begin, int64_t end) {
-    const Scratch own(blocks_of(kernels.gemm_scratch(params.M, params.K), sizeof(float)), ScalarType::Float);
+    OptionalScratch own;
+    if (own_bytes > 0) own.emplace(blocks_of(own_bytes, sizeof(float)), ScalarType::Float);
     for (int64_t part = begin; part < end; ++part) {
       const int64_t row = part / column_parts, column = part % column_parts;
       const int64_t m = row * tiles / row_parts * kernels.tile_rows;
       const int64_t m_end = std::min((row + 1) * tiles / row_parts * kernels.tile_rows, params.M);
       const int64_t half = column * blocks / column_parts * 2, half_end = (column + 1) * blocks / column_parts * 2;
-      run(params, m, m_end, half, std::min(half_end, halves), own.begin());
+      run(params, m, m_end, half, std::min(half_end, halves), pointer(own));
     }
   });
 }

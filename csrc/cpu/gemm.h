@@ -5,7 +5,7 @@
 // the first-level cache while the rows pass by, the rows in the second level, and a tile of them in registers, as in
 // panel.h. A transposed row is packed first, in slivers of kTileRows rows, [K][rows], because its numbers lie in as
 // many pages as there are. A row that is contiguous is read as it lies with AVX-512; with narrower vectors a sliver is
-// faster, where there are some columns to use it for.
+// faster, where there are rows and columns enough.
 //
 // The sum over K runs in one order wherever a tile begins and ends, so that the result does not depend on the number of
 // threads.
@@ -25,26 +25,28 @@ class Gemm {
 
   // Numbers of a sliver: the store of a whole vector at its last input stays inside of it.
   static constexpr int64_t sliver(int64_t depth) { return depth * kTileRows + kUnits<A>; }
-  // Numbers that run() needs for itself where a has so many rows and inputs.
-  static constexpr int64_t scratch(int64_t M, int64_t K) {
-    return blocks_of(M < kGemmRows ? M : kGemmRows, kTileRows) * sliver(K < kGemmDepth ? K : kGemmDepth);
-  }
-
   explicit Gemm(const GemmParams& params) : p_(params) {}
 
-  // Rows [m, m_end) of c, at most kGemmRows of them, of the half panels [half, half_end). own: scratch(M, K) numbers.
+  // Numbers that run() needs for itself.
+  int64_t scratch() const {
+    if (!packs()) return 0;
+    const int64_t rows = p_.M < kGemmRows ? p_.M : kGemmRows, depth = p_.K < kGemmDepth ? p_.K : kGemmDepth;
+    return blocks_of(rows, kTileRows) * sliver(depth);
+  }
+
+  // Rows [m, m_end) of c, at most kGemmRows of them, of the half panels [half, half_end). own: scratch() numbers.
   void run(int64_t m, int64_t m_end, int64_t half, int64_t half_end, A* own) const {
     const E* a = static_cast<const E*>(p_.a);
-    const bool packs = p_.a_transposed || (kNarrow && half_end - half >= kHalvesToPackFor);
+    const bool packed = packs();
     int64_t k = 0;
     do {  // also where K = 0, and c all zeros
       const int64_t depth = p_.K - k < kGemmDepth ? p_.K - k : kGemmDepth;
-      if (packs) pack(m, m_end, k, depth, own);
+      if (packed) pack(m, m_end, k, depth, own);
       for (int64_t n = half; n < half_end; ++n) {
         const E* panel = static_cast<const E*>(p_.panels) + n / 2 * p_.K * kWide<A> + in_panel<A>(p_.K, k, n % 2 * 2);
         for (int64_t row = m; row < m_end; row += kTileRows) {
           with_rows<kTileRows>(m_end - row < kTileRows ? m_end - row : kTileRows, [&](auto R) {
-            if (packs) {
+            if (packed) {
               const E* sliver = reinterpret_cast<const E*>(own) + (row - m) / kTileRows * this->sliver(depth);
               tile<R.kCount>(Sliver<E>{sliver}, panel, k, depth, row, n);
             } else {
@@ -73,6 +75,9 @@ class Gemm {
       store(to, add ? value + load(to, count) : value, count);
     });
   }
+
+  // With few rows a sliver would be more memory than it is time.
+  bool packs() const { return p_.a_transposed || (kNarrow && p_.M >= kGemmRows && p_.N >= kColumnsToPackFor); }
 
   // Rows [m, m_end) of a, inputs [k, k + depth), in slivers.
   void pack(int64_t m, int64_t m_end, int64_t k, int64_t depth, A* to) const {
@@ -139,7 +144,7 @@ class Gemm {
     }
   }
 
-  static constexpr int64_t kHalvesToPackFor = 8;
+  static constexpr int64_t kColumnsToPackFor = 128;
   static constexpr int64_t kInputsAtATime = 16;  // of all slivers, so that the next ones find their lines in the cache
 
   const GemmParams& p_;

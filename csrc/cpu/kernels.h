@@ -57,7 +57,10 @@ constexpr Kernels kernels_for() {
         Gemm<A>(params).run(m, m_end, half, half_end, static_cast<A*>(own));
       },
       gemm_pairs<S>(),
-      [](int64_t M, int64_t K) { return Gemm<Compute<S>>::scratch(M, K) * static_cast<int64_t>(sizeof(Compute<S>)); },
+      [](const GemmParams& params) {
+        using A = Compute<S>;
+        return Gemm<A>(params).scratch() * static_cast<int64_t>(sizeof(A));
+      },
       pack_gates<S>,
       pack_rows<S>,
       pack_columns<S>,

@@ -148,7 +148,7 @@ struct Kernels {
   void (*gemm)(const GemmParams&, int64_t m, int64_t m_end, int64_t half, int64_t half_end, void* own);
   // The same where a and panels are pairs of 16-bit numbers; or null. K counts pairs.
   void (*gemm_pairs)(const GemmParams&, int64_t m, int64_t m_end, int64_t half, int64_t half_end, void* own);
-  int64_t (*gemm_scratch)(int64_t M, int64_t K);
+  int64_t (*gemm_scratch)(const GemmParams&);  // bytes, of either
   Pack pack_gates;    // blocks of w_hh [4H][P]: a block is `lanes` hidden units, four gates each
   Pack pack_rows;     // blocks of w [N][K]: a block is 4 * lanes outputs, which are rows of w
   Pack pack_columns;  // inputs of w [K][N]: a block is 4 * lanes outputs, which are columns of w
@@ -158,9 +158,10 @@ struct Kernels {
   void (*pack_pair)(const void* first, const void* second, int64_t N, void* panels, int64_t K, int64_t k);
   // to[0..8): a fingerprint of memory; see fingerprint.h.
   void (*fingerprint)(const void* from, int64_t bytes, uint64_t* to);
-  bool take_pairs() const { return gemm_pairs != nullptr; }
   int lanes;      // numbers of type A in a vector register
   int tile_rows;  // batch rows that share one pass over a panel
+
+  bool take_pairs() const { return gemm_pairs != nullptr; }
 };
 
 // One for each Dtype.
