@@ -211,12 +211,22 @@ FUSEDRNN_INLINE Vec<Compute<S>> rounded(Vec<Compute<S>> value) {
 }
 
 // sum + number * operands, where a number, and a lane of operands, may be a pair: the sum of both products then.
+#if defined(__FMA__) && FUSEDRNN_VECTOR_BYTES == 32
+// Rounded once, as in multiply_add_in_place, however little the compiler optimises: tiles have to agree to the bit.
+FUSEDRNN_INLINE Vec<float> multiply_add(Vec<float> sum, float number, Vec<float> operands) {
+  return __builtin_ia32_vfmaddps256(broadcast<float>(number), operands, sum);
+}
+FUSEDRNN_INLINE Vec<double> multiply_add(Vec<double> sum, double number, Vec<double> operands) {
+  return __builtin_ia32_vfmaddpd256(broadcast<double>(number), operands, sum);
+}
+#else
 FUSEDRNN_INLINE Vec<float> multiply_add(Vec<float> sum, float number, Vec<float> operands) {
   return sum + number * operands;
 }
 FUSEDRNN_INLINE Vec<double> multiply_add(Vec<double> sum, double number, Vec<double> operands) {
   return sum + number * operands;
 }
+#endif
 #if defined(FUSEDRNN_PAIRS)
 FUSEDRNN_INLINE Vec<float> multiply_add(Vec<float> sum, Pair number, Vec<float> operands) {
   return _mm512_dpbf16_ps(sum, bit_cast<__m512bh>(operands), bit_cast<__m512bh>(WordVec{} + number.bits));
@@ -227,7 +237,7 @@ FUSEDRNN_INLINE Vec<float> multiply_add(Vec<float> sum, Pair number, Vec<float> 
 // where an operand ends, moves or spills some of the twelve of a tile.
 template <class A, class E>
 FUSEDRNN_INLINE Vec<A> multiply_add_in_place(Vec<A> sum, E number, Vec<A> operands) {
-#if defined(__FMA__) && !defined(__AVX512F__)
+#if defined(__FMA__) && FUSEDRNN_VECTOR_BYTES == 32
   if constexpr (sizeof(A) == 4) {
     __asm__("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(broadcast<A>(number)), "x"(operands));
   } else {
