@@ -17,13 +17,13 @@ struct LstmCell {
   template <int R>
   static FUSEDRNN_INLINE void forward(V (*gates)[kGates], V (&c)[R], V (&m)[R]) {
     for (int r = 0; r < R; ++r) {
-      apply<A, Sigmoid, Sigmoid, Tanh, Sigmoid>(gates[r]);
+      apply<A, Sigmoid<A>, Sigmoid<A>, Tanh<A>, Sigmoid<A>>(gates[r]);
       m[r] = c[r] = gates[r][1] * c[r] + gates[r][0] * gates[r][2];
     }
     if constexpr (R == 4) {
-      apply<A, Tanh, Tanh, Tanh, Tanh>(m);
+      apply<A, Tanh<A>, Tanh<A>, Tanh<A>, Tanh<A>>(m);
     } else {
-      for (int r = 0; r < R; ++r) apply<A, Tanh>(reinterpret_cast<V(&)[1]>(m[r]));
+      for (int r = 0; r < R; ++r) apply<A, Tanh<A>>(reinterpret_cast<V(&)[1]>(m[r]));
     }
     for (int r = 0; r < R; ++r) m[r] *= gates[r][3];
   }
@@ -33,7 +33,7 @@ struct LstmCell {
   static FUSEDRNN_INLINE V backward(V (&gates)[kGates], V c_in, V c, V dm, V& dc) {
     const V i = gates[0], f = gates[1], g = gates[2], o = gates[3];
     V tanh_c[1] = {c};
-    apply<A, Tanh>(tanh_c);
+    apply<A, Tanh<A>>(tanh_c);
     const V dc_t = dc + dm * o * (A(1) - tanh_c[0] * tanh_c[0]);
     gates[0] = dc_t * g * i * (A(1) - i);
     gates[1] = dc_t * c_in * f * (A(1) - f);
