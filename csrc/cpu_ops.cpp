@@ -87,6 +87,25 @@ int64_t steps_at_a_time(const Layer& layer) {
   return blocks_of(s.T, parts);
 }
 
+// b_ih + b_hh of each direction, as the input's affine maps begin with them.
+class Biases {
+ public:
+  Biases(const Layer& layer, const ForwardParams& params) {
+    if (!layer.weights.biased()) return;
+    const Sizes& s = layer.sizes;
+    const int64_t bytes = layer.compute == ScalarType::Double ? 8 : 4;
+    of_direction_ = blocks_of(4 * s.H, 4 * layer.kernels.lanes) * 4 * layer.kernels.lanes * bytes;
+    storage_.emplace(s.D * of_direction_);
+    for (int64_t d = 0; d < s.D; ++d) layer.kernels.add_biases(params.b_ih[d], params.b_hh[d], s.H, of(d));
+  }
+
+  char* of(int64_t d) const { return storage_.has_value() ? storage_->begin() + d * of_direction_ : nullptr; }
+
+ private:
+  int64_t of_direction_ = 0;
+  std::optional<CacheLines> storage_;
+};
+
 // A whole sequence: the input's affine maps as matrix products, and the launches that use them; or, where the sequence
 // is short, one launch that does both.
 void forward_sequence(const Layer& layer, ForwardParams& params, const OptionalTensor& gates) {
@@ -118,6 +137,7 @@ void forward_sequence(const Layer& layer, ForwardParams& params, const OptionalT
   const Packing packing = input_packing(layer);
   const Tensor x = packing.pairs ? layer.x : as(layer.x, layer.compute);
   const int64_t panel_numbers = packing.numbers(kernels);
+  const Biases biases(layer, params);
   for (int64_t begin = 0; begin < s.T; begin += steps) {
     const int64_t end = std::min(begin + steps, s.T);
     for (int64_t d = 0; d < s.D; ++d) {
@@ -126,7 +146,7 @@ void forward_sequence(const Layer& layer, ForwardParams& params, const OptionalT
       void* const out = in_place ? at(*gates, own) : xg->at(own);
       gemm(kernels,
            {rows, G, packing.inputs, at(x, first * s.I), false, panels->w_ih->at(d * panel_numbers), out, false,
-            params.team.split == Team::Split::kUnits},
+            params.team.split == Team::Split::kUnits, biases.of(d)},
            packing.pairs);
       params.xg[d] = out;
     }
@@ -354,7 +374,8 @@ Tensors weight_gradients(const Layer& layer, StepGradients& steps, const Needs& 
       const Kernels& kernels = pairs ? layer.kernels : kernels_of(layer.compute);
       Tensor out = empty({rows, columns}, layer.compute);
       const int64_t inputs = pairs ? blocks_of(N, 2) : N;
-      gemm(kernels, {rows, columns, inputs, transposed, true, panels, pointer(out), false, false, N % 2 == 1}, pairs);
+      gemm(kernels, {rows, columns, inputs, transposed, true, panels, pointer(out), false, false, nullptr, N % 2 == 1},
+           pairs);
       return out;
     };
     const bool pairs = layer.kernels.take_pairs();

@@ -1,6 +1,6 @@
 // Forward of one layer, both directions: one launch over the whole sequence, or a few over parts of it.
 //
-//   a_t = xg_t + b + h_{t-1} @ w_hh^T     i, f, o = sigmoid(a_i, a_f, a_o)     g = tanh(a_g)
+//   a_t = xg_t + h_{t-1} @ w_hh^T         i, f, o = sigmoid(a_i, a_f, a_o)     g = tanh(a_g)
 //   c_t = f * c_{t-1} + i * g             m_t = o * tanh(c_t)                  h_t = m_t  or  m_t @ w_hr^T
 //
 // Work: a block is `lanes` hidden units with their four gates (panel.h). The product, the nonlinearities and the cell
@@ -17,6 +17,26 @@
 #include "team.h"
 
 namespace fusedrnn::FUSEDRNN_ISA {
+
+// b_ih + b_hh of `count` gates from the first-th on, zeros where there are none.
+template <class S>
+FUSEDRNN_INLINE Vec<Compute<S>> sum_of_biases(const void* b_ih, const void* b_hh, int64_t first, int64_t count) {
+  if (b_ih == nullptr) return Vec<Compute<S>>{};
+  return load(static_cast<const S*>(b_ih) + first, count) + load(static_cast<const S*>(b_hh) + first, count);
+}
+
+// to[0..4H) = b_ih + b_hh, in GateOrder.
+template <class S>
+void add_biases(const void* b_ih, const void* b_hh, int64_t H, void* to) {
+  using A = Compute<S>;
+  const GateOrder<A> order(H);
+  for (int64_t unit = 0; unit < H; unit += kUnits<A>) {
+    for (int64_t gate = 0; gate < kGates; ++gate) {
+      const Vec<A> sum = sum_of_biases<S>(b_ih, b_hh, gate * H + unit, H - unit);
+      store(static_cast<A*>(to) + order(unit, gate), sum, H - unit);
+    }
+  }
+}
 
 // With kPairs the state is kept in S, and the recurrent product takes two numbers at a time.
 template <class S, bool kPairs = false>
@@ -121,8 +141,8 @@ class Forward {
     const int64_t first = d == 0 ? p_.begin : s_.T - p_.end;
     return static_cast<const A*>(p_.xg[d]) + (direction.row(t, b) - direction.row(first, 0)) * kGates * s_.H;
   }
-  void prefetch_gates(const A* row) const {
-    for (int64_t gate = 0; gate < kGates; ++gate) __builtin_prefetch(row + order_(0, gate));
+  static void prefetch_gates(const GateOrder<A>& order, const A* row) {
+    for (int64_t gate = 0; gate < kGates; ++gate) __builtin_prefetch(row + order(0, gate));
   }
   A* c_state(int64_t d) const { return static_cast<A*>(p_.c_state) + state(s_, d, 0, s_.H); }
 
@@ -161,11 +181,11 @@ class Forward {
     if (p_.panel_hh == nullptr) return dot_units(n, d, unit, count, row_begin, row_end);
     for_each_chunk(row_begin, row_end, [&](int64_t b, int64_t rows) {
       for (int64_t r = 0; r < rows; ++r)
-        prefetch_gates(xg(direction, d, t, b + r) + order_(unit));  // while the product runs
+        prefetch_gates(order_, xg(direction, d, t, b + r) + order_(unit));  // while the product runs
       V sum[kRowsAtATime][kGates];
       multiply<E>(sum, entering(n, d, b), inputs(), panel(d, chunk), inputs(), rows, false,
                   [&](int64_t first, int64_t count) { return enters(n) && direction.any_exists(t, b + first, count); });
-      finish(direction, n, d, b, rows, unit, count, sum);
+      Cells<false>(*this, direction, n, d, b, unit).all(rows, count, sum);
     });
   }
 
@@ -179,23 +199,17 @@ class Forward {
       if (p_.panel_hh == nullptr) {
         dots(own, n, d, unit, block < full ? kUnits<A> : s_.H - unit, 0, 1);
       } else {
-        prefetch_gates(xg(direction, d, t, 0) + order_(unit));
+        prefetch_gates(order_, xg(direction, d, t, 0) + order_(unit));
         multiply<E>(own, entering(n, d, 0), inputs(), panel(d, block), inputs(), 1, true,
                     [&](int64_t, int64_t) { return enters(n) && direction.exists(t, 0); });
       }
     }
     if (begin < full) {
-      with_rows<kTogether>(full - begin, [&](auto R) {
-        if (direction.ragged()) {
-          finish_some<true, true, R.kCount>(direction, n, d, 0, begin * kUnits<A>, kUnits<A>, gates);
-        } else {
-          finish_some<false, true, R.kCount>(direction, n, d, 0, begin * kUnits<A>, kUnits<A>, gates);
-        }
-      });
+      Cells<true>(*this, direction, n, d, 0, begin * kUnits<A>).all(full - begin, kUnits<A>, gates);
     }
     if (full < end) {
       const int64_t unit = full * kUnits<A>;
-      finish_some<true, true, 1>(direction, n, d, 0, unit, s_.H - unit, gates + (full - begin));
+      Cells<true>(*this, direction, n, d, 0, unit).all(1, s_.H - unit, gates + (full - begin));
     }
   }
 
@@ -204,84 +218,6 @@ class Forward {
   const E* entering(int64_t n, int64_t d, int64_t b) const { return reinterpret_cast<const E*>(h(n, d) + b * s_.P); }
   const E* panel(int64_t d, int64_t block) const {
     return static_cast<const E*>(p_.panel_hh) + (d * unit_blocks() + block) * inputs() * kWide<A>;
-  }
-
-  // From the affine maps of some hidden units, without biases and the input's where it was computed before, to
-  // everything that is written about them.
-  FUSEDRNN_INLINE void finish(const Direction& direction, int64_t n, int64_t d, int64_t b, int64_t rows, int64_t unit,
-                              int64_t count, V (*gates)[kGates]) const {
-    if (count == kUnits<A> && !direction.ragged()) {  // known when compiled: nothing to test per row
-      finish_all<false>(direction, n, d, b, rows, unit, kUnits<A>, gates);
-    } else {
-      finish_all<true>(direction, n, d, b, rows, unit, count, gates);
-    }
-  }
-
-  template <bool kRagged>
-  FUSEDRNN_INLINE void finish_all(const Direction& direction, int64_t n, int64_t d, int64_t b, int64_t rows,
-                                  int64_t unit, int64_t count, V (*gates)[kGates]) const {
-    for (int64_t r = 0; r < rows; r += kTogether) {
-      with_rows<kTogether>(rows - r < kTogether ? rows - r : kTogether, [&](auto R) {
-        finish_some<kRagged, false, R.kCount>(direction, n, d, b + r, unit, count, gates + r);
-      });
-    }
-  }
-
-  // b_ih + b_hh
-  FUSEDRNN_INLINE void load_bias(V (&bias)[kGates], int64_t d, int64_t unit, int64_t count) const {
-    for (int gate = 0; gate < kGates; ++gate) {
-      bias[gate] = p_.b_ih[d] == nullptr ? V{}
-                                         : load(static_cast<const S*>(p_.b_ih[d]) + gate * s_.H + unit, count) +
-                                               load(static_cast<const S*>(p_.b_hh[d]) + gate * s_.H + unit, count);
-    }
-  }
-
-  // Of R rows from b on, or of R blocks of one row, from `unit` on.
-  template <bool kRagged, bool kBlocks, int R>
-  FUSEDRNN_INLINE void finish_some(const Direction& direction, int64_t n, int64_t d, int64_t b, int64_t unit,
-                                   int64_t count, V (*gates)[kGates]) const {
-    const int64_t t = direction.at(n), H = s_.H, first_row = direction.row(t, b);
-    // From one to the next of them.
-    const int64_t row_step = kBlocks ? 0 : 1, state_step = kBlocks ? kUnits<A> : H;
-    const int64_t gates_step = kBlocks ? order_(kUnits<A>) : kGates * H, c_step = kBlocks ? kUnits<A> : s_.D * H;
-    const int64_t gates_at = direction_major(s_, d, first_row, kGates * H) + order_(unit);
-    const A* xg = p_.xg[d] == nullptr ? nullptr : this->xg(direction, d, t, b) + order_(unit);
-    S* gates_all = p_.gates == nullptr ? nullptr : static_cast<S*>(p_.gates) + gates_at;
-    S* c_all = p_.c == nullptr ? nullptr : static_cast<S*>(p_.c) + time_major(s_, first_row, d, H) + unit;
-    A* c_state = this->c_state(d) + b * H + unit;
-    A* m_all = s_.projected ? static_cast<A*>(p_.m) + state(s_, d, b, H) + unit : nullptr;
-    S* cn = static_cast<S*>(p_.cn) + state(s_, d, b, H) + unit;
-    const Outputs outputs(*this, direction, n, d, b, unit, kBlocks);
-    V c[R], m[R], bias[kGates];
-    load_bias(bias, d, unit, count);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      if (kBlocks && r > 0) load_bias(bias, d, unit + r * kUnits<A>, count);
-      for (int gate = 0; gate < kGates; ++gate) gates[r][gate] += bias[gate];
-      if (xg != nullptr) {
-        const A* row = xg + r * gates_step;
-        for (int gate = 0; gate < kGates; ++gate) gates[r][gate] += load(row + order_(0, gate), count);
-        if (!kBlocks) prefetch_gates(row + kTogether * kGates * H);
-      }
-      c[r] = kRagged && direction.is_reset(t, b + r * row_step) ? V{} : load(c_state + r * state_step, count);
-    }
-    LstmCell<A>::template forward<R>(gates, c, m);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const int64_t row = b + r * row_step;
-      const bool exists = !kRagged || direction.exists(t, row);
-      if (c_all != nullptr) store(c_all + r * c_step, exists ? c[r] : V{}, count);
-      for (int gate = 0; gates_all != nullptr && gate < kGates; ++gate) {
-        store(gates_all + r * gates_step + order_(0, gate), exists ? gates[r][gate] : V{}, count);
-      }
-      if (exists) store(c_state + r * state_step, c[r], count);
-      if (exists && (kRagged ? direction.is_last(t, row) : n + 1 == s_.T)) store(cn + r * state_step, c[r], count);
-      if (!s_.projected) {
-        outputs.template write<kRagged>(r, m[r], count);
-      } else if (exists) {
-        store(m_all + r * state_step, m[r], count);
-      }
-    }
   }
 
   // The n-th step of a block of projected outputs.
@@ -340,6 +276,101 @@ class Forward {
     State* h_out;
   };
 
+  // Cells of some hidden units at the n-th step: of `unit` and those behind it, of rows from b on; or, of the only row,
+  // of one block after the other.
+  template <bool kBlocks>
+  struct Cells {
+    Cells(const Forward& forward, const Direction& direction, int64_t n, int64_t d, int64_t b, int64_t unit)
+        : outputs(forward, direction, n, d, b, unit, kBlocks), order(forward.order_) {
+      const Sizes& s = forward.s_;
+      const ForwardParams& p = forward.p_;
+      const int64_t t = direction.at(n), H = s.H, row = direction.row(t, b);
+      state_step = kBlocks ? kUnits<A> : H;
+      gates_step = kBlocks ? order(kUnits<A>) : kGates * H;
+      c_step = kBlocks ? kUnits<A> : s.D * H;
+      xg = p.xg[d] == nullptr ? nullptr : forward.xg(direction, d, t, b) + order(unit);
+      gates_all = p.gates == nullptr ? nullptr
+                                     : static_cast<S*>(p.gates) + direction_major(s, d, row, kGates * H) + order(unit);
+      c_all = p.c == nullptr ? nullptr : static_cast<S*>(p.c) + time_major(s, row, d, H) + unit;
+      c_state = forward.c_state(d) + b * H + unit;
+      m_all = s.projected ? static_cast<A*>(p.m) + state(s, d, b, H) + unit : nullptr;
+      cn = static_cast<S*>(p.cn) + state(s, d, b, H) + unit;
+    }
+
+    // From the recurrent affine maps, or both where there is no xg, to everything that is written about the first
+    // `rows` of them. What is known when compiled needs no test for each row.
+    FUSEDRNN_INLINE void all(int64_t rows, int64_t count, V (*gates)[kGates]) const {
+      if (count < kUnits<A> || outputs.direction.ragged()) {
+        each<Kind::kRagged>(rows, count, gates);
+      } else if (c_all != nullptr || gates_all != nullptr || m_all != nullptr || outputs.final) {
+        each<Kind::kWhole>(rows, kUnits<A>, gates);
+      } else {
+        each<Kind::kStateOnly>(rows, kUnits<A>, gates);
+      }
+    }
+
+   private:
+    enum class Kind { kRagged, kWhole, kStateOnly };
+
+    template <Kind kKind>
+    void each(int64_t rows, int64_t count, V (*gates)[kGates]) const {
+      for (int64_t r = 0; r < rows; r += kTogether) {
+        with_rows<kTogether>(rows - r < kTogether ? rows - r : kTogether,
+                             [&](auto R) { some<kKind, R.kCount>(r, count, gates + r); });
+      }
+    }
+
+    // R of them from the first-th on.
+    template <Kind kKind, int R>
+    FUSEDRNN_INLINE void some(int64_t first, int64_t count, V (*gates)[kGates]) const {
+      constexpr bool kRagged = kKind == Kind::kRagged;
+      const Direction& direction = outputs.direction;
+      const auto row = [&](int64_t r) { return kBlocks ? outputs.b : outputs.b + r; };
+      V c[R], m[R];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        const bool cut = kRagged && direction.is_reset(outputs.t, row(first + r));
+        c[r] = cut ? V{} : load(c_state + (first + r) * state_step, count);
+      }
+      if (xg != nullptr) {
+        const A* maps = xg + first * gates_step;
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r, maps += gates_step) {
+          for (int gate = 0; gate < kGates; ++gate) gates[r][gate] += load(maps + order(0, gate), count);
+          if (!kBlocks) prefetch_gates(order, maps + kTogether * gates_step);
+        }
+      }
+      LstmCell<A>::template forward<R>(gates, c, m);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        const int64_t at = first + r;
+        const bool exists = !kRagged || direction.exists(outputs.t, row(at));
+        if (exists) store(c_state + at * state_step, c[r], count);
+        if constexpr (kKind != Kind::kStateOnly) {
+          if (c_all != nullptr) store(c_all + at * c_step, exists ? c[r] : V{}, count);
+          for (int gate = 0; gates_all != nullptr && gate < kGates; ++gate) {
+            store(gates_all + at * gates_step + order(0, gate), exists ? gates[r][gate] : V{}, count);
+          }
+          if (exists && (kRagged ? direction.is_last(outputs.t, row(at)) : outputs.final)) {
+            store(cn + at * state_step, c[r], count);
+          }
+          if (m_all != nullptr) {
+            if (exists) store(m_all + at * state_step, m[r], count);
+            continue;
+          }
+        }
+        outputs.template write<kRagged>(at, m[r], count);
+      }
+    }
+
+    const Outputs outputs;
+    const GateOrder<A>& order;
+    int64_t state_step, gates_step, c_step;  // from one of them to the next
+    const A* xg;
+    S *gates_all, *c_all, *cn;
+    A *c_state, *m_all;
+  };
+
   // The n-th step of the hidden units [unit, unit + count), at most `lanes`, for rows [row_begin, row_end): dot
   // products with the weights as they lie.
   void dot_units(int64_t n, int64_t d, int64_t unit, int64_t count, int64_t row_begin, int64_t row_end) const {
@@ -347,16 +378,17 @@ class Forward {
     for_each_chunk(row_begin, row_end, [&](int64_t b, int64_t rows) {
       V gates[kRowsAtATime][kGates];
       dots(gates, n, d, unit, count, b, rows);
-      finish(direction, n, d, b, rows, unit, count, gates);
+      Cells<false>(*this, direction, n, d, b, unit).all(rows, count, gates);
     });
   }
 
-  // Their affine maps without biases.
+  // Their affine maps, biases and all.
   void dots(V (*gates)[kGates], int64_t n, int64_t d, int64_t unit, int64_t count, int64_t b, int64_t rows) const {
     const Direction direction(s_, p_.sequence, d);
     const S* w_hh = static_cast<const S*>(p_.w_hh[d]) + unit * s_.P;
     const S* x = static_cast<const S*>(p_.x) + direction.row(direction.at(n), 0) * s_.I;
     for (int gate = 0; gate < kGates; ++gate) {
+      const V bias = sum_of_biases<S>(p_.b_ih[d], p_.b_hh[d], gate * s_.H + unit, count);
       for (int64_t r = 0; r < rows; ++r) {
         V sums[kUnits<A>];
         for (int64_t u = 0; u < kUnits<A>; ++u) sums[u] = V{};
@@ -364,7 +396,7 @@ class Forward {
         add_dots<A>(sums, w_ih, count, x + (b + r) * s_.I, s_.I);
         // The states of rows that are reset were made zero where they were written.
         if (enters(n)) add_dots<A>(sums, w_hh + gate * s_.H * s_.P, count, h(n, d) + (b + r) * s_.P, s_.P);
-        gates[r][gate] = sum_each<A>(sums);
+        gates[r][gate] = sum_each<A>(sums) + bias;
       }
     }
   }

@@ -1,5 +1,5 @@
 // The large matrix products around a launch: the input's affine map before it, the gradients of x and of the weights
-// after it. c = a @ b, or c += a @ b, where b is packed in panels (panel.h) and a may be transposed.
+// after it. c = start + a @ b, or c += a @ b, where b is packed in panels (panel.h) and a may be transposed.
 //
 // A worker computes kGemmRows rows of c at a time, in blocks of kGemmDepth along K: half a panel of that depth stays in
 // the first-level cache while the rows pass by, the rows in the second level, and a tile of them in registers, as in
@@ -68,7 +68,9 @@ class Gemm {
     for (int r = 0; r < R; ++r) {
       for (int v = 0; v < 2; ++v) __builtin_prefetch(c + r * p_.N + v * kUnits<A>, 1);
     }
-    accumulate<E, R, 2>(left, panel, p_.K, depth, zero<A>, [&](int r, int v, V value) {
+    const A* const start = k == 0 && p_.start != nullptr ? static_cast<const A*>(p_.start) + column : kZeros;
+    const auto start_of = [&](int, int v) { return load(start + v * kUnits<A>); };
+    accumulate<E, R, 2>(left, panel, p_.K, depth, start_of, [&](int r, int v, V value) {
       const int64_t count = columns - v * kUnits<A>;
       if (count <= 0) return;
       A* to = c + r * p_.N + v * kUnits<A>;
@@ -144,6 +146,7 @@ class Gemm {
     }
   }
 
+  static constexpr A kZeros[2 * kUnits<A>] = {};
   static constexpr int64_t kColumnsToPackFor = 128;
   static constexpr int64_t kInputsAtATime = 16;  // of all slivers, so that the next ones find their lines in the cache
 

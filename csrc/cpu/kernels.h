@@ -45,6 +45,7 @@ constexpr Kernels kernels_for() {
         }
         Forward<S>(params).run(worker);
       },
+      add_biases<S>,
       [](const ForwardParams& params) { Forward<S>(params).step_start(); },
       [](const ForwardParams& params, int64_t begin, int64_t end) { Forward<S>(params).step(begin, end); },
       [](const ForwardParams& params, int64_t begin, int64_t end) { Forward<S>(params).step_project(begin, end); },

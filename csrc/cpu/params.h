@@ -64,7 +64,7 @@ struct ForwardParams {
   const void* x;  // S [N][I]
   // The steps of this launch, counted as each direction goes through them; other launches do the others, in order.
   int64_t begin, end;
-  // A [rows of these steps][4H] of each direction: x @ w_ih^T, by time, each row in GateOrder; or null
+  // A [rows of these steps][4H] of each direction: x @ w_ih^T + b_ih + b_hh, by time, each row in GateOrder; or null
   const void* xg[2];
   const void* w_ih[2];   // S [4H][I]
   const void* w_hh[2];   // S [4H][P]
@@ -115,7 +115,7 @@ struct BackwardParams {
   Team team;
 };
 
-// c = a @ b, or c += a @ b, where b is packed in panels; see gemm.h.
+// c = start + a @ b, or c += a @ b, where b is packed in panels; see gemm.h.
 struct GemmParams {
   int64_t M, N, K;
   const void* a;  // A [M][K], or [K][M] where a_transposed
@@ -123,7 +123,9 @@ struct GemmParams {
   const void* panels;  // A, packed from [N][K] or [K][N]: outputs are counted as they lie in the panels
   void* c;             // A [M][N]
   bool accumulate;
-  bool by_columns;      // workers share the columns of c, as they share hidden units, and not its rows
+  bool by_columns;  // workers share the columns of c, as they share hidden units, and not its rows
+  // A [N, rounded up to whole half panels], of each row of c; or null. Not where accumulate.
+  const void* start = nullptr;
   bool is_odd = false;  // of pairs, a transposed: the last pair is a single row of a, and zeros
 };
 constexpr int64_t kGemmRows = 192;   // of c, that a worker computes at a time: a multiple of every tile's rows
@@ -136,6 +138,7 @@ using Pack = void (*)(const void* w, int64_t rows, int64_t columns, void* panel,
 // The kernels of one instruction set and one dtype. A worker function is called once for every worker of the team.
 struct Kernels {
   void (*forward)(const ForwardParams&, int worker);
+  void (*add_biases)(const void* b_ih, const void* b_hh, int64_t H, void* to);  // A to[4H], in GateOrder: their sum
   // T = 1: once step_start; then blocks of `lanes` units, [begin, end) of D * ceil(H / lanes); then, where projected,
   // outputs [begin, end) of D * P.
   void (*step_start)(const ForwardParams&);
