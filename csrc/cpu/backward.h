@@ -48,7 +48,7 @@ class Backward {
       return;
     }
     const int64_t blocks = unit_blocks();
-    Worker worker(p_.team, s_.D * blocks, index);
+    Worker worker(p_.team, s_.D * blocks, index, s_.B * kWide<A> * kGates * s_.H);
     worker.phase([&](int64_t chunk) {
       if (chunk % blocks == 0) start(chunk / blocks, 0, s_.B);
     });

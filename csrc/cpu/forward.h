@@ -69,7 +69,7 @@ class Forward {
     }
     // One Worker serves phases of different chunk counts by using the larger one; the surplus chunks are empty.
     const int64_t chunks = unit_chunks();
-    Worker worker(p_.team, s_.D * chunks, index);
+    Worker worker(p_.team, s_.D * chunks, index, s_.B * blocks_at_a_time_ * kWide<A> * s_.P);
     worker.phase([&](int64_t chunk) {
       if (chunk % chunks == 0 && p_.begin == 0) start(chunk / chunks, 0, s_.B);
     });

@@ -32,9 +32,11 @@ struct alignas(64) Line {
 
 class Worker {
  public:
-  Worker(const Team& team, int64_t chunks, int index)
+  // multiply_adds: of a chunk.
+  Worker(const Team& team, int64_t chunks, int index, int64_t multiply_adds)
       : lines_(static_cast<Line*>(team.lines)),
         chunks_(chunks),
+        spins_before_help_(multiply_adds < kLongChunk ? 256 : 32),
         first_(index * chunks / team.workers),
         last_((index + 1) * chunks / team.workers) {}
 
@@ -47,9 +49,9 @@ class Worker {
     if (finished() >= target) return;
     run_unclaimed(first_, last_ - first_, f);
     for (int spins = 0; finished() < target; ++spins) {
-      if (spins < kSpinsBeforeHelp) {
+      if (spins < spins_before_help_) {
         FUSEDRNN_PAUSE();
-      } else if (spins == kSpinsBeforeHelp) {
+      } else if (spins == spins_before_help_) {
         run_unclaimed(last_, chunks_, f);
       } else if (spins < kSpinsBeforeYield) {
         FUSEDRNN_PAUSE();
@@ -60,7 +62,9 @@ class Worker {
   }
 
  private:
-  static constexpr int kSpinsBeforeHelp = 256;
+  // Looking at who has finished goes on for a while before another's chunk is taken, whose weights are in the other
+  // core's cache; not for long where a chunk takes longer than reading them does.
+  static constexpr int64_t kLongChunk = 32768;
   static constexpr int kSpinsBeforeYield = 4096;
 
   int64_t finished() const { return __atomic_load_n(&lines_[0].value, __ATOMIC_ACQUIRE); }
@@ -85,6 +89,7 @@ class Worker {
 
   Line* lines_;
   int64_t chunks_;
+  int spins_before_help_;
   int64_t first_, last_;  // the chunks this worker owns
   int64_t phase_ = 0;
 };
