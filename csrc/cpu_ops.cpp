@@ -369,14 +369,10 @@ Tensors weight_gradients(const Layer& layer, StepGradients& steps, const Needs& 
   OptionalScratch x;
   for (int64_t d = 0; d < s.D; ++d) {
     // transposed [N][rows] @ panels of [N][columns]
-    const auto product = [&](int64_t rows, const void* transposed, int64_t columns, const void* panels,
-                             bool pairs = false) {
-      const Kernels& kernels = pairs ? layer.kernels : kernels_of(layer.compute);
-      Tensor out = empty({rows, columns}, layer.compute);
+    const auto product = [&](const void* transposed, Tensor& out, const void* panels, bool pairs) {
       const int64_t inputs = pairs ? blocks_of(N, 2) : N;
-      gemm(kernels, {rows, columns, inputs, transposed, true, panels, pointer(out), false, false, nullptr, N % 2 == 1},
-           pairs);
-      return out;
+      return GemmParams{out.size(0),  out.size(1), inputs, transposed, true,      panels,
+                        pointer(out), false,       false,  nullptr,    N % 2 == 1};
     };
     const bool pairs = layer.kernels.take_pairs();
     const void* const da = steps.da.at(d * N * 4 * s.H);
@@ -384,14 +380,22 @@ Tensors weight_gradients(const Layer& layer, StepGradients& steps, const Needs& 
       const bool needed = needs_weight(d, k);
       dweights.push_back(needed ? as(gradient(), layer.x.scalar_type()) : empty({0}, layer.x.scalar_type()));
     };
-    append(0, [&] {
+    Tensor dw_ih = empty({needs_weight(d, 0) ? 4 * s.H : 0, s.I}, layer.compute);
+    Tensor dw_hh = empty({needs_weight(d, 1) ? 4 * s.H : 0, s.P}, layer.compute);
+    std::optional<GemmParams> of_x, of_h;  // da is packed once for both
+    if (needs_weight(d, 0)) {
       if (!x.has_value()) x.emplace(packed_steps(layer));
-      return product(4 * s.H, da, s.I, pointer(x), pairs);
-    });
-    append(1, [&] {
+      of_x = product(da, dw_ih, pointer(x), pairs);
+    }
+    if (needs_weight(d, 1)) {
       const int64_t states = steps_of(layer.kernels, s.P, N).numbers(layer.kernels);
-      return product(4 * s.H, da, s.P, steps.h_in->at(d * states), pairs);
-    });
+      of_h = product(da, dw_hh, steps.h_in->at(d * states), pairs);
+      of_h->also = of_x.has_value() ? &*of_x : nullptr;
+    }
+    const Kernels& kernels = pairs ? layer.kernels : kernels_of(layer.compute);
+    if (of_x.has_value() || of_h.has_value()) gemm(kernels, of_h.has_value() ? *of_h : *of_x, pairs);
+    append(0, [&] { return dw_ih; });
+    append(1, [&] { return dw_hh; });
     if (layer.weights.biased()) {
       OptionalTensor db;
       const auto bias_gradient = [&] {
@@ -410,7 +414,9 @@ Tensors weight_gradients(const Layer& layer, StepGradients& steps, const Needs& 
         for_each_part(kernels, columns, 1, [&](int64_t, int64_t begin, int64_t end) {
           kernels.pack_columns(steps.m->at(d * N * s.H), N, s.H, m.begin(), begin, end);
         });
-        return product(s.P, steps.dh_out->at(d * N * s.P), s.H, m.begin());
+        Tensor dw_hr = empty({s.P, s.H}, layer.compute);
+        gemm(kernels, product(steps.dh_out->at(d * N * s.P), dw_hr, m.begin(), false));
+        return dw_hr;
       });
     }
   }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <utility>
 
 #include "cpu/plan.h"
 #include "cpu_layer.h"
@@ -80,18 +81,20 @@ Scratch packed(const Layer& layer, const Packing& packing, const F& matrix) {
   return panels;
 }
 
-// c = a @ b or c += a @ b, see params.h.
-void gemm(const Kernels& kernels, const GemmParams& params, bool pairs = false) {
+// c = start + a @ b or c += a @ b, see params.h.
+void gemm(const Kernels& kernels, GemmParams params, bool pairs = false) {
   const auto run = pairs ? kernels.gemm_pairs : kernels.gemm;
   const int64_t tiles = blocks_of(params.M, kernels.tile_rows), halves = blocks_of(params.N, 2 * kernels.lanes);
   const int64_t blocks = blocks_of(halves, 2);
-  const bool is_large = 2.0 * params.M * params.N * params.K >= kSerialFlops;
+  const int64_t columns = params.N + (params.also != nullptr ? params.also->N : 0);
+  const bool is_large = 2.0 * params.M * columns * params.K >= kSerialFlops;
   const int64_t threads = is_large ? torch::stable::get_num_threads() : 1;
   // Rows are shared, unless there are so few that a worker would hardly use what it reads of b.
   int64_t row_parts = blocks_of(params.M, kGemmRows), column_parts = 1;
   if (tiles >= 4 * threads && !params.by_columns) {
     row_parts = blocks_of(row_parts, threads) * threads;
   } else {
+    if (params.also != nullptr) gemm(kernels, *std::exchange(params.also, nullptr), pairs);
     column_parts = std::min(threads, blocks);
   }
   const int64_t own_bytes = kernels.gemm_scratch(params);

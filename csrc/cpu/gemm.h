@@ -34,32 +34,43 @@ class Gemm {
     return blocks_of(rows, kTileRows) * sliver(depth);
   }
 
-  // Rows [m, m_end) of c, at most kGemmRows of them, of the half panels [half, half_end). own: scratch() numbers.
+  // Rows [m, m_end) of c, at most kGemmRows of them, of the half panels [half, half_end), and of all of another product
+  // with the same a. own: scratch() numbers.
   void run(int64_t m, int64_t m_end, int64_t half, int64_t half_end, A* own) const {
-    const E* a = static_cast<const E*>(p_.a);
     const bool packed = packs();
     int64_t k = 0;
     do {  // also where K = 0, and c all zeros
       const int64_t depth = p_.K - k < kGemmDepth ? p_.K - k : kGemmDepth;
       if (packed) pack(m, m_end, k, depth, own);
-      for (int64_t n = half; n < half_end; ++n) {
-        const E* panel = static_cast<const E*>(p_.panels) + n / 2 * p_.K * kWide<A> + in_panel<A>(p_.K, k, n % 2 * 2);
-        for (int64_t row = m; row < m_end; row += kTileRows) {
-          with_rows<kTileRows>(m_end - row < kTileRows ? m_end - row : kTileRows, [&](auto R) {
-            if (packed) {
-              const E* sliver = reinterpret_cast<const E*>(own) + (row - m) / kTileRows * this->sliver(depth);
-              tile<R.kCount>(Sliver<E>{sliver}, panel, k, depth, row, n);
-            } else {
-              tile<R.kCount>(StridedRows<E, R.kCount>(a + row * p_.K + k, p_.K), panel, k, depth, row, n);
-            }
-          });
-        }
+      columns(m, m_end, half, half_end, k, depth, packed ? own : nullptr);
+      if (p_.also != nullptr) {
+        const int64_t halves = blocks_of(p_.also->N, 2 * kUnits<A>);
+        Gemm(*p_.also).columns(m, m_end, 0, halves, k, depth, packed ? own : nullptr);
       }
       k += kGemmDepth;
     } while (k < p_.K);
   }
 
  private:
+  // Inputs [k, k + depth) of these rows and half panels; slivers is null where the rows are read as they lie.
+  void columns(int64_t m, int64_t m_end, int64_t half, int64_t half_end, int64_t k, int64_t depth,
+               const A* slivers) const {
+    const E* a = static_cast<const E*>(p_.a);
+    for (int64_t n = half; n < half_end; ++n) {
+      const E* panel = static_cast<const E*>(p_.panels) + n / 2 * p_.K * kWide<A> + in_panel<A>(p_.K, k, n % 2 * 2);
+      for (int64_t row = m; row < m_end; row += kTileRows) {
+        with_rows<kTileRows>(m_end - row < kTileRows ? m_end - row : kTileRows, [&](auto R) {
+          if (slivers != nullptr) {
+            const E* sliver = reinterpret_cast<const E*>(slivers) + (row - m) / kTileRows * this->sliver(depth);
+            tile<R.kCount>(Sliver<E>{sliver}, panel, k, depth, row, n);
+          } else {
+            tile<R.kCount>(StridedRows<E, R.kCount>(a + row * p_.K + k, p_.K), panel, k, depth, row, n);
+          }
+        });
+      }
+    }
+  }
+
   template <int R, class Left>
   FUSEDRNN_INLINE void tile(Left left, const E* panel, int64_t k, int64_t depth, int64_t row, int64_t half) const {
     const int64_t column = half * 2 * kUnits<A>, columns = p_.N - column;

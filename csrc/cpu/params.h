@@ -127,6 +127,8 @@ struct GemmParams {
   // A [N, rounded up to whole half panels], of each row of c; or null. Not where accumulate.
   const void* start = nullptr;
   bool is_odd = false;  // of pairs, a transposed: the last pair is a single row of a, and zeros
+  // Another product with the same a, M and K, which is packed once for both; or null. Workers share rows then.
+  const GemmParams* also = nullptr;
 };
 constexpr int64_t kGemmRows = 192;   // of c, that a worker computes at a time: a multiple of every tile's rows
 constexpr int64_t kGemmDepth = 384;  // along K; kGemmRows by kGemmDepth is a part of the second-level cache
@@ -147,7 +149,8 @@ struct Kernels {
   void (*backward)(const BackwardParams&, int worker);
   // Fills h_in for inputs [begin, end) of D * N; of D * ceil(N / 2) where there is gemm_pairs.
   void (*entering_states)(const BackwardParams&, int64_t begin, int64_t end);
-  // Rows [m, m_end), at most kGemmRows, and half panels [half, half_end) of c. own: gemm_scratch bytes.
+  // Rows [m, m_end), at most kGemmRows, and half panels [half, half_end) of c; all of those of `also`. own:
+  // gemm_scratch bytes.
   void (*gemm)(const GemmParams&, int64_t m, int64_t m_end, int64_t half, int64_t half_end, void* own);
   // The same where a and panels are pairs of 16-bit numbers; or null. K counts pairs.
   void (*gemm_pairs)(const GemmParams&, int64_t m, int64_t m_end, int64_t half, int64_t half_end, void* own);
