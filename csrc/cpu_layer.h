@@ -154,6 +154,8 @@ struct Layer {
     STD_TORCH_CHECK(tensor->scalar_type() == x.scalar_type(), name, " must have the dtype of x");
   }
 
+  int64_t compute_bytes() const { return compute == ScalarType::Double ? 8 : 4; }
+
   bool is_packed() const { return x.dim() == 2 && lengths.has_value(); }
   bool is_cell() const { return x.dim() == 2 && !lengths.has_value(); }
 

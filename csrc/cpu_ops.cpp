@@ -81,7 +81,7 @@ void forward_step(const Layer& layer, ForwardParams& params) {
 // kept, and still fill the rows of a matrix product for every thread.
 int64_t steps_at_a_time(const Layer& layer) {
   const Sizes& s = layer.sizes;
-  const int64_t row_bytes = s.D * 4 * s.H * (layer.compute == ScalarType::Double ? 8 : 4);
+  const int64_t row_bytes = s.D * 4 * s.H * layer.compute_bytes();
   const int64_t rows = std::max(kChunkBytes / row_bytes, kGemmRows * torch::stable::get_num_threads());
   const int64_t parts = blocks_of(s.N, rows);
   return blocks_of(s.T, parts);
@@ -93,8 +93,8 @@ class Biases {
   Biases(const Layer& layer, const ForwardParams& params) {
     if (!layer.weights.biased()) return;
     const Sizes& s = layer.sizes;
-    const int64_t bytes = layer.compute == ScalarType::Double ? 8 : 4;
-    of_direction_ = blocks_of(4 * s.H, 4 * layer.kernels.lanes) * 4 * layer.kernels.lanes * bytes;
+    const int64_t width = 4 * layer.kernels.lanes;
+    of_direction_ = blocks_of(4 * s.H, width) * width * layer.compute_bytes();
     storage_.emplace(s.D * of_direction_);
     for (int64_t d = 0; d < s.D; ++d) layer.kernels.add_biases(params.b_ih[d], params.b_hh[d], s.H, of(d));
   }
@@ -174,7 +174,7 @@ void forward(const Layer& layer, Outputs& out) {
   const Sizes& s = layer.sizes;
   if (s.B == 0) return;
   const int64_t h_size = 2 * s.D * s.B * s.P, c_size = s.D * s.B * s.H;
-  const int64_t bytes = layer.compute == ScalarType::Double ? 8 : 4;
+  const int64_t bytes = layer.compute_bytes();
   const CacheLines scratch((h_size + (s.projected ? 2 : 1) * c_size) * bytes);
   char* const h = scratch.begin();
   char* const c_state = h + h_size * bytes;
@@ -371,8 +371,16 @@ Tensors weight_gradients(const Layer& layer, StepGradients& steps, const Needs& 
     // transposed [N][rows] @ panels of [N][columns]
     const auto product = [&](const void* transposed, Tensor& out, const void* panels, bool pairs) {
       const int64_t inputs = pairs ? blocks_of(N, 2) : N;
-      return GemmParams{out.size(0),  out.size(1), inputs, transposed, true,      panels,
-                        pointer(out), false,       false,  nullptr,    N % 2 == 1};
+      return GemmParams{.M = out.size(0),
+                        .N = out.size(1),
+                        .K = inputs,
+                        .a = transposed,
+                        .a_transposed = true,
+                        .panels = panels,
+                        .c = pointer(out),
+                        .accumulate = false,
+                        .by_columns = false,
+                        .is_odd = N % 2 == 1};
     };
     const bool pairs = layer.kernels.take_pairs();
     const void* const da = steps.da.at(d * N * 4 * s.H);
@@ -392,8 +400,9 @@ Tensors weight_gradients(const Layer& layer, StepGradients& steps, const Needs& 
       of_h = product(da, dw_hh, steps.h_in->at(d * states), pairs);
       of_h->also = of_x.has_value() ? &*of_x : nullptr;
     }
-    const Kernels& kernels = pairs ? layer.kernels : kernels_of(layer.compute);
-    if (of_x.has_value() || of_h.has_value()) gemm(kernels, of_h.has_value() ? *of_h : *of_x, pairs);
+    if (of_x.has_value() || of_h.has_value()) {
+      gemm(pairs ? layer.kernels : kernels_of(layer.compute), of_h.has_value() ? *of_h : *of_x, pairs);
+    }
     append(0, [&] { return dw_ih; });
     append(1, [&] { return dw_hh; });
     if (layer.weights.biased()) {

@@ -43,7 +43,7 @@ int64_t panel_bytes(const Layer& layer) {
   const Kernels& kernels = layer.kernels;
   const int64_t numbers = input_packing(layer).numbers(kernels) + recurrent_packing(layer).numbers(kernels) +
                           (layer.sizes.projected ? projection_packing(layer).numbers(kernels) : 0);
-  return layer.sizes.D * numbers * (layer.compute == ScalarType::Double ? 8 : 4);
+  return layer.sizes.D * numbers * layer.compute_bytes();
 }
 
 // Inference keeps packed weights, and looks at every call whether the weights still are what was packed: reading them

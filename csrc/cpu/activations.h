@@ -35,8 +35,9 @@ struct Exp<double> {
   static constexpr double kTanhIsOne = 19.1;
 };
 
-// Both functions are of e^(f x) for a factor f that is a power of two or its negative, so that constants times f are as
-// exact. result() is of scale = 2^n, r and p = f (P[0] + P[1] f r + ...): (e^(f r) - 1) / f = r + r^2 p.
+// Both functions are of e^(f x) = 2^n e^(f r), for x = n ln(2) / f + r and a factor f that is a power of two or its
+// negative, so that constants times f, or over it, are as exact. result() is of scale = 2^n, r and
+// p = f (P[0] + P[1] f r + ...), so that (e^(f r) - 1) / f = r + r^2 p.
 
 // 1 / (1 + e^-x)
 template <class A>
