@@ -154,7 +154,7 @@ struct Layer {
     STD_TORCH_CHECK(tensor->scalar_type() == x.scalar_type(), name, " must have the dtype of x");
   }
 
-  int64_t compute_bytes() const { return compute == ScalarType::Double ? 8 : 4; }
+  int64_t compute_bytes() const { return bytes_of(compute); }
 
   bool is_packed() const { return x.dim() == 2 && lengths.has_value(); }
   bool is_cell() const { return x.dim() == 2 && !lengths.has_value(); }
@@ -162,6 +162,9 @@ struct Layer {
   // Of a tensor with `size` numbers for each row: [T, B, size], or [N, size].
   Tensor empty_rows(int64_t size, ScalarType dtype) const {
     return is_packed() ? empty({sizes.N, size}, dtype) : empty({sizes.T, sizes.B, size}, dtype);
+  }
+  Tensor recycled_rows(int64_t size, ScalarType dtype) const {
+    return is_packed() ? recycled({sizes.N, size}, dtype) : recycled({sizes.T, sizes.B, size}, dtype);
   }
   void check_rows(const char* name, const OptionalTensor& tensor, int64_t size) const {
     if (!tensor.has_value()) return;
@@ -173,9 +176,10 @@ struct Layer {
   }
 
   // The gates, [D, T, B, 4H], or [D, N, 4H].
-  Tensor empty_gates() const {
+  Tensor recycled_gates() const {
     const Sizes& s = sizes;
-    return is_packed() ? empty({s.D, s.N, 4 * s.H}, x.scalar_type()) : empty({s.D, s.T, s.B, 4 * s.H}, x.scalar_type());
+    const ScalarType dtype = x.scalar_type();
+    return is_packed() ? recycled({s.D, s.N, 4 * s.H}, dtype) : recycled({s.D, s.T, s.B, 4 * s.H}, dtype);
   }
   void check_gates(const Tensor& gates) const {
     const Sizes& s = sizes;

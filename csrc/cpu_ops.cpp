@@ -35,7 +35,7 @@ class CacheLines {
  public:
   static constexpr size_t kLine = 64;
 
-  explicit CacheLines(size_t bytes) : storage_(new char[bytes + kLine]) {}
+  explicit CacheLines(size_t bytes) : storage_(new char[bytes + kLine]) { poison(storage_.get(), bytes + kLine); }
 
   char* begin() const {
     return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(storage_.get()) + kLine - 1) / kLine * kLine);
@@ -216,8 +216,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_forward(Tensor x, Tensors
   const Sizes& s = layer.sizes;
   const ScalarType dtype = x.scalar_type();
   Outputs out(layer);
-  if (cell_states || reserve) out.c = layer.empty_rows(s.D * s.H, dtype);
-  if (reserve) out.gates = layer.empty_gates();
+  if (cell_states || reserve) {
+    out.c = cell_states ? layer.empty_rows(s.D * s.H, dtype) : layer.recycled_rows(s.D * s.H, dtype);
+  }
+  if (reserve) out.gates = layer.recycled_gates();
   forward(layer, out);
   const auto present = [&](const OptionalTensor& tensor) { return tensor.has_value() ? *tensor : empty({0}, dtype); };
   return {out.y, out.hn, out.cn, present(out.c), present(out.gates)};
@@ -298,7 +300,7 @@ StepGradients backward_sequence(const Layer& layer, BackwardParams& params, bool
 // dx as one matrix product a direction over all steps.
 Tensor input_gradient(const Layer& layer, const StepGradients& steps) {
   const Sizes& s = layer.sizes;
-  Tensor dx = layer.empty_rows(s.I, layer.compute);
+  Tensor dx = layer.recycled_rows(s.I, layer.compute);
   const Packing w_ih = paired(columns_of, layer.kernels, s.I, 4 * s.H);
   const Scratch panels = packed(layer, w_ih, [&](int64_t d) { return layer.weights.w_ih(d); });
   for (int64_t d = 0; d < s.D; ++d) {
@@ -388,8 +390,8 @@ Tensors weight_gradients(const Layer& layer, StepGradients& steps, const Needs& 
       const bool needed = needs_weight(d, k);
       dweights.push_back(needed ? as(gradient(), layer.x.scalar_type()) : empty({0}, layer.x.scalar_type()));
     };
-    Tensor dw_ih = empty({needs_weight(d, 0) ? 4 * s.H : 0, s.I}, layer.compute);
-    Tensor dw_hh = empty({needs_weight(d, 1) ? 4 * s.H : 0, s.P}, layer.compute);
+    Tensor dw_ih = recycled({needs_weight(d, 0) ? 4 * s.H : 0, s.I}, layer.compute);
+    Tensor dw_hh = recycled({needs_weight(d, 1) ? 4 * s.H : 0, s.P}, layer.compute);
     std::optional<GemmParams> of_x, of_h;  // da is packed once for both
     if (needs_weight(d, 0)) {
       if (!x.has_value()) x.emplace(packed_steps(layer));
@@ -423,7 +425,7 @@ Tensors weight_gradients(const Layer& layer, StepGradients& steps, const Needs& 
         for_each_part(kernels, columns, 1, [&](int64_t, int64_t begin, int64_t end) {
           kernels.pack_columns(steps.m->at(d * N * s.H), N, s.H, m.begin(), begin, end);
         });
-        Tensor dw_hr = empty({s.P, s.H}, layer.compute);
+        Tensor dw_hr = recycled({s.P, s.H}, layer.compute);
         gemm(kernels, product(steps.dh_out->at(d * N * s.P), dw_hr, m.begin(), false));
         return dw_hr;
       });
@@ -515,18 +517,21 @@ std::string cpu_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int6
          (team.split == Team::Split::kRows ? "batch rows, no synchronisation" : "hidden units, meeting at every step");
 }
 
-// Sets how many bytes of packed weights may be kept, and as many of scratch, or leaves that as it is. Returns it, and
+// Sets how many bytes of packed weights may be kept, and as many of memory, or leaves that as it is. Returns it, and
 // how many are kept of each.
 std::tuple<int64_t, int64_t, int64_t> cpu_keep(std::optional<int64_t> limit) {
   STD_TORCH_CHECK(!limit.has_value() || *limit >= 0, "limit must be 0 or more bytes, got ", limit.value_or(0));
   Kept<SharedPanels>& panels = kept_panels();
-  ScratchPool& scratch = ScratchPool::instance();
+  MemoryPool& memory = MemoryPool::instance();
   if (limit.has_value()) {
     panels.set_limit(*limit);
-    scratch.set_limit(*limit);
+    memory.set_limit(*limit);
   }
-  return {panels.limit(), panels.bytes(), scratch.bytes()};
+  return {panels.limit(), panels.bytes(), memory.bytes()};
 }
+
+// Whether memory is filled with NaN before it is worked in or returned.
+void cpu_poison(bool on) { poisons = on; }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CPU, library) {
   library.impl("cpu_forward", TORCH_BOX(&cpu_forward));
@@ -538,6 +543,7 @@ STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CompositeExplicitAutograd, library) {
   library.impl("cpu_isa", TORCH_BOX(&cpu_isa));
   library.impl("cpu_keep", TORCH_BOX(&cpu_keep));
   library.impl("cpu_plan", TORCH_BOX(&cpu_plan));
+  library.impl("cpu_poison", TORCH_BOX(&cpu_poison));
 }
 
 }  // namespace

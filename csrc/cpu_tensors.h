@@ -1,4 +1,4 @@
-// What the CPU operators need of torch's tensors: to allocate them, to look into them, and scratch.
+// What the CPU operators need of torch's tensors: to allocate them, to look into them, and memory to work in.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -11,14 +11,23 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <initializer_list>
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <utility>
 #include <vector>
 
 #include "cpu/kept.h"
+
+// torch's from 2.11 on, and null with 2.10. A tensor of memory that is somebody else's, who learns when it is let go of.
+extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
+    void* data, int64_t ndim, const int64_t* sizes, const int64_t* strides, int64_t storage_offset, int32_t dtype,
+    int32_t device_type, int32_t device_index, AtenTensorHandle* tensor, int32_t layout, const uint8_t* opaque_metadata,
+    int64_t opaque_metadata_size, void (*deleter)(void* data, void* context), void* context);
 
 namespace fusedrnn {
 namespace {
@@ -50,6 +59,10 @@ int32_t dtype_code(ScalarType dtype) {
   }
 }
 
+int64_t bytes_of(ScalarType dtype) {
+  return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+}
+
 // Where the kernel grants large pages to who asks for them, asks for large tensors, as NumPy does: the first touch of
 // each of 4 KiB costs a microsecond, of which training with a large batch would have tens of thousands.
 void advise(Tensor& tensor) {
@@ -63,17 +76,36 @@ void advise(Tensor& tensor) {
 #endif
 }
 
+// Whether memory that is handed out is filled with NaN before, for tests.
+std::atomic<bool> poisons{false};
+
+void poison(void* memory, size_t bytes) {
+  if (poisons.load(std::memory_order_relaxed)) std::memset(memory, 0xff, bytes);  // which is NaN in every dtype
+}
+
+// The strides of a contiguous tensor of at most four dimensions, and how many numbers it has.
+struct Contiguous {
+  explicit Contiguous(std::initializer_list<int64_t> size) {
+    int64_t stride = 1;
+    for (size_t k = size.size(); k-- > 0; stride *= std::max<int64_t>(1, size.begin()[k])) {
+      strides[k] = stride;
+      numbers *= size.begin()[k];
+    }
+  }
+
+  std::array<int64_t, 4> strides{};
+  int64_t numbers = 1;
+};
+
 // On the CPU. Not through the dispatcher, which a single time step would feel.
 Tensor empty(std::initializer_list<int64_t> size, ScalarType dtype) {
-  std::array<int64_t, 4> strides{};
-  int64_t numel = 1;
-  for (size_t k = size.size(); k-- > 0; numel *= std::max<int64_t>(1, size.begin()[k])) strides[k] = numel;
   AtenTensorHandle handle = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(size.size()), size.begin(),
-                                                         strides.data(), dtype_code(dtype),
+                                                         Contiguous(size).strides.data(), dtype_code(dtype),
                                                          aoti_torch_device_type_cpu(), 0, &handle));
   Tensor tensor(handle);
   advise(tensor);
+  poison(tensor.mutable_data_ptr(), static_cast<size_t>(tensor.numel()) * tensor.element_size());
   return tensor;
 }
 
@@ -109,9 +141,9 @@ void check_size(const char* name, const Tensor& tensor, std::initializer_list<in
   STD_TORCH_CHECK(same, name, " has the wrong shape for this layer");
 }
 
-// How many bytes may be kept from call to call: of scratch, and as many of packed weights.
+// How many bytes may be kept from call to call: of memory, and as many of packed weights.
 int64_t kept_by_default() {
-  constexpr int64_t kDefaultMib = 64, kMostMib = int64_t{1} << 40;
+  constexpr int64_t kDefaultMib = 128, kMostMib = int64_t{1} << 40;
   const char* const text = std::getenv("FUSEDRNN_CPU_KEEP_MIB");
   if (text == nullptr) return kDefaultMib << 20;
   char* end = nullptr;
@@ -129,27 +161,28 @@ struct Block {
   int64_t bytes;
 };
 
-// Memory that calls have worked in, for the next ones. Memory that is new to the process has to be found and cleared by
-// the system page by page, which takes a tenth of a training step with large weights, and far more where the allocator
-// gives it back after every call.
-class ScratchPool : public Shelf<Block> {
+// Memory that calls have worked in, or that the caller has let go of, for the next ones. Memory that is new to the
+// process has to be found and cleared by the system page by page, which takes a tenth to a third of a training step with
+// large weights, wherever the allocator gives it back after every call.
+class MemoryPool : public Shelf<Block> {
  public:
+  static constexpr int64_t kSmall = 64 << 10;  // bytes: less than that has its place in any allocator
   using Shelf<Block>::Shelf;
 
   // Never destroyed: tensors should not be, when torch itself is.
-  static ScratchPool& instance() {
-    static auto* const pool = new ScratchPool(kept_by_default());
+  static MemoryPool& instance() {
+    static auto* const pool = new MemoryPool(kept_by_default());
     return *pool;
   }
 
-  // At least as many numbers.
-  Tensor take(int64_t numbers, ScalarType dtype) {
+  // At least as many numbers, and at most so many.
+  Tensor take(int64_t numbers, int64_t most, ScalarType dtype) {
     {
       const std::lock_guard lock(mutex_);
       auto best = items_.end();
       for (auto block = items_.begin(); block != items_.end(); ++block) {
         const int64_t size = block->tensor.numel();
-        const bool fits = block->tensor.scalar_type() == dtype && size >= numbers && size <= 2 * numbers;
+        const bool fits = block->tensor.scalar_type() == dtype && size >= numbers && size <= most;
         if (fits && (best == items_.end() || size < best->tensor.numel())) best = block;
       }
       if (best != items_.end()) return take_out(best).tensor;
@@ -158,7 +191,6 @@ class ScratchPool : public Shelf<Block> {
   }
 
   void give(Tensor memory) {
-    constexpr int64_t kSmall = 64 << 10;  // less than that has its place in any allocator
     Block block(std::move(memory));
     if (block.bytes < kSmall) return;
     const std::lock_guard lock(mutex_);
@@ -166,15 +198,36 @@ class ScratchPool : public Shelf<Block> {
   }
 };
 
+// As `empty`, of what only backward reads, and of gradients: their memory comes from the pool, and goes back to it when
+// nobody holds them any more. torch cannot resize such a tensor, as it can what it has allocated itself. With torch 2.10,
+// which has no way to tell when a tensor is let go of, it is `empty`.
+Tensor recycled(std::initializer_list<int64_t> size, ScalarType dtype) {
+  const Contiguous layout(size);
+  if (torch_from_blob == nullptr || layout.numbers * bytes_of(dtype) < MemoryPool::kSmall) return empty(size, dtype);
+  const int64_t most = layout.numbers + layout.numbers / 8;  // who keeps it keeps all of it
+  auto block = std::make_unique<Tensor>(MemoryPool::instance().take(layout.numbers, most, dtype));
+  const auto give = [](void*, void* memory) {
+    const std::unique_ptr<Tensor> block(static_cast<Tensor*>(memory));
+    MemoryPool::instance().give(std::move(*block));
+  };
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(
+      block->mutable_data_ptr(), static_cast<int64_t>(size.size()), size.begin(), layout.strides.data(), 0,
+      dtype_code(dtype), aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(), nullptr, 0, give,
+      block.get()));
+  block.release();
+  return Tensor(handle);
+}
+
 // Numbers to work with, uninitialised, for as long as this lives.
 class Scratch {
  public:
-  Scratch(int64_t numbers, ScalarType dtype) : block_(ScratchPool::instance().take(numbers, dtype)) {}
+  Scratch(int64_t numbers, ScalarType dtype) : block_(MemoryPool::instance().take(numbers, 2 * numbers, dtype)) {}
   Scratch(Scratch&& other) noexcept : block_(std::exchange(other.block_, std::nullopt)) {}
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   ~Scratch() {
-    if (block_.has_value()) ScratchPool::instance().give(std::move(*block_));
+    if (block_.has_value()) MemoryPool::instance().give(std::move(*block_));
   }
 
   void* at(int64_t offset) const { return fusedrnn::at(*block_, offset); }

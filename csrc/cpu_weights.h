@@ -50,7 +50,7 @@ int64_t panel_bytes(const Layer& layer) {
 // takes a sixth of the time of packing them. No version is trusted, which does not count what is written through .data,
 // NumPy or another process.
 Kept<SharedPanels>& kept_panels() {
-  static auto* const kept = new Kept<SharedPanels>(kept_by_default());  // never destroyed, as scratch is not
+  static auto* const kept = new Kept<SharedPanels>(kept_by_default());  // never destroyed, as the pool is not
   return *kept;
 }
 

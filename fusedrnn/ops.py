@@ -260,8 +260,10 @@ _library.define(
     "-> (Tensor y, Tensor hn, Tensor cn)"
 )
 _library.define("cpu_isa(str? select=None) -> str")
-# How many bytes of packed weights, and as many of scratch, may be kept from call to call; and how many are.
-_library.define("cpu_keep(int? limit=None) -> (int limit, int weights, int scratch)")
+# How many bytes of packed weights, and as many of other memory, may be kept from call to call; and how many are.
+_library.define("cpu_keep(int? limit=None) -> (int limit, int weights, int memory)")
+# Whether memory is filled with NaN before it is worked in or returned, for tests.
+_library.define("cpu_poison(bool on) -> ()")
 _library.define("cpu_plan(int T, int B, int I, int H, int P, int D, bool float64) -> str")
 
 

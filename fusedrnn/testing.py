@@ -36,9 +36,9 @@ def devices() -> list[str]:
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Inside, torch.empty and all that allocates as it does is filled with NaN (integers: their largest value).
+    """Inside, torch.empty and all that allocates as it does is filled with NaN (integers: their largest value), and so
+    is what the CPU kernels allocate for themselves, who keep no memory meanwhile.
 
-    The CPU kernels keep no scratch meanwhile, which would be what an earlier call has left.
     It switches torch's deterministic mode on, for the whole process. Operators that have no deterministic version only
     warn in it: the filling is what is wanted here.
     """
@@ -47,7 +47,7 @@ def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     memory.fill_uninitialized_memory = True
     try:
-        with nothing_kept():
+        with nothing_kept(), _cpu_poisoned():
             yield
     finally:
         memory.fill_uninitialized_memory = fill
@@ -55,8 +55,21 @@ def poisoned() -> Iterator[None]:
 
 
 @contextmanager
+def _cpu_poisoned() -> Iterator[None]:
+    """Memory that the CPU kernels allocate is filled with NaN: they do not ask for it as torch.empty does."""
+    if ops.cpu_unavailable is not None:
+        yield
+        return
+    torch.ops.fusedrnn.cpu_poison(True)
+    try:
+        yield
+    finally:
+        torch.ops.fusedrnn.cpu_poison(False)
+
+
+@contextmanager
 def nothing_kept() -> Iterator[None]:
-    """Inside, the CPU kernels keep neither packed weights nor scratch from call to call; what they kept is given up."""
+    """Inside, the CPU kernels keep neither packed weights nor memory from call to call; what they kept is given up."""
     if ops.cpu_unavailable is not None:
         yield
         return

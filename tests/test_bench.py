@@ -482,9 +482,9 @@ def test_peak_memory_sees_what_is_kept():
         module(x)[0].sum().backward()
 
     step()
-    _, _, scratch = torch.ops.fusedrnn.cpu_keep()
-    assert scratch > 12 * 2**20
-    assert timing.peak_bytes(step, "cpu") > scratch
+    _, _, memory = torch.ops.fusedrnn.cpu_keep()
+    assert memory > 12 * 2**20
+    assert timing.peak_bytes(step, "cpu") > memory
     limit, _, again = torch.ops.fusedrnn.cpu_keep()
     assert again > 0
     assert limit > 0

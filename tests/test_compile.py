@@ -351,6 +351,7 @@ def test_opcheck_of_what_computes_no_tensor():
     if fusedrnn.backends()["cpu"] is None:
         torch.library.opcheck(torch.ops.fusedrnn.cpu_isa.default, (None,), test_utils=utils)
         torch.library.opcheck(torch.ops.fusedrnn.cpu_keep.default, (None,), test_utils=utils)
+        torch.library.opcheck(torch.ops.fusedrnn.cpu_poison.default, (False,), test_utils=utils)
         torch.library.opcheck(torch.ops.fusedrnn.cpu_plan.default, (4, 3, I, H, H, 1, False), test_utils=utils)
     names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("fusedrnn::")}
     pairs = {
@@ -358,4 +359,4 @@ def test_opcheck_of_what_computes_no_tensor():
     }
     library = {f"cuda_{name}" for name in ("launch_forward", "launch_backward", "room", "obstacle", "device_type")}
     # What is new has to be checked: here, triton's and cuda's in test_triton.py and test_cuda.py.
-    assert names == {*pairs, "cpu_infer", "cpu_isa", "cpu_keep", "cpu_plan", *library}
+    assert names == {*pairs, "cpu_infer", "cpu_isa", "cpu_keep", "cpu_plan", "cpu_poison", *library}
