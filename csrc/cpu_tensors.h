@@ -23,7 +23,8 @@
 
 #include "cpu/kept.h"
 
-// torch's from 2.11 on, and null with 2.10. A tensor of memory that is somebody else's, who learns when it is let go of.
+// torch's from 2.11 on, and null with 2.10. A tensor of memory that is somebody else's, who learns when it is let go
+// of.
 extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
     void* data, int64_t ndim, const int64_t* sizes, const int64_t* strides, int64_t storage_offset, int32_t dtype,
     int32_t device_type, int32_t device_index, AtenTensorHandle* tensor, int32_t layout, const uint8_t* opaque_metadata,
@@ -59,9 +60,7 @@ int32_t dtype_code(ScalarType dtype) {
   }
 }
 
-int64_t bytes_of(ScalarType dtype) {
-  return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
-}
+int64_t bytes_of(ScalarType dtype) { return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2; }
 
 // Where the kernel grants large pages to who asks for them, asks for large tensors, as NumPy does: the first touch of
 // each of 4 KiB costs a microsecond, of which training with a large batch would have tens of thousands.
@@ -80,7 +79,7 @@ void advise(Tensor& tensor) {
 std::atomic<bool> poisons{false};
 
 void poison(void* memory, size_t bytes) {
-  if (poisons.load(std::memory_order_relaxed)) std::memset(memory, 0xff, bytes);  // which is NaN in every dtype
+  if (bytes > 0 && poisons.load(std::memory_order_relaxed)) std::memset(memory, 0xff, bytes);  // NaN in every dtype
 }
 
 // The strides of a contiguous tensor of at most four dimensions, and how many numbers it has.
@@ -162,8 +161,8 @@ struct Block {
 };
 
 // Memory that calls have worked in, or that the caller has let go of, for the next ones. Memory that is new to the
-// process has to be found and cleared by the system page by page, which takes a tenth to a third of a training step with
-// large weights, wherever the allocator gives it back after every call.
+// process has to be found and cleared by the system page by page, which takes a tenth to a third of a training step
+// with large weights, wherever the allocator gives it back after every call.
 class MemoryPool : public Shelf<Block> {
  public:
   static constexpr int64_t kSmall = 64 << 10;  // bytes: less than that has its place in any allocator
@@ -199,8 +198,8 @@ class MemoryPool : public Shelf<Block> {
 };
 
 // As `empty`, of what only backward reads, and of gradients: their memory comes from the pool, and goes back to it when
-// nobody holds them any more. torch cannot resize such a tensor, as it can what it has allocated itself. With torch 2.10,
-// which has no way to tell when a tensor is let go of, it is `empty`.
+// nobody holds them any more. torch cannot resize such a tensor, as it can what it has allocated itself. With
+// torch 2.10, which has no way to tell when a tensor is let go of, it is `empty`.
 Tensor recycled(std::initializer_list<int64_t> size, ScalarType dtype) {
   const Contiguous layout(size);
   if (torch_from_blob == nullptr || layout.numbers * bytes_of(dtype) < MemoryPool::kSmall) return empty(size, dtype);
@@ -211,10 +210,10 @@ Tensor recycled(std::initializer_list<int64_t> size, ScalarType dtype) {
     MemoryPool::instance().give(std::move(*block));
   };
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(
-      block->mutable_data_ptr(), static_cast<int64_t>(size.size()), size.begin(), layout.strides.data(), 0,
-      dtype_code(dtype), aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(), nullptr, 0, give,
-      block.get()));
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(block->mutable_data_ptr(), static_cast<int64_t>(size.size()),
+                                                size.begin(), layout.strides.data(), 0, dtype_code(dtype),
+                                                aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(),
+                                                nullptr, 0, give, block.get()));
   block.release();
   return Tensor(handle);
 }
