@@ -20,6 +20,7 @@ from . import (
     cases,
     compare,
     contenders,
+    memory,
     models,
     on_a_gpu,
     plot,
@@ -102,6 +103,13 @@ def _parser() -> argparse.ArgumentParser:
         help="for the rounds of one cell; when it is over, five rounds have to do (%(default)s)",
     )
     add("--busy", action="store_true", help="time all once more while another process has one core busy; on the CPU")
+    add(
+        "--memory",
+        choices=tuple(memory.FREED),
+        default="kept",
+        help="what becomes of memory that is freed, on the CPU: the process keeps it and nobody pays for new pages, or "
+        "it is returned to the system at once and all do (%(default)s)",
+    )
     add("--steps", type=arguments.whole(2), default=10, help="over which losses of a model are compared (%(default)s)")
     add("--time-wrong", action="store_true", help="time also what was found wrong; it stays marked as such")
     add(
@@ -187,7 +195,7 @@ def _bench(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         if not options.resume:
             (folder / "losses.csv").unlink(missing_ok=True)  # of a run before, which the pictures must not show
-        facts = provenance.collect(device)
+        facts = provenance.collect(device) | {"memory": memory.settle(options.memory) if device == "cpu" else ""}
         writer = results.Writer(folder / "results.csv", facts, options.resume)
         if options.resume:
             rows, _ = results.read(folder / "results.csv")
@@ -294,8 +302,8 @@ def _plot(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
 def _compare(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     (before, old), (after, new) = (arguments.read(path, parser) for path in (options.before, options.after))
-    for name in ("cpu", "gpu", "threads", "torch"):
-        if old.get(name) != new.get(name):
+    for name in ("cpu", "gpu", "threads", "torch", "memory"):
+        if old.get(name, "") != new.get(name, ""):
             print(f"note: {name} is {old.get(name)!r} in A and {new.get(name)!r} in B")
     changes = compare.compare(before, after, options.threshold, options.relative)
     print("\n".join(compare.lines(changes, options.relative)))

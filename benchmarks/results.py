@@ -67,7 +67,7 @@ class Row:
 
 
 _TYPES: dict[str, Any] = {"str": str, "int | None": int, "float | None": float}
-_LATER = ("busy_ms", "busy_factor")  # columns that files of earlier versions lack
+_LATER = ("busy_ms", "busy_factor", "memory")  # columns that files of earlier versions lack
 
 
 class Writer:
@@ -87,10 +87,11 @@ class Writer:
             text = path.read_bytes()
             path.write_bytes(text[: text.rfind(b"\n") + 1])
             head = text.decode(errors="replace").split("\n")[0].split(",")
-            if head == [name for name in columns if name not in _LATER]:
-                _widen(path, columns)
-            elif head != columns:
+            lacking = [name for name in _LATER if name in columns and name not in head]
+            if head != [name for name in columns if name not in lacking]:
                 raise ValueError(f"{path} has other columns than this version writes")
+            if lacking:
+                _widen(path, columns)
         self._file = path.open("a" if append else "w", newline="", encoding="utf-8")
         self._provenance = provenance
         self._csv = csv.DictWriter(self._file, columns, lineterminator="\n")

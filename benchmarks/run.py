@@ -16,8 +16,9 @@ from fusedrnn import testing
 from .cases import Cell
 from .ceilings import Ceilings, Limit
 from .contender import BASELINE, Contender
+from .memory import peak_bytes
 from .results import Row
-from .timing import Clock, Lane, peak_bytes, percentiles, take_turns
+from .timing import Clock, Lane, percentiles, take_turns
 from .verify import WrongError, products, worst_error
 
 

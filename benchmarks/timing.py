@@ -1,22 +1,17 @@
-"""Time: contenders taking turns, run by run, on the clock of their device; and the memory that a call reaches."""
+"""Time: contenders taking turns, run by run, on the clock of their device."""
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import math
-import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import quantiles
 from typing import Any, Protocol
 
 import torch
-
-from fusedrnn import testing
 
 SAMPLE = 0.02  # seconds: shorter calls are repeated until a sample lasts this long
 REST = 0.01  # seconds: the threads of the contender before, which may spin while they wait for work, go to sleep
@@ -165,37 +160,3 @@ def _attempt(lane: Lane, step: Callable[[], None]) -> None:
                 step()
         except Exception as error:  # of whatever kind: the others go on
             lane.error = error
-
-
-def peak_bytes(work: Callable[[], object], device: str) -> int | None:
-    """How far one call raises the memory in use above what there was before it.
-
-    On a GPU it is torch's allocator that counts. On the CPU it is the resident memory of the process, by whichever
-    allocator, which Linux alone tells: None elsewhere.
-    """
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    process = Path("/proc/self")
-    try:
-        # What was kept or freed goes back to the system, or using it again would not be seen.
-        with testing.nothing_kept():
-            pass
-        ctypes.CDLL(None).malloc_trim(0)
-        (process / "clear_refs").write_text("5")  # the peak starts anew from what is resident now
-        before = _status_bytes(process, "VmRSS")
-        work()
-        return max(_status_bytes(process, "VmHWM") - before, 0)
-    except (OSError, AttributeError):
-        return None
-
-
-def _status_bytes(process: Path, name: str) -> int:
-    found = re.search(rf"^{name}:\s+(\d+) kB", (process / "status").read_text(), re.MULTILINE)
-    if found is None:
-        raise OSError(f"the kernel does not tell {name}")
-    return int(found[1]) * 1024

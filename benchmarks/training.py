@@ -20,10 +20,11 @@ import fusedrnn
 from fusedrnn import testing
 
 from .contender import BASELINE, OURS, Contender
+from .memory import peak_bytes
 from .models import Task
 from .results import Row
 from .run import Settings, blame, fill, fill_ratios, stream
-from .timing import Clock, Lane, peak_bytes, take_turns
+from .timing import Clock, Lane, take_turns
 from .verify import products
 
 _NUDGES = 2  # random directions in which the initial parameters are moved

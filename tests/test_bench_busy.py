@@ -14,7 +14,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
-from fusedrnn.benchmarks import busy, ceilings, command, results, run, timing
+from fusedrnn.benchmarks import busy, ceilings, command, memory, results, run, timing
 from fusedrnn.benchmarks.contender import BASELINE, OURS
 from fusedrnn.benchmarks.results import Row, Writer
 from fusedrnn.benchmarks.timing import Lane, take_turns
@@ -30,7 +30,8 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="no othe
 
 @pytest.fixture(autouse=True)
 def short_samples(monkeypatch):
-    """What is measured here does not matter."""
+    """What is measured here does not matter, and the memory of this process is that of all tests."""
+    monkeypatch.setattr(memory, "settle", lambda freed: "")
     monkeypatch.setattr(timing, "SAMPLE", 1e-4)
     monkeypatch.setattr(timing, "REST", 0.0)
     monkeypatch.setattr(ceilings, "_SAMPLE", 1e-4)
