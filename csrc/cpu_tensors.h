@@ -23,8 +23,7 @@
 
 #include "cpu/kept.h"
 
-// torch's from 2.11 on, and null with 2.10. A tensor of memory that is somebody else's, who learns when it is let go
-// of.
+// torch's from 2.11 on, and null with 2.10. A tensor of somebody else's memory, who learns when it is let go of.
 extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
     void* data, int64_t ndim, const int64_t* sizes, const int64_t* strides, int64_t storage_offset, int32_t dtype,
     int32_t device_type, int32_t device_index, AtenTensorHandle* tensor, int32_t layout, const uint8_t* opaque_metadata,
