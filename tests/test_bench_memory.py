@@ -59,8 +59,8 @@ assert memory.settle({freed!r}) == {freed!r}
 print(*(statistics.median(pages(mebibytes) for _ in range(25)) for mebibytes in (8, 48)))
 """
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    for pages in map(float, done.stdout.split()):
-        assert pages == 0 if freed == "kept" else pages >= 4
+    small, large = map(float, done.stdout.split())
+    assert small == large == 0 if freed == "kept" else min(small, large) >= 4
 
 
 def test_where_it_cannot_be_said_nothing_is_claimed(monkeypatch):
