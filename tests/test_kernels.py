@@ -237,6 +237,9 @@ def test_shared_units(isa, threads, case):
         (256, 1024, 64, "64 threads by batch rows"),  # of at most 32 blocks of units
         (2048, 1024, 16, "16 threads by hidden units"),
         (2048, 8, 16, "16 threads by hidden units"),  # fewer rows than threads
+        (56, 1, 2, "2 threads by hidden units"),
+        (48, 1, 2, "1 thread by batch rows"),  # whose steps take less than to meet
+        (32, 2, 8, "2 threads by batch rows"),
     ],
 )
 def test_what_is_shared(isa, threads, H, B, count, expected):

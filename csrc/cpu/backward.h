@@ -138,7 +138,6 @@ class Backward {
     }
     for_each_chunk(row_begin, row_end, [&](int64_t b, int64_t rows) {
       V sum[kRowsAtATime][4];
-      if (!s_.projected && n >= 0) prefetch_gates(d, direction.row(t, b), rows, block * kWide<A>);
       if (b < next_end) {
         const int64_t inputs = kGates * s_.H / (kPairs ? 2 : 1);
         const E* panel = static_cast<const E*>(p_.panel_hh) + (d * output_blocks() + block) * inputs * kWide<A>;
@@ -156,17 +155,6 @@ class Backward {
         }
       }
     });
-  }
-
-  // Brings the gates of a block of units nearer, while the product runs.
-  void prefetch_gates(int64_t d, int64_t first_row, int64_t rows, int64_t unit) const {
-    const int64_t units = s_.H - unit < kWide<A> ? s_.H - unit : kWide<A>;
-    const S* gates = static_cast<const S*>(p_.gates) + direction_major(s_, d, first_row, kGates * s_.H);
-    for (int64_t r = 0; r < rows; ++r, gates += kGates * s_.H) {
-      for (int64_t u = 0; u < units; u += kUnits<A>) {
-        for (int64_t gate = 0; gate < kGates; ++gate) __builtin_prefetch(gates + order_(unit + u, gate), 0, 2);
-      }
-    }
   }
 
   // sum[r][v]: da_next @ w_hh for some outputs of row b + r; undefined where there is no next step.

@@ -74,6 +74,7 @@ class Forward {
       if (chunk % chunks == 0 && p_.begin == 0) start(chunk / chunks, 0, s_.B);
     });
     for (int64_t n = p_.begin; n < p_.end; ++n) {
+      prefetch_entering(n);
       worker.phase([&](int64_t chunk) { units(n, chunk / chunks, chunk % chunks, 0, s_.B); });
       if (!s_.projected) continue;
       worker.phase([&](int64_t chunk) {
@@ -113,6 +114,7 @@ class Forward {
   }
 
  private:
+  static constexpr int64_t kLine = 64, kFewLines = 64;
   static constexpr int kTogether = 4;  // rows, or blocks of a single one, whose cells are computed at the same time
 
   int64_t unit_blocks() const { return blocks_of(s_.H, kUnits<A>); }
@@ -141,9 +143,26 @@ class Forward {
     const int64_t first = d == 0 ? p_.begin : s_.T - p_.end;
     return static_cast<const A*>(p_.xg[d]) + (direction.row(t, b) - direction.row(first, 0)) * kGates * s_.H;
   }
-  static void prefetch_gates(const GateOrder<A>& order, const A* row) {
+
+  // The following only ask memory for what is used soon. They have to be inlined: the compiler takes a call of a
+  // function that does nothing else for one without an effect, and leaves it out.
+  static FUSEDRNN_INLINE void prefetch_gates(const GateOrder<A>& order, const A* row) {
     for (int64_t gate = 0; gate < kGates; ++gate) __builtin_prefetch(row + order(0, gate));
   }
+  // A state of few lines, of which some have just been written by other cores: none of them is waited for alone.
+  FUSEDRNN_INLINE void prefetch_entering(int64_t n) const {
+    const char* const from = reinterpret_cast<const char*>(h(n, 0));
+    const int64_t bytes = s_.D * s_.B * s_.P * static_cast<int64_t>(sizeof(State));
+    if (bytes > kFewLines * kLine) return;
+    for (int64_t k = 0; k < bytes; k += kLine) __builtin_prefetch(from + k);
+  }
+  // Where a block of the only row is going to be written: others can be told of it only when the lines are here.
+  FUSEDRNN_INLINE void prefetch_written(const Direction& direction, int64_t n, int64_t d, int64_t unit) const {
+    if (s_.projected) return;
+    __builtin_prefetch(static_cast<S*>(p_.y) + time_major(s_, direction.row(direction.at(n), 0), d, s_.P) + unit, 1);
+    __builtin_prefetch(h(n + 1, d) + unit, 1);
+  }
+
   A* c_state(int64_t d) const { return static_cast<A*>(p_.c_state) + state(s_, d, 0, s_.H); }
 
   // The state before the first step, and the final state of the rows that have no step at all.
@@ -200,6 +219,7 @@ class Forward {
         dots(own, n, d, unit, block < full ? kUnits<A> : s_.H - unit, 0, 1);
       } else {
         prefetch_gates(order_, xg(direction, d, t, 0) + order_(unit));
+        prefetch_written(direction, n, d, unit);
         multiply<E>(own, entering(n, d, 0), inputs(), panel(d, block), inputs(), 1, true,
                     [&](int64_t, int64_t) { return enters(n) && direction.exists(t, 0); });
       }

@@ -9,18 +9,20 @@
 namespace fusedrnn {
 
 constexpr double kSerialFlops = 5e5;        // below this a parallel region costs more than it brings
+constexpr int64_t kSerialStep = 10000;      // multiply-adds of a step, below which it takes less than to meet after it
 constexpr int64_t kCacheBytes = 512 << 10;  // what a core keeps of the weights from one step to the next
 constexpr int64_t kChunkBytes = 8 << 20;    // of the input's affine maps, where they need not be kept
 constexpr int64_t kUnpackedRows = 16;  // steps times batch rows, up to which packing weights costs more than it brings
 
-// Rows need no synchronisation; units are shared where there are fewer rows than threads, or where a core would read
-// the weights from afar, of which each then streams its part alone: those that do not fit its cache, and half as many
-// where its rows do not fill a tile, which then waits for what it reads. That takes some blocks of units for each of
-// them, to share evenly; with fewer, rows that fill tiles are better.
+// Rows need no synchronisation; units are shared where there are fewer rows than threads, and steps long enough to meet
+// after each; or where a core would read the weights from afar, of which each then streams its part alone: those that
+// do not fit its cache, and half as many where its rows do not fill a tile, which then waits for what it reads. That
+// takes some blocks of units for each of them, to share evenly; with fewer, rows that fill tiles are better.
 inline Team plan_team(const Sizes& s, const Kernels& kernels, bool is_double, int64_t threads) {
   const double flops = 8.0 * s.N * s.D * s.H * (s.P + (s.projected ? s.P / 4.0 : 0));
   if (flops < kSerialFlops) threads = 1;
   const int64_t rows = s.D * s.B, units = s.D * blocks_of(s.H, kernels.lanes);
+  if (rows * 4 * s.H * s.P < kSerialStep) threads = std::min(threads, rows);
   const int64_t weights = 4 * s.H * s.P * (is_double ? 8 : 4);
   const bool fill_tiles = rows >= threads * kernels.tile_rows, are_few = units < 4 * threads;
   const bool are_near = are_few      ? fill_tiles || weights <= kCacheBytes
