@@ -114,7 +114,6 @@ class Forward {
   }
 
  private:
-  static constexpr int64_t kLine = 64, kFewLines = 64;
   static constexpr int kTogether = 4;  // rows, or blocks of a single one, whose cells are computed at the same time
 
   int64_t unit_blocks() const { return blocks_of(s_.H, kUnits<A>); }
@@ -153,6 +152,7 @@ class Forward {
   FUSEDRNN_INLINE void prefetch_entering(int64_t n) const {
     const char* const from = reinterpret_cast<const char*>(h(n, 0));
     const int64_t bytes = s_.D * s_.B * s_.P * static_cast<int64_t>(sizeof(State));
+    constexpr int64_t kLine = sizeof(Line), kFewLines = 64;
     if (bytes > kFewLines * kLine) return;
     for (int64_t k = 0; k < bytes; k += kLine) __builtin_prefetch(from + k);
   }
