@@ -54,6 +54,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS["kernels_avx2.cpp"] = ["-mavx2", "-mfma"]
     ISA_FLAGS["kernels_avx512.cpp"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
     ISA_FLAGS["kernels_avx512_bf16.cpp"] = [*ISA_FLAGS["kernels_avx512.cpp"], "-mavx512bf16"]
+    ISA_FLAGS["kernels_amx.cpp"] = ISA_FLAGS["kernels_avx512_bf16.cpp"]  # tiles are in assembly
 
 NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
 if os.environ.get("FUSEDRNN_CUDA_DEBUG") == "1":

@@ -87,16 +87,18 @@ int64_t steps_at_a_time(const Layer& layer) {
   return blocks_of(s.T, parts);
 }
 
-// b_ih + b_hh of each direction, as the input's affine maps begin with them.
+// b_ih + b_hh of each direction, as the affine maps begin with them.
 class Biases {
  public:
-  Biases(const Layer& layer, const ForwardParams& params) {
+  Biases(const Layer& layer, const ForwardParams& params, bool in_blocks) {
     if (!layer.weights.biased()) return;
     const Sizes& s = layer.sizes;
-    const int64_t width = 4 * layer.kernels.lanes;
-    of_direction_ = blocks_of(4 * s.H, width) * width * layer.compute_bytes();
+    const int64_t lanes = layer.kernels.lanes;
+    of_direction_ = std::max(blocks_of(4 * s.H, 4 * lanes), blocks_of(s.H, lanes)) * 4 * lanes * layer.compute_bytes();
     storage_.emplace(s.D * of_direction_);
-    for (int64_t d = 0; d < s.D; ++d) layer.kernels.add_biases(params.b_ih[d], params.b_hh[d], s.H, of(d));
+    for (int64_t d = 0; d < s.D; ++d) {
+      layer.kernels.add_biases(params.b_ih[d], params.b_hh[d], s.H, in_blocks, of(d));
+    }
   }
 
   char* of(int64_t d) const { return storage_.has_value() ? storage_->begin() + d * of_direction_ : nullptr; }
@@ -106,19 +108,20 @@ class Biases {
   std::optional<CacheLines> storage_;
 };
 
-// A whole sequence: the input's affine maps as matrix products, and the launches that use them; or, where the sequence
-// is short, one launch that does both.
+// A whole sequence: the input's affine maps as matrix products, and the launches that use them; or one launch that does
+// both, where the sequence is short, or where tiles are full.
 void forward_sequence(const Layer& layer, ForwardParams& params, const OptionalTensor& gates) {
   const Sizes& s = layer.sizes;
   const Kernels& kernels = layer.kernels;
   const bool is_short = s.N <= kUnpackedRows;
+  // The gates take the place of their affine maps where both are kept, in one dtype.
+  const bool in_place = gates.has_value() && layer.x.scalar_type() == layer.compute;
   const SharedPanels panels =
       is_short            ? std::make_shared<Panels>(Panels{std::nullopt, std::nullopt, packed_projection(layer)})
-      : gates.has_value() ? packed_weights(layer)  // of training: other ones at the next call
+      : gates.has_value() ? packed_weights(layer, in_place)  // of training: other ones at the next call
                           : kept_weights(layer);
   params.panel_hh = pointer(panels->w_hh);
   params.panel_hr = pointer(panels->w_hr);
-  params.pairs = !is_short && recurrent_packing(layer).pairs;
   params.team = plan_team(layer);
   const auto run = [&](int64_t begin, int64_t end) {
     params.begin = begin;
@@ -128,27 +131,40 @@ void forward_sequence(const Layer& layer, ForwardParams& params, const OptionalT
   };
   if (is_short) return run(0, s.T);
 
-  // The gates take the place of their affine maps where both are kept, in one dtype.
-  const bool in_place = gates.has_value() && layer.x.scalar_type() == layer.compute;
-  const int64_t steps = in_place ? s.T : steps_at_a_time(layer), G = 4 * s.H;
+  const OptionalTensor padded = padded_rows(kernels, layer.x);
+  const Tensor x = padded.has_value() ? *padded : kernels.take_pairs() ? layer.x : as(layer.x, layer.compute);
+  const int64_t x_stride = kernels.padded(s.I);
+  const Biases biases(layer, params, !in_place);
+  if (fuses_input(s, kernels)) {
+    params.panel_ih = pointer(panels->w_ih);
+    params.x_padded = x.const_data_ptr();
+    params.x_stride = x_stride;
+    for (int64_t d = 0; d < s.D; ++d) params.biases[d] = biases.of(d);
+    return run(0, s.T);
+  }
+  const int64_t steps = in_place ? s.T : steps_at_a_time(layer), most_rows = std::min(steps * s.B, s.N);
+  const int64_t G = in_place ? 4 * s.H : blocks_of(s.H, kernels.lanes) * 4 * kernels.lanes;
   OptionalScratch xg;
-  const int64_t most_rows = std::min(steps * s.B, s.N);
   if (!in_place) xg.emplace(s.D * most_rows * G, layer.compute);
-  const Packing packing = input_packing(layer);
-  const Tensor x = packing.pairs ? layer.x : as(layer.x, layer.compute);
-  const int64_t panel_numbers = packing.numbers(kernels);
-  const Biases biases(layer, params);
+  const Packing packing = input_packing(layer, in_place);
   for (int64_t begin = 0; begin < s.T; begin += steps) {
     const int64_t end = std::min(begin + steps, s.T);
     for (int64_t d = 0; d < s.D; ++d) {
       const int64_t t = d == 0 ? begin : s.T - end, first = layer.row(t), rows = layer.row(t + end - begin) - first;
       const int64_t own = d * most_rows * G;
       void* const out = in_place ? at(*gates, own) : xg->at(own);
-      gemm(kernels,
-           {rows, G, packing.inputs, at(x, first * s.I), false, panels->w_ih->at(d * panel_numbers), out, false,
-            params.team.split == Team::Split::kUnits, biases.of(d)},
-           packing.pairs);
+      gemm(kernels, {.M = rows,
+                     .N = G,
+                     .K = packing.inputs,
+                     .a = at(x, first * x_stride),
+                     .a_stride = x_stride,
+                     .panels = panels->w_ih->at(d * packing.numbers(kernels)),
+                     .c = out,
+                     .c_in_blocks = !in_place,
+                     .by_columns = params.team.split == Team::Split::kUnits,
+                     .start = biases.of(d)});
       params.xg[d] = out;
+      if (!in_place) params.xg_rows[d] = rows;
     }
     run(begin, end);
   }
@@ -173,11 +189,14 @@ struct Outputs {
 void forward(const Layer& layer, Outputs& out) {
   const Sizes& s = layer.sizes;
   if (s.B == 0) return;
-  const int64_t h_size = 2 * s.D * s.B * s.P, c_size = s.D * s.B * s.H;
-  const int64_t bytes = layer.compute_bytes();
-  const CacheLines scratch((h_size + (s.projected ? 2 : 1) * c_size) * bytes);
+  // Enough for either form of h, and each of them begins with a cache line.
+  const int64_t line = CacheLines::kLine, bytes = layer.compute_bytes();
+  const auto in_lines = [&](int64_t numbers) { return blocks_of(numbers * bytes, line) * line; };
+  const int64_t h_size = in_lines(2 * s.D * s.B * layer.kernels.padded(s.P));
+  const int64_t c_size = in_lines(s.D * s.B * blocks_of(s.H, layer.kernels.lanes) * layer.kernels.lanes);
+  const CacheLines scratch(h_size + c_size + (s.projected ? in_lines(s.D * s.B * s.H) : 0));
   char* const h = scratch.begin();
-  char* const c_state = h + h_size * bytes;
+  char* const c_state = h + h_size;
 
   ForwardParams params{};
   params.sizes = s;
@@ -198,7 +217,7 @@ void forward(const Layer& layer, Outputs& out) {
   params.gates = pointer(out.gates);
   params.h = h;
   params.c_state = c_state;
-  params.m = s.projected ? c_state + c_size * bytes : nullptr;
+  params.m = s.projected ? c_state + c_size : nullptr;
   params.x = layer.x.const_data_ptr();
   if (s.T == 1) {
     forward_step(layer, params);
@@ -252,7 +271,8 @@ std::tuple<Tensor, Tensor, Tensor> cpu_infer(Tensor x, Tensors flat, int64_t lay
 // What the launch leaves for the matrix products, of each direction: in the compute dtype, but for da, which is in the
 // layer's where its products take pairs.
 struct StepGradients {
-  Scratch da;                 // [N][4H]
+  Scratch da;                 // [N][da_stride]: [N][4H], and zeros
+  int64_t da_stride;
   OptionalScratch h_in;       // the panels of the states that entered each step, only if w_hh needs a gradient
   OptionalScratch dh_out, m;  // [N][P] and [N][H], only with a projection
 };
@@ -264,14 +284,17 @@ StepGradients backward_sequence(const Layer& layer, BackwardParams& params, bool
   const int64_t N = s.N;
   const auto make = [&](int64_t numbers) { return Scratch(s.D * numbers, layer.compute); };
   const ScalarType da_type = kernels.take_pairs() ? layer.x.scalar_type() : layer.compute;
-  StepGradients steps{Scratch(s.D * N * 4 * s.H, da_type), std::nullopt, std::nullopt, std::nullopt};
+  const int64_t G = 4 * s.H, stride = kernels.padded(G);
+  StepGradients steps{Scratch(s.D * N * stride, da_type), stride, std::nullopt, std::nullopt, std::nullopt};
+  for (int64_t row = 0; stride > G && row < s.D * N; ++row) {
+    std::memset(steps.da.at(row * stride + G), 0, (stride - G) * bytes_of(da_type));
+  }
   if (s.projected) steps.dh_out.emplace(make(N * s.P));
   if (s.projected) steps.m.emplace(make(N * s.H));
   const Scratch dh_state = make(s.B * s.P), dc_state = make(s.B * s.H);
   OptionalScratch panel_hh, panel_hr;
   if (s.T > 1 || params.dh0 != nullptr) {
-    panel_hh.emplace(
-        packed(layer, paired(columns_of, kernels, s.P, 4 * s.H), [&](int64_t d) { return layer.weights.w_hh(d); }));
+    panel_hh.emplace(packed(layer, inputs_of(kernels, s.P, G), [&](int64_t d) { return layer.weights.w_hh(d); }));
   }
   if (s.projected) {
     panel_hr.emplace(packed(layer, columns_of(kernels, s.H, s.P), [&](int64_t d) { return layer.weights.w_hr(d); }));
@@ -287,7 +310,7 @@ StepGradients backward_sequence(const Layer& layer, BackwardParams& params, bool
   const Lines lines(params.team, s, kernels);
   launch(params.team, [&](int worker) { kernels.backward(params, worker); });
   if (needs_w_hh) {
-    const Packing states = steps_of(kernels, s.P, N);
+    const Packing states = inputs_of(kernels, s.P, N);
     steps.h_in.emplace(make(states.numbers(kernels)));
     params.h_in = pointer(steps.h_in);
     for_each_part(kernels, states, s.D, [&](int64_t d, int64_t begin, int64_t end) {
@@ -300,14 +323,21 @@ StepGradients backward_sequence(const Layer& layer, BackwardParams& params, bool
 // dx as one matrix product a direction over all steps.
 Tensor input_gradient(const Layer& layer, const StepGradients& steps) {
   const Sizes& s = layer.sizes;
-  Tensor dx = layer.recycled_rows(s.I, layer.compute);
-  const Packing w_ih = paired(columns_of, layer.kernels, s.I, 4 * s.H);
+  const Kernels& kernels = layer.kernels;
+  const bool is_narrow = kernels.operands == Operands::kTiles && s.D == 1;
+  Tensor dx = layer.recycled_rows(s.I, is_narrow ? layer.x.scalar_type() : layer.compute);
+  const Packing w_ih = inputs_of(kernels, s.I, 4 * s.H);
   const Scratch panels = packed(layer, w_ih, [&](int64_t d) { return layer.weights.w_ih(d); });
   for (int64_t d = 0; d < s.D; ++d) {
-    gemm(layer.kernels,
-         {s.N, s.I, w_ih.inputs, steps.da.at(d * s.N * 4 * s.H), false, panels.at(d * w_ih.numbers(layer.kernels)),
-          pointer(dx), d > 0, false},
-         w_ih.pairs);
+    gemm(kernels, {.M = s.N,
+                   .N = s.I,
+                   .K = w_ih.inputs,
+                   .a = steps.da.at(d * s.N * steps.da_stride),
+                   .a_stride = steps.da_stride,
+                   .panels = panels.at(d * w_ih.numbers(kernels)),
+                   .c = pointer(dx),
+                   .c_is_narrow = is_narrow,
+                   .accumulate = d > 0});
   }
   return as(dx, layer.x.scalar_type());
 }
@@ -315,17 +345,11 @@ Tensor input_gradient(const Layer& layer, const StepGradients& steps) {
 // The panels of x, its steps being the inputs; zero at steps that do not exist.
 Scratch packed_steps(const Layer& layer) {
   const Sizes& s = layer.sizes;
-  const Packing steps = steps_of(layer.kernels, s.I, s.N);
+  const Packing steps = inputs_of(layer.kernels, s.I, s.N);
   Scratch panels(steps.numbers(layer.kernels), layer.compute);
   for_each_part(layer.kernels, steps, 1, [&](int64_t, int64_t begin, int64_t end) {
-    if (steps.pairs) {
-      const auto row = [&](int64_t k) { return k < s.N && layer.exists(k) ? at(layer.x, k * s.I) : nullptr; };
-      return pack_row_pairs(layer.kernels, steps, row, s.I, panels.begin(), begin, end);
-    }
-    for (int64_t k = begin; k < end; ++k) {
-      const void* const x = layer.exists(k) ? layer.x.const_data_ptr() : nullptr;
-      layer.kernels.pack_columns(x, s.N, s.I, panels.begin(), k, k + 1);
-    }
+    const auto row = [&](int64_t k) { return k < s.N && layer.exists(k) ? at(layer.x, k * s.I) : nullptr; };
+    pack_inputs(layer.kernels, steps, row, s.I, panels.begin(), begin, end);
   });
   return panels;
 }
@@ -344,9 +368,11 @@ void sum_rows(const void* rows, int64_t count, int64_t columns, void* sum) {
 // The gradient of a bias, [4H]: the sum over all steps.
 Tensor bias_gradients(const Layer& layer, StepGradients& steps, int64_t d) {
   const Sizes& s = layer.sizes;
-  const int64_t N = s.N, G = 4 * s.H;
+  const int64_t N = s.N, G = 4 * s.H, stride = steps.da_stride;
   if (N > kUnpackedRows || layer.kernels.take_pairs()) {
-    return torch::stable::sum(steps.da.matrix(d * N * G, N, G), std::array<int64_t, 1>{0});
+    Tensor rows = steps.da.matrix(d * N * stride, N, stride);
+    rows = torch::stable::narrow(rows, 1, 0, G);
+    return torch::stable::sum(rows, std::array<int64_t, 1>{0});
   }
   // Of a few rows the sum takes less than the way to torch's.
   Tensor sum = empty({G}, layer.compute);
@@ -371,39 +397,40 @@ Tensors weight_gradients(const Layer& layer, StepGradients& steps, const Needs& 
   OptionalScratch x;
   for (int64_t d = 0; d < s.D; ++d) {
     // transposed [N][rows] @ panels of [N][columns]
-    const auto product = [&](const void* transposed, Tensor& out, const void* panels, bool pairs) {
-      const int64_t inputs = pairs ? blocks_of(N, 2) : N;
+    const auto product = [&](const Kernels& kernels, const void* transposed, int64_t stride, Tensor& out,
+                             const void* panels) {
       return GemmParams{.M = out.size(0),
                         .N = out.size(1),
-                        .K = inputs,
+                        .K = kernels.inputs(N),
                         .a = transposed,
+                        .a_stride = stride,
                         .a_transposed = true,
+                        .a_rows = N,
                         .panels = panels,
                         .c = pointer(out),
-                        .accumulate = false,
-                        .by_columns = false,
-                        .is_odd = N % 2 == 1};
+                        .c_is_narrow = out.scalar_type() != layer.compute};
     };
-    const bool pairs = layer.kernels.take_pairs();
-    const void* const da = steps.da.at(d * N * 4 * s.H);
+    const Kernels& kernels = layer.kernels;
+    const void* const da = steps.da.at(d * N * steps.da_stride);
+    const ScalarType out_type = kernels.operands == Operands::kTiles ? layer.x.scalar_type() : layer.compute;
     const auto append = [&](int64_t k, const auto& gradient) {
       const bool needed = needs_weight(d, k);
       dweights.push_back(needed ? as(gradient(), layer.x.scalar_type()) : empty({0}, layer.x.scalar_type()));
     };
-    Tensor dw_ih = recycled({needs_weight(d, 0) ? 4 * s.H : 0, s.I}, layer.compute);
-    Tensor dw_hh = recycled({needs_weight(d, 1) ? 4 * s.H : 0, s.P}, layer.compute);
+    Tensor dw_ih = recycled({needs_weight(d, 0) ? 4 * s.H : 0, s.I}, out_type);
+    Tensor dw_hh = recycled({needs_weight(d, 1) ? 4 * s.H : 0, s.P}, out_type);
     std::optional<GemmParams> of_x, of_h;  // da is packed once for both
     if (needs_weight(d, 0)) {
       if (!x.has_value()) x.emplace(packed_steps(layer));
-      of_x = product(da, dw_ih, pointer(x), pairs);
+      of_x = product(kernels, da, steps.da_stride, dw_ih, pointer(x));
     }
     if (needs_weight(d, 1)) {
-      const int64_t states = steps_of(layer.kernels, s.P, N).numbers(layer.kernels);
-      of_h = product(da, dw_hh, steps.h_in->at(d * states), pairs);
+      const int64_t states = inputs_of(kernels, s.P, N).numbers(kernels);
+      of_h = product(kernels, da, steps.da_stride, dw_hh, steps.h_in->at(d * states));
       of_h->also = of_x.has_value() ? &*of_x : nullptr;
     }
     if (of_x.has_value() || of_h.has_value()) {
-      gemm(pairs ? layer.kernels : kernels_of(layer.compute), of_h.has_value() ? *of_h : *of_x, pairs);
+      gemm(kernels, of_h.has_value() ? *of_h : *of_x);
     }
     append(0, [&] { return dw_ih; });
     append(1, [&] { return dw_hh; });
@@ -426,7 +453,7 @@ Tensors weight_gradients(const Layer& layer, StepGradients& steps, const Needs& 
           kernels.pack_columns(steps.m->at(d * N * s.H), N, s.H, m.begin(), begin, end);
         });
         Tensor dw_hr = recycled({s.P, s.H}, layer.compute);
-        gemm(kernels, product(steps.dh_out->at(d * N * s.P), dw_hr, m.begin(), false));
+        gemm(kernels, product(kernels, steps.dh_out->at(d * N * s.P), s.P, dw_hr, m.begin()));
         return dw_hr;
       });
     }

@@ -18,13 +18,13 @@ struct Panels {
 };
 using SharedPanels = std::shared_ptr<const Panels>;
 
-// In which order the affine maps of the input come out: as in GateOrder.
-Packing input_packing(const Layer& layer) {
+// Affine maps of the input that take the place of gates come out in GateOrder, others block after block.
+Packing input_packing(const Layer& layer, bool in_place) {
   const Sizes& s = layer.sizes;
-  return gates_in_blocks(s.H, layer.kernels.lanes) ? paired(gates_of, layer.kernels, s.H, s.I)
-                                                   : paired(rows_of, layer.kernels, 4 * s.H, s.I);
+  return in_place && !gates_in_blocks(s.H, layer.kernels.lanes) ? rows_of(layer.kernels, 4 * s.H, s.I)
+                                                                : gates_of(layer.kernels, s.H, s.I);
 }
-Packing recurrent_packing(const Layer& layer) { return paired(gates_of, layer.kernels, layer.sizes.H, layer.sizes.P); }
+Packing recurrent_packing(const Layer& layer) { return gates_of(layer.kernels, layer.sizes.H, layer.sizes.P); }
 Packing projection_packing(const Layer& layer) { return rows_of(layer.kernels, layer.sizes.P, layer.sizes.H); }
 
 OptionalScratch packed_projection(const Layer& layer) {
@@ -32,16 +32,16 @@ OptionalScratch packed_projection(const Layer& layer) {
   return packed(layer, projection_packing(layer), [&](int64_t d) { return layer.weights.w_hr(d); });
 }
 
-SharedPanels packed_weights(const Layer& layer) {
+SharedPanels packed_weights(const Layer& layer, bool in_place = false) {
   return std::make_shared<Panels>(
-      Panels{packed(layer, input_packing(layer), [&](int64_t d) { return layer.weights.w_ih(d); }),
+      Panels{packed(layer, input_packing(layer, in_place), [&](int64_t d) { return layer.weights.w_ih(d); }),
              packed(layer, recurrent_packing(layer), [&](int64_t d) { return layer.weights.w_hh(d); }),
              packed_projection(layer)});
 }
 
 int64_t panel_bytes(const Layer& layer) {
   const Kernels& kernels = layer.kernels;
-  const int64_t numbers = input_packing(layer).numbers(kernels) + recurrent_packing(layer).numbers(kernels) +
+  const int64_t numbers = input_packing(layer, false).numbers(kernels) + recurrent_packing(layer).numbers(kernels) +
                           (layer.sizes.projected ? projection_packing(layer).numbers(kernels) : 0);
   return layer.sizes.D * numbers * layer.compute_bytes();
 }

@@ -13,13 +13,15 @@
 #include "geometry.h"
 #include "panel.h"
 #include "team.h"
+#include "tile_product.h"
 
 namespace fusedrnn::FUSEDRNN_ISA {
 
-// With kPairs da is kept in S, and the products with it take two numbers at a time.
-template <class S, bool kPairs = false>
+// With Operands that are pairs da is kept in S.
+template <class S, Operands kOperands = Operands::kNumbers>
 class Backward {
  public:
+  static constexpr bool kPairs = kOperands != Operands::kNumbers, kTiles = kOperands == Operands::kTiles;
   using A = Compute<S>;
   using V = Vec<A>;
   using Gradient = std::conditional_t<kPairs, S, A>;
@@ -29,6 +31,7 @@ class Backward {
 
   // Steps count as in forward; after the first step of a row comes one more round for dh0 and dc0.
   void run(int index) const {
+    Pipeline pipeline;
     if (p_.team.split == Team::Split::kRows) {
       for (int64_t d = 0; d < s_.D; ++d) {
         const OwnedRows rows = owned_rows(s_, p_.sequence, p_.team, index, d);
@@ -36,8 +39,9 @@ class Backward {
         start(d, rows.begin, rows.end);
         for (int64_t n = s_.T - 1; n >= -1; --n) {
           for (int64_t k = 0; k < output_blocks(); ++k) {
-            outputs(n, d, in_turns(n, k, output_blocks()), rows.begin, rows.end);
+            outputs(pipeline, n, d, in_turns(n, k, output_blocks()), rows.begin, rows.end);
           }
+          pipeline.finish();
           if (!s_.projected || n < 0) continue;
           for (int64_t k = 0; k < unit_blocks(); ++k) {
             projected_units(n, d, in_turns(n, k, unit_blocks()), rows.begin, rows.end);
@@ -53,9 +57,11 @@ class Backward {
       if (chunk % blocks == 0) start(chunk / blocks, 0, s_.B);
     });
     for (int64_t n = s_.T - 1; n >= -1; --n) {
-      worker.phase([&](int64_t chunk) {
-        if (chunk % blocks < output_blocks()) outputs(n, chunk / blocks, chunk % blocks, 0, s_.B);
-      });
+      worker.phase(
+          [&](int64_t chunk) {
+            if (chunk % blocks < output_blocks()) outputs(pipeline, n, chunk / blocks, chunk % blocks, 0, s_.B);
+          },
+          [&] { pipeline.finish(); });
       if (!s_.projected || n < 0) continue;
       worker.phase([&](int64_t chunk) { projected_units(n, chunk / blocks, chunk % blocks, 0, s_.B); });
     }
@@ -66,14 +72,14 @@ class Backward {
 
   // The hidden state that entered each step, zero where it was reset or the step does not exist; packed.
   void entering_states(int64_t begin, int64_t end) const {
-    const int64_t inputs = kPairs ? blocks_of(s_.N, 2) : s_.N;
+    const int64_t inputs = padded(s_.N) / (kPairs ? 2 : 1);
     for (int64_t index = begin; index < end; ++index) {
       const int64_t d = index / inputs, input = index % inputs;
       const Direction direction(s_, p_.sequence, d);
       A* const panels = static_cast<A*>(p_.h_in) + d * blocks_of(s_.P, kWide<A>) * inputs * kWide<A>;
       if constexpr (kPairs) {
-        pack_pair(entering(direction, d, 2 * input), entering(direction, d, 2 * input + 1), s_.P, panels, inputs,
-                  input);
+        pack_input(entering(direction, d, 2 * input), entering(direction, d, 2 * input + 1), s_.P, panels, inputs,
+                   input);
       } else {
         pack_input(entering(direction, d, input), s_.P, panels, inputs, input);
       }
@@ -92,11 +98,20 @@ class Backward {
     return p_.h0 == nullptr ? nullptr : static_cast<const S*>(p_.h0) + state(s_, d, b, s_.P);
   }
 
+  struct Rest;
+  using Pipeline = std::conditional_t<kTiles, TilePipeline<Rest>, NoPipeline>;
+
+  static int64_t padded(int64_t K) {
+    return blocks_of(K, inputs_at_a_time(kOperands)) * inputs_at_a_time(kOperands);
+  }
+  // Rows of da.
+  int64_t da_stride() const { return padded(kGates * s_.H); }
+
   int64_t unit_blocks() const { return blocks_of(s_.H, kWide<A>); }
   int64_t output_blocks() const { return blocks_of(s_.P, kWide<A>); }
 
   Gradient* da(int64_t d, int64_t row) const {
-    return static_cast<Gradient*>(p_.da) + direction_major(s_, d, row, kGates * s_.H);
+    return static_cast<Gradient*>(p_.da) + direction_major(s_, d, row, da_stride());
   }
   A* dh_state(int64_t d, int64_t b) const { return static_cast<A*>(p_.dh_state) + state(s_, d, b, s_.P); }
   A* dc_state(int64_t d, int64_t b) const { return static_cast<A*>(p_.dc_state) + state(s_, d, b, s_.H); }
@@ -126,7 +141,7 @@ class Backward {
 
   // dh of a block of outputs at the n-th step, and, without a projection, all that follows from it for these units.
   // n = -1 is the state before the first step: dh0.
-  void outputs(int64_t n, int64_t d, int64_t block, int64_t row_begin, int64_t row_end) const {
+  void outputs(Pipeline& pipeline, int64_t n, int64_t d, int64_t block, int64_t row_begin, int64_t row_end) const {
     if (n < 0 && p_.dh0 == nullptr) return;
     const Direction direction(s_, p_.sequence, d);
     const int64_t t = direction.at(n), next = direction.after(t);  // n = -1 gives a t that does not exist
@@ -136,31 +151,104 @@ class Backward {
       row_end = direction.clipped(t, row_end);
       if (row_end < next_end) row_end = next_end;
     }
-    for_each_chunk(row_begin, row_end, [&](int64_t b, int64_t rows) {
-      V sum[kRowsAtATime][4];
-      if (b < next_end) {
-        const int64_t inputs = kGates * s_.H / (kPairs ? 2 : 1);
-        const E* panel = static_cast<const E*>(p_.panel_hh) + (d * output_blocks() + block) * inputs * kWide<A>;
-        multiply<E>(sum, reinterpret_cast<const E*>(da(d, direction.row(next, b))), inputs, panel, inputs,
-                    next_end - b < rows ? next_end - b : rows, s_.B == 1,
-                    [&](int64_t first, int64_t count) { return direction.any_exists(next, b + first, count); });
+    const int64_t inputs = da_stride() / (kPairs ? 2 : 1);
+    const E* panel = static_cast<const E*>(p_.panel_hh) + (d * output_blocks() + block) * inputs * kWide<A>;
+    if constexpr (kTiles) {
+      for (int64_t b = row_begin; b < row_end; b += kTileChunk) {
+        const int64_t end = row_end - b < kTileChunk ? row_end : b + kTileChunk;
+        tiled_outputs(pipeline, {*this, direction, n, d, b, block, end - b}, panel, inputs, row_begin,
+                      next_end < end ? next_end : end);
       }
-      for (int v = 0; v < 4; ++v) {
-        const int64_t output = block * kWide<A> + v * kUnits<A>, count = s_.P - output;
-        if (count <= 0) break;
-        if (count >= kUnits<A> && !direction.ragged()) {  // known when compiled: nothing to test per row
-          output_gradients<false>(direction, n, d, b, rows, output, kUnits<A>, sum, v);
-        } else {
-          output_gradients<true>(direction, n, d, b, rows, output, count, sum, v);
+    } else {
+      for_each_chunk(row_begin, row_end, [&](int64_t b, int64_t rows) {
+        V sum[kRowsAtATime][4];
+        if (b < next_end) {
+          multiply<E>(sum, reinterpret_cast<const E*>(da(d, direction.row(next, b))), inputs, panel, inputs,
+                      next_end - b < rows ? next_end - b : rows, s_.B == 1,
+                      [&](int64_t first, int64_t count) { return direction.any_exists(next, b + first, count); });
         }
-      }
-    });
+        const Block own(*this, direction, n, d, b, block, rows);
+        for (int v = 0; v < 4; ++v) own.gradients(v, 0, rows, sum);
+      });
+    }
   }
+
+  // Rows [b, b + rows) of a block of outputs at the n-th step.
+  struct Block {
+    Block() = default;  // of nothing
+    Block(const Backward& backward, const Direction& direction, int64_t n, int64_t d, int64_t b, int64_t block,
+          int64_t rows)
+        : backward(&backward), direction(direction), n(n), d(d), b(b), block(block), rows(rows) {}
+
+    // What follows from sum[r][v] for rows [begin, end) of them.
+    FUSEDRNN_INLINE void gradients(int v, int64_t begin, int64_t end, const V (*sum)[4]) const {
+      const int64_t output = block * kWide<A> + v * kUnits<A>, count = backward->s_.P - output;
+      if (count <= 0) return;
+      if (count >= kUnits<A> && !direction.ragged()) {  // known when compiled: nothing to test per row
+        backward->output_gradients<false>(*this, output, kUnits<A>, begin, end, sum, v);
+      } else {
+        backward->output_gradients<true>(*this, output, count, begin, end, sum, v);
+      }
+    }
+
+    const Backward* backward = nullptr;
+    Direction direction;
+    int64_t n = 0, d = 0, b = 0, block = 0, rows = 0;
+  };
+
+  // The same of some rows by tiles, and meanwhile the gradients that follow the product before. Rows from row_begin on
+  // are the worker's; those up to next_end have a next step.
+  void tiled_outputs(Pipeline& pipeline, const Block& own, const E* panel, int64_t inputs, int64_t row_begin,
+                     int64_t next_end) const {
+    V(*const sums)[4] = pipeline.sums();
+    const int64_t next = own.direction.after(own.direction.at(own.n)), b = own.b, rows = next_end - b;
+    if (rows <= 0 || !own.direction.any_exists(next, b, rows)) {
+      return pipeline.run(0, [](const auto&) {}, {own, sums});
+    }
+    // A tile has 16 rows where there are as many: some from before are computed again.
+    const int64_t first = rows < kTileRowsMost && row_begin + kTileRowsMost <= next_end ? next_end - kTileRowsMost : b;
+    const int64_t all = next_end - first, second = all > kTileRowsMost ? next_end - kTileRowsMost : first;
+    const int64_t blocks = inputs / kTilePairs;
+    pipeline.tiles.configure(all < kTileRowsMost ? all : kTileRowsMost);
+    const TileOperand operand{da(own.d, own.direction.row(next, first)),
+                              da(own.d, own.direction.row(next, second)),
+                              da_stride() * int64_t{sizeof(S)},
+                              kTileBytes,
+                              panel,
+                              inputs,
+                              0,
+                              blocks};
+    const auto multiply = [&](const auto& between) {
+      multiply_by_tiles(sums, TileStart{}, &operand, 1, all, between);
+    };
+    pipeline.run(all > kTileRowsMost ? 2 * blocks : blocks, multiply, {own, sums + (b - first)});
+  }
+
+  // Gradients that follow a product by tiles.
+  struct Rest {
+    static constexpr int64_t kTogether = 4;  // rows
+
+    int64_t groups() const { return blocks_of(own.rows - at, kTogether) * 4 - v; }
+    void step() {
+      const int64_t end = own.rows - at < kTogether ? own.rows : at + kTogether;
+      own.gradients(v, at, end, sums);
+      if (++v < 4) return;
+      v = 0;
+      at = end;
+    }
+
+    Block own;
+    V (*sums)[4] = nullptr;
+    int64_t at = 0;
+    int v = 0;
+  };
 
   // sum[r][v]: da_next @ w_hh for some outputs of row b + r; undefined where there is no next step.
   template <bool kRagged>
-  FUSEDRNN_INLINE void output_gradients(const Direction& direction, int64_t n, int64_t d, int64_t b, int64_t rows,
-                                        int64_t output, int64_t count, const V (*sum)[4], int v) const {
+  FUSEDRNN_INLINE void output_gradients(const Block& own, int64_t output, int64_t count, int64_t begin, int64_t end,
+                                        const V (*sum)[4], int v) const {
+    const Direction& direction = own.direction;
+    const int64_t n = own.n, d = own.d, b = own.b;
     const int64_t t = direction.at(n), next = direction.after(t), P = s_.P, y_step = s_.D * P;
     const bool last = n == s_.T - 1;
     A* handed_on = dh_state(d, b) + output;  // by steps that do not exist; dhn at the end
@@ -170,7 +258,7 @@ class Backward {
                       : static_cast<const S*>(p_.dy) + time_major(s_, direction.row(t, b), d, P) + output;
     A* out = n < 0 || !s_.projected ? nullptr : dh_out(d, direction.row(t, b)) + output;
     const Units units(*this, direction, t < 0 || t >= s_.T ? 0 : t, d, b, output);
-    for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t r = begin; r < end; ++r) {
       V dh{};
       if (!last && (!kRagged || direction.exists(next, b + r))) {
         if (!kRagged || !direction.is_reset(next, b + r)) dh = sum[r][v];
@@ -221,14 +309,15 @@ class Backward {
   // Some hidden units of rows from b on at step t: from dm to da, and dc for the step before.
   struct Units {
     Units(const Backward& backward, const Direction& direction, int64_t t, int64_t d, int64_t b, int64_t unit)
-        : direction(direction), order(backward.order_), t(t), b(b), H(backward.s_.H), c_step(backward.s_.D * H) {
+        : direction(direction), order(backward.order_), t(t), b(b), H(backward.s_.H), c_step(backward.s_.D * H),
+          da_step(backward.da_stride()) {
       const Sizes& s = backward.s_;
       const BackwardParams& p = backward.p_;
       const int64_t row = direction.row(t, b), before = direction.before(t);
       const int64_t c_at = time_major(s, row, d, H) + unit, gates_at = direction_major(s, d, row, kGates * H);
       first = direction.is_first(t, b);
       gates = static_cast<const S*>(p.gates) + gates_at + order(unit);
-      da = static_cast<Gradient*>(p.da) + gates_at + unit;
+      da = backward.da(d, row) + unit;
       c = static_cast<const S*>(p.c) + c_at;
       c_before = before < 0 || before >= s.T ? c : c + (direction.row(before, b) - row) * c_step;  // not of the first
       c0 = p.c0 == nullptr ? nullptr : static_cast<const S*>(p.c0) + state(s, d, b, H) + unit;
@@ -240,7 +329,7 @@ class Backward {
     template <bool kRagged>
     FUSEDRNN_INLINE void gradients(int64_t r, int64_t count, bool exists, V dm) const {
       if (!exists) {
-        for (int gate = 0; gate < kGates; ++gate) store(da + (r * kGates + gate) * H, V{}, count);
+        for (int gate = 0; gate < kGates; ++gate) store(da + r * da_step + gate * H, V{}, count);
         if (m != nullptr) store(m + r * H, V{}, count);
         return;
       }
@@ -258,7 +347,7 @@ class Backward {
       for (int k = 0; k < kGates; ++k) gate[k] = load(row + order(0, k), count);
       for (int k = 0; k < kGates; ++k) __builtin_prefetch(row + kAhead * kGates * H + order(0, k));
       const V out = LstmCell<A>::backward(gate, c_in, load(c + r * c_step, count), dm, dc);
-      for (int k = 0; k < kGates; ++k) store(da + (r * kGates + k) * H, gate[k], count);
+      for (int k = 0; k < kGates; ++k) store(da + r * da_step + k * H, gate[k], count);
       if (m != nullptr) store(m + r * H, out, count);
       store(dc_state + r * H, cut ? V{} : dc, count);
     }
@@ -266,7 +355,7 @@ class Backward {
     static constexpr int kAhead = 4;  // rows whose gates are on their way
     const Direction& direction;
     const GateOrder<A>& order;
-    int64_t t, b, H, c_step;
+    int64_t t, b, H, c_step, da_step;
     bool first;
     const S *gates, *c, *c_before, *c0, *dc_all;
     Gradient* da;

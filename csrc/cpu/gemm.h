@@ -3,9 +3,8 @@
 //
 // A worker computes kGemmRows rows of c at a time, in blocks of kGemmDepth along K: half a panel of that depth stays in
 // the first-level cache while the rows pass by, the rows in the second level, and a tile of them in registers, as in
-// panel.h. A transposed row is packed first, in slivers of kTileRows rows, [K][rows], because its numbers lie in as
-// many pages as there are. A row that is contiguous is read as it lies with AVX-512; with narrower vectors a sliver is
-// faster, where there are rows and columns enough.
+// panel.h. Rows are packed first, in slivers of kTileRows rows, [K][rows]: transposed ones, because their numbers lie in
+// as many pages as there are, and contiguous ones where there are rows and columns enough.
 //
 // The sum over K runs in one order wherever a tile begins and ends, so that the result does not depend on the number of
 // threads.
@@ -27,16 +26,17 @@ class Gemm {
   static constexpr int64_t sliver(int64_t depth) { return depth * kTileRows + kUnits<A>; }
   explicit Gemm(const GemmParams& params) : p_(params) {}
 
-  // Numbers that run() needs for itself.
+  // Bytes that run() needs for itself.
   int64_t scratch() const {
     if (!packs()) return 0;
     const int64_t rows = p_.M < kGemmRows ? p_.M : kGemmRows, depth = p_.K < kGemmDepth ? p_.K : kGemmDepth;
-    return blocks_of(rows, kTileRows) * sliver(depth);
+    return blocks_of(rows, kTileRows) * sliver(depth) * static_cast<int64_t>(sizeof(A));
   }
 
   // Rows [m, m_end) of c, at most kGemmRows of them, of the half panels [half, half_end), and of all of another product
-  // with the same a. own: scratch() numbers.
-  void run(int64_t m, int64_t m_end, int64_t half, int64_t half_end, A* own) const {
+  // with the same a. own: scratch() bytes.
+  void run(int64_t m, int64_t m_end, int64_t half, int64_t half_end, void* memory) const {
+    A* const own = static_cast<A*>(memory);
     const bool packed = packs();
     int64_t k = 0;
     do {  // also where K = 0, and c all zeros
@@ -58,13 +58,14 @@ class Gemm {
     const E* a = static_cast<const E*>(p_.a);
     for (int64_t n = half; n < half_end; ++n) {
       const E* panel = static_cast<const E*>(p_.panels) + n / 2 * p_.K * kWide<A> + in_panel<A>(p_.K, k, n % 2 * 2);
+      const int64_t stride = p_.a_stride / (kPairs ? 2 : 1);
       for (int64_t row = m; row < m_end; row += kTileRows) {
         with_rows<kTileRows>(m_end - row < kTileRows ? m_end - row : kTileRows, [&](auto R) {
           if (slivers != nullptr) {
             const E* sliver = reinterpret_cast<const E*>(slivers) + (row - m) / kTileRows * this->sliver(depth);
             tile<R.kCount>(Sliver<E>{sliver}, panel, k, depth, row, n);
           } else {
-            tile<R.kCount>(StridedRows<E, R.kCount>(a + row * p_.K + k, p_.K), panel, k, depth, row, n);
+            tile<R.kCount>(StridedRows<E, R.kCount>(a + row * stride + k, stride), panel, k, depth, row, n);
           }
         });
       }
@@ -72,25 +73,40 @@ class Gemm {
   }
 
   template <int R, class Left>
-  FUSEDRNN_INLINE void tile(Left left, const E* panel, int64_t k, int64_t depth, int64_t row, int64_t half) const {
+  FUSEDRNN_INLINE void tile(const Left& left, const E* panel, int64_t k, int64_t depth, int64_t row,
+                            int64_t half) const {
     const int64_t column = half * 2 * kUnits<A>, columns = p_.N - column;
-    A* c = static_cast<A*>(p_.c) + row * p_.N + column;
+    const int64_t c_stride = p_.c_in_blocks ? kWide<A> : p_.N;
+    A* const c = static_cast<A*>(p_.c) + (p_.c_in_blocks ? (half / 2 * p_.M + row) * kWide<A> + half % 2 * 2 * kUnits<A>
+                                                         : row * p_.N + column);
     const bool add = k > 0 || p_.accumulate;
     for (int r = 0; r < R; ++r) {
-      for (int v = 0; v < 2; ++v) __builtin_prefetch(c + r * p_.N + v * kUnits<A>, 1);
+      for (int v = 0; v < 2; ++v) __builtin_prefetch(c + r * c_stride + v * kUnits<A>, 1);
     }
     const A* const start = k == 0 && p_.start != nullptr ? static_cast<const A*>(p_.start) + column : kZeros;
-    const auto start_of = [&](int, int v) { return load(start + v * kUnits<A>); };
-    accumulate<E, R, 2>(left, panel, p_.K, depth, start_of, [&](int r, int v, V value) {
-      const int64_t count = columns - v * kUnits<A>;
-      if (count <= 0) return;
-      A* to = c + r * p_.N + v * kUnits<A>;
-      store(to, add ? value + load(to, count) : value, count);
-    });
+    V sums[R][2];
+    product<R>(left, panel, p_.K, depth, start, sums);
+    for (int r = 0; r < R; ++r) {
+      for (int v = 0; v < 2; ++v) {
+        const int64_t count = columns - v * kUnits<A>;
+        if (count <= 0) break;
+        A* to = c + r * c_stride + v * kUnits<A>;
+        store(to, add ? sums[r][v] + load(to, count) : sums[r][v], count);
+      }
+    }
+  }
+
+  // A function of its own: inlined into what calls it, the compiler spills sums in every round of its loop.
+  template <int R, class Left>
+  static __attribute__((noinline)) void product(const Left& left, const E* panel, int64_t K, int64_t depth,
+                                                const A* start, V (*sums)[2]) {
+    accumulate<E, R, 2>(
+        left, panel, K, depth, [&](int, int v) { return load(start + v * kUnits<A>); },
+        [&](int r, int v, V value) { sums[r][v] = value; });
   }
 
   // With few rows a sliver would be more memory than it is time.
-  bool packs() const { return p_.a_transposed || (kNarrow && p_.M >= kGemmRows && p_.N >= kColumnsToPackFor); }
+  bool packs() const { return p_.a_transposed || (p_.M >= kGemmRows && p_.N >= kColumnsToPackFor); }
 
   // Rows [m, m_end) of a, inputs [k, k + depth), in slivers.
   void pack(int64_t m, int64_t m_end, int64_t k, int64_t depth, A* to) const {
@@ -107,15 +123,16 @@ class Gemm {
   // the next one.
   void rows_to_slivers(int64_t m, int64_t m_end, int64_t k, int64_t depth, A* to) const {
     constexpr int64_t kSquares = blocks_of(kTileRows, kUnits<A>);
+    const int64_t stride = p_.a_stride / (kPairs ? 2 : 1);
     for (int64_t row = m; row < m_end; row += kTileRows, to += sliver(depth)) {
       const int64_t rows = m_end - row < kTileRows ? m_end - row : kTileRows;
-      const A* const from = static_cast<const A*>(p_.a) + row * p_.K + k;
+      const A* const from = static_cast<const A*>(p_.a) + row * stride + k;
       for (int64_t i = 0; i < depth; i += kUnits<A>) {
         V squares[kSquares][kUnits<A>];
         for (int64_t s = 0; s < kSquares; ++s) {
           for (int64_t r = 0; r < kUnits<A>; ++r) {
             const int64_t at = s * kUnits<A> + r;
-            squares[s][r] = at < rows ? load(from + at * p_.K + i, depth - i) : V{};
+            squares[s][r] = at < rows ? load(from + at * stride + i, depth - i) : V{};
           }
           transpose<A>(squares[s]);
         }
@@ -144,13 +161,13 @@ class Gemm {
   // The same of pairs: of two rows of a each, where the last one may be missing.
   void paired_columns_to_slivers(int64_t m, int64_t m_end, int64_t k, int64_t depth, A* to) const {
     for (int64_t i = 0; i < depth; ++i) {
-      const BFloat16* first = static_cast<const BFloat16*>(p_.a) + 2 * (k + i) * p_.M;
-      const bool is_whole = k + i + 1 < p_.K || !p_.is_odd;
+      const BFloat16* first = static_cast<const BFloat16*>(p_.a) + 2 * (k + i) * p_.a_stride;
+      const bool is_whole = 2 * (k + i) + 1 < p_.a_rows;
       for (int64_t row = m; row < m_end; row += kTileRows) {
         A* at = to + (row - m) / kTileRows * sliver(depth) + i * kTileRows;
         for (int64_t v = 0; v < kTileRows; v += kUnits<A>) {
           const int64_t column = row + v, count = p_.M - column;
-          const V low = load(first + column, count), high = is_whole ? load(first + p_.M + column, count) : V{};
+          const V low = load(first + column, count), high = is_whole ? load(first + p_.a_stride + column, count) : V{};
           store(at + v, paired(low, high));
         }
       }

@@ -9,22 +9,23 @@ namespace fusedrnn::FUSEDRNN_ISA {
 // One direction of a layer: its n-th step is time step at(n), which steps of which sequence exist, and their rows.
 class Direction {
  public:
+  Direction() = default;  // of nothing
   Direction(const Sizes& sizes, const Sequence& sequence, int64_t d)
-      : T_(sizes.T), B_(sizes.B), sequence_(sequence), reverse_(d == 1) {}
+      : T_(sizes.T), B_(sizes.B), sequence_(&sequence), reverse_(d == 1) {}
 
   int64_t at(int64_t n) const { return reverse_ ? T_ - 1 - n : n; }
 
   // The row of a step of a sequence, and how many sequences, the first ones, have a row at step t.
-  int64_t row(int64_t t, int64_t b) const { return (is_packed() ? sequence_.offsets[t] : t * B_) + b; }
-  int64_t rows(int64_t t) const { return is_packed() ? sequence_.offsets[t + 1] - sequence_.offsets[t] : B_; }
-  bool is_packed() const { return sequence_.offsets != nullptr; }
+  int64_t row(int64_t t, int64_t b) const { return (is_packed() ? sequence_->offsets[t] : t * B_) + b; }
+  int64_t rows(int64_t t) const { return is_packed() ? sequence_->offsets[t + 1] - sequence_->offsets[t] : B_; }
+  bool is_packed() const { return sequence_->offsets != nullptr; }
   // The step of a row.
   int64_t step_of(int64_t row) const {
     if (!is_packed()) return row / B_;
     int64_t first = 0;  // by halves: the last step that begins at this row or before
     for (int64_t end = T_; end - first > 1;) {
       const int64_t middle = (first + end) / 2;
-      (sequence_.offsets[middle] <= row ? first : end) = middle;
+      (sequence_->offsets[middle] <= row ? first : end) = middle;
     }
     return first;
   }
@@ -32,23 +33,23 @@ class Direction {
   int64_t clipped(int64_t t, int64_t end) const { return end < rows(t) ? end : rows(t); }
 
   // Whether a step may not exist, or be reset, for some sequences.
-  bool ragged() const { return sequence_.lengths != nullptr || sequence_.reset != nullptr; }
+  bool ragged() const { return sequence_->lengths != nullptr || sequence_->reset != nullptr; }
 
   int64_t length(int64_t b) const {
-    if (sequence_.lengths == nullptr) return T_;
-    const int64_t length = sequence_.lengths[b];
+    if (sequence_->lengths == nullptr) return T_;
+    const int64_t length = sequence_->lengths[b];
     return length < 0 ? 0 : length > T_ ? T_ : length;
   }
   bool exists(int64_t t, int64_t b) const { return t >= 0 && t < length(b); }
   bool any_exists(int64_t t, int64_t b, int64_t rows) const {
-    if (sequence_.lengths == nullptr) return true;
+    if (sequence_->lengths == nullptr) return true;
     bool any = false;
     for (int64_t r = 0; r < rows; ++r) any |= exists(t, b + r);
     return any;
   }
   // Whether the state entering step t is cut to zero.
   bool is_reset(int64_t t, int64_t b) const {
-    return sequence_.reset != nullptr && exists(t, b) && sequence_.reset[t * B_ + b] != 0;
+    return sequence_->reset != nullptr && exists(t, b) && sequence_->reset[t * B_ + b] != 0;
   }
   int64_t first(int64_t b) const { return reverse_ ? length(b) - 1 : 0; }
   bool is_first(int64_t t, int64_t b) const { return t == first(b); }
@@ -58,9 +59,9 @@ class Direction {
   int64_t after(int64_t t) const { return reverse_ ? t - 1 : t + 1; }
 
  private:
-  int64_t T_, B_;
-  const Sequence& sequence_;
-  bool reverse_;
+  int64_t T_ = 0, B_ = 0;
+  const Sequence* sequence_ = nullptr;
+  bool reverse_ = false;
 };
 
 // Offset of [row][d][0] in a tensor [N][D][size], of [d][row][0] in one [D][N][size], and of [d][b][0] in one
@@ -79,13 +80,14 @@ FUSEDRNN_INLINE int64_t state(const Sizes& s, int64_t d, int64_t b, int64_t size
 template <class A>
 class GateOrder {
  public:
+  GateOrder() = default;  // of nothing
   explicit GateOrder(int64_t H)
       : gate_(gates_in_blocks(H, Simd<A>::kLanes) ? Simd<A>::kLanes : H), unit_(gate_ == H ? 1 : 4) {}
 
   int64_t operator()(int64_t unit, int64_t gate = 0) const { return unit * unit_ + gate * gate_; }
 
  private:
-  int64_t gate_, unit_;
+  int64_t gate_ = 0, unit_ = 0;
 };
 
 // Of D * B sequences, shared so that every worker has about as many steps: where those of a worker begin.

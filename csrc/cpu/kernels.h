@@ -5,43 +5,37 @@
 #include "fingerprint.h"
 #include "forward.h"
 #include "gemm.h"
+#if defined(FUSEDRNN_TILES)
+#include "tile_gemm.h"
+#endif
 
 namespace fusedrnn::FUSEDRNN_ISA {
 
-#if defined(FUSEDRNN_PAIRS)
+// How the products of a dtype take their operands, and what computes those around a launch.
+#if defined(FUSEDRNN_TILES)
 template <class S>
-constexpr bool kPairs = std::is_same_v<S, BFloat16>;
+constexpr Operands kOperands = std::is_same_v<S, BFloat16> ? Operands::kTiles : Operands::kNumbers;
+template <class S>
+using GemmOf = std::conditional_t<kOperands<S> == Operands::kTiles, TileGemm, Gemm<Compute<S>>>;
+#elif defined(FUSEDRNN_PAIRS)
+template <class S>
+constexpr Operands kOperands = std::is_same_v<S, BFloat16> ? Operands::kPairs : Operands::kNumbers;
+template <class S>
+using GemmOf = Gemm<std::conditional_t<kOperands<S> == Operands::kPairs, Pair, Compute<S>>>;
 #else
 template <class S>
-constexpr bool kPairs = false;
+constexpr Operands kOperands = Operands::kNumbers;
+template <class S>
+using GemmOf = Gemm<Compute<S>>;
 #endif
-
-template <class S>
-constexpr auto gemm_pairs() -> decltype(Kernels::gemm_pairs) {
-  if constexpr (kPairs<S>) {
-    return [](const GemmParams& params, int64_t m, int64_t m_end, int64_t half, int64_t half_end, void* own) {
-      Gemm<Pair>(params).run(m, m_end, half, half_end, static_cast<float*>(own));
-    };
-  }
-  return nullptr;
-}
-
-template <class S>
-constexpr auto pack_pairs() -> decltype(Kernels::pack_pair) {
-  if constexpr (kPairs<S>) {
-    return [](const void* first, const void* second, int64_t N, void* panels, int64_t K, int64_t k) {
-      pack_pair(static_cast<const S*>(first), static_cast<const S*>(second), N, static_cast<float*>(panels), K, k);
-    };
-  }
-  return nullptr;
-}
 
 template <class S>
 constexpr Kernels kernels_for() {
   return {
+      kOperands<S>,
       [](const ForwardParams& params, int worker) {
-        if constexpr (kPairs<S>) {
-          if (params.pairs) return Forward<S, true>(params).run(worker);
+        if constexpr (kOperands<S> != Operands::kNumbers) {
+          if (params.panel_hh != nullptr) return Forward<S, kOperands<S>>(params).run(worker);
         }
         Forward<S>(params).run(worker);
       },
@@ -49,26 +43,28 @@ constexpr Kernels kernels_for() {
       [](const ForwardParams& params) { Forward<S>(params).step_start(); },
       [](const ForwardParams& params, int64_t begin, int64_t end) { Forward<S>(params).step(begin, end); },
       [](const ForwardParams& params, int64_t begin, int64_t end) { Forward<S>(params).step_project(begin, end); },
-      [](const BackwardParams& params, int worker) { Backward<S, kPairs<S>>(params).run(worker); },
+      [](const BackwardParams& params, int worker) { Backward<S, kOperands<S>>(params).run(worker); },
       [](const BackwardParams& params, int64_t begin, int64_t end) {
-        Backward<S, kPairs<S>>(params).entering_states(begin, end);
+        Backward<S, kOperands<S>>(params).entering_states(begin, end);
       },
       [](const GemmParams& params, int64_t m, int64_t m_end, int64_t half, int64_t half_end, void* own) {
-        using A = Compute<S>;
-        Gemm<A>(params).run(m, m_end, half, half_end, static_cast<A*>(own));
+        GemmOf<S>(params).run(m, m_end, half, half_end, own);
       },
-      gemm_pairs<S>(),
-      [](const GemmParams& params) {
-        using A = Compute<S>;
-        return Gemm<A>(params).scratch() * static_cast<int64_t>(sizeof(A));
-      },
-      pack_gates<S>,
+      [](const GemmParams& params) { return GemmOf<S>(params).scratch(); },
+      pack_gates<S, kOperands<S>>,
       pack_rows<S>,
       pack_columns<S>,
-      pack_pairs<S>(),
+      [](const void* first, const void* second, int64_t N, void* panels, int64_t inputs, int64_t k) {
+        auto* const to = static_cast<Compute<S>*>(panels);
+        if constexpr (kOperands<S> != Operands::kNumbers) {
+          pack_input(static_cast<const S*>(first), static_cast<const S*>(second), N, to, inputs, k);
+        } else {
+          pack_input(static_cast<const S*>(first), N, to, inputs, k);
+        }
+      },
       fingerprint,
       Simd<Compute<S>>::kLanes,
-      kTileRows,
+      kOperands<S> == Operands::kTiles ? static_cast<int>(kTileChunk) : kTileRows,
   };
 }
 

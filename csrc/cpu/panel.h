@@ -7,7 +7,8 @@
 // that a tile is tall and half a panel, kDepth deep, stays in the first-level cache while the rows pass by; four where
 // there are so few that a pass over the panel is all there is.
 //
-// Where operands are pairs of 16-bit numbers, an input of a panel is two of the matrix.
+// Where operands are pairs of 16-bit numbers, an input of a panel is two of the matrix; those that the matrix does not
+// have are zero.
 //
 // The sum over K runs in the same order whatever the tile is, so that a row's result does not depend on which rows it
 // shares one with, and therefore not on the number of threads.
@@ -171,6 +172,37 @@ FUSEDRNN_INLINE void with_rows(int64_t rows, const F& f) {
   f(Rows<Most>{});
 }
 
+// Products of a few shapes, each a function of its own: one copy serves whoever calls it, and the compiler, which spills
+// sums in every round of a loop that it inlines into much other code, keeps them in registers. tests/test_spills.py holds
+// their loops to that.
+
+// sum[r] += R rows @ two of the four vectors of a panel, `stride` numbers apart; sum is that of the first of the two.
+template <class E, int R, bool kNext>
+__attribute__((noinline)) void add_tall_tile(const E* rows, int64_t stride, const E* panel, int64_t K, int64_t depth,
+                                             Vec<Compute<E>> (*sum)[4], const E* next) {
+  using V = Vec<Compute<E>>;
+  accumulate<E, R, 2, 1, kNext>(
+      StridedRows<E, R>(rows, stride), panel, K, depth, [&](int r, int v) { return sum[r][v]; },
+      [&](int r, int v, V value) { sum[r][v] = value; }, next);
+}
+
+// sum[r] = R rows @ a panel.
+template <class E, int R>
+__attribute__((noinline)) void wide_tile(const E* rows, int64_t stride, const E* panel, int64_t K,
+                                         Vec<Compute<E>> (*sum)[4]) {
+  using V = Vec<Compute<E>>;
+  accumulate<E, R, 4>(StridedRows<E, R>(rows, stride), panel, K, K, zero<Compute<E>>,
+                      [&](int r, int v, V value) { sum[r][v] = value; });
+}
+
+// sum[0] = the only row @ a panel.
+template <class E>
+__attribute__((noinline)) void single_row_product(const E* row, const E* panel, int64_t K, Vec<Compute<E>> (*sum)[4]) {
+  using V = Vec<Compute<E>>;
+  accumulate<E, 1, 4, 2>(StridedRows<E, 1>(row, 0), panel, K, K, zero<Compute<E>>,
+                         [&](int r, int v, V value) { sum[r][v] = value; });
+}
+
 // sum[r] = a[r] @ panel for r in [0, rows), rows at most kRowsAtATime. Tiles without a row that is wanted(first, count)
 // are left out: their sums are zero. `alone` says that the layer has a single row, which then needs no tile.
 template <class E, class Wanted>
@@ -180,11 +212,8 @@ inline void multiply(Vec<Compute<E>> (*sum)[4], const E* a, int64_t stride, cons
   for (int64_t r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = sum[r][2] = sum[r][3] = Vec<A>{};
   if (rows <= kTileRows / 2) {
     if (!wanted(0, rows)) return;
-    const auto finish = [&](int r, int v, Vec<A> value) { sum[r][v] = value; };
-    if (alone) return accumulate<E, 1, 4, 2>(StridedRows<E, 1>(a, stride), panel, K, K, zero<A>, finish);
-    return with_rows<kTileRows / 2>(rows, [&](auto R) {
-      accumulate<E, R.kCount, 4>(StridedRows<E, R.kCount>(a, stride), panel, K, K, zero<A>, finish);
-    });
+    if (alone) return single_row_product(a, panel, K, sum);
+    return with_rows<kTileRows / 2>(rows, [&](auto R) { wide_tile<E, R.kCount>(a, stride, panel, K, sum); });
   }
   const int64_t tiles = blocks_of(rows, kTileRows);
   for (int64_t k = 0; k < K; k += kDepth) {
@@ -197,15 +226,13 @@ inline void multiply(Vec<Compute<E>> (*sum)[4], const E* a, int64_t stride, cons
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t first = tile * rows / tiles, count = (tile + 1) * rows / tiles - first;
         if (!wanted(first, count)) continue;
-        Vec<A>(*const own)[4] = sum + first;
-        const auto start = [&](int r, int v) { return own[r][half + v]; };
-        const auto finish = [&](int r, int v, Vec<A> value) { own[r][half + v] = value; };
+        auto* const own = reinterpret_cast<Vec<A>(*)[4]>(&sum[first][half]);
+        const E* const left = a + first * stride + k;
         with_rows<kTileRows>(count, [&](auto R) {
-          const StridedRows<E, R.kCount> left(a + first * stride + k, stride);
           if (!kNarrow && tile < 2) {  // each for one of the two vectors of an input
-            accumulate<E, R.kCount, 2, 1, true>(left, part, K, depth, start, finish, next + tile * kUnits<A>);
+            add_tall_tile<E, R.kCount, true>(left, stride, part, K, depth, own, next + tile * kUnits<A>);
           } else {
-            accumulate<E, R.kCount, 2>(left, part, K, depth, start, finish);
+            add_tall_tile<E, R.kCount, false>(left, stride, part, K, depth, own, nullptr);
           }
         });
       }
@@ -239,17 +266,48 @@ FUSEDRNN_INLINE void transpose_into(const S* w, int64_t units, int64_t K, Comput
   }
 }
 
-// For each block: the gate-th vector of input k, lane by lane, = w[gate * H + block * lanes + lane][k] for w [4H][K]
-template <class S>
+// The same of pairs: to[k * 2 * lanes + lane] = w[lane][2k], w[lane][2k + 1] for k in [0, inputs).
+FUSEDRNN_INLINE void transpose_pairs_into(const BFloat16* w, int64_t units, int64_t K, int64_t inputs, float* to) {
+  constexpr int64_t kPairs = kUnits<float>;
+  for (int64_t k = 0; k < inputs; k += kPairs) {
+    const int64_t numbers = K - 2 * k;
+    Vec<float> square[kPairs];
+    for (int64_t u = 0; u < kPairs; ++u) {
+      square[u] = Vec<float>{};
+      if (u >= units || numbers <= 0) continue;
+      const BFloat16* const from = w + u * K + 2 * k;
+      if (numbers >= 2 * kPairs) {
+        std::memcpy(&square[u], from, sizeof(square[u]));
+      } else {
+        std::memcpy(&square[u], from, numbers * sizeof(BFloat16));
+      }
+      __builtin_prefetch(w + u * K + 2 * (k + 4 * kPairs));
+    }
+    transpose<float>(square);
+    const int64_t count = inputs - k < kPairs ? inputs - k : kPairs;
+    for (int64_t u = 0; u < count; ++u) store(to + (k + u) * 2 * kPairs, square[u]);
+  }
+}
+
+// For each block: the gate-th vector of input k, lane by lane, = w[gate * H + block * lanes + lane][k] for w [4H][K]; of
+// pairs there are as many inputs as kOperands take.
+template <class S, Operands kOperands>
 void pack_gates(const void* w, int64_t rows, int64_t K, void* panel, int64_t begin, int64_t end) {
   using A = Compute<S>;
+  constexpr bool kPairs = kOperands != Operands::kNumbers;
+  constexpr int64_t kAtATime = inputs_at_a_time(kOperands);
   const S* from = static_cast<const S*>(w);
   A* to = static_cast<A*>(panel);
-  const int64_t H = rows / kGates;
+  const int64_t H = rows / kGates, inputs = blocks_of(K, kAtATime) * kAtATime / (kPairs ? 2 : 1);
   for (int64_t block = begin; block < end; ++block) {
     for (int64_t gate = 0; gate < kGates; ++gate) {
       const int64_t unit = block * kUnits<A>, units = H - unit;
-      transpose_into(from + (gate * H + unit) * K, units, K, to + block * K * kWide<A> + in_panel<A>(K, 0, gate));
+      A* const part = to + block * inputs * kWide<A> + in_panel<A>(inputs, 0, gate);
+      if constexpr (kPairs) {
+        transpose_pairs_into(from + (gate * H + unit) * K, units, K, inputs, part);
+      } else {
+        transpose_into(from + (gate * H + unit) * K, units, K, part);
+      }
     }
   }
 }
@@ -283,7 +341,7 @@ FUSEDRNN_INLINE void pack_input(const S* row, int64_t N, Compute<S>* panels, int
 
 // The same of two rows of 16-bit numbers, of which an input is a pair; either may be null.
 template <class S>
-FUSEDRNN_INLINE void pack_pair(const S* first, const S* second, int64_t N, float* panels, int64_t K, int64_t k) {
+FUSEDRNN_INLINE void pack_input(const S* first, const S* second, int64_t N, float* panels, int64_t K, int64_t k) {
   for (int64_t block = 0; block < blocks_of(N, kWide<float>); ++block) {
     for (int64_t v = 0; v < 4; ++v) {
       const int64_t column = block * kWide<float> + v * kUnits<float>, count = N - column;

@@ -30,6 +30,17 @@ struct Float16 {
 
 enum class Dtype : int { kFloat32, kFloat64, kBFloat16, kFloat16, kCount };
 
+// How the large products, and the recurrent ones of more than a few rows and steps, take their operands.
+enum class Operands : int {
+  kNumbers,  // of A, one by one
+  kPairs,    // two numbers of S next to each other, which an instruction multiplies and adds up
+  kTiles,    // 16 such pairs of 16 rows, by matrix instructions
+};
+// Inputs of such a product are padded with zeros to a multiple of this many.
+constexpr int64_t inputs_at_a_time(Operands operands) {
+  return operands == Operands::kTiles ? 32 : operands == Operands::kPairs ? 2 : 1;
+}
+
 struct Sizes {
   int64_t T, B, N, I, H, P, D;
   bool projected;  // whether there is a w_hr; else P = H
@@ -59,32 +70,38 @@ struct Team {
 struct ForwardParams {
   Sizes sizes;
   Sequence sequence;
-  // Where N is large, the input's affine maps were computed before and the recurrent weights are packed; where it
-  // is small, both affine maps are dot products with the weights as they are in nn.LSTM.
+  // Where N is small, both affine maps are dot products with the weights as they are in nn.LSTM, and there are no
+  // panels. Elsewhere the weights are packed, and the input's affine maps are computed before (xg), or in the launch
+  // (panel_ih).
   const void* x;  // S [N][I]
   // The steps of this launch, counted as each direction goes through them; other launches do the others, in order.
   int64_t begin, end;
-  // A [rows of these steps][4H] of each direction: x @ w_ih^T + b_ih + b_hh, by time, each row in GateOrder; or null
+  // x @ w_ih^T + b_ih + b_hh of the rows of these steps, by time, for each direction; or null. Where xg_rows is not 0, A
+  // [ceil(H / lanes)][xg_rows][4][lanes]; else A [rows][4H], each row in GateOrder.
   const void* xg[2];
+  int64_t xg_rows[2];
   const void* w_ih[2];   // S [4H][I]
   const void* w_hh[2];   // S [4H][P]
   const void* w_hr[2];   // S [P][H], or null
-  const void* panel_hh;  // A, packed by pack_gates: one buffer per direction; null where xg is; or pairs of S
+  const void* panel_ih;  // as panel_hh, of w_ih, or null: only of tiles
+  const void* panel_hh;  // packed by Kernels::pack_gates: one buffer per direction; or null
   const void* panel_hr;  // A, packed by pack_rows from w_hr, or null
-  const void* b_ih[2];   // S [4H] for each direction, or null
-  const void* b_hh[2];   // S [4H] for each direction, or null
-  const void* h0;        // S [D][B][P] or null
-  const void* c0;        // S [D][B][H] or null
-  void* y;               // S [N][D][P]
-  void* hn;              // S [D][B][P]
-  void* cn;              // S [D][B][H]
-  void* c;               // S [N][D][H] or null
-  void* gates;           // S [D][N][4H], each row in GateOrder, or null; may hold xg where S is A
+  const void* x_padded;  // with panel_ih: S [N][x_stride], x with zeros up to the inputs of a panel; may be x
+  int64_t x_stride;
+  const void* biases[2];  // with panel_ih: A [ceil(H / lanes)][4][lanes]: b_ih + b_hh, or null
+  const void* b_ih[2];    // S [4H] for each direction, or null
+  const void* b_hh[2];    // S [4H] for each direction, or null
+  const void* h0;         // S [D][B][P] or null
+  const void* c0;         // S [D][B][H] or null
+  void* y;                // S [N][D][P]
+  void* hn;               // S [D][B][P]
+  void* cn;               // S [D][B][H]
+  void* c;                // S [N][D][H] or null
+  void* gates;            // S [D][N][4H], each row in GateOrder, or null; may hold xg where S is A
   // Scratch, uninitialised.
-  void* h;        // A [2][D][B][P], or S where pairs: the state entering this step and the next
-  void* c_state;  // A [D][B][H]
+  void* h;        // A [2][D][B][P], or S [2][D][B][P, padded] with panels of pairs: the state entering this step and the next
+  void* c_state;  // A [D][ceil(H / lanes)][B][lanes]
   void* m;        // A [D][B][H], only where projected: o * tanh(c)
-  bool pairs;     // the recurrent product takes two numbers at a time: only where Kernels::gemm_pairs is, P even
   Team team;
 };
 
@@ -102,11 +119,13 @@ struct BackwardParams {
   const void* y;         // S [N][D][P]
   const void* c;         // S [N][D][H]
   const void* gates;     // S [D][N][4H], each row in GateOrder
-  void* da;              // A [D][N][4H], or S where there is Kernels::gemm_pairs: gradients before the nonlinearities
+  // Gradients before the nonlinearities: A [D][N][4H]; or, of Operands that are pairs, S [D][N][4H, padded], where the
+  // padding is zero already.
+  void* da;
   void* dh0;             // S [D][B][P] or null
   void* dc0;             // S [D][B][H] or null
   // What the weight gradients need besides da.
-  void* h_in;    // A, [D] panels as by pack_columns from [N][P], or null: the hidden state that entered each step
+  void* h_in;    // [D] panels as by pack_columns from [N][P], or null: the hidden state that entered each step
   void* dh_out;  // A [D][N][P], only where projected: gradient of h_t
   void* m;       // A [D][N][H], only where projected: o * tanh(c)
   // Scratch, uninitialised.
@@ -115,18 +134,20 @@ struct BackwardParams {
   Team team;
 };
 
-// c = start + a @ b, or c += a @ b, where b is packed in panels; see gemm.h.
+// c = start + a @ b, or c += a @ b, where b is packed in panels; see gemm.h and tile_gemm.h. Of pairs K counts pairs.
 struct GemmParams {
   int64_t M, N, K;
-  const void* a;  // A [M][K], or [K][M] where a_transposed
-  bool a_transposed;
-  const void* panels;  // A, packed from [N][K] or [K][N]: outputs are counted as they lie in the panels
-  void* c;             // A [M][N]
-  bool accumulate;
-  bool by_columns;  // workers share the columns of c, as they share hidden units, and not its rows
+  const void* a;     // [M][a_stride] numbers, or [a_rows][a_stride] where a_transposed
+  int64_t a_stride;  // numbers of a row; of contiguous rows of pairs all up to 2K are there
+  bool a_transposed = false;
+  int64_t a_rows = 0;   // where a_transposed: those that exist, of K or 2K; others count as zeros
+  const void* panels;   // packed from [N][K] or [K][N]: outputs are counted as they lie in the panels
+  void* c;              // A [M][N]; or S where c_is_narrow; or A [N / (4 * lanes)][M][4 * lanes] where c_in_blocks
+  bool c_is_narrow = false, c_in_blocks = false;
+  bool accumulate = false;
+  bool by_columns = false;  // workers share the columns of c, as they share hidden units, and not its rows
   // A [N, rounded up to whole half panels], of each row of c; or null. Not where accumulate.
   const void* start = nullptr;
-  bool is_odd = false;  // of pairs, a transposed: the last pair is a single row of a, and zeros
   // Another product with the same a, M and K, which is packed once for both; or null. Workers share rows then.
   const GemmParams* also = nullptr;
 };
@@ -139,35 +160,39 @@ using Pack = void (*)(const void* w, int64_t rows, int64_t columns, void* panel,
 
 // The kernels of one instruction set and one dtype. A worker function is called once for every worker of the team.
 struct Kernels {
+  Operands operands;  // of the products with weights and steps; those of a projection are always of numbers
   void (*forward)(const ForwardParams&, int worker);
-  void (*add_biases)(const void* b_ih, const void* b_hh, int64_t H, void* to);  // A to[4H], in GateOrder: their sum
+  // A to[4H]: their sum, in GateOrder; or as in ForwardParams::biases, zero where there is no unit.
+  void (*add_biases)(const void* b_ih, const void* b_hh, int64_t H, bool in_blocks, void* to);
   // T = 1: once step_start; then blocks of `lanes` units, [begin, end) of D * ceil(H / lanes); then, where projected,
   // outputs [begin, end) of D * P.
   void (*step_start)(const ForwardParams&);
   void (*step)(const ForwardParams&, int64_t begin, int64_t end);
   void (*step_project)(const ForwardParams&, int64_t begin, int64_t end);
   void (*backward)(const BackwardParams&, int worker);
-  // Fills h_in for inputs [begin, end) of D * N; of D * ceil(N / 2) where there is gemm_pairs.
+  // Fills h_in for inputs [begin, end) of D * inputs(N).
   void (*entering_states)(const BackwardParams&, int64_t begin, int64_t end);
   // Rows [m, m_end), at most kGemmRows, and half panels [half, half_end) of c; all of those of `also`. own:
   // gemm_scratch bytes.
   void (*gemm)(const GemmParams&, int64_t m, int64_t m_end, int64_t half, int64_t half_end, void* own);
-  // The same where a and panels are pairs of 16-bit numbers; or null. K counts pairs.
-  void (*gemm_pairs)(const GemmParams&, int64_t m, int64_t m_end, int64_t half, int64_t half_end, void* own);
-  int64_t (*gemm_scratch)(const GemmParams&);  // bytes, of either
+  int64_t (*gemm_scratch)(const GemmParams&);  // bytes
   Pack pack_gates;    // blocks of w_hh [4H][P]: a block is `lanes` hidden units, four gates each
-  Pack pack_rows;     // blocks of w [N][K]: a block is 4 * lanes outputs, which are rows of w
-  Pack pack_columns;  // inputs of w [K][N]: a block is 4 * lanes outputs, which are columns of w
-  // Where gemm_pairs is: input k of K, of panels as by pack_columns, from two rows of N columns; null for zeros. Rows
-  // that are packed by pack_gates or pack_rows are taken as of half as many floats, and packed by the kernels for
-  // float.
-  void (*pack_pair)(const void* first, const void* second, int64_t N, void* panels, int64_t K, int64_t k);
+  Pack pack_rows;     // of numbers: blocks of w [N][K]: a block is 4 * lanes outputs, which are rows of w
+  Pack pack_columns;  // of numbers: inputs of w [K][N]: a block is 4 * lanes outputs, which are columns of w
+  // Input k of panels of `inputs` as by pack_columns, from a row of N columns, or two where operands are pairs; null for
+  // zeros.
+  void (*pack_input)(const void* first, const void* second, int64_t N, void* panels, int64_t inputs, int64_t k);
   // to[0..8): a fingerprint of memory; see fingerprint.h.
   void (*fingerprint)(const void* from, int64_t bytes, uint64_t* to);
   int lanes;      // numbers of type A in a vector register
   int tile_rows;  // batch rows that share one pass over a panel
 
-  bool take_pairs() const { return gemm_pairs != nullptr; }
+  bool take_pairs() const { return operands != Operands::kNumbers; }
+  // K rounded up to what panels have, and how many inputs of a panel that is.
+  int64_t padded(int64_t K) const {
+    return blocks_of(K, inputs_at_a_time(operands)) * inputs_at_a_time(operands);
+  }
+  int64_t inputs(int64_t K) const { return take_pairs() ? padded(K) / 2 : K; }
 };
 
 // One for each Dtype.

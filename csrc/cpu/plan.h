@@ -14,6 +14,12 @@ constexpr int64_t kCacheBytes = 512 << 10;  // what a core keeps of the weights 
 constexpr int64_t kChunkBytes = 8 << 20;    // of the input's affine maps, where they need not be kept
 constexpr int64_t kUnpackedRows = 16;  // steps times batch rows, up to which packing weights costs more than it brings
 
+// Whether the input's affine maps belong into the launch: tiles that are full there would be no faster before it, and
+// the maps would have to be written and read.
+inline bool fuses_input(const Sizes& s, const Kernels& kernels) {
+  return kernels.operands == Operands::kTiles && s.B >= kernels.tile_rows / 2;
+}
+
 // Rows need no synchronisation; units are shared where there are fewer rows than threads, and steps long enough to meet
 // after each; or where a core would read the weights from afar, of which each then streams its part alone: those that
 // do not fit its cache, and half as many where its rows do not fill a tile, which then waits for what it reads. That

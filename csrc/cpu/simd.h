@@ -7,7 +7,7 @@
 #include <cstring>
 #include <type_traits>
 
-#if defined(FUSEDRNN_PAIRS)
+#if defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
 
@@ -127,12 +127,17 @@ FUSEDRNN_INLINE Vec<float> widen(NarrowVec narrow, Float16) {
   return bit_cast<Vec<float>>(result | (bits & 0x8000u) << 16);
 }
 
-// Both round to nearest, ties to even, and keep NaN a NaN.
+// Both round to nearest, ties to even, and keep NaN a NaN. The instruction takes denormal numbers for zero, as those do
+// that multiply pairs.
 FUSEDRNN_INLINE NarrowVec narrow(Vec<float> value, BFloat16) {
+#if defined(__AVX512BF16__)
+  return bit_cast<NarrowVec>(_mm512_cvtneps_pbh(bit_cast<__m512>(value)));
+#else
   const WordVec bits = bit_cast<WordVec>(value);
   const WordVec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const WordVec nan = (bits >> 16) | 0x40u;
   return __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded, NarrowVec);
+#endif
 }
 
 FUSEDRNN_INLINE NarrowVec narrow(Vec<float> value, Float16) {
@@ -227,9 +232,16 @@ FUSEDRNN_INLINE Vec<double> multiply_add(Vec<double> sum, double number, Vec<dou
   return sum + number * operands;
 }
 #endif
-#if defined(FUSEDRNN_PAIRS)
+#if defined(__AVX512BF16__)
 FUSEDRNN_INLINE Vec<float> multiply_add(Vec<float> sum, Pair number, Vec<float> operands) {
   return _mm512_dpbf16_ps(sum, bit_cast<__m512bh>(operands), bit_cast<__m512bh>(WordVec{} + number.bits));
+}
+#else
+FUSEDRNN_INLINE Vec<float> multiply_add(Vec<float> sum, Pair number, Vec<float> operands) {
+  const WordVec left = WordVec{} + number.bits, right = bit_cast<WordVec>(operands);
+  const auto low = [](WordVec pairs) { return bit_cast<Vec<float>>(pairs << 16); };
+  const auto high = [](WordVec pairs) { return bit_cast<Vec<float>>(pairs & 0xffff0000u); };
+  return sum + high(left) * high(right) + low(left) * low(right);
 }
 #endif
 

@@ -41,24 +41,28 @@ class Worker {
         last_((index + 1) * chunks / team.workers) {}
 
   // Runs f(chunk) for every chunk of the next phase, together with the other workers; returns when all are finished
-  // and what they wrote can be read.
-  template <class F>
-  void phase(const F& f) {
+  // and what they wrote can be read. finish() follows the last of some chunks that are run together.
+  template <class F, class Finish>
+  void phase(const F& f, const Finish& finish) {
     ++phase_;
     const int64_t target = phase_ * chunks_;
     if (finished() >= target) return;
-    run_unclaimed(first_, last_ - first_, f);
+    run_unclaimed(first_, last_ - first_, f, finish);
     for (int spins = 0; finished() < target; ++spins) {
       if (spins < spins_before_help_) {
         FUSEDRNN_PAUSE();
       } else if (spins == spins_before_help_) {
-        run_unclaimed(last_, chunks_, f);
+        run_unclaimed(last_, chunks_, f, finish);
       } else if (spins < kSpinsBeforeYield) {
         FUSEDRNN_PAUSE();
       } else {
         sched_yield();
       }
     }
+  }
+  template <class F>
+  void phase(const F& f) {
+    phase(f, [] {});
   }
 
  private:
@@ -71,8 +75,8 @@ class Worker {
 
   // Claims and runs what is left of `count` chunks from `first` on, around the end: in turns upwards and downwards, so
   // that a phase begins with what the last one has left in the cache.
-  template <class F>
-  void run_unclaimed(int64_t first, int64_t count, const F& f) {
+  template <class F, class Finish>
+  void run_unclaimed(int64_t first, int64_t count, const F& f, const Finish& finish) {
     int64_t done = 0;
     for (int64_t k = 0; k < count; ++k) {
       const int64_t chunk = (first + in_turns(phase_, k, count)) % chunks_;
@@ -84,7 +88,9 @@ class Worker {
       f(chunk);
       ++done;
     }
-    if (done > 0) __atomic_fetch_add(&lines_[0].value, done, __ATOMIC_RELEASE);
+    if (done == 0) return;
+    finish();
+    __atomic_fetch_add(&lines_[0].value, done, __ATOMIC_RELEASE);
   }
 
   Line* lines_;
