@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import os
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from fusedrnn.benchmarks import plans
 from fusedrnn.benchmarks.cases import cell
 
 import fusedrnn
-from fusedrnn import cuda, cuda_plan, dispatch, ops, testing
+from fusedrnn import cuda, cuda_plan, dispatch, gpu, ops, testing
 from fusedrnn.testing import Case
 
 ROOT = Path(__file__).parents[1]
@@ -305,6 +306,15 @@ def test_gradcheck(options):
 def test_gates_computed_again(options, dtype, monkeypatch):
     monkeypatch.setenv("FUSEDRNN_RESERVE", "recompute")
     check(Case(4, 3, 7, 14, dtype=dtype, **options))
+
+
+@pytest.mark.parametrize("dtype", [F64, BF16], ids=str)
+@pytest.mark.parametrize("reserve", ["gates", "recompute"])
+@pytest.mark.parametrize("inputs", [False, True], ids=["after-a-gemm", "with-x"])
+def test_no_product_is_given_padding(inputs, reserve, dtype, monkeypatch, assert_padding_is_not_read):
+    monkeypatch.setenv("FUSEDRNN_RESERVE", reserve)
+    plans_of({"inputs": inputs}, monkeypatch)
+    assert_padding_is_not_read(partial(gpu.forward, cuda), partial(gpu.backward, cuda), dtype, DEVICE)
 
 
 def kept():

@@ -8,6 +8,7 @@ each launch where programs would meet. The tolerance is that of fusedrnn/testing
 import dataclasses
 import importlib.util
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -125,6 +126,13 @@ def test_options_in_16_bits(name, dtype):
 def test_gates_computed_again(options, dtype, monkeypatch):
     monkeypatch.setenv("FUSEDRNN_RESERVE", "recompute")
     check(Case(4, 3, 7, 14, dtype=dtype, **options))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("reserve", ["gates", "recompute"])
+def test_no_product_is_given_padding(reserve, dtype, launch, monkeypatch, assert_padding_is_not_read):
+    monkeypatch.setenv("FUSEDRNN_RESERVE", reserve)
+    assert_padding_is_not_read(partial(gpu.forward, launch), partial(gpu.backward, launch), dtype, DEVICE)
 
 
 PLAIN, PROJECTED = {}, {**EVERYTHING, "proj_size": 32}
