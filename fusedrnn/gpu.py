@@ -87,7 +87,6 @@ def _shape(launch: ModuleType, x: Tensor, directions: Sequence[DirectionWeights]
 def forward(
     launch: ModuleType,
     x: Tensor,
-    weights: Sequence[Tensor],
     bidirectional: bool,
     h0: Tensor | None,
     c0: Tensor | None,
@@ -95,11 +94,12 @@ def forward(
     reset: Tensor | None,
     cell_states: bool,
     for_backward: bool,
+    *weights: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`ops.FORWARD_SCHEMA` by one launch; reserved are the gates [D, T, B, 4H], or nothing: see `reserve`."""
     keep_gates = for_backward and reserve() == "gates"
-    x, h0, c0, lengths, reset, *weights = _contiguous(x, h0, c0, lengths, reset, *weights)
-    directions = split_directions(weights, bidirectional)
+    x, h0, c0, lengths, reset, *flat = _contiguous(x, h0, c0, lengths, reset, *weights)
+    directions = split_directions(flat, bidirectional)
     (T, B, _), D, (P, H) = x.shape, len(directions), _sizes(directions)
     y, hn, cn = x.new_empty(T, B, D * P), x.new_empty(D, B, P), x.new_empty(D, B, H)
     c = x.new_empty(T, B, D * H) if cell_states or for_backward else None
@@ -126,7 +126,6 @@ def backward(
     dcn: Tensor | None,
     dc: Tensor | None,
     x: Tensor,
-    weights: Sequence[Tensor],
     bidirectional: bool,
     h0: Tensor | None,
     c0: Tensor | None,
@@ -136,17 +135,18 @@ def backward(
     c: Tensor,
     gates: Tensor,
     needs: Sequence[bool],
+    *weights: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """`ops.BACKWARD_SCHEMA` by one launch, and GEMMs over what it leaves."""
-    dy, dhn, dcn, dc, x, h0, c0, lengths, reset, *weights = _contiguous(
+    dy, dhn, dcn, dc, x, h0, c0, lengths, reset, *flat = _contiguous(
         dy, dhn, dcn, dc, x, h0, c0, lengths, reset, *weights
     )
-    directions = split_directions(weights, bidirectional)
+    directions = split_directions(flat, bidirectional)
     (T, B, _), D, (P, H) = x.shape, len(directions), _sizes(directions)
     needs_x, needs_h0, needs_c0, *needs_weights = needs
     empty = x.new_empty(0)
     if B == 0:
-        shapes = [x.shape, (D, 0, P), (D, 0, H), *(weight.shape for weight in weights)]
+        shapes = [x.shape, (D, 0, P), (D, 0, H), *(weight.shape for weight in flat)]
         zeros = [x.new_zeros(shape) if need else empty.clone() for shape, need in zip(shapes, needs, strict=True)]
         return zeros[0], zeros[1], zeros[2], zeros[3:]
     shape = _shape(launch, x, directions, lengths is not None or reset is not None)

@@ -228,9 +228,9 @@ def assert_padding_is_not_read() -> Callable[..., None]:
         def run(padding: float) -> list[torch.Tensor]:
             px, pdy, pdc = (rows.where(steps, padding) for rows in (x, dy, dc))
             ph0, pc0, pdhn, pdcn = (state.where(steps[0], padding) for state in (h0, c0, dhn, dcn))
-            given = (px, weights, True, ph0, pc0, lengths, reset)
-            y, hn, cn, c, reserve = forward(*given, True, True)
-            dx, dh0, dc0, dweights = backward(pdy, pdhn, pdcn, pdc, *given, y, c, reserve, [True] * (3 + len(weights)))
+            given, needs = (px, True, ph0, pc0, lengths, reset), [True] * (3 + len(weights))
+            y, hn, cn, c, reserve = forward(*given, True, True, *weights)
+            dx, dh0, dc0, dweights = backward(pdy, pdhn, pdcn, pdc, *given, y, c, reserve, needs, *weights)
             states = [state.where(steps[0], 0.0) for state in (hn, cn, dh0, dc0)]
             return [y, c, dx, *states, *dweights]
 

@@ -257,15 +257,15 @@ def operator_arguments(T=3, B=2, I=5, H=4, D=2, device=DEVICE):
 
 
 def test_operators_pass_opcheck():
-    arguments = operator_arguments()
-    op = torch.ops.fusedrnn
-    torch.library.opcheck(op.triton_forward, arguments, test_utils=("test_schema", "test_faketensor"))
-    y, hn, cn, c, reserve = op.triton_forward(*arguments)
-    needs = [True] * (3 + len(arguments[1]))
-    backward = (y, hn, cn, c, *arguments[:7], y, c, reserve, needs)
-    torch.library.opcheck(op.triton_backward, backward, test_utils=("test_schema", "test_faketensor"))
-    fewer = (y, None, None, None, *arguments[:7], y, c, reserve, [k % 2 == 0 for k in range(len(needs))])
-    torch.library.opcheck(op.triton_backward, fewer, test_utils=("test_schema", "test_faketensor"))
+    x, weights, *options = operator_arguments()
+    op, tests, given = torch.ops.fusedrnn, ("test_schema", "test_faketensor"), (x, *options[:5])
+    torch.library.opcheck(op.triton_forward.default, (x, *options, *weights), test_utils=tests)
+    y, hn, cn, c, reserve = op.triton_forward(x, *options, *weights)
+    needs = [True] * (3 + len(weights))
+    backward = (y, hn, cn, c, *given, y, c, reserve, needs, *weights)
+    torch.library.opcheck(op.triton_backward.default, backward, test_utils=tests)
+    fewer = (y, None, None, None, *given, y, c, reserve, [k % 2 == 0 for k in range(len(needs))], *weights)
+    torch.library.opcheck(op.triton_backward.default, fewer, test_utils=tests)
 
 
 def test_empty_batch():
