@@ -245,7 +245,10 @@ def test_export(kernel, assert_same, strict, more):
                 assert_same(exported.module()(x, **kwargs), model(x, **kwargs))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+JIT = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+
+
+@JIT
 def test_jit_trace(kernel, assert_same):
     """Deprecated, and still how many a model is served; parameters may well require gradients then."""
     model = fusedrnn.convert(Model()).to(kernel.device, torch.float64)
@@ -258,6 +261,47 @@ def test_jit_trace(kernel, assert_same):
             x = batch(*sizes, kernel.device, dims=())
             with torch.no_grad():
                 assert_same(recorded(x), model(x))
+
+
+@JIT
+@pytest.mark.parametrize("frozen", [False, True])
+def test_jit_trace_of_what_runs_twice(kernel, frozen, assert_same):
+    """A loop over a cell, and a program that is called again: each time with the weights that it holds."""
+    for model in (Decoder(), nn.LSTM(I, H, bidirectional=True)):
+        ours = fusedrnn.convert(model).to(kernel.device, torch.float64).eval()
+        x = torch.randn(4, 2, I, dtype=torch.float64, device=kernel.device)
+        traced = torch.jit.trace(ours, x, check_trace=False)
+        traced = torch.jit.freeze(traced) if frozen else traced
+        with torch.no_grad():
+            expected = ours(x)
+            for _ in range(3):
+                assert_same(traced(x), expected)
+
+
+@JIT
+def test_a_list_of_weights_is_left_as_it_is(kernel):
+    """By TorchScript, which hands the operator its own list, and not a copy."""
+    name = f"{kernel.backend}_forward"
+    program = torch.jit.CompilationUnit(f"""
+def f(x: Tensor, w: List[Tensor]):
+    y = torch.ops.fusedrnn.{name}(x, w, False, None, None, None, None, False, False)[0]
+    z = torch.ops.fusedrnn.{name}(x, False, None, None, None, None, False, False, w[0], w[1])[0]
+    return y, z, w
+""")
+    x, *weights = (torch.randn(size, device=kernel.device) for size in ((5, 2, I), (4 * H, I), (4 * H, H)))
+    y, z, kept = program.f(x, weights)
+    assert torch.equal(y, z)
+    assert [w.data_ptr() for w in kept] == [w.data_ptr() for w in weights]
+
+
+def test_what_takes_a_list_of_tensors():
+    """torch moves the tensors out of a list that a native operator is given: only Python may call such a one."""
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fusedrnn::")]
+    schemas = {name: torch._C._get_schema(*name.split(".") if "." in name else (name, "")) for name in names}
+    listed = {name for name, schema in schemas.items() if any(str(a.type) == "List[Tensor]" for a in schema.arguments)}
+    assert {name for name in listed if not name.endswith(".list")} == {"fusedrnn::cpu_infer"}
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("fusedrnn::cpu_forward.list", "CompositeImplicitAutograd")
+    assert not torch._C._dispatch_has_kernel_for_dispatch_key("fusedrnn::cpu_infer", "Meta")
 
 
 # The operators by themselves
