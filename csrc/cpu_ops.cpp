@@ -226,11 +226,12 @@ void forward(const Layer& layer, Outputs& out) {
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_forward(Tensor x, Tensors flat, bool bidirectional,
-                                                               OptionalTensor h0, OptionalTensor c0,
-                                                               OptionalTensor lengths, OptionalTensor reset,
-                                                               bool cell_states, bool reserve) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_forward(
+    Tensor x, bool bidirectional, OptionalTensor h0, OptionalTensor c0, OptionalTensor lengths, OptionalTensor reset,
+    bool cell_states, bool reserve, Tensor w0, Tensor w1, OptionalTensor w2, OptionalTensor w3, OptionalTensor w4,
+    OptionalTensor w5, OptionalTensor w6, OptionalTensor w7, OptionalTensor w8, OptionalTensor w9) {
   const NoGrad no_grad;
+  const Tensors flat = listed(w0, w1, {&w2, &w3, &w4, &w5, &w6, &w7, &w8, &w9});
   const Layer layer(x, flat, bidirectional, h0, c0, lengths, reset);
   const Sizes& s = layer.sizes;
   const ScalarType dtype = x.scalar_type();
@@ -240,10 +241,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_forward(Tensor x, Tensors
   }
   if (reserve) out.gates = layer.recycled_gates();
   forward(layer, out);
-  const auto present = [&](const OptionalTensor& tensor) { return tensor.has_value() ? *tensor : empty({0}, dtype); };
-  return {out.y, out.hn, out.cn, present(out.c), present(out.gates)};
+  const auto or_empty = [&](const OptionalTensor& tensor) { return tensor.has_value() ? *tensor : empty({0}, dtype); };
+  return {out.y, out.hn, out.cn, or_empty(out.c), or_empty(out.gates)};
 }
 
+// torch moves the weights out of the list that it is called with. It is for functional.py alone, whose list is made for
+// the call, and is never recorded in a program.
 std::tuple<Tensor, Tensor, Tensor> cpu_infer(Tensor x, Tensors flat, int64_t layers, bool bidirectional,
                                              OptionalTensor h0, OptionalTensor c0) {
   const NoGrad no_grad;
@@ -461,12 +464,13 @@ Tensors weight_gradients(const Layer& layer, StepGradients& steps, const Needs& 
   return dweights;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensors> cpu_backward(OptionalTensor dy, OptionalTensor dhn, OptionalTensor dcn,
-                                                         OptionalTensor dc, Tensor x, Tensors flat, bool bidirectional,
-                                                         OptionalTensor h0, OptionalTensor c0, OptionalTensor lengths,
-                                                         OptionalTensor reset, Tensor y, Tensor c, Tensor reserve,
-                                                         std::vector<bool> needs) {
+std::tuple<Tensor, Tensor, Tensor, Tensors> cpu_backward(
+    OptionalTensor dy, OptionalTensor dhn, OptionalTensor dcn, OptionalTensor dc, Tensor x, bool bidirectional,
+    OptionalTensor h0, OptionalTensor c0, OptionalTensor lengths, OptionalTensor reset, Tensor y, Tensor c,
+    Tensor reserve, std::vector<bool> needs, Tensor w0, Tensor w1, OptionalTensor w2, OptionalTensor w3,
+    OptionalTensor w4, OptionalTensor w5, OptionalTensor w6, OptionalTensor w7, OptionalTensor w8, OptionalTensor w9) {
   const NoGrad no_grad;
+  const Tensors flat = listed(w0, w1, {&w2, &w3, &w4, &w5, &w6, &w7, &w8, &w9});
   const Layer layer(x, flat, bidirectional, h0, c0, lengths, reset);
   const Sizes& s = layer.sizes;
   const ScalarType dtype = x.scalar_type();

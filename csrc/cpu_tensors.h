@@ -121,6 +121,15 @@ OptionalTensor dense(const OptionalTensor& tensor) {
   return tensor.has_value() ? OptionalTensor(dense(*tensor)) : std::nullopt;
 }
 
+// w0, w1, and of the others those that are given.
+Tensors listed(const Tensor& w0, const Tensor& w1, std::initializer_list<const OptionalTensor*> others) {
+  Tensors all{w0, w1};
+  for (const OptionalTensor* w : others) {
+    if (w->has_value()) all.push_back(**w);
+  }
+  return all;
+}
+
 const void* pointer(const OptionalTensor& tensor) { return tensor.has_value() ? tensor->const_data_ptr() : nullptr; }
 
 void* pointer(Tensor& tensor) { return tensor.mutable_data_ptr(); }

@@ -207,6 +207,14 @@ class Layer {
   std::vector<const void*> w_hh_, w_hr_, w_ih_;
 };
 
+// A tensor of each direction, as far as they are given.
+Tensors present(const OptionalTensor& first, const OptionalTensor& second) {
+  Tensors found;
+  if (first.has_value()) found.push_back(*first);
+  if (second.has_value()) found.push_back(*second);
+  return found;
+}
+
 Sizes sizes_of(int64_t T, int64_t B, int64_t I, const Tensors& w_hh, const Tensors& w_hr) {
   STD_TORCH_CHECK(!w_hh.empty() && w_hh[0].dim() == 2, "w_hh must have 2 dimensions");
   return {T, B, w_hh[0].size(0) / 4, w_hh[0].size(1), static_cast<int64_t>(w_hh.size()), w_hr.empty() ? 0 : 1, I};
@@ -214,14 +222,18 @@ Sizes sizes_of(int64_t T, int64_t B, int64_t I, const Tensors& w_hh, const Tenso
 
 // ---------------------------------------------------------------------------------------------- operators
 
-// x, w_ih and the biases where the plan takes them; xg elsewhere.
-void cuda_launch_forward(Integers plan, OptionalTensor x, OptionalTensor xg, Tensors w_ih, Tensors b_ih, Tensors b_hh,
-                         Tensors w_hh, Tensors w_hr, OptionalTensor h0, OptionalTensor c0, OptionalTensor lengths,
-                         OptionalTensor reset, Tensor y, Tensor hn, Tensor cn, OptionalTensor c, OptionalTensor gates) {
+// x, w_ih and the biases where the plan takes them; xg elsewhere. Weights are one tensor of each direction, and not a
+// list: torch moves the tensors out of a list that it hands to an operator of the stable ABI.
+void cuda_launch_forward(Integers plan, OptionalTensor x, OptionalTensor xg, OptionalTensor w_ih0, OptionalTensor w_ih1,
+                         OptionalTensor b_ih0, OptionalTensor b_ih1, OptionalTensor b_hh0, OptionalTensor b_hh1,
+                         OptionalTensor w_hh0, OptionalTensor w_hh1, OptionalTensor w_hr0, OptionalTensor w_hr1,
+                         OptionalTensor h0, OptionalTensor c0, OptionalTensor lengths, OptionalTensor reset, Tensor y,
+                         Tensor hn, Tensor cn, OptionalTensor c, OptionalTensor gates) {
   STD_TORCH_CHECK(y.dim() == 3, "y must have 3 dimensions");
   STD_TORCH_CHECK(!x.has_value() || x->dim() == 3, "x must have 3 dimensions");
+  const Tensors w_hh = present(w_hh0, w_hh1), w_hr = present(w_hr0, w_hr1);
   const Sizes sizes = sizes_of(y.size(0), y.size(1), x.has_value() ? x->size(2) : 0, w_hh, w_hr);
-  Layer layer(Pass::kForward, plan, y, sizes, w_hh, w_hr, w_ih);
+  Layer layer(Pass::kForward, plan, y, sizes, w_hh, w_hr, present(w_ih0, w_ih1));
   const auto& [T, B, H, P, D, projected, I] = layer.sizes;
   const bool inputs = layer.plan.inputs != 0;
   STD_TORCH_CHECK(x.has_value() == inputs && xg.has_value() != inputs, "the plan takes ",
@@ -232,8 +244,8 @@ void cuda_launch_forward(Integers plan, OptionalTensor x, OptionalTensor xg, Ten
   params.xg_strides = {T * B * 4 * H, B * 4 * H, 4 * H};
   params.x = layer.address("x", x, {T, B, I});
   params.x_strides = {0, B * I, I};
-  layer.biases("b_ih", b_ih, params.b_ih);
-  layer.biases("b_hh", b_hh, params.b_hh);
+  layer.biases("b_ih", present(b_ih0, b_ih1), params.b_ih);
+  layer.biases("b_hh", present(b_hh0, b_hh1), params.b_hh);
   params.h0 = layer.address("h0", h0, {D, B, P});
   params.c0 = layer.address("c0", c0, {D, B, H});
   params.y = layer.address("y", y, {T, B, D * P});
@@ -247,10 +259,11 @@ void cuda_launch_forward(Integers plan, OptionalTensor x, OptionalTensor xg, Ten
 }
 
 void cuda_launch_backward(Integers plan, OptionalTensor dy, OptionalTensor dhn, OptionalTensor dcn, OptionalTensor dc,
-                          Tensors w_hh, Tensors w_hr, OptionalTensor c0, OptionalTensor lengths, OptionalTensor reset,
-                          Tensor c, Tensor gates, Tensor da, OptionalTensor dh_out, OptionalTensor m,
-                          OptionalTensor dh0, OptionalTensor dc0) {
+                          OptionalTensor w_hh0, OptionalTensor w_hh1, OptionalTensor w_hr0, OptionalTensor w_hr1,
+                          OptionalTensor c0, OptionalTensor lengths, OptionalTensor reset, Tensor c, Tensor gates,
+                          Tensor da, OptionalTensor dh_out, OptionalTensor m, OptionalTensor dh0, OptionalTensor dc0) {
   STD_TORCH_CHECK(c.dim() == 3, "c must have 3 dimensions");
+  const Tensors w_hh = present(w_hh0, w_hh1), w_hr = present(w_hr0, w_hr1);
   Layer layer(Pass::kBackward, plan, c, sizes_of(c.size(0), c.size(1), 0, w_hh, w_hr), w_hh, w_hr);
   const auto& [T, B, H, P, D, projected, I] = layer.sizes;
   STD_TORCH_CHECK(!projected || (dh_out.has_value() && m.has_value()), "a projection needs dh_out and m");

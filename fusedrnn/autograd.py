@@ -50,7 +50,7 @@ def lstm_layer(
             y, hn, cn, c, _ = _apply(backend, bidirectional, cell_states, x, h0, c0, lengths, reset, *weights)
         else:
             y, hn, cn, c, _ = ops.forward_op(backend)(
-                x, weights, bidirectional, h0, c0, lengths, reset, cell_states, False
+                x, bidirectional, h0, c0, lengths, reset, cell_states, False, *weights
             )
     return y, hn, cn, c
 
@@ -113,9 +113,9 @@ class LSTMFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         forward = ops.forward_op(backend)
         if not _is_step(x, lengths):
-            return forward(x, weights, bidirectional, h0, c0, lengths, reset, cell_states, True)
+            return forward(x, bidirectional, h0, c0, lengths, reset, cell_states, True, *weights)
         x, h0, c0 = unsqueezed(x, h0, c0)
-        y, hn, cn, c, reserve = forward(x, weights, bidirectional, h0, c0, lengths, reset, cell_states, True)
+        y, hn, cn, c, reserve = forward(x, bidirectional, h0, c0, lengths, reset, cell_states, True, *weights)
         return y, hn.squeeze(0), cn.squeeze(0), c, reserve
 
     @staticmethod
@@ -178,7 +178,7 @@ def _run_backward(
     *weights: Tensor,
 ) -> tuple[Tensor, ...]:
     dx, dh0, dc0, dweights = ops.backward_op(backend)(
-        dy, dhn, dcn, dc, x, weights, bidirectional, h0, c0, lengths, reset, y, c, reserve, needs
+        dy, dhn, dcn, dc, x, bidirectional, h0, c0, lengths, reset, y, c, reserve, needs, *weights
     )
     return dx, dh0, dc0, *dweights
 

@@ -48,11 +48,11 @@ def forward(
     Raises:
         RuntimeError: a CUDA call failed; the message has its name.
     """
-    inputs = (x, None, _present(w_ih), _present(b_ih), _present(b_hh)) if plan.inputs else (None, xg, [], [], [])
+    inputs = (x, None, *_both(w_ih), *_both(b_ih), *_both(b_hh)) if plan.inputs else (None, xg, *[None] * 6)
     _ops.cuda_launch_forward(
         _fields(plan, y),
         *inputs,
-        *(list(w_hh), _present(w_hr), h0, c0, lengths, reset),
+        *(*_both(w_hh), *_both(w_hr), h0, c0, lengths, reset),
         *(y, hn, cn, c, gates),
     )
 
@@ -86,15 +86,15 @@ def backward(
     m = None if dh_out is None else torch.empty_like(da[..., : da.shape[3] // 4], memory_format=torch.contiguous_format)
     _ops.cuda_launch_backward(
         _fields(plan, da),
-        *(dy, dhn, dcn, dc, list(w_hh), _present(w_hr), c0, lengths, reset),
+        *(dy, dhn, dcn, dc, *_both(w_hh), *_both(w_hr), c0, lengths, reset),
         *(c, gates, da, dh_out, m, dh0, dc0),
     )
     return m
 
 
-def _present(tensors: Sequence[Tensor | None]) -> list[Tensor]:
-    """Those that are there: of each direction, or none."""
-    return [tensor for tensor in tensors if tensor is not None]
+def _both(of_directions: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
+    """Of either direction; None for one that is not there."""
+    return of_directions[0], of_directions[1] if len(of_directions) == 2 else None
 
 
 def _fields(plan: Plan, like: Tensor) -> list[int]:

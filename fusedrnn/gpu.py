@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .layout import DirectionWeights, split_directions
-from .reference import entering, existing
+from .reference import entering, existing, where_exists
 
 FP32_VARIABLE = "FUSEDRNN_FP32"
 FP32_PRECISIONS = ("ieee", "tf32", "tf32x3")
@@ -87,7 +87,6 @@ def _shape(launch: ModuleType, x: Tensor, directions: Sequence[DirectionWeights]
 def forward(
     launch: ModuleType,
     x: Tensor,
-    weights: Sequence[Tensor],
     bidirectional: bool,
     h0: Tensor | None,
     c0: Tensor | None,
@@ -95,11 +94,12 @@ def forward(
     reset: Tensor | None,
     cell_states: bool,
     for_backward: bool,
+    *weights: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`ops.FORWARD_SCHEMA` by one launch; reserved are the gates [D, T, B, 4H], or nothing: see `reserve`."""
     keep_gates = for_backward and reserve() == "gates"
-    x, h0, c0, lengths, reset, *weights = _contiguous(x, h0, c0, lengths, reset, *weights)
-    directions = split_directions(weights, bidirectional)
+    x, h0, c0, lengths, reset, *flat = _contiguous(x, h0, c0, lengths, reset, *weights)
+    directions = split_directions(flat, bidirectional)
     (T, B, _), D, (P, H) = x.shape, len(directions), _sizes(directions)
     y, hn, cn = x.new_empty(T, B, D * P), x.new_empty(D, B, P), x.new_empty(D, B, H)
     c = x.new_empty(T, B, D * H) if cell_states or for_backward else None
@@ -111,7 +111,7 @@ def forward(
     xg = None
     if not plan.inputs:
         with _gemms_in(shape.precision, x):
-            xg = _input_affine(x, directions)
+            xg = _input_affine(where_exists(x, existing(T, lengths)), directions)
     # The kernel reads a tile of xg before it writes the same tile of the gates.
     gates = None if not keep_gates else xg if xg is not None else x.new_empty(D, T, B, 4 * H)
     w_ih, w_hh, b_ih, b_hh, w_hr = zip(*directions, strict=True)
@@ -126,7 +126,6 @@ def backward(
     dcn: Tensor | None,
     dc: Tensor | None,
     x: Tensor,
-    weights: Sequence[Tensor],
     bidirectional: bool,
     h0: Tensor | None,
     c0: Tensor | None,
@@ -136,21 +135,24 @@ def backward(
     c: Tensor,
     gates: Tensor,
     needs: Sequence[bool],
+    *weights: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """`ops.BACKWARD_SCHEMA` by one launch, and GEMMs over what it leaves."""
-    dy, dhn, dcn, dc, x, h0, c0, lengths, reset, *weights = _contiguous(
+    dy, dhn, dcn, dc, x, h0, c0, lengths, reset, *flat = _contiguous(
         dy, dhn, dcn, dc, x, h0, c0, lengths, reset, *weights
     )
-    directions = split_directions(weights, bidirectional)
+    directions = split_directions(flat, bidirectional)
     (T, B, _), D, (P, H) = x.shape, len(directions), _sizes(directions)
     needs_x, needs_h0, needs_c0, *needs_weights = needs
     empty = x.new_empty(0)
     if B == 0:
-        shapes = [x.shape, (D, 0, P), (D, 0, H), *(weight.shape for weight in weights)]
+        shapes = [x.shape, (D, 0, P), (D, 0, H), *(weight.shape for weight in flat)]
         zeros = [x.new_zeros(shape) if need else empty.clone() for shape, need in zip(shapes, needs, strict=True)]
         return zeros[0], zeros[1], zeros[2], zeros[3:]
     shape = _shape(launch, x, directions, lengths is not None or reset is not None)
     steps = existing(T, lengths)
+    if gates.numel() == 0 or any(needs_weights):
+        x = where_exists(x, steps)
     if gates.numel() == 0:
         with _gemms_in(shape.precision, x):
             gates = _gates_again(x, directions, h0, steps, reset, y)
@@ -164,8 +166,6 @@ def backward(
 
     with _gemms_in(shape.precision, x):
         dx = _gradient_of_input(da, directions).view_as(x) if needs_x else empty
-        if steps is not None and any(needs_weights):
-            x = x.where(steps, 0.0)
         needed, dweights = iter(needs_weights), []
         for d, w in enumerate(directions):
             a, y_d, c_d = da[d].flatten(0, 1), y[..., d * P : (d + 1) * P], c[..., d * H : (d + 1) * H]
@@ -212,7 +212,10 @@ def _gates_again(
     reset: Tensor | None,
     y: Tensor,
 ) -> Tensor:
-    """The gates [D, T, B, 4H] of a forward that did not keep them: x and the states that entered, in one product."""
+    """The gates [D, T, B, 4H] of a forward that did not keep them: x and the states that entered, in one product.
+
+    x is zero where no step exists.
+    """
     T, B, I = x.shape
     P, H = _sizes(directions)
     gates = x.new_empty(len(directions), T, B, 4 * H)

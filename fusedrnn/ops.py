@@ -29,32 +29,50 @@ NAMESPACE = "fusedrnn"
 # needs besides (empty unless reserve; its meaning is the backend's own). Some backends, see dispatch.TABLE, also take
 # [N, I], the rows of a PackedSequence as they lie, for x [T, B, I]: what has [T, B, ...] then has [N, ...], but for
 # reset, and lengths, which never grow and begin with T, say where the rows of each step are.
-FORWARD_SCHEMA = (
-    "(Tensor x, Tensor[] weights, bool bidirectional, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset, "
-    "bool cell_states, bool reserve) -> (Tensor y, Tensor hn, Tensor cn, Tensor c, Tensor reserve)"
+_FORWARD_FORM = (
+    "(Tensor x, {listed}bool bidirectional, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset, bool cell_states, "
+    "bool reserve{each}) -> (Tensor y, Tensor hn, Tensor cn, Tensor c, Tensor reserve)"
 )
 # needs: x, h0, c0, then each weight. A gradient that is not needed comes back as an empty tensor.
-BACKWARD_SCHEMA = (
-    "(Tensor? dy, Tensor? dhn, Tensor? dcn, Tensor? dc, Tensor x, Tensor[] weights, bool bidirectional, Tensor? h0, "
-    "Tensor? c0, Tensor? lengths, Tensor? reset, Tensor y, Tensor c, Tensor reserve, bool[] needs) "
+_BACKWARD_FORM = (
+    "(Tensor? dy, Tensor? dhn, Tensor? dcn, Tensor? dc, Tensor x, {listed}bool bidirectional, Tensor? h0, Tensor? c0, "
+    "Tensor? lengths, Tensor? reset, Tensor y, Tensor c, Tensor reserve, bool[] needs{each}) "
     "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)"
 )
+# Each of the weights, 2 to 5 of a direction (layout.split_directions), is an argument: torch moves the tensors out of a
+# list that a native operator is given, and a program in TorchScript, which may use its list again, would be left with
+# undefined ones.
+_EACH = ", Tensor w0, Tensor w1" + "".join(f", Tensor? w{k}=None" for k in range(2, 10))
+FORWARD_SCHEMA = _FORWARD_FORM.format(listed="", each=_EACH)
+BACKWARD_SCHEMA = _BACKWARD_FORM.format(listed="", each=_EACH)
 
 _library = torch.library.Library(NAMESPACE, "DEF")
+_ops = getattr(torch.ops, NAMESPACE)
 
 
 def _define(backend: str, forward_fake: Callable[..., Any] | None = None) -> None:
-    for name, schema, fake in (
-        (f"{backend}_forward", FORWARD_SCHEMA, forward_fake or _forward_fake),
-        (f"{backend}_backward", BACKWARD_SCHEMA, _backward_fake),
+    for name, schema, fake, position in (
+        (f"{backend}_forward", _FORWARD_FORM, forward_fake or _forward_fake, 1),
+        (f"{backend}_backward", _BACKWARD_FORM, _backward_fake, 5),
     ):
-        _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.define(name + schema.format(listed="", each=_EACH), tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+        _library.define(f"{name}.list" + schema.format(listed="Tensor[] weights, ", each=""))
+        _library.impl(f"{name}.list", _of_list(name, position), "CompositeImplicitAutograd")
+
+
+def _of_list(name: str, position: int) -> Callable[..., Any]:
+    """The overload of an operator for weights in a list, which is its argument at `position`."""
+
+    def run(*arguments: Any) -> Any:
+        weights = arguments[position]
+        return getattr(_ops, name).default(*arguments[:position], *arguments[position + 1 :], *weights)
+
+    return run
 
 
 def _forward_fake(
     x: Tensor,
-    weights: Sequence[Tensor],
     bidirectional: bool,
     h0: Tensor | None,
     c0: Tensor | None,
@@ -62,6 +80,7 @@ def _forward_fake(
     reset: Tensor | None,
     cell_states: bool,
     reserve: bool,
+    *weights: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     steps, B = x.shape[:-1], reference.batch_size(x, lengths)
     directions = split_directions(weights, bidirectional)
@@ -81,7 +100,6 @@ def _backward_fake(
     dcn: Tensor | None,
     dc: Tensor | None,
     x: Tensor,
-    weights: Sequence[Tensor],
     bidirectional: bool,
     h0: Tensor | None,
     c0: Tensor | None,
@@ -91,6 +109,7 @@ def _backward_fake(
     c: Tensor,
     reserve: Tensor,
     needs: Sequence[bool],
+    *weights: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     directions = split_directions(weights, bidirectional)
     D, H, P = len(directions), directions[0].hidden_size, directions[0].w_hh.shape[1]
@@ -104,7 +123,6 @@ def _backward_fake(
 
 def _reference_forward(
     x: Tensor,
-    weights: Sequence[Tensor],
     bidirectional: bool,
     h0: Tensor | None,
     c0: Tensor | None,
@@ -112,6 +130,7 @@ def _reference_forward(
     reset: Tensor | None,
     cell_states: bool,
     reserve: bool,
+    *weights: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     y, hn, cn, c, gates = reference.layer(x, weights, bidirectional, h0, c0, lengths, reset)
     empty = x.new_empty(0)
@@ -124,7 +143,6 @@ def _reference_backward(
     dcn: Tensor | None,
     dc: Tensor | None,
     x: Tensor,
-    weights: Sequence[Tensor],
     bidirectional: bool,
     h0: Tensor | None,
     c0: Tensor | None,
@@ -134,6 +152,7 @@ def _reference_backward(
     c: Tensor,
     reserve: Tensor,
     needs: Sequence[bool],
+    *weights: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     *states, dweights = reference.layer_backward(
         dy, dhn, dcn, dc, x, weights, bidirectional, h0, c0, lengths, reset, y, c, reserve
@@ -238,14 +257,15 @@ def triton_unavailable() -> str | None:
 
 _define_gpu("cuda")
 _library.define(
-    "cuda_launch_forward(int[] plan, Tensor? x, Tensor? xg, Tensor[] w_ih, Tensor[] b_ih, Tensor[] b_hh, "
-    "Tensor[] w_hh, Tensor[] w_hr, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset, Tensor(a!) y, "
-    "Tensor(b!) hn, Tensor(c!) cn, Tensor(d!)? c, Tensor(e!)? gates) -> ()"
+    "cuda_launch_forward(int[] plan, Tensor? x, Tensor? xg, Tensor? w_ih0, Tensor? w_ih1, Tensor? b_ih0, "
+    "Tensor? b_ih1, Tensor? b_hh0, Tensor? b_hh1, Tensor? w_hh0, Tensor? w_hh1, Tensor? w_hr0, Tensor? w_hr1, "
+    "Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset, Tensor(a!) y, Tensor(b!) hn, Tensor(c!) cn, "
+    "Tensor(d!)? c, Tensor(e!)? gates) -> ()"
 )
 _library.define(
-    "cuda_launch_backward(int[] plan, Tensor? dy, Tensor? dhn, Tensor? dcn, Tensor? dc, Tensor[] w_hh, Tensor[] w_hr, "
-    "Tensor? c0, Tensor? lengths, Tensor? reset, Tensor c, Tensor gates, Tensor(a!) da, Tensor(b!)? dh_out, "
-    "Tensor(c!)? m, Tensor(d!)? dh0, Tensor(e!)? dc0) -> ()"
+    "cuda_launch_backward(int[] plan, Tensor? dy, Tensor? dhn, Tensor? dcn, Tensor? dc, Tensor? w_hh0, "
+    "Tensor? w_hh1, Tensor? w_hr0, Tensor? w_hr1, Tensor? c0, Tensor? lengths, Tensor? reset, Tensor c, Tensor gates, "
+    "Tensor(a!) da, Tensor(b!)? dh_out, Tensor(c!)? m, Tensor(d!)? dh0, Tensor(e!)? dc0) -> ()"
 )
 _library.define("cuda_room(int device, int pass_, int[] sizes, int[] plan) -> (int, int)")
 _library.define("cuda_obstacle(int device) -> str")
@@ -325,7 +345,6 @@ def backward_op(backend: str) -> Callable[..., tuple[Tensor, Tensor, Tensor, lis
     return _BACKWARD[backend]
 
 
-_ops = getattr(torch.ops, NAMESPACE)
 _FORWARD = {name: getattr(_ops, f"{name}_forward").default for name in ("reference", "cuda", "triton", "cpu")}
 _BACKWARD = {name: getattr(_ops, f"{name}_backward").default for name in ("reference", "cuda", "triton", "cpu")}
 cpu_infer = _ops.cpu_infer.default

@@ -110,16 +110,14 @@ def _direction(
     dtype = compute_dtype(x.dtype)
     w = _cast_weights(w, dtype)
     exists = existing(T, lengths)
-    xs = _where_exists(x.to(dtype), exists)
+    enters = _state_enters(exists, reset)
+    xs = where_exists(x.to(dtype), exists)
     h = h0.to(dtype) if h0 is not None else xs.new_zeros(B, w.w_hh.shape[1])
     c = c0.to(dtype) if c0 is not None else xs.new_zeros(B, w.hidden_size)
 
     steps: list[tuple[Tensor, Tensor, Tensor]] = [(h, c, c)] * T
     for t in reversed(range(T)) if reverse else range(T):
-        h_in, c_in = h, c
-        if reset is not None:
-            keep = ~reset[t].unsqueeze(-1)
-            h_in, c_in = h.where(keep, 0.0), c.where(keep, 0.0)
+        h_in, c_in = (h, c) if enters is None else (h.where(enters[t], 0.0), c.where(enters[t], 0.0))
         h_out, c_out, gates = cell(xs[t], h_in, c_in, w)
         h_out = h_out.to(x.dtype).to(dtype)
         if exists is None:
@@ -127,7 +125,7 @@ def _direction(
         else:
             h, c = h_out.where(exists[t], h), c_out.where(exists[t], c)
         steps[t] = (h_out, c_out, gates)
-    y, cs, gates = (_where_exists(torch.stack(parts), exists) for parts in zip(*steps, strict=True))
+    y, cs, gates = (where_exists(torch.stack(parts), exists) for parts in zip(*steps, strict=True))
     return Trace(y.to(x.dtype), h, c, cs, gates)
 
 
@@ -168,7 +166,8 @@ def layer_backward(
     T, B, I = x.shape
     dtype = compute_dtype(x.dtype)
     exists = existing(T, lengths)
-    xs = _where_exists(x.to(dtype), exists)
+    enters = _state_enters(exists, reset)
+    xs = where_exists(x.to(dtype), exists)
     dx, dh0s, dc0s, dweights = xs.new_zeros(T, B, I), [], [], []
     for d, weights_d in enumerate(split_directions(weights, bidirectional)):
         w = _cast_weights(weights_d, dtype)
@@ -187,6 +186,8 @@ def layer_backward(
             i, f, g, o = gates[d, t].to(dtype).chunk(4, dim=-1)
             dh_t = dh if dy_d is None else dh + dy_d[t]
             dc_t = dcell if dc_d is None else dcell + dc_d[t]
+            if exists is not None:  # the gates are zero there as well: so is all that follows from them
+                dh_t, dc_t = dh_t.where(exists[t], 0.0), dc_t.where(exists[t], 0.0)
             tanh_c = c_d[t].tanh()
             m[t] = o * tanh_c
             dh_out[t] = dh_t
@@ -196,15 +197,13 @@ def layer_backward(
             da_f = dc_t * c_in[t] * f * (1 - f)
             da_g = dc_t * i * (1 - g * g)
             da_o = dm * tanh_c * o * (1 - o)
-            da_t = torch.cat([da_i, da_f, da_g, da_o], dim=-1)
-            dh_in, dc_in = da_t @ w.w_hh, dc_t * f
-            if reset is not None:
-                keep = ~reset[t].unsqueeze(-1)
-                dh_in, dc_in = dh_in.where(keep, 0.0), dc_in.where(keep, 0.0)
+            da[t] = torch.cat([da_i, da_f, da_g, da_o], dim=-1)
+            dh_in, dc_in = da[t] @ w.w_hh, dc_t * f
+            if enters is not None:
+                dh_in, dc_in = dh_in.where(enters[t], 0.0), dc_in.where(enters[t], 0.0)
             if exists is not None:  # a step that does not exist hands the gradient through
-                da_t, dh_out[t] = da_t.where(exists[t], 0.0), dh_out[t].where(exists[t], 0.0)
                 dh_in, dc_in = dh_in.where(exists[t], dh), dc_in.where(exists[t], dcell)
-            da[t], dh, dcell = da_t, dh_in, dc_in
+            dh, dcell = dh_in, dc_in
 
         da = da.flatten(0, 1)
         dx += (da @ w.w_ih).view(T, B, I)
@@ -233,7 +232,10 @@ def _packing(lengths: Tensor | None) -> Packing:
 
 
 def entering(s: Tensor, s0: Tensor, exists: Tensor | None, reset: Tensor | None, reverse: bool) -> Tensor:
-    """The state [T, B, N] that enters each step, from the states s that leave each step and the initial state s0."""
+    """The state [T, B, N] that enters each step, from the states s that leave each step and the initial state s0.
+
+    Zero after a reset, and where no step exists.
+    """
     if not reverse:
         came = torch.cat([s0.unsqueeze(0), s[:-1]])
     else:
@@ -241,7 +243,15 @@ def entering(s: Tensor, s0: Tensor, exists: Tensor | None, reset: Tensor | None,
         if exists is not None:  # the reverse direction starts at the last step that exists
             follows = torch.cat([exists[1:], torch.zeros_like(exists[:1])])
             came = came.where(follows, s0)
-    return came if reset is None else came.where(~reset.unsqueeze(-1), 0.0)
+    return where_exists(came, _state_enters(exists, reset))
+
+
+def _state_enters(exists: Tensor | None, reset: Tensor | None) -> Tensor | None:
+    """[T, B, 1] bool: whether the state enters step t of sequence b, and not zeros. None: always."""
+    if reset is None:
+        return exists
+    keep = ~reset.unsqueeze(-1)
+    return keep if exists is None else keep & exists
 
 
 def existing(T: int, lengths: Tensor | None) -> Tensor | None:
@@ -251,7 +261,12 @@ def existing(T: int, lengths: Tensor | None) -> Tensor | None:
     return (torch.arange(T, device=lengths.device).unsqueeze(1) < lengths).unsqueeze(-1)
 
 
-def _where_exists(values: Tensor, exists: Tensor | None) -> Tensor:
+def where_exists(values: Tensor, exists: Tensor | None) -> Tensor:
+    """Values [T, B, N], zero where no step exists: padding may hold NaN, which no product must meet.
+
+    A zero beside it is not enough, because 0 * NaN is NaN; and torch's bfloat16 product reads past the end of its rows
+    on some processors.
+    """
     return values if exists is None else values.where(exists, 0.0)
 
 

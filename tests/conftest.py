@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedrnn
 from fusedrnn import dispatch, functional, testing
@@ -187,6 +188,58 @@ def assert_twins(assert_same: Any, gradients: Any) -> Callable[..., None]:
         (expected, expected_grads), (outputs, grads) = results
         assert_same(outputs, expected)
         assert_same(grads, expected_grads)
+
+    return check
+
+
+class _FiniteProducts(TorchDispatchMode):
+    """Inside, an operand of a matrix product that is not finite is an error: what a product reads is up to it."""
+
+    PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm", "matmul", "linear")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in self.PRODUCTS:
+            assert all(bool(a.isfinite().all()) for a in args if isinstance(a, torch.Tensor)), f"{func} is given NaN"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def assert_padding_is_not_read() -> Callable[..., None]:
+    """Holds a pair of operators (see ops.FORWARD_SCHEMA, ops.BACKWARD_SCHEMA) to what they make of NaN in padding.
+
+    It is in x, dy and dc where no step exists, and in the state of a sequence without a step. No product is given it,
+    and all results are what they are with zeros there.
+    """
+
+    def check(forward: Callable[..., Any], backward: Callable[..., Any], dtype: torch.dtype, device: str) -> None:
+        T, B, I, H, P, D = 4, 5, 7, 6, 3, 2
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*size: int) -> torch.Tensor:
+            return torch.randn(*size, generator=generator).to(device, dtype)
+
+        weights = [random(*size) for _ in range(D) for size in ((4 * H, I), (4 * H, P), (4 * H,), (4 * H,), (P, H))]
+        lengths = torch.tensor([T, 1, 0, 3, 2], device=device)
+        reset = (torch.rand(T, B, generator=generator) < 0.3).to(device)
+        x, h0, c0 = random(T, B, I), random(D, B, P), random(D, B, H)
+        dy, dhn, dcn, dc = random(T, B, D * P), random(D, B, P), random(D, B, H), random(T, B, D * H)
+        steps = (torch.arange(T, device=device).unsqueeze(1) < lengths).unsqueeze(-1)
+
+        def run(padding: float) -> list[torch.Tensor]:
+            px, pdy, pdc = (rows.where(steps, padding) for rows in (x, dy, dc))
+            ph0, pc0, pdhn, pdcn = (state.where(steps[0], padding) for state in (h0, c0, dhn, dcn))
+            given, needs = (px, True, ph0, pc0, lengths, reset), [True] * (3 + len(weights))
+            y, hn, cn, c, reserve = forward(*given, True, True, *weights)
+            dx, dh0, dc0, dweights = backward(pdy, pdhn, pdcn, pdc, *given, y, c, reserve, needs, *weights)
+            states = [state.where(steps[0], 0.0) for state in (hn, cn, dh0, dc0)]
+            return [y, c, dx, *states, *dweights]
+
+        expected = run(0.0)
+        with _FiniteProducts():
+            found = run(math.nan)
+        assert all(bool(tensor.isfinite().all()) for tensor in expected)
+        for ours, right in zip(found, expected, strict=True):
+            assert torch.equal(ours, right)
 
     return check
 

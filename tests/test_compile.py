@@ -130,7 +130,7 @@ def test_inference_reserves_nothing(kernel, assert_same):
         assert_same(run(x), model(x))
     (forward,) = graphs.forward
     calls = graphs.operators(forward)[f"{kernel.backend}_forward"]
-    assert [args[-2:] for args in calls] == [(False, False), (False, False)]  # cell_states, reserve
+    assert [args[6:8] for args in calls] == [(False, False), (False, False)]  # cell_states, reserve
     assert graphs.backward == []
 
 
@@ -237,7 +237,7 @@ def test_export(kernel, assert_same, strict, more):
     for exported in (program, torch.export.load(file)):
         calls = Graphs.operators(exported.graph)
         assert list(calls) == [f"{kernel.backend}_forward"]
-        assert [args[-1] for args in calls[f"{kernel.backend}_forward"]] == [False, False]  # reserve
+        assert [args[7] for args in calls[f"{kernel.backend}_forward"]] == [False, False]  # reserve
         for sizes in [*SIZES, (1, 1)]:
             x = batch(*sizes, kernel.device, dims=())
             kwargs = extras(*sizes, kernel.device) if more else {}
@@ -245,7 +245,10 @@ def test_export(kernel, assert_same, strict, more):
                 assert_same(exported.module()(x, **kwargs), model(x, **kwargs))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+JIT = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+
+
+@JIT
 def test_jit_trace(kernel, assert_same):
     """Deprecated, and still how many a model is served; parameters may well require gradients then."""
     model = fusedrnn.convert(Model()).to(kernel.device, torch.float64)
@@ -258,6 +261,47 @@ def test_jit_trace(kernel, assert_same):
             x = batch(*sizes, kernel.device, dims=())
             with torch.no_grad():
                 assert_same(recorded(x), model(x))
+
+
+@JIT
+@pytest.mark.parametrize("frozen", [False, True])
+def test_jit_trace_of_what_runs_twice(kernel, frozen, assert_same):
+    """A loop over a cell, and a program that is called again: each time with the weights that it holds."""
+    for model in (Decoder(), nn.LSTM(I, H, bidirectional=True)):
+        ours = fusedrnn.convert(model).to(kernel.device, torch.float64).eval()
+        x = torch.randn(4, 2, I, dtype=torch.float64, device=kernel.device)
+        traced = torch.jit.trace(ours, x, check_trace=False)
+        traced = torch.jit.freeze(traced) if frozen else traced
+        with torch.no_grad():
+            expected = ours(x)
+            for _ in range(3):
+                assert_same(traced(x), expected)
+
+
+@JIT
+def test_a_list_of_weights_is_left_as_it_is(kernel):
+    """By TorchScript, which hands the operator its own list, and not a copy."""
+    name = f"{kernel.backend}_forward"
+    program = torch.jit.CompilationUnit(f"""
+def f(x: Tensor, w: List[Tensor]):
+    y = torch.ops.fusedrnn.{name}(x, w, False, None, None, None, None, False, False)[0]
+    z = torch.ops.fusedrnn.{name}(x, False, None, None, None, None, False, False, w[0], w[1])[0]
+    return y, z, w
+""")
+    x, *weights = (torch.randn(size, device=kernel.device) for size in ((5, 2, I), (4 * H, I), (4 * H, H)))
+    y, z, kept = program.f(x, weights)
+    assert torch.equal(y, z)
+    assert [w.data_ptr() for w in kept] == [w.data_ptr() for w in weights]
+
+
+def test_what_takes_a_list_of_tensors():
+    """torch moves the tensors out of a list that a native operator is given: only Python may call such a one."""
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fusedrnn::")]
+    schemas = {name: torch._C._get_schema(*name.split(".") if "." in name else (name, "")) for name in names}
+    listed = {name for name, schema in schemas.items() if any(str(a.type) == "List[Tensor]" for a in schema.arguments)}
+    assert {name for name in listed if not name.endswith(".list")} == {"fusedrnn::cpu_infer"}
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("fusedrnn::cpu_forward.list", "CompositeImplicitAutograd")
+    assert not torch._C._dispatch_has_kernel_for_dispatch_key("fusedrnn::cpu_infer", "Meta")
 
 
 # The operators by themselves
@@ -293,7 +337,7 @@ def forward_arguments(device, cell_states, reserve, bias=True, bidirectional=Fal
     x = random(T, B, I)
     if extras.get("packed"):
         x, lengths = random(7, I), torch.tensor([4, 2, 1], device=device)
-    return x, weights, bidirectional, h0, c0, lengths, reset, cell_states, reserve
+    return x, bidirectional, h0, c0, lengths, reset, cell_states, reserve, *weights
 
 
 def skip_packed(kernel, layer):
@@ -307,6 +351,10 @@ def test_opcheck_forward(kernel, layer, cell_states, reserve):
     skip_packed(kernel, layer)
     arguments = forward_arguments(kernel.device, cell_states, reserve, **LAYERS[layer])
     torch.library.opcheck(ops.forward_op(kernel.backend), arguments)
+    x, *options = arguments[:8]
+    listed = getattr(torch.ops.fusedrnn, f"{kernel.backend}_forward").list
+    for a, b in zip(ops.forward_op(kernel.backend)(*arguments), listed(x, arguments[8:], *options), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("layer", ["plain", "no bias", "both directions", "projection", "hx"])
@@ -314,9 +362,10 @@ def test_opcheck_inference(layer):
     if fusedrnn.backends()["cpu"] is not None:
         pytest.skip(fusedrnn.backends()["cpu"])
     arguments = forward_arguments("cpu", False, False, **LAYERS[layer])
-    shorter = (*arguments[:2], 1, *arguments[2:5])
+    x, bidirectional, h0, c0 = arguments[:4]
+    shorter = (x, arguments[8:], 1, bidirectional, h0, c0)
     torch.library.opcheck(ops.cpu_infer, shorter, test_utils=("test_schema", "test_autograd_registration"))
-    whole = ops.forward_op("cpu")(*arguments[:5], None, None, False, False)
+    whole = ops.forward_op("cpu")(*arguments)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(ops.cpu_infer(*shorter), whole[:3], strict=True))
 
 
@@ -332,7 +381,7 @@ NEEDS = ["all", "x", "weights"]
 def test_opcheck_backward(kernel, layer, given, needs):
     skip_packed(kernel, layer)
     arguments = forward_arguments(kernel.device, True, True, **LAYERS[layer])
-    x, weights, bidirectional, h0, c0, lengths, reset, _, _ = arguments
+    x, bidirectional, h0, c0, lengths, reset, _, _, *weights = arguments
     y, hn, cn, c, reserve = ops.forward_op(kernel.backend)(*arguments)
     douts = [
         torch.randn_like(t) if given == "all" or name in given.split(" and ") else None
@@ -341,8 +390,15 @@ def test_opcheck_backward(kernel, layer, given, needs):
     wanted = [needs in ("all", "x")] + [needs == "all"] * 2 + [needs in ("all", "weights")] * len(weights)
     torch.library.opcheck(
         ops.backward_op(kernel.backend),
-        (*douts, x, weights, bidirectional, h0, c0, lengths, reset, y, c, reserve, wanted),
+        (*douts, x, bidirectional, h0, c0, lengths, reset, y, c, reserve, wanted, *weights),
     )
+    listed = getattr(torch.ops.fusedrnn, f"{kernel.backend}_backward").list
+    (*states, dweights), (*others, listed_dweights) = (
+        op(*douts, x, *first, bidirectional, h0, c0, lengths, reset, y, c, reserve, wanted, *last)
+        for op, first, last in ((ops.backward_op(kernel.backend), [], weights), (listed, [weights], []))
+    )
+    for a, b in zip([*states, *dweights], [*others, *listed_dweights], strict=True):
+        assert torch.equal(a, b)
 
 
 def test_opcheck_of_what_computes_no_tensor():
@@ -355,7 +411,10 @@ def test_opcheck_of_what_computes_no_tensor():
         torch.library.opcheck(torch.ops.fusedrnn.cpu_plan.default, (4, 3, I, H, H, 1, False), test_utils=utils)
     names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("fusedrnn::")}
     pairs = {
-        f"{backend}_{way}" for backend in ("reference", "cuda", "triton", "cpu") for way in ("forward", "backward")
+        f"{backend}_{way}{overload}"
+        for backend in ("reference", "cuda", "triton", "cpu")
+        for way in ("forward", "backward")
+        for overload in ("", ".list")
     }
     library = {f"cuda_{name}" for name in ("launch_forward", "launch_backward", "room", "obstacle", "device_type")}
     # What is new has to be checked: here, triton's and cuda's in test_triton.py and test_cuda.py.

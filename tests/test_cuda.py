@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import os
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from fusedrnn.benchmarks import plans
 from fusedrnn.benchmarks.cases import cell
 
 import fusedrnn
-from fusedrnn import cuda, cuda_plan, dispatch, ops, testing
+from fusedrnn import cuda, cuda_plan, dispatch, gpu, ops, testing
 from fusedrnn.testing import Case
 
 ROOT = Path(__file__).parents[1]
@@ -307,6 +308,15 @@ def test_gates_computed_again(options, dtype, monkeypatch):
     check(Case(4, 3, 7, 14, dtype=dtype, **options))
 
 
+@pytest.mark.parametrize("dtype", [F64, BF16], ids=str)
+@pytest.mark.parametrize("reserve", ["gates", "recompute"])
+@pytest.mark.parametrize("inputs", [False, True], ids=["after-a-gemm", "with-x"])
+def test_no_product_is_given_padding(inputs, reserve, dtype, monkeypatch, assert_padding_is_not_read):
+    monkeypatch.setenv("FUSEDRNN_RESERVE", reserve)
+    plans_of({"inputs": inputs}, monkeypatch)
+    assert_padding_is_not_read(partial(gpu.forward, cuda), partial(gpu.backward, cuda), dtype, DEVICE)
+
+
 def kept():
     """Bytes that the backward of two bidirectional layers is left with beside inputs, outputs and weights; and those
     of one number for each step, layer, direction and hidden unit."""
@@ -384,14 +394,15 @@ def operator_arguments(T=3, B=2, I=5, H=4, D=2):
 
 
 def test_operators_pass_opcheck():
-    arguments, op = operator_arguments(), torch.ops.fusedrnn
-    torch.library.opcheck(op.cuda_forward, arguments, test_utils=("test_schema", "test_faketensor"))
-    y, hn, cn, c, reserve = op.cuda_forward(*arguments)
-    needs = [True] * (3 + len(arguments[1]))
-    backward = (y, hn, cn, c, *arguments[:7], y, c, reserve, needs)
-    torch.library.opcheck(op.cuda_backward, backward, test_utils=("test_schema", "test_faketensor"))
-    fewer = (y, None, None, None, *arguments[:7], y, c, reserve, [k % 2 == 0 for k in range(len(needs))])
-    torch.library.opcheck(op.cuda_backward, fewer, test_utils=("test_schema", "test_faketensor"))
+    x, weights, *options = operator_arguments()
+    op, tests, given = torch.ops.fusedrnn, ("test_schema", "test_faketensor"), (x, *options[:5])
+    torch.library.opcheck(op.cuda_forward.default, (x, *options, *weights), test_utils=tests)
+    y, hn, cn, c, reserve = op.cuda_forward(x, *options, *weights)
+    needs = [True] * (3 + len(weights))
+    backward = (y, hn, cn, c, *given, y, c, reserve, needs, *weights)
+    torch.library.opcheck(op.cuda_backward.default, backward, test_utils=tests)
+    fewer = (y, None, None, None, *given, y, c, reserve, [k % 2 == 0 for k in range(len(needs))], *weights)
+    torch.library.opcheck(op.cuda_backward.default, fewer, test_utils=tests)
 
 
 def test_operator_clamps_lengths():
@@ -541,9 +552,11 @@ class Launch:
         return torch.zeros(shape, dtype=dtype, device=DEVICE)
 
     def arguments(self, **changes):
+        given = {**vars(self), **changes}
+        both = {"w_ih", "b_ih", "b_hh", "w_hh", "w_hr"}  # lists of a tensor of each direction, or of none
         names = ["plan", "x", "xg", "w_ih", "b_ih", "b_hh", "w_hh", "w_hr", "h0", "c0", "lengths", "reset"]
         names += ["y", "hn", "cn", "c", "gates"]
-        return tuple({**vars(self), **changes}[name] for name in names)
+        return tuple(a for n in names for a in ([*given[n], None, None][:2] if n in both else [given[n]]))
 
     def run(self, **changes):
         torch.ops.fusedrnn.cuda_launch_forward(*self.arguments(**changes))
@@ -557,7 +570,8 @@ def test_operators_of_the_library_pass_opcheck():
     for arguments in (launch.arguments(), launch.arguments(**all_states), Launch(inputs=True).arguments(**all_states)):
         torch.library.opcheck(op.cuda_launch_forward, arguments, test_utils="test_schema")
     plan = cuda.plan_for("backward", cuda.Shape(3, 2, 1, 8, 8, 1, 4, "ieee"), torch.device(DEVICE)).fields
-    given = (t(3, 2, 8), t(1, 2, 8), t(1, 2, 8), t(3, 2, 8), [t(32, 8)], [], t(1, 2, 8), None, None)
+    given = (t(3, 2, 8), t(1, 2, 8), t(1, 2, 8), t(3, 2, 8), t(32, 8), None, None, None, t(1, 2, 8))
+    given += (None, None)
     made = (t(3, 2, 8), t(1, 3, 2, 32), t(1, 3, 2, 32), None, None, t(1, 2, 8), t(1, 2, 8))
     torch.library.opcheck(op.cuda_launch_backward, (plan, *given, *made), test_utils="test_schema")
     room = (0, 0, [3, 2, 8, 8, 1, 0, 5], launch.plan)

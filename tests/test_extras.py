@@ -11,6 +11,7 @@ import torch
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import fusedrnn
+from fusedrnn import ops
 
 T, B, I, H = 5, 4, 3, 4
 LENGTHS = [3, 0, 5, 1]
@@ -450,3 +451,15 @@ def test_what_is_more_than_nn_lstm_is_keyword_only():
         fusedrnn.LSTM(I, H)(torch.zeros(5, 4, I), None, sizes())
     with pytest.raises(TypeError):
         fusedrnn.LSTMCell(I, H)(torch.zeros(4, I), reset=resets(4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_no_product_is_given_padding(backend, dtype, assert_padding_is_not_read):
+    if backend == "cpu" and ops.cpu_unavailable is not None:
+        pytest.skip(ops.cpu_unavailable)
+    pairs = {
+        "reference": (ops._reference_forward, ops._reference_backward),  # whose products are seen inside
+        "cpu": (ops.forward_op("cpu"), ops.backward_op("cpu")),
+    }
+    assert_padding_is_not_read(*pairs[backend], dtype, "cpu")

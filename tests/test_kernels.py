@@ -558,9 +558,9 @@ def test_packed_rows_of_one_length_are_padded_ones(isa, threads, T, B):
     results = []
     for x in (given["x"], given["x"].flatten(0, 1)):
         with testing.poisoned():
-            forward = (x, given["weights"], False, given["h0"], given["c0"], lengths, None)
-            y, hn, cn, c, reserve = ops.forward_op("cpu")(*forward, True, True)
-            backward = ops.backward_op("cpu")(y, hn, cn, c, *forward, y, c, reserve, [True] * 7)
+            forward, weights = (x, False, given["h0"], given["c0"], lengths, None), given["weights"]
+            y, hn, cn, c, reserve = ops.forward_op("cpu")(*forward, True, True, *weights)
+            backward = ops.backward_op("cpu")(y, hn, cn, c, *forward, y, c, reserve, [True] * 7, *weights)
         dx, dh0, dc0, dweights = backward
         results.append([t.flatten() for t in (y, hn, cn, c, reserve, dx, dh0, dc0, *dweights)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

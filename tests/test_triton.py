@@ -8,6 +8,7 @@ each launch where programs would meet. The tolerance is that of fusedrnn/testing
 import dataclasses
 import importlib.util
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -125,6 +126,13 @@ def test_options_in_16_bits(name, dtype):
 def test_gates_computed_again(options, dtype, monkeypatch):
     monkeypatch.setenv("FUSEDRNN_RESERVE", "recompute")
     check(Case(4, 3, 7, 14, dtype=dtype, **options))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("reserve", ["gates", "recompute"])
+def test_no_product_is_given_padding(reserve, dtype, launch, monkeypatch, assert_padding_is_not_read):
+    monkeypatch.setenv("FUSEDRNN_RESERVE", reserve)
+    assert_padding_is_not_read(partial(gpu.forward, launch), partial(gpu.backward, launch), dtype, DEVICE)
 
 
 PLAIN, PROJECTED = {}, {**EVERYTHING, "proj_size": 32}
@@ -249,15 +257,15 @@ def operator_arguments(T=3, B=2, I=5, H=4, D=2, device=DEVICE):
 
 
 def test_operators_pass_opcheck():
-    arguments = operator_arguments()
-    op = torch.ops.fusedrnn
-    torch.library.opcheck(op.triton_forward, arguments, test_utils=("test_schema", "test_faketensor"))
-    y, hn, cn, c, reserve = op.triton_forward(*arguments)
-    needs = [True] * (3 + len(arguments[1]))
-    backward = (y, hn, cn, c, *arguments[:7], y, c, reserve, needs)
-    torch.library.opcheck(op.triton_backward, backward, test_utils=("test_schema", "test_faketensor"))
-    fewer = (y, None, None, None, *arguments[:7], y, c, reserve, [k % 2 == 0 for k in range(len(needs))])
-    torch.library.opcheck(op.triton_backward, fewer, test_utils=("test_schema", "test_faketensor"))
+    x, weights, *options = operator_arguments()
+    op, tests, given = torch.ops.fusedrnn, ("test_schema", "test_faketensor"), (x, *options[:5])
+    torch.library.opcheck(op.triton_forward.default, (x, *options, *weights), test_utils=tests)
+    y, hn, cn, c, reserve = op.triton_forward(x, *options, *weights)
+    needs = [True] * (3 + len(weights))
+    backward = (y, hn, cn, c, *given, y, c, reserve, needs, *weights)
+    torch.library.opcheck(op.triton_backward.default, backward, test_utils=tests)
+    fewer = (y, None, None, None, *given, y, c, reserve, [k % 2 == 0 for k in range(len(needs))], *weights)
+    torch.library.opcheck(op.triton_backward.default, fewer, test_utils=tests)
 
 
 def test_empty_batch():
