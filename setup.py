@@ -11,7 +11,8 @@ Environment:
     MAX_JOBS                 kernel sources that are compiled at the same time, by default one for each processor
     FUSEDRNN_CUDA_DEBUG=1    a CUDA kernel in which a block waits for more than some seconds prints which one and for
                              what, and ends with an error instead of hanging
-    FUSEDRNN_SANITIZE=LIST   for instance address,undefined: a build of the CPU library for tests
+    FUSEDRNN_SANITIZE=LIST   for instance address,undefined: a build of the CPU library for tests, in which the kernels
+                             for AMX run on emulated tiles, as the instruction set amx_emulated
 """
 
 import json
@@ -45,7 +46,7 @@ SANITIZE = os.environ.get("FUSEDRNN_SANITIZE", "")
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 # Contracting a * b + c is what the kernels are written for; nothing that changes the meaning of NaN or infinity.
 OPTIMISE = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
-CHECK = ["-O1", "-g1", "-ffp-contract=fast", f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"]
+CHECK = ["-O1", "-g1", "-ffp-contract=fast", "-DFUSEDRNN_EMULATE_TILES", "-Wno-psabi", f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"]
 FLAGS = ["-std=c++20", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", *DEFINES, *(CHECK if SANITIZE else OPTIMISE)]
 
 # One source for every instruction set; which one runs is decided on the machine it runs on.
@@ -54,7 +55,10 @@ if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS["kernels_avx2.cpp"] = ["-mavx2", "-mfma"]
     ISA_FLAGS["kernels_avx512.cpp"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
     ISA_FLAGS["kernels_avx512_bf16.cpp"] = [*ISA_FLAGS["kernels_avx512.cpp"], "-mavx512bf16"]
-    ISA_FLAGS["kernels_amx.cpp"] = ISA_FLAGS["kernels_avx512_bf16.cpp"]  # tiles are in assembly
+    # Its tiles are in assembly, or emulated.
+    ISA_FLAGS["kernels_amx.cpp"] = [] if SANITIZE else ISA_FLAGS["kernels_avx512_bf16.cpp"]
+elif SANITIZE:
+    ISA_FLAGS["kernels_amx.cpp"] = []
 
 NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
 if os.environ.get("FUSEDRNN_CUDA_DEBUG") == "1":

@@ -27,7 +27,7 @@ def instruction_sets():
     if ops.cpu_unavailable is not None:
         return []
     best, found = torch.ops.fusedrnn.cpu_isa(None), []
-    for name in ("amx", "avx512_bf16", "avx512", "avx2", "portable"):
+    for name in ("amx", "avx512_bf16", "avx512", "avx2", "portable", "amx_emulated"):
         try:
             found.append(torch.ops.fusedrnn.cpu_isa(name))
         except RuntimeError:  # this processor, or this build, does not have it

@@ -1,9 +1,9 @@
 // The large matrix products around a launch: the input's affine map before it, the gradients of x and of the weights
 // after it. c = start + a @ b, or c += a @ b, where b is packed in panels (panel.h) and a may be transposed.
 //
-// A worker computes kGemmRows rows of c at a time, in blocks of kGemmDepth along K: half a panel of that depth stays in
-// the first-level cache while the rows pass by, the rows in the second level, and a tile of them in registers, as in
-// panel.h. Rows are packed first, in slivers of kTileRows rows, [K][rows]: transposed ones, because their numbers lie in
+// A worker computes kGemmRows rows of c at a time, in blocks of kGemmDepth along K: a tile's part of a panel of that
+// depth stays in the first-level cache while the rows pass by, the rows in the second level, and a tile of them in
+// registers, as in panel.h. Rows are packed first, in slivers of kSliverRows rows, [K][rows]: transposed ones, because their numbers lie in
 // as many pages as there are, and contiguous ones where there are rows and columns enough.
 //
 // The sum over K runs in one order wherever a tile begins and ends, so that the result does not depend on the number of
@@ -14,23 +14,25 @@
 
 namespace fusedrnn::FUSEDRNN_ISA {
 
+constexpr int64_t kGemmDepth = kNarrow ? 384 : 128;  // along K
+
 template <class E>
 class Gemm {
  public:
   using A = Compute<E>;
   using V = Vec<A>;
-  static_assert(kGemmRows % kTileRows == 0);
+  static_assert(kGemmRows % kSliverRows == 0 && kSliverRows % kTileRows == 0);
   static constexpr bool kPairs = !std::is_same_v<E, A>;
 
   // Numbers of a sliver: the store of a whole vector at its last input stays inside of it.
-  static constexpr int64_t sliver(int64_t depth) { return depth * kTileRows + kUnits<A>; }
+  static constexpr int64_t sliver(int64_t depth) { return depth * kSliverRows + kUnits<A>; }
   explicit Gemm(const GemmParams& params) : p_(params) {}
 
   // Bytes that run() needs for itself.
   int64_t scratch() const {
     if (!packs()) return 0;
     const int64_t rows = p_.M < kGemmRows ? p_.M : kGemmRows, depth = p_.K < kGemmDepth ? p_.K : kGemmDepth;
-    return blocks_of(rows, kTileRows) * sliver(depth) * static_cast<int64_t>(sizeof(A));
+    return blocks_of(rows, kSliverRows) * sliver(depth) * static_cast<int64_t>(sizeof(A));
   }
 
   // Rows [m, m_end) of c, at most kGemmRows of them, of the half panels [half, half_end), and of all of another product
@@ -55,24 +57,35 @@ class Gemm {
   // Inputs [k, k + depth) of these rows and half panels; slivers is null where the rows are read as they lie.
   void columns(int64_t m, int64_t m_end, int64_t half, int64_t half_end, int64_t k, int64_t depth,
                const A* slivers) const {
-    const E* a = static_cast<const E*>(p_.a);
-    for (int64_t n = half; n < half_end; ++n) {
-      const E* panel = static_cast<const E*>(p_.panels) + n / 2 * p_.K * kWide<A> + in_panel<A>(p_.K, k, n % 2 * 2);
-      const int64_t stride = p_.a_stride / (kPairs ? 2 : 1);
-      for (int64_t row = m; row < m_end; row += kTileRows) {
-        with_rows<kTileRows>(m_end - row < kTileRows ? m_end - row : kTileRows, [&](auto R) {
-          if (slivers != nullptr) {
-            const E* sliver = reinterpret_cast<const E*>(slivers) + (row - m) / kTileRows * this->sliver(depth);
-            tile<R.kCount>(Sliver<E>{sliver}, panel, k, depth, row, n);
-          } else {
-            tile<R.kCount>(StridedRows<E, R.kCount>(a + row * stride + k, stride), panel, k, depth, row, n);
-          }
-        });
+    for (int64_t n = half; n < half_end; n += kTileVectors / 2) {
+      if (kTileVectors == 4 && n + 1 < half_end) {
+        part<4>(m, m_end, n, k, depth, slivers);
+      } else {
+        part<2>(m, m_end, n, k, depth, slivers);
       }
     }
   }
 
-  template <int R, class Left>
+  // Of kVectors vectors from the n-th half panel on.
+  template <int kVectors>
+  void part(int64_t m, int64_t m_end, int64_t n, int64_t k, int64_t depth, const A* slivers) const {
+    const E* const panel = static_cast<const E*>(p_.panels) + n / 2 * p_.K * kWide<A> + in_panel<A>(p_.K, k, n % 2 * 2);
+    const int64_t stride = p_.a_stride / (kPairs ? 2 : 1);
+    for (int64_t row = m; row < m_end; row += kTileRows) {
+      with_rows<kTileRows>(m_end - row < kTileRows ? m_end - row : kTileRows, [&](auto R) {
+        if (slivers != nullptr) {
+          const E* const sliver = reinterpret_cast<const E*>(slivers) +
+                                  (row - m) / kSliverRows * this->sliver(depth) + (row - m) % kSliverRows;
+          tile<R.kCount, kVectors>(Sliver<E>{sliver}, panel, k, depth, row, n);
+        } else {
+          const E* const rows = static_cast<const E*>(p_.a) + row * stride + k;
+          tile<R.kCount, kVectors>(StridedRows<E, R.kCount>(rows, stride), panel, k, depth, row, n);
+        }
+      });
+    }
+  }
+
+  template <int R, int kVectors, class Left>
   FUSEDRNN_INLINE void tile(const Left& left, const E* panel, int64_t k, int64_t depth, int64_t row,
                             int64_t half) const {
     const int64_t column = half * 2 * kUnits<A>, columns = p_.N - column;
@@ -81,13 +94,13 @@ class Gemm {
                                                          : row * p_.N + column);
     const bool add = k > 0 || p_.accumulate;
     for (int r = 0; r < R; ++r) {
-      for (int v = 0; v < 2; ++v) __builtin_prefetch(c + r * c_stride + v * kUnits<A>, 1);
+      for (int v = 0; v < kVectors; ++v) __builtin_prefetch(c + r * c_stride + v * kUnits<A>, 1);
     }
     const A* const start = k == 0 && p_.start != nullptr ? static_cast<const A*>(p_.start) + column : kZeros;
-    V sums[R][2];
-    product<R>(left, panel, p_.K, depth, start, sums);
+    V sums[R][kVectors];
+    product<R, kVectors>(left, panel, p_.K, depth, start, sums);
     for (int r = 0; r < R; ++r) {
-      for (int v = 0; v < 2; ++v) {
+      for (int v = 0; v < kVectors; ++v) {
         const int64_t count = columns - v * kUnits<A>;
         if (count <= 0) break;
         A* to = c + r * c_stride + v * kUnits<A>;
@@ -97,10 +110,10 @@ class Gemm {
   }
 
   // A function of its own: inlined into what calls it, the compiler spills sums in every round of its loop.
-  template <int R, class Left>
+  template <int R, int kVectors, class Left>
   static __attribute__((noinline)) void product(const Left& left, const E* panel, int64_t K, int64_t depth,
-                                                const A* start, V (*sums)[2]) {
-    accumulate<E, R, 2>(
+                                                const A* start, V (*sums)[kVectors]) {
+    accumulate<E, R, kVectors>(
         left, panel, K, depth, [&](int, int v) { return load(start + v * kUnits<A>); },
         [&](int r, int v, V value) { sums[r][v] = value; });
   }
@@ -122,10 +135,10 @@ class Gemm {
   // Contiguous rows, by squares transposed in registers. What a store writes beyond a sliver's rows is written over by
   // the next one.
   void rows_to_slivers(int64_t m, int64_t m_end, int64_t k, int64_t depth, A* to) const {
-    constexpr int64_t kSquares = blocks_of(kTileRows, kUnits<A>);
+    constexpr int64_t kSquares = blocks_of(kSliverRows, kUnits<A>);
     const int64_t stride = p_.a_stride / (kPairs ? 2 : 1);
-    for (int64_t row = m; row < m_end; row += kTileRows, to += sliver(depth)) {
-      const int64_t rows = m_end - row < kTileRows ? m_end - row : kTileRows;
+    for (int64_t row = m; row < m_end; row += kSliverRows, to += sliver(depth)) {
+      const int64_t rows = m_end - row < kSliverRows ? m_end - row : kSliverRows;
       const A* const from = static_cast<const A*>(p_.a) + row * stride + k;
       for (int64_t i = 0; i < depth; i += kUnits<A>) {
         V squares[kSquares][kUnits<A>];
@@ -138,7 +151,7 @@ class Gemm {
         }
         const int64_t count = depth - i < kUnits<A> ? depth - i : kUnits<A>;
         for (int64_t u = 0; u < count; ++u) {
-          for (int64_t s = 0; s < kSquares; ++s) store(to + (i + u) * kTileRows + s * kUnits<A>, squares[s][u]);
+          for (int64_t s = 0; s < kSquares; ++s) store(to + (i + u) * kSliverRows + s * kUnits<A>, squares[s][u]);
         }
       }
     }
@@ -148,11 +161,11 @@ class Gemm {
   void columns_to_slivers(int64_t m, int64_t m_end, int64_t k, int64_t depth, A* to) const {
     for (int64_t first = 0; first < depth; first += kInputsAtATime) {
       const int64_t end = depth - first < kInputsAtATime ? depth : first + kInputsAtATime;
-      for (int64_t row = m; row < m_end; row += kTileRows) {
-        A* at = to + (row - m) / kTileRows * sliver(depth) + first * kTileRows;
+      for (int64_t row = m; row < m_end; row += kSliverRows) {
+        A* at = to + (row - m) / kSliverRows * sliver(depth) + first * kSliverRows;
         const A* from = static_cast<const A*>(p_.a) + (k + first) * p_.M + row;
-        for (int64_t i = first; i < end; ++i, at += kTileRows, from += p_.M) {
-          for (int64_t v = 0; v < kTileRows; v += kUnits<A>) store(at + v, load(from + v, p_.M - row - v));
+        for (int64_t i = first; i < end; ++i, at += kSliverRows, from += p_.M) {
+          for (int64_t v = 0; v < kSliverRows; v += kUnits<A>) store(at + v, load(from + v, p_.M - row - v));
         }
       }
     }
@@ -163,9 +176,9 @@ class Gemm {
     for (int64_t i = 0; i < depth; ++i) {
       const BFloat16* first = static_cast<const BFloat16*>(p_.a) + 2 * (k + i) * p_.a_stride;
       const bool is_whole = 2 * (k + i) + 1 < p_.a_rows;
-      for (int64_t row = m; row < m_end; row += kTileRows) {
-        A* at = to + (row - m) / kTileRows * sliver(depth) + i * kTileRows;
-        for (int64_t v = 0; v < kTileRows; v += kUnits<A>) {
+      for (int64_t row = m; row < m_end; row += kSliverRows) {
+        A* at = to + (row - m) / kSliverRows * sliver(depth) + i * kSliverRows;
+        for (int64_t v = 0; v < kSliverRows; v += kUnits<A>) {
           const int64_t column = row + v, count = p_.M - column;
           const V low = load(first + column, count), high = is_whole ? load(first + p_.a_stride + column, count) : V{};
           store(at + v, paired(low, high));
@@ -174,7 +187,7 @@ class Gemm {
     }
   }
 
-  static constexpr A kZeros[2 * kUnits<A>] = {};
+  static constexpr A kZeros[4 * kUnits<A>] = {};
   static constexpr int64_t kColumnsToPackFor = 128;
   static constexpr int64_t kInputsAtATime = 16;  // of all slivers, so that the next ones find their lines in the cache
 

@@ -3,9 +3,9 @@
 // A panel holds the weights of one block of outputs for all K inputs: four vectors for each of them, in two halves,
 // [2][K][2][lanes]. In forward the four are the gates of `lanes` hidden units; elsewhere they are 4 * lanes outputs
 // next to each other. A tile of R rows and V of the four vectors stays in R * V registers while K runs: every panel
-// element is loaded once per tile, and every number of the rows is broadcast. V is two where there are many rows, so
-// that a tile is tall and half a panel, kDepth deep, stays in the first-level cache while the rows pass by; four where
-// there are so few that a pass over the panel is all there is.
+// element is loaded once per tile, and every number of the rows is broadcast. With 16 registers V is two where there are
+// many rows, so that half a panel, kDepth deep, stays in the first-level cache while the rows pass by, and four where
+// there are so few that a pass over the panel is all there is. With 32 registers it is always four.
 //
 // Where operands are pairs of 16-bit numbers, an input of a panel is two of the matrix; those that the matrix does not
 // have are zero.
@@ -23,17 +23,23 @@ constexpr int64_t kUnits = Simd<A>::kLanes;  // hidden units of a forward block
 template <class A>
 constexpr int64_t kWide = 4 * Simd<A>::kLanes;  // outputs of every other block
 
-// Rows of a tile of two vectors: as many as the registers hold beside them (32 registers with AVX-512, else 16).
-constexpr int kTileRows = FUSEDRNN_VECTOR_BYTES == 64 ? 12 : 6;
-// Steps along K for which half a panel takes half of a first-level cache of 32 KiB.
-constexpr int64_t kDepth = 16384 / (2 * FUSEDRNN_VECTOR_BYTES);
+// A tile: so many rows by so many vectors as the registers hold beside their operands (32 registers with AVX-512, else
+// 16). Of 24 sums 6 by 4 take 37 instructions an input, and 12 by 2 take 42, which a core that is shared with another
+// process feels.
+constexpr bool kNarrow = FUSEDRNN_VECTOR_BYTES < 64;
+constexpr int kTileRows = 6, kTileVectors = kNarrow ? 2 : 4;
+// Rows up to which a tile has all four vectors, and K is not cut.
+constexpr int kFewRows = kNarrow ? 3 : 6;
+// Steps along K for which a tile's part of a panel takes half of a first-level cache of 32 KiB, or two thirds of 48.
+constexpr int64_t kDepth = kNarrow ? 16384 / (2 * FUSEDRNN_VECTOR_BYTES) : 32768 / (4 * FUSEDRNN_VECTOR_BYTES);
 // With AVX2 and its 16 registers a tile is 20 instructions and 12 multiply-adds. Where somebody else works on the core
 // as well, which then begins three instructions a cycle, all others count: those that move pointers, so that a loop
 // takes four inputs a round, and those that ask memory for what comes.
-constexpr bool kNarrow = FUSEDRNN_VECTOR_BYTES < 64;
 constexpr int kInputsARound = kNarrow ? 4 : 1;
 // Rows whose sums are kept between the product and what follows it.
-constexpr int64_t kRowsAtATime = 4 * kTileRows;
+constexpr int64_t kRowsAtATime = kNarrow ? 24 : 48;
+// Rows that are packed next to each other for tiles of them: as many tiles as a vector holds rows of.
+constexpr int64_t kSliverRows = kNarrow ? 6 : 12;
 
 // Where the v-th vector of input k lies in a panel of K inputs.
 template <class A>
@@ -42,7 +48,7 @@ FUSEDRNN_INLINE int64_t in_panel(int64_t K, int64_t k, int64_t v) {
 }
 
 // Number k of row r of the left matrix, of R rows: of rows as they lie, `stride` apart, or of a sliver,
-// [K][kTileRows].
+// [K][kSliverRows].
 template <class E, int R>
 struct StridedRows {
   StridedRows(const E* rows, int64_t stride) : stride(stride) {
@@ -64,8 +70,8 @@ template <class E>
 struct Sliver {
   const E* at;
 
-  E operator()(int r, int k) const { return at[k * kTileRows + r]; }
-  void advance(int k) { at += k * kTileRows; }
+  E operator()(int r, int k) const { return at[k * kSliverRows + r]; }
+  void advance(int k) { at += k * kSliverRows; }
 };
 
 // finish(r, v, start(r, v) + sum over k < depth of left(r, k) * panel[k][v]) for R rows and V vectors of a panel of K
@@ -176,12 +182,12 @@ FUSEDRNN_INLINE void with_rows(int64_t rows, const F& f) {
 // sums in every round of a loop that it inlines into much other code, keeps them in registers. tests/test_spills.py holds
 // their loops to that.
 
-// sum[r] += R rows @ two of the four vectors of a panel, `stride` numbers apart; sum is that of the first of the two.
+// sum[r] += R rows @ kTileVectors of a panel, `stride` numbers apart; sum is that of the first of these vectors.
 template <class E, int R, bool kNext>
-__attribute__((noinline)) void add_tall_tile(const E* rows, int64_t stride, const E* panel, int64_t K, int64_t depth,
-                                             Vec<Compute<E>> (*sum)[4], const E* next) {
+__attribute__((noinline)) void add_tile(const E* rows, int64_t stride, const E* panel, int64_t K, int64_t depth,
+                                        Vec<Compute<E>> (*sum)[4], const E* next) {
   using V = Vec<Compute<E>>;
-  accumulate<E, R, 2, 1, kNext>(
+  accumulate<E, R, kTileVectors, 1, kNext>(
       StridedRows<E, R>(rows, stride), panel, K, depth, [&](int r, int v) { return sum[r][v]; },
       [&](int r, int v, V value) { sum[r][v] = value; }, next);
 }
@@ -210,29 +216,28 @@ inline void multiply(Vec<Compute<E>> (*sum)[4], const E* a, int64_t stride, cons
                      bool alone, const Wanted& wanted) {
   using A = Compute<E>;
   for (int64_t r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = sum[r][2] = sum[r][3] = Vec<A>{};
-  if (rows <= kTileRows / 2) {
+  if (rows <= kFewRows) {
     if (!wanted(0, rows)) return;
     if (alone) return single_row_product(a, panel, K, sum);
-    return with_rows<kTileRows / 2>(rows, [&](auto R) { wide_tile<E, R.kCount>(a, stride, panel, K, sum); });
+    return with_rows<kFewRows>(rows, [&](auto R) { wide_tile<E, R.kCount>(a, stride, panel, K, sum); });
   }
   const int64_t tiles = blocks_of(rows, kTileRows);
   for (int64_t k = 0; k < K; k += kDepth) {
     const int64_t depth = K - k < kDepth ? K - k : kDepth;
-    for (int half = 0; half < 4; half += 2) {
-      const E* part = panel + in_panel<A>(K, k, half);
-      const E* next = half == 0        ? panel + in_panel<A>(K, k, 2)
-                      : k + kDepth < K ? panel + in_panel<A>(K, k + kDepth, 0)
-                                       : panel + K * kWide<A>;  // of the next block
+    for (int first_vector = 0; first_vector < 4; first_vector += kTileVectors) {
+      const E* part = panel + in_panel<A>(K, k, first_vector);
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t first = tile * rows / tiles, count = (tile + 1) * rows / tiles - first;
         if (!wanted(first, count)) continue;
-        auto* const own = reinterpret_cast<Vec<A>(*)[4]>(&sum[first][half]);
+        auto* const own = reinterpret_cast<Vec<A>(*)[4]>(&sum[first][first_vector]);
         const E* const left = a + first * stride + k;
         with_rows<kTileRows>(count, [&](auto R) {
-          if (!kNarrow && tile < 2) {  // each for one of the two vectors of an input
-            add_tall_tile<E, R.kCount, true>(left, stride, part, K, depth, own, next + tile * kUnits<A>);
+          if (!kNarrow && tile < kTileVectors) {  // each asks for one vector of what comes next, maybe of the next block
+            const E* const next = k + kDepth < K ? panel + in_panel<A>(K, k + kDepth, tile)
+                                                 : panel + K * kWide<A> + in_panel<A>(K, 0, tile);
+            add_tile<E, R.kCount, true>(left, stride, part, K, depth, own, next);
           } else {
-            add_tall_tile<E, R.kCount, false>(left, stride, part, K, depth, own, nullptr);
+            add_tile<E, R.kCount, false>(left, stride, part, K, depth, own, nullptr);
           }
         });
       }

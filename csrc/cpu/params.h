@@ -151,8 +151,7 @@ struct GemmParams {
   // Another product with the same a, M and K, which is packed once for both; or null. Workers share rows then.
   const GemmParams* also = nullptr;
 };
-constexpr int64_t kGemmRows = 192;   // of c, that a worker computes at a time: a multiple of every tile's rows
-constexpr int64_t kGemmDepth = 384;  // along K; kGemmRows by kGemmDepth is a part of the second-level cache
+constexpr int64_t kGemmRows = 192;  // of c, that a worker computes at a time: a multiple of every tile's rows
 
 // Packing of a matrix w, S [rows][columns], for the matrix product of a block of outputs with all inputs; see panel.h.
 // Each call packs [begin, end) of the blocks, or of the inputs.

@@ -14,7 +14,7 @@ constexpr int64_t kTileBytes = 64;                   // of a row
 constexpr int64_t kTileRowsMost = 16;                // rows of a tile
 constexpr int64_t kTileDepth = 32;                   // bfloat16 numbers of a row
 constexpr int64_t kTilePairs = kTileDepth / 2;       // rows of a right operand: each is a pair for 16 outputs
-constexpr int kSums = 4, kLefts = 2, kRights = 2;    // registers: 0-3, then 4-5, then 6-7
+constexpr int kSums = 4, kLefts = 2;  // registers: 0 to 3, and 4 and 5; 6 and 7 are right operands
 
 #if defined(FUSEDRNN_EMULATE_TILES)
 
