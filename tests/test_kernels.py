@@ -320,6 +320,12 @@ def test_a_narrow_state_keeps_infinities_and_nan(isa):
         assert bool(y[3:, 1].isnan().all()) == math.isnan(value)
 
 
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_what_is_not_finite_is_that_where_nn_lstm_has_it(isa, odd_layer, bidirectional, assert_not_finite_as_nn_lstm):
+    with fusedrnn.use_backend("cpu"):
+        assert_not_finite_as_nn_lstm(*odd_layer, "cpu", bidirectional)
+
+
 def test_same_bits_twice(isa):
     case = Case(30, 17, 24, 129, layers=2, bidirectional=True, lengths=True, reset=True)
     with fusedrnn.use_backend("cpu"):
