@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from functools import cache
 
 import pytest
@@ -781,6 +782,39 @@ print(torch.ops.fusedrnn.cpu_keep()[1])
         result = run_python(code, FUSEDRNN_CPU_KEEP_MIB=wrong)
         assert result.returncode != 0
         assert f"FUSEDRNN_CPU_KEEP_MIB must be a whole number from 0, got '{wrong}'" in result.stderr
+
+
+@pytest.mark.usefixtures("as_new")
+@pytest.mark.parametrize("times", [1, 20])
+def test_weights_that_change_while_they_are_packed(times):
+    """Swapped for others and back by another thread: what is kept of a call in between is wrong for nobody else."""
+    module, x = fusedrnn.LSTM(64, 512).requires_grad_(False), torch.randn(20, 1, 64)
+    right = {name: weight.clone() for name, weight in module.state_dict().items()}
+    other = {name: weight * 0.5 + 0.01 for name, weight in right.items()}
+    expected = infer_anew(module, x)
+    for k in range(15):
+        module.load_state_dict(other)
+        infer(module, x)
+        module.load_state_dict(right)
+        begin = threading.Event()
+
+        def swap(pause=k % 10 * 2e-4, begin=begin):
+            begin.wait()
+            time.sleep(pause)
+            for _ in range(times):
+                module.load_state_dict(other)
+                module.load_state_dict(right)
+
+        swapping = threading.Thread(target=swap)
+        swapping.start()
+        begin.set()
+        while swapping.is_alive():
+            infer(module, x)
+        swapping.join()
+        assert_same(infer(module, x), expected)
+        module.load_state_dict(other)
+        assert_same(infer(module, x), infer_anew(module, x))
+        module.load_state_dict(right)
 
 
 @pytest.mark.usefixtures("as_new")
