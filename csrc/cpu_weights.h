@@ -1,6 +1,10 @@
 // The weights of a layer as forward takes them, and those that inference keeps from call to call.
 #pragma once
 
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
+
 #include <cstring>
 #include <memory>
 #include <optional>
@@ -54,6 +58,34 @@ Kept<SharedPanels>& kept_panels() {
   static auto* const kept = new Kept<SharedPanels>(kept_by_default());  // never destroyed, as the pool is not
   return *kept;
 }
+
+// What is kept, held while a process forks, so that the child finds it whole and unlocked. Throwing panels away gives
+// memory back to the pool: that order of locks is the one here.
+class HeldForFork {
+ public:
+  static void before() noexcept {
+    instruction_sets();  // what is made once is made by now, and not by a thread that the child has not
+    try {
+      auto& panels = kept_panels();
+      auto& memory = MemoryPool::instance();
+      panels.lock();
+      memory.lock();
+      held = true;
+    } catch (...) {  // the limit in the environment is wrong: nothing was made, and nothing will be
+    }
+  }
+  static void after() noexcept {
+    if (!std::exchange(held, false)) return;
+    MemoryPool::instance().unlock();
+    kept_panels().unlock();
+  }
+
+ private:
+  static inline bool held = false;  // by who forks
+};
+#if !defined(_WIN32)
+[[maybe_unused]] const int held_for_fork = pthread_atfork(HeldForFork::before, HeldForFork::after, HeldForFork::after);
+#endif
 
 bool is_packed(const Tensor& weight) { return weight.dim() == 2; }  // biases are not
 

@@ -476,6 +476,49 @@ assert run() == before
     assert result.returncode == 0, result.stderr
 
 
+FORKS = """
+import os, signal, sys, threading, time, torch, fusedrnn
+torch.set_num_threads(1)
+module, x = fusedrnn.LSTM(64, 64), torch.randn(40, 8, 64)
+
+def run(module):
+    module(x)[0].sum().backward()
+    with torch.no_grad():
+        module(x)
+
+def work():
+    own = fusedrnn.LSTM(64, 64)
+    while True:
+        run(own)
+        with torch.no_grad():
+            own.weight_hh_l0.mul_(0.999)  # other panels are kept at the next call
+
+for _ in range(3):
+    threading.Thread(target=work, daemon=True).start()
+end = time.time() + 10
+for k in range(300):
+    if time.time() > end:
+        break
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(60)  # ends a child that waits for ever
+        torch.set_num_threads(1)
+        run(module)
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0, f"child {k} waits for ever"
+print(k, flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_fork_while_other_threads_compute():
+    """A child has none of the other threads, and what they were in the middle of is whole all the same."""
+    result = run_python(FORKS)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) > 3
+
+
 def test_instruction_set_by_environment():
     code = "import torch, fusedrnn; print(torch.ops.fusedrnn.cpu_isa(None))"
     assert run_python(code, FUSEDRNN_CPU_ISA="portable").stdout.strip() == "portable"
