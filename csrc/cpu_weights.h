@@ -1,6 +1,11 @@
 // The weights of a layer as forward takes them, and those that inference keeps from call to call.
 #pragma once
 
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
+
+#include <cstring>
 #include <memory>
 #include <optional>
 #include <utility>
@@ -54,23 +59,61 @@ Kept<SharedPanels>& kept_panels() {
   return *kept;
 }
 
-std::vector<uint64_t> fingerprint_of(const Layer& layer) {
+// What is kept, held while a process forks, so that the child finds it whole and unlocked. Throwing panels away gives
+// memory back to the pool: that order of locks is the one here.
+class HeldForFork {
+ public:
+  static void before() noexcept {
+    instruction_sets();  // what is made once is made by now, and not by a thread that the child has not
+    try {
+      auto& panels = kept_panels();
+      auto& memory = MemoryPool::instance();
+      panels.lock();
+      memory.lock();
+      held = true;
+    } catch (...) {  // the limit in the environment is wrong: nothing was made, and nothing will be
+    }
+  }
+  static void after() noexcept {
+    if (!std::exchange(held, false)) return;
+    MemoryPool::instance().unlock();
+    kept_panels().unlock();
+  }
+
+ private:
+  static inline bool held = false;  // by who forks
+};
+#if !defined(_WIN32)
+[[maybe_unused]] const int held_for_fork = pthread_atfork(HeldForFork::before, HeldForFork::after, HeldForFork::after);
+#endif
+
+bool is_packed(const Tensor& weight) { return weight.dim() == 2; }  // biases are not
+
+// The fingerprint of what is packed. With `copies`, each piece is copied there first, and it is that of the copies.
+std::vector<uint64_t> fingerprint_of(const Layer& layer, const Tensors* copies = nullptr) {
   constexpr int64_t kPiece = 32 << 10, kWords = 8;
   struct Piece {
     const char* from;
+    char* copy;
     int64_t bytes;
   };
   std::vector<Piece> pieces;
-  for (const Tensor& weight : layer.weights.all) {
-    if (weight.dim() != 2) continue;  // biases are not packed
+  for (size_t k = 0; k < layer.weights.all.size(); ++k) {
+    const Tensor& weight = layer.weights.all[k];
+    if (!is_packed(weight)) continue;
     const auto* const from = static_cast<const char*>(weight.const_data_ptr());
+    auto* const copy = copies == nullptr ? nullptr : static_cast<char*>((*copies)[k].mutable_data_ptr());
     const int64_t bytes = weight.numel() * weight.element_size();
-    for (int64_t k = 0; k < bytes; k += kPiece) pieces.push_back({from + k, std::min(kPiece, bytes - k)});
+    for (int64_t at = 0; at < bytes; at += kPiece) {
+      pieces.push_back({from + at, copy == nullptr ? nullptr : copy + at, std::min(kPiece, bytes - at)});
+    }
   }
   std::vector<uint64_t> words(pieces.size() * kWords);
   torch::stable::parallel_for(0, static_cast<int64_t>(pieces.size()), 4, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
-      layer.kernels.fingerprint(pieces[k].from, pieces[k].bytes, &words[k * kWords]);
+      const auto& [from, copy, bytes] = pieces[k];
+      if (copy != nullptr) std::memcpy(copy, from, bytes);
+      layer.kernels.fingerprint(copy != nullptr ? copy : from, bytes, &words[k * kWords]);
     }
   });
   return words;
@@ -84,9 +127,15 @@ SharedPanels kept_weights(const Layer& layer) {
   const Sizes& s = layer.sizes;
   std::vector<intptr_t> place{reinterpret_cast<intptr_t>(&layer.kernels), s.I, s.H, s.P, s.projected};
   for (const Tensor& weight : layer.weights.all) place.push_back(reinterpret_cast<intptr_t>(weight.const_data_ptr()));
-  std::vector<uint64_t> fingerprint = fingerprint_of(layer);
-  if (std::optional<SharedPanels> panels = kept.find(place, fingerprint)) return *panels;
-  SharedPanels panels = packed_weights(layer);
+  if (std::optional<SharedPanels> panels = kept.find(place, fingerprint_of(layer))) return *panels;
+  // Another thread may write the weights meanwhile, and write them back. So panels and fingerprint are made of one
+  // copy: whatever it caught, it is found again only by weights that are the same.
+  Layer copy = layer;
+  for (Tensor& weight : copy.weights.all) {
+    if (is_packed(weight)) weight = empty({weight.size(0), weight.size(1)}, weight.scalar_type());
+  }
+  std::vector<uint64_t> fingerprint = fingerprint_of(layer, &copy.weights.all);
+  SharedPanels panels = packed_weights(copy);
   kept.keep({std::move(place), std::move(fingerprint), panels, bytes});
   return panels;
 }

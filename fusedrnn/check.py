@@ -81,9 +81,23 @@ def jobs(devices: Sequence[str], quick: bool) -> list[Job]:
 
 def run(job: Job, backends: Sequence[str]) -> list[Outcome]:
     """Carries a job out on each of the backends, all of them available."""
+    return [_run(job, backend) for backend in _concerned(job, backends)]
+
+
+def applies(job: Job, backends: Sequence[str]) -> bool:
+    """Whether one of the backends, all of them available, says that it computes what a job is about."""
+
+    def supports(backend: str) -> bool:
+        with use_backend(backend):
+            return _unsupported(job, backend) is None
+
+    return any(supports(backend) for backend in _concerned(job, backends))
+
+
+def _concerned(job: Job, backends: Sequence[str]) -> list[str]:
     if job.check == "reference":  # which is not compared with itself, and aten is what "nn.LSTM" is measured by
-        backends = [backend for backend in backends if backend not in ("reference", "aten")]
-    return [_run(job, backend) for backend in backends]
+        return [backend for backend in backends if backend not in ("reference", "aten")]
+    return list(backends)
 
 
 def _case(size: tuple[int, int, int, int], dtype: torch.dtype, options: dict[str, Any]) -> Case:

@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from textwrap import indent
 from typing import Any, TypeVar
 
@@ -74,7 +75,10 @@ def _parser() -> argparse.ArgumentParser:
     checks.add_argument("--device", choices=testing.devices(), help="check on this device; by default on all")
     checks.add_argument("--quick", action="store_true", help="small sizes only, and derivatives in random directions")
     checks.add_argument(
-        "--limit", type=int, metavar="N", help="only N of the jobs, from all over: those farthest apart first"
+        "--limit",
+        type=int,
+        metavar="N",
+        help="only N of the jobs that can run, from all over: those farthest apart first",
     )
     checks.add_argument("--record", metavar="FILE", help="append every outcome to this file as it comes, as JSON lines")
     checks.set_defaults(command=_check, error=checks.error)
@@ -166,7 +170,7 @@ def _check(options: argparse.Namespace) -> int:
     if options.limit is not None:
         if options.limit < 1:
             options.error(f"argument --limit: must be a whole number from 1, got {options.limit}")
-        jobs = _spread(jobs)[: options.limit]
+        jobs = list(islice((job for job in _spread(jobs) if check.applies(job, backends)), options.limit))
     outcomes: list[Outcome] = []
     with _record(options) as record:
         for job in _progress(jobs):
@@ -184,7 +188,11 @@ def _check(options: argparse.Namespace) -> int:
     failures = [(o.job, o.backend, o.failure) for o in outcomes if o.failure is not None]
     for job, backend, failure in failures:
         print(f"FAILED {job.check} on {backend}, {job.device}: {job.case.id}\n{indent(failure, '  ')}")
-    return 1 if failures else 0
+    checked = {o.backend for o in outcomes if o.inapplicable is None}
+    idle = [name for name in options.backend or [] if name not in checked] if checked else backends
+    for name in idle:
+        print(f"FAILED: nothing was checked on {name}: no job of these is one that it computes")
+    return 1 if failures or idle else 0
 
 
 def _spread(jobs: list[check.Job]) -> list[check.Job]:

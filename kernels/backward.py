@@ -208,10 +208,11 @@ def lstm_backward(
                         BATCH, UNITS, RESIDENT_HR, STREAMED, CHUNK, SPLIT, AHEAD, PRECISION,
                     )  # fmt: skip
                 da_i, da_f, da_g, da_o, dc_in = cell_backward(b_i, b_f, b_g, b_o, c_in, b_c, b_dm, dc_t)
-                da_i = tl.where(exists[:, None], da_i, 0.0).to(dtype)
-                da_f = tl.where(exists[:, None], da_f, 0.0).to(dtype)
-                da_g = tl.where(exists[:, None], da_g, 0.0).to(dtype)
-                da_o = tl.where(exists[:, None], da_o, 0.0).to(dtype)
+                # Of units that do not exist, too: the product with their zero weights is not 0 if they are not finite.
+                da_i = tl.where(m_tile, da_i, 0.0).to(dtype)
+                da_f = tl.where(m_tile, da_f, 0.0).to(dtype)
+                da_g = tl.where(m_tile, da_g, 0.0).to(dtype)
+                da_o = tl.where(m_tile, da_o, 0.0).to(dtype)
                 m_store = in_time[:, None] & m_u[None, :]
                 tl.store(da + p_gates, da_i, mask=m_store)
                 tl.store(da + p_gates + H, da_f, mask=m_store)

@@ -238,7 +238,8 @@ def lstm_forward(
 
                 b_m, c_out, b_i, b_f, b_g, b_o = cell(a_i, a_f, a_g, a_o, tl.where(enters[:, None], b_c, 0.0))
                 b_c = tl.where(exists[:, None], c_out, b_c)
-                b_m = tl.where(exists[:, None], b_m, 0.0).to(dtype)
+                # Units that do not exist stay out of the next product, whose zero weights would not: 0 * inf is NaN.
+                b_m = tl.where(m_tile, b_m, 0.0).to(dtype)
                 if COLUMNS:
                     tl.store(m + p_c, b_m, mask=m_c)
                 else:

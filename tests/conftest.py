@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -73,8 +74,25 @@ KERNELS = places(lengths=True, reset=True, states=True)  # what is more than nn.
 RAGGED = [*KERNELS, *(k._replace(lengths="packed") for k in KERNELS if dispatch.TABLE[k.backend].takes_packed)]
 
 
+# H, P and dtype of layers that do not fill the tiles of any kernel.
+ODD_LAYERS = [
+    (3, 0, torch.float32),
+    (5, 2, torch.bfloat16),
+    (17, 0, torch.bfloat16),
+    (20, 0, torch.float32),
+    (24, 7, torch.float32),
+    (33, 0, torch.float16),
+    (33, 20, torch.float32),
+]
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`place` is every backend, `kernel` every one that can do more than nn.LSTM, `ragged` each way of these."""
+    """`place` is every backend, `kernel` every one that can do more than nn.LSTM, `ragged` each way of these.
+
+    `odd_layer` is each of ODD_LAYERS.
+    """
+    if "odd_layer" in metafunc.fixturenames:
+        metafunc.parametrize("odd_layer", ODD_LAYERS, ids=str)
     for name, found in (("place", PLACES), ("kernel", KERNELS), ("ragged", RAGGED)):
         if name in metafunc.fixturenames:
             ids = ["-".join(place if place.lengths == "packed" else place[:2]) for place in found]
@@ -240,6 +258,50 @@ def assert_padding_is_not_read() -> Callable[..., None]:
         assert all(bool(tensor.isfinite().all()) for tensor in expected)
         for ours, right in zip(found, expected, strict=True):
             assert torch.equal(ours, right)
+
+    return check
+
+
+@pytest.fixture
+def assert_not_finite_as_nn_lstm() -> Callable[..., None]:
+    """Holds the backend in use to nn.LSTM's infinities and NaN: one number of all that enters is not finite.
+
+    What comes of it in other rows, units, steps and gradients is what float64 has there: a kernel computes more units
+    than there are, and 0 * inf is NaN. oneDNN is left out: on some processors its bfloat16 product, which is part of
+    the GPU backends where they compute on the CPU, reads on into the next row.
+    """
+
+    def check(H: int, P: int, dtype: torch.dtype, device: str, bidirectional: bool) -> None:
+        T, I, D = 3, 4, 2 if bidirectional else 1
+        theirs = nn.LSTM(I, H, proj_size=P, bidirectional=bidirectional, dtype=torch.float64)
+        ours = fusedrnn.LSTM(I, H, proj_size=P, bidirectional=bidirectional, dtype=dtype, device=device)
+        ours.load_state_dict(theirs.state_dict())
+        theirs.load_state_dict(ours.state_dict())  # the same to the bit
+
+        def run(module: nn.Module, given: dict[str, torch.Tensor], device: str, dtype: torch.dtype) -> Any:
+            x, h0, c0, *douts = (value.to(device, dtype) for value in given.values())
+            leaves = [x.requires_grad_(), h0.requires_grad_(), c0.requires_grad_(), *module.parameters()]
+            y, (hn, cn) = module(x, (h0, c0))
+            return [y, hn, cn, *torch.autograd.grad([y, hn, cn], leaves, douts)]
+
+        @torch.backends.mkldnn.flags(enabled=False, allow_tf32=None)
+        def compare(*places: tuple[str, float]) -> None:
+            """Of two rows of the batch for each place, the second has it."""
+            B = 2 * len(places)
+            sizes = {"x": (T, B, I), "h0": (D, B, P or H), "c0": (D, B, H), "dy": (T, B, D * (P or H))}
+            sizes |= {"dhn": sizes["h0"], "dcn": sizes["c0"]}
+            given = {name: torch.randn(size).to(dtype).double() for name, size in sizes.items()}
+            for k, (name, value) in enumerate(places):
+                given[name][len(given[name]) // 2, 2 * k + 1, k % 2] = value
+            found, expected = run(ours, given, device, dtype), run(theirs, given, "cpu", torch.float64)
+            for k, (mine, right) in enumerate(zip(found, expected, strict=True)):
+                for what in (torch.isnan, torch.isposinf, torch.isneginf):
+                    assert torch.equal(what(mine).cpu(), what(right)), f"{what.__name__} of result {k}: {places}"
+
+        values, names = (math.inf, -math.inf, math.nan), ("x", "h0", "c0", "dy", "dhn", "dcn")
+        compare(*itertools.product(names, values))
+        for name in ("x", "dy"):  # gradients of weights are sums over all rows
+            compare((name, -math.inf))
 
     return check
 

@@ -238,6 +238,34 @@ def test_outcomes_are_recorded_as_they_come(capsys, small, tmp_path, monkeypatch
     assert len(path.read_text().splitlines()) == 3
 
 
+def test_a_limit_takes_jobs_that_can_run(capsys, small, monkeypatch):
+    def not_float64(problem):
+        return "it has no float64" if problem.dtype == torch.float64 else None
+
+    monkeypatch.setitem(dispatch.TABLE, "reference", dispatch.TABLE["reference"]._replace(unsupported=not_float64))
+    assert cli.main(["check", "--quick", "--backend", "reference", "--device", "cpu", "--limit", "3"]) == 0
+    found = rows(capsys.readouterr().out)
+    assert sum(passed for passed, _, _ in found.values()) == 3
+    assert all(key[1] != "float64" and skipped == 0 for key, (_, _, skipped) in found.items())
+
+
+@pytest.mark.parametrize("limit", [[], ["--limit", "2"]])
+def test_a_check_that_checked_nothing_fails(capsys, small, monkeypatch, limit):
+    """The backend computes some problem, so it may be asked for, but none of those there are."""
+
+    def tiny_only(problem):
+        return "it is too large" if problem.H > 1 else None
+
+    monkeypatch.setitem(dispatch.TABLE, "reference", dispatch.TABLE["reference"]._replace(unsupported=tiny_only))
+    arguments = ["check", "--quick", "--device", "cpu", "--backend", "reference", *limit]
+    assert cli.main(arguments) == 1
+    assert "FAILED: nothing was checked on reference" in capsys.readouterr().out
+    assert cli.main([*arguments, "--backend", "aten"]) == 1  # that another was is no excuse
+    out = capsys.readouterr().out
+    assert "FAILED: nothing was checked on reference" in out
+    assert "nothing was checked on aten" not in out
+
+
 def test_a_limit_takes_jobs_from_everywhere(capsys):
     assert cli.main(["check", "--quick", "--backend", "reference", "--device", "cpu", "--limit", "8"]) == 0
     found = rows(capsys.readouterr().out)

@@ -317,6 +317,13 @@ def test_no_product_is_given_padding(inputs, reserve, dtype, monkeypatch, assert
     assert_padding_is_not_read(partial(gpu.forward, cuda), partial(gpu.backward, cuda), dtype, DEVICE)
 
 
+@pytest.mark.parametrize("reserve", ["gates", "recompute"])
+def test_what_is_not_finite_is_that_where_nn_lstm_has_it(odd_layer, reserve, monkeypatch, assert_not_finite_as_nn_lstm):
+    monkeypatch.setenv("FUSEDRNN_RESERVE", reserve)
+    with fusedrnn.use_backend("cuda"):
+        assert_not_finite_as_nn_lstm(*odd_layer, DEVICE, bidirectional=reserve == "gates")
+
+
 def kept():
     """Bytes that the backward of two bidirectional layers is left with beside inputs, outputs and weights; and those
     of one number for each step, layer, direction and hidden unit."""

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from functools import cache
 
 import pytest
@@ -320,6 +321,12 @@ def test_a_narrow_state_keeps_infinities_and_nan(isa):
         assert bool(y[3:, 1].isnan().all()) == math.isnan(value)
 
 
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_what_is_not_finite_is_that_where_nn_lstm_has_it(isa, odd_layer, bidirectional, assert_not_finite_as_nn_lstm):
+    with fusedrnn.use_backend("cpu"):
+        assert_not_finite_as_nn_lstm(*odd_layer, "cpu", bidirectional)
+
+
 def test_same_bits_twice(isa):
     case = Case(30, 17, 24, 129, layers=2, bidirectional=True, lengths=True, reset=True)
     with fusedrnn.use_backend("cpu"):
@@ -467,6 +474,49 @@ assert run() == before
     )
     result = run_python(code)
     assert result.returncode == 0, result.stderr
+
+
+FORKS = """
+import os, signal, sys, threading, time, torch, fusedrnn
+torch.set_num_threads(1)
+module, x = fusedrnn.LSTM(64, 64), torch.randn(40, 8, 64)
+
+def run(module):
+    module(x)[0].sum().backward()
+    with torch.no_grad():
+        module(x)
+
+def work():
+    own = fusedrnn.LSTM(64, 64)
+    while True:
+        run(own)
+        with torch.no_grad():
+            own.weight_hh_l0.mul_(0.999)  # other panels are kept at the next call
+
+for _ in range(3):
+    threading.Thread(target=work, daemon=True).start()
+end = time.time() + 10
+for k in range(300):
+    if time.time() > end:
+        break
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(60)  # ends a child that waits for ever
+        torch.set_num_threads(1)
+        run(module)
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0, f"child {k} waits for ever"
+print(k, flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_fork_while_other_threads_compute():
+    """A child has none of the other threads, and what they were in the middle of is whole all the same."""
+    result = run_python(FORKS)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) > 3
 
 
 def test_instruction_set_by_environment():
@@ -775,6 +825,39 @@ print(torch.ops.fusedrnn.cpu_keep()[1])
         result = run_python(code, FUSEDRNN_CPU_KEEP_MIB=wrong)
         assert result.returncode != 0
         assert f"FUSEDRNN_CPU_KEEP_MIB must be a whole number from 0, got '{wrong}'" in result.stderr
+
+
+@pytest.mark.usefixtures("as_new")
+@pytest.mark.parametrize("times", [1, 20])
+def test_weights_that_change_while_they_are_packed(times):
+    """Swapped for others and back by another thread: what is kept of a call in between is wrong for nobody else."""
+    module, x = fusedrnn.LSTM(64, 512).requires_grad_(False), torch.randn(20, 1, 64)
+    right = {name: weight.clone() for name, weight in module.state_dict().items()}
+    other = {name: weight * 0.5 + 0.01 for name, weight in right.items()}
+    expected = infer_anew(module, x)
+    for k in range(15):
+        module.load_state_dict(other)
+        infer(module, x)
+        module.load_state_dict(right)
+        begin = threading.Event()
+
+        def swap(pause=k % 10 * 2e-4, begin=begin):
+            begin.wait()
+            time.sleep(pause)
+            for _ in range(times):
+                module.load_state_dict(other)
+                module.load_state_dict(right)
+
+        swapping = threading.Thread(target=swap)
+        swapping.start()
+        begin.set()
+        while swapping.is_alive():
+            infer(module, x)
+        swapping.join()
+        assert_same(infer(module, x), expected)
+        module.load_state_dict(other)
+        assert_same(infer(module, x), infer_anew(module, x))
+        module.load_state_dict(right)
 
 
 @pytest.mark.usefixtures("as_new")

@@ -135,6 +135,11 @@ def test_no_product_is_given_padding(reserve, dtype, launch, monkeypatch, assert
     assert_padding_is_not_read(partial(gpu.forward, launch), partial(gpu.backward, launch), dtype, DEVICE)
 
 
+def test_what_is_not_finite_is_that_where_nn_lstm_has_it(odd_layer, assert_not_finite_as_nn_lstm):
+    with fusedrnn.use_backend("triton"):
+        assert_not_finite_as_nn_lstm(*odd_layer, DEVICE, bidirectional=odd_layer[0] % 2 == 0)
+
+
 PLAIN, PROJECTED = {}, {**EVERYTHING, "proj_size": 32}
 
 

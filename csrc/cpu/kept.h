@@ -32,6 +32,11 @@ class Shelf {
     return bytes_;
   }
 
+  // Keeps all threads out, for who is about to fork: a child has none of them, and would wait for ever for one that was
+  // inside.
+  void lock() { mutex_.lock(); }
+  void unlock() { mutex_.unlock(); }
+
  protected:
   using Items = std::list<Item>;
 

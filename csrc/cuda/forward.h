@@ -382,7 +382,7 @@ class Forward {
       const A m = M::Cell::forward(gates, c);
       c_[n][j] = exists_(n, j) ? c : c_[n][j];
       if constexpr (kProjected) {
-        m_[n][j] = m;
+        m_[n][j] = exists_(n, j) ? m : A(0);  // nor is there a unit: its zero weights would make NaN of an infinity
       } else {
         take(n, j, 0, m);
       }
