@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import gpu, reference
+from . import gpu, onnx, reference
 from .layout import split_directions
 
 NAMESPACE = "fusedrnn"
@@ -50,6 +50,7 @@ def _define(backend: str, forward_fake: Callable[..., Any] | None = None) -> Non
     ):
         _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    onnx.register(_library, f"{backend}_forward")
 
 
 def _forward_fake(
@@ -215,6 +216,8 @@ def _constant(function: Any) -> Any:
     return function
 
 
+exporting_onnx = _constant(onnx.is_exporting)
+
 _define_gpu("triton")
 
 
@@ -317,6 +320,8 @@ def cuda_unavailable() -> str | None:
 
 def forward_op(backend: str) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
     """The forward operator of a backend; see FORWARD_SCHEMA."""
+    if _tracing_state() is not None and onnx.is_exporting():
+        onnx.register_symbolic(f"{NAMESPACE}::{backend}_forward")
     return _FORWARD[backend]
 
 
@@ -325,6 +330,7 @@ def backward_op(backend: str) -> Callable[..., tuple[Tensor, Tensor, Tensor, lis
     return _BACKWARD[backend]
 
 
+_tracing_state = torch._C._get_tracing_state  # a single step feels each look for a name
 _ops = getattr(torch.ops, NAMESPACE)
 _FORWARD = {name: getattr(_ops, f"{name}_forward").default for name in ("reference", "cuda", "triton", "cpu")}
 _BACKWARD = {name: getattr(_ops, f"{name}_backward").default for name in ("reference", "cuda", "triton", "cpu")}
