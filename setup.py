@@ -46,7 +46,15 @@ SANITIZE = os.environ.get("FUSEDRNN_SANITIZE", "")
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 # Contracting a * b + c is what the kernels are written for; nothing that changes the meaning of NaN or infinity.
 OPTIMISE = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
-CHECK = ["-O1", "-g1", "-ffp-contract=fast", "-DFUSEDRNN_EMULATE_TILES", "-Wno-psabi", f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"]
+CHECK = [
+    "-O1",
+    "-g1",
+    "-ffp-contract=fast",
+    "-DFUSEDRNN_EMULATE_TILES",
+    "-Wno-psabi",
+    f"-fsanitize={SANITIZE}",
+    "-fno-sanitize-recover=all",
+]
 FLAGS = ["-std=c++20", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", *DEFINES, *(CHECK if SANITIZE else OPTIMISE)]
 
 # One source for every instruction set; which one runs is decided on the machine it runs on.

@@ -59,6 +59,8 @@ def _aten_unsupported(problem: Problem) -> str | None:
     if problem.lengths or problem.reset or problem.states:
         asked = [name for name in ("lengths", "reset", "states") if getattr(problem, name)]
         return f"torch's own LSTM has no {', '.join('return_states' if a == 'states' else a for a in asked)}"
+    if ops.exporting_onnx():
+        return "torch writes its own LSTM to ONNX for one T; the operators of the others are written for any"
     return None
 
 
@@ -132,12 +134,12 @@ TABLE = {
 _forced: str = os.environ.get(ENVIRONMENT_VARIABLE, "") or "auto"
 
 
-def autocast_dtype(input: Tensor, c: Tensor | None = None, *, cell: bool = False) -> torch.dtype | None:
+def autocast_dtype(input: Tensor, c: Tensor | None = None, *, wide: bool = False) -> torch.dtype | None:
     """What autocast, where it is on for input's device, computes in; None where it is off.
 
-    nn.LSTM is cast to the autocast dtype as a whole. So is nn.LSTMCell, but on the CPU, where autocast reaches only its
-    matrix products: its state is of the wider of the autocast dtype and that of c (of input if c is None), and in that
-    one the whole cell is computed here.
+    nn.LSTM is cast to the autocast dtype as a whole. So is what is `wide`, an nn.LSTMCell, sequences packed of several
+    lengths, or a projection, but on the CPU, where autocast reaches only the matrix products of these: the state is of
+    the wider of the autocast dtype and that of c (of input if c is None), and in that one all of it is computed here.
     """
     if not torch._C._is_any_autocast_enabled():  # the quick answer, which nn.LSTM asks for as well
         return None
@@ -146,7 +148,7 @@ def autocast_dtype(input: Tensor, c: Tensor | None = None, *, cell: bool = False
         return None
     dtype = torch.get_autocast_dtype(device)
     state = input if c is None else c
-    if cell and device == "cpu" and state.dtype != torch.float64:
+    if wide and device == "cpu" and state.dtype != torch.float64:
         return torch.promote_types(dtype, state.dtype)
     return dtype
 
@@ -301,7 +303,8 @@ def _problem_of(
     else:
         expected = "a Tensor" if cell else "a Tensor or a PackedSequence"
         raise TypeError(f"input must be {expected}, got {type(input).__name__}")
-    cast = autocast_dtype(data, None if hx is None else hx[1], cell=cell)
+    wide = cell or packed or bool(getattr(module, "proj_size", 0))
+    cast = autocast_dtype(data, None if hx is None else hx[1], wide=wide)
     H = int(module.hidden_size)  # type: ignore[arg-type]
     return Problem(
         device=data.device.type,

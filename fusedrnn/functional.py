@@ -89,8 +89,11 @@ def lstm(
     _check_hx_dims(h0, c0, form)
     D = 2 if bidirectional else 1
     _check_options(weights, num_layers, D, dropout)
-    dtype = dispatch.autocast_dtype(input)
+    h_dtype = None  # of what autocast makes narrower than c: the output of a projection is that of a matrix product
+    projected = len(weights) // (num_layers * D) in (3, 5)
+    dtype = dispatch.autocast_dtype(input, c0, wide=form.batch_sizes is not None or projected)
     if dtype is not None:
+        h_dtype = dispatch.autocast_dtype(input) if projected else None
         input, h0, c0, *weights = _cast(dtype, input, h0, c0, *weights)
     elif input.dtype != weights[0].dtype:
         raise ValueError(
@@ -146,6 +149,8 @@ def lstm(
         return_states,
     )
     hn, cn = _in_order_again(hn, cn, form)
+    if h_dtype is not None:
+        y, hn, *hs = _cast(h_dtype, y, hn, *hs)
     if not return_states:
         return _laid_out(y, form), _squeezed(hn, cn, form)
     states = LSTMStates(*(tuple(_laid_out(s, form) for s in part) for part in (hs, cs)))
@@ -190,7 +195,7 @@ def lstm_cell(
         raise ValueError("b_ih and b_hh must be given both or not at all, got one of them")
     weights = [w for w in (w_ih, w_hh, b_ih, b_hh) if w is not None]
     _check_options(weights, 1, 1, 0.0)
-    dtype = dispatch.autocast_dtype(input, c, cell=True)
+    dtype = dispatch.autocast_dtype(input, c, wide=True)
     if dtype is not None:
         input, h, c, *weights = _cast(dtype, input, h, c, *weights)
     if not batched:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 GATES = ("i", "f", "g", "o")
@@ -51,3 +52,9 @@ def split_directions(weights: Sequence[Tensor], bidirectional: bool) -> list[Dir
         b_ih, b_hh = rest if rest else (None, None)
         directions.append(DirectionWeights(weights[start], weights[start + 1], b_ih, b_hh, w_hr))
     return directions
+
+
+def onnx_order(weight: Tensor) -> Tensor:
+    """A weight or bias [4H, ...] with its gates in the order of ONNX's LSTM, which names g c: i, o, f, c."""
+    H = weight.shape[0] // len(GATES)
+    return torch.cat([weight[GATES.index(gate) * H :][:H] for gate in "iofg"])

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import gpu, reference
+from . import gpu, onnx, reference
 from .layout import split_directions
 
 NAMESPACE = "fusedrnn"
@@ -59,6 +59,7 @@ def _define(backend: str, forward_fake: Callable[..., Any] | None = None) -> Non
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
         _library.define(f"{name}.list" + schema.format(listed="Tensor[] weights, ", each=""))
         _library.impl(f"{name}.list", _of_list(name, position), "CompositeImplicitAutograd")
+    onnx.register(_library, f"{backend}_forward")
 
 
 def _of_list(name: str, position: int) -> Callable[..., Any]:
@@ -234,6 +235,8 @@ def _constant(function: Any) -> Any:
     return function
 
 
+exporting_onnx = _constant(onnx.is_exporting)
+
 _define_gpu("triton")
 
 
@@ -337,6 +340,8 @@ def cuda_unavailable() -> str | None:
 
 def forward_op(backend: str) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
     """The forward operator of a backend; see FORWARD_SCHEMA."""
+    if _tracing_state() is not None and onnx.is_exporting():
+        onnx.register_symbolic(f"{NAMESPACE}::{backend}_forward")
     return _FORWARD[backend]
 
 
@@ -345,6 +350,7 @@ def backward_op(backend: str) -> Callable[..., tuple[Tensor, Tensor, Tensor, lis
     return _BACKWARD[backend]
 
 
+_tracing_state = torch._C._get_tracing_state  # a single step feels each look for a name
 _FORWARD = {name: getattr(_ops, f"{name}_forward").default for name in ("reference", "cuda", "triton", "cpu")}
 _BACKWARD = {name: getattr(_ops, f"{name}_backward").default for name in ("reference", "cuda", "triton", "cpu")}
 cpu_infer = _ops.cpu_infer.default

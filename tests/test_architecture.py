@@ -22,7 +22,8 @@ BELOW = {
     "gpu": {"reference", "layout"},
     "cuda_plan": {"kernels"},
     "cuda": {"cuda_plan", "kernels"},
-    "ops": {"gpu", "cuda", "reference", "kernels", "layout"},
+    "onnx": {"reference", "layout"},
+    "ops": {"gpu", "cuda", "onnx", "reference", "kernels", "layout"},
     "testing": {"ops", "layout"},
     "autograd": {"ops", "reference", "layout"},
     "dispatch": {"ops"},
@@ -170,8 +171,8 @@ print(json.dumps({"seconds": seconds, "modules": sorted(set(sys.modules) - befor
 def test_import_loads_little(imports):
     loaded = {name.split(".")[0] for name in imports[0]["modules"]}
     assert "fusedrnn" in loaded
-    assert not loaded & {"triton", "matplotlib", "tqdm", "numpy"}
-    late = {"torch._dynamo", "torch._inductor", "fusedrnn.kernels", "fusedrnn.cuda", "fusedrnn.testing"}
+    assert not loaded & {"triton", "matplotlib", "tqdm", "numpy", "onnx", "onnxscript"}
+    late = {"torch._dynamo", "torch._inductor", "torch.onnx", "fusedrnn.kernels", "fusedrnn.cuda", "fusedrnn.testing"}
     assert not late & set(imports[0]["modules"])
 
 

@@ -465,6 +465,31 @@ def test_autocast_dtypes_of_lstm(place, weights, x, hx):
     assert ours == theirs
 
 
+@pytest.mark.skipif(not torch_can_autocast_lstm(), reason="nn.LSTM itself fails under autocast on this processor")
+@pytest.mark.parametrize(("pack", "proj_size"), [(True, 0), (True, 2), (False, 2)], ids=["packed", "both", "projected"])
+@pytest.mark.parametrize("equal", [True, False], ids=["equal lengths", "other lengths"])
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("x", [torch.float32, torch.bfloat16])
+def test_autocast_dtypes_of_packed_and_projected_lstm(place, weights, x, equal, pack, proj_size):
+    """nn.LSTM adds these up from operations that autocast casts one by one: the state stays as wide as it came."""
+    options = {"num_layers": 2, "bidirectional": True, "proj_size": proj_size, "device": place.device, "dtype": weights}
+    modules = [cls(I, H, **options) for cls in (fusedrnn.LSTM, nn.LSTM)]
+    modules[0].load_state_dict(modules[1].state_dict())
+    input = torch.randn(T, 3, I, device=place.device, dtype=x)
+    if pack:
+        input = pack_padded_sequence(input, torch.tensor([T, T, T] if equal else [T, 2, 1]))
+    for hx in (None, torch.float32, torch.bfloat16):
+        sizes = proj_size or H, H
+        state = hx and tuple(torch.randn(4, 3, size, device=place.device, dtype=hx) for size in sizes)
+        results = []
+        with torch.autocast(place.device, torch.bfloat16):
+            for module in modules:
+                y, (hn, cn) = module(input, state)
+                results.append([y.data if pack else y, hn, cn])
+        assert [t.dtype for t in results[0]] == [t.dtype for t in results[1]]
+        torch.testing.assert_close(*results, rtol=0.05, atol=0.05)
+
+
 @pytest.mark.parametrize("autocast", LOW)
 @pytest.mark.parametrize(("weights", "x"), list(itertools.product(UNDER_AUTOCAST, UNDER_AUTOCAST)))
 def test_autocast_dtypes_of_lstm_cell(place, autocast, weights, x):

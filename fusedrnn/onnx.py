@@ -1,0 +1,246 @@
+"""ONNX: what an exported model has in place of our operators, for both of torch's exporters.
+
+A layer becomes one LSTM node of ONNX. That node has no projection, no reset and no c_t of every step, and ONNX Runtime
+computes it in float32 only: a layer that needs such a thing becomes a Scan node whose body is one time step. bfloat16
+and float16 are cast to float32 around the LSTM node, which is how the kernels compute them too.
+
+`torch.onnx.export(..., dynamo=True)` records the program with ProxyTorchDispatchMode, which asks `_record` what to do
+with our operators. The TorchScript exporter (dynamo=False) looks for a symbolic function, `_symbolic`; it has no Scan.
+Neither onnx nor torch.onnx is loaded before somebody exports.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
+
+from . import reference
+from .layout import GATES, DirectionWeights, onnx_order, split_directions
+
+_OPSET = 9  # of the symbolic function: what it writes is the same in every later one
+_FLOAT, _INT32 = 1, 6  # of onnx.TensorProto
+
+
+def is_exporting() -> bool:
+    """Whether torch.onnx.export is at work, by either exporter."""
+    module = sys.modules.get("torch.onnx")
+    return module is not None and module.is_in_onnx_export()
+
+
+def register(library: torch.library.Library, name: str) -> None:
+    """Tells the dynamo exporter about a forward operator of `ops.FORWARD_SCHEMA`."""
+    torch.library.register_torch_dispatch(f"{library.ns}::{name}", ProxyTorchDispatchMode, _record, lib=library)
+
+
+@cache
+def register_symbolic(qualified_name: str) -> None:
+    """Tells the TorchScript exporter about the same. It has to be loaded, which it is while it exports."""
+    torch.onnx.register_custom_op_symbolic(qualified_name, _symbolic, _OPSET)
+
+
+def _record(mode: Any, op: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
+    """What a call of an operator is recorded as: the nodes of `layer` for ONNX, itself for anything else."""
+    if not is_exporting():
+        return mode.__torch_dispatch__(op, types, args, kwargs or {})
+    with mode:
+        return layer(*args)
+
+
+def layer(
+    x: Tensor,
+    bidirectional: bool,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    cell_states: bool,
+    reserve: bool,
+    *weights: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """A forward operator in terms of ONNX: arguments and results are those of `ops.FORWARD_SCHEMA`.
+
+    Raises:
+        NotImplementedError: x is the data of a PackedSequence, which ONNX does not have.
+    """
+    if x.dim() == 2:
+        raise NotImplementedError(_PACKED)
+    directions = split_directions(weights, bidirectional)
+    D, B = len(directions), x.shape[1]
+    h0 = x.new_zeros(D, B, directions[0].w_hh.shape[1]) if h0 is None else h0
+    c0 = x.new_zeros(D, B, directions[0].hidden_size) if c0 is None else c0
+    empty = x.new_empty(0)
+    if _beyond_lstm(directions, x.dtype == torch.float64, reset is not None, cell_states):
+        y, hn, cn, c = _scan_layer(x, directions, h0, c0, lengths, reset)
+        return y, hn, cn, c if cell_states else empty, empty.clone()
+    return *_lstm_layer(x, directions, h0, c0, lengths), empty, empty.clone()
+
+
+_PACKED = (
+    "ONNX has no PackedSequence: give fusedrnn's LSTM padded input and lengths=... instead, which has the same results "
+    "and can be exported for any T and B"
+)
+
+
+def _beyond_lstm(directions: Sequence[DirectionWeights], float64: bool, reset: bool, cell_states: bool) -> list[str]:
+    """What of a layer ONNX's LSTM node, as ONNX Runtime computes it, cannot say."""
+    found = {
+        "a projection (proj_size)": directions[0].w_hr is not None,
+        "float64": float64,
+        "reset": reset,
+        "the cell states of every step (return_states)": cell_states,
+    }
+    return [what for what, there in found.items() if there]
+
+
+def _lstm_layer(
+    x: Tensor, directions: Sequence[DirectionWeights], h0: Tensor, c0: Tensor, lengths: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, hn, cn by one LSTM node; see _symbolic, which says the same to the other exporter."""
+    (T, B, _), D, H = x.shape, len(directions), directions[0].hidden_size
+
+    def stacked(*weights: Tensor | None) -> Tensor | None:
+        return None if weights[0] is None else torch.stack([onnx_order(w.float()) for w in weights if w is not None])
+
+    b_ih, b_hh = (stacked(*(getattr(w, name) for w in directions)) for name in ("b_ih", "b_hh"))
+    inputs = (
+        x.float(),
+        stacked(*(w.w_ih for w in directions)),
+        stacked(*(w.w_hh for w in directions)),
+        None if b_ih is None or b_hh is None else torch.cat([b_ih, b_hh], dim=1),
+        None if lengths is None else lengths.to(torch.int32),
+        h0.float(),
+        c0.float(),
+    )
+    y, hn, cn = torch.onnx.ops.symbolic_multi_out(
+        "LSTM",
+        inputs,
+        {"hidden_size": H, "direction": "bidirectional" if D == 2 else "forward"},
+        dtypes=[torch.float32] * 3,
+        shapes=[(T, D, B, H), (D, B, H), (D, B, H)],
+    )
+    y, hn, cn = y.transpose(1, 2).flatten(2).to(x.dtype), hn.to(x.dtype), cn.to(x.dtype)
+    if lengths is not None:  # of a sequence without a step, ONNX does not say what the last states are
+        begun = (lengths > 0).unsqueeze(-1)
+        hn, cn = hn.where(begun, h0), cn.where(begun, c0)
+    return y, hn, cn
+
+
+def _scan_layer(
+    x: Tensor,
+    directions: Sequence[DirectionWeights],
+    h0: Tensor,
+    c0: Tensor,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, hn, cn and every c by a Scan node for each direction, whose body is `reference.cell`."""
+    dtype = reference.compute_dtype(x.dtype)
+    exists, keep = reference.existing(x.shape[0], lengths), None if reset is None else ~reset.unsqueeze(-1)
+    ys, hns, cns, cs = [], [], [], []
+    for d, weights in enumerate(directions):
+        given = [None if w is None else w.to(dtype) for w in weights]
+        masks = [mask for mask in (exists, keep) if mask is not None]
+
+        def body(h: Tensor, c: Tensor, x_t: Tensor, *rest: Tensor, given: Any = given) -> list[Tensor]:
+            own = iter(rest)
+            exists_t = None if exists is None else next(own)
+            keep_t = None if keep is None else next(own)
+            w = DirectionWeights._make(None if g is None else next(own) for g in given)
+            h_in, c_in = (s if keep_t is None else s.where(keep_t, 0.0) for s in (h, c))
+            h_out, c_out, _ = reference.cell(x_t, h_in, c_in, w)
+            if exists_t is None:
+                return [h_out, c_out, h_out.clone(), c_out.clone()]
+            left = [h_out.where(exists_t, h), c_out.where(exists_t, c)]
+            return [*left, h_out.where(exists_t, 0.0), c_out.where(exists_t, 0.0)]
+
+        sequences = [x.to(dtype), *masks]
+        if d == 1:
+            sequences = [s.flip(0) for s in sequences]
+        init = [h0[d].to(dtype).clone(), c0[d].to(dtype).clone()]
+        additional = tuple(g for g in given if g is not None)
+        hn, cn, y, c = torch.ops.higher_order.scan(body, init, sequences, additional)
+        ys.append(y.flip(0) if d == 1 else y)
+        cs.append(c.flip(0) if d == 1 else c)
+        hns.append(hn)
+        cns.append(cn)
+    y, c = (torch.cat(s, dim=-1).to(x.dtype) for s in (ys, cs))
+    hn, cn = (torch.stack(s).to(x.dtype) for s in (hns, cns))
+    return y, hn, cn, c
+
+
+def _symbolic(
+    g: Any,
+    x: Any,
+    bidirectional: Any,
+    h0: Any,
+    c0: Any,
+    lengths: Any,
+    reset: Any,
+    cell_states: Any,
+    reserve: Any,
+    *weights: Any,
+) -> tuple[Any, ...]:
+    """`layer` for the TorchScript exporter: g is its graph, all else values in it."""
+    from torch.onnx import JitScalarType
+
+    symbolic_helper: Any = torch.onnx.symbolic_helper
+
+    bidirectional, cell_states = (
+        symbolic_helper._get_const(flag, "b", "flag") for flag in (bidirectional, cell_states)
+    )
+    h0, c0, lengths, reset, *given = (
+        None if symbolic_helper._is_none(value) else value for value in (h0, c0, lengths, reset, *weights)
+    )
+    if symbolic_helper._get_tensor_rank(x) == 2:
+        raise NotImplementedError(_PACKED)
+    dtype = JitScalarType.from_value(x)
+    directions = split_directions([w for w in given if w is not None], bidirectional)
+    beyond = _beyond_lstm(directions, dtype == JitScalarType.DOUBLE, reset is not None, cell_states)
+    if beyond:
+        raise NotImplementedError(
+            f"ONNX's LSTM, as ONNX Runtime has it, cannot say {' and '.join(beyond)}: use torch.onnx.export(..., "
+            "dynamo=True), which writes such a layer as a Scan; the TorchScript exporter (dynamo=False) cannot"
+        )
+    half, D = dtype in (JitScalarType.HALF, JitScalarType.BFLOAT16), len(directions)
+    I, H = (symbolic_helper._get_tensor_sizes(weight)[1] for weight in (directions[0].w_ih, directions[0].w_hh))
+    absent = g.op("prim::Constant")
+    absent.setType(torch._C.OptionalType.ofTensor())
+
+    def integers(*values: int) -> Any:
+        return g.op("Constant", value_t=torch.tensor(values))
+
+    def cast(value: Any, to: Any = _FLOAT) -> Any:
+        return absent if value is None else g.op("Cast", value, to_i=to) if half else value
+
+    def ordered(weight: Any) -> Any:
+        rows = onnx_order(torch.arange(len(GATES) * H))
+        return g.op("Gather", cast(weight), g.op("Constant", value_t=rows), axis_i=0)
+
+    def stacked(*values: Any) -> Any:
+        rows = [g.op("Reshape", value, integers(1, -1, *size)) for value, *size in values]
+        return rows[0] if D == 1 else g.op("Concat", *rows, axis_i=0)
+
+    w = stacked(*((ordered(d.w_ih), I) for d in directions))
+    r = stacked(*((ordered(d.w_hh), H) for d in directions))
+    b = absent
+    if directions[0].b_ih is not None:
+        b = stacked(*((g.op("Concat", ordered(d.b_ih), ordered(d.b_hh), axis_i=0),) for d in directions))
+    sequence_lens = absent if lengths is None else g.op("Cast", lengths, to_i=_INT32)
+    direction = "bidirectional" if D == 2 else "forward"
+    y, hn, cn = g.op(
+        "LSTM", cast(x), w, r, b, sequence_lens, cast(h0), cast(c0), hidden_size_i=H, direction_s=direction, outputs=3
+    )
+    y = g.op("Reshape", g.op("Transpose", y, perm_i=[0, 2, 1, 3]), integers(0, 0, -1))
+    y, hn, cn = (cast(value, dtype.onnx_type()) for value in (y, hn, cn))
+    if lengths is not None:
+        begun = g.op("Reshape", g.op("Greater", lengths, integers(0)), integers(1, -1, 1))
+        zero = g.op("Constant", value_t=torch.zeros(1, dtype=dtype.dtype()))
+        hn, cn = (g.op("Where", begun, s, zero if s0 is None else s0) for s, s0 in ((hn, h0), (cn, c0)))
+    empty = g.op("Constant", value_t=torch.empty(0))
+    return y, hn, cn, empty, empty

@@ -1,0 +1,344 @@
+"""What people put around a recurrent layer, each against nn.LSTM. docs/ecosystem.md names the tests of all of it."""
+
+import ast
+import copy
+import multiprocessing
+import os
+import pickle
+import re
+import shutil
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import prune
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import fusedrnn
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "ecosystem.md"
+
+
+class Model(nn.Module):
+    """A recurrent layer between two others."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(3, 4)
+        self.lstm = nn.LSTM(4, 5, num_layers=2, batch_first=True)
+        self.head = nn.Linear(5, 2)
+
+    def forward(self, x):
+        return self.head(self.lstm(self.embed(x).tanh())[0][:, -1])
+
+
+@pytest.fixture
+def pair():
+    """A model, and a converted one of the same weights, in float64."""
+    model = Model().double()
+    return model, fusedrnn.convert(copy.deepcopy(model))
+
+
+def batch(B=6, T=5):
+    return torch.randn(B, T, 3, dtype=torch.float64)
+
+
+def grads(model, x):
+    return torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+
+
+# The page
+
+
+def rows():
+    """The rows of the table of the page: the tool, whether it works, and the tests."""
+    lines = [line for line in PAGE.read_text().splitlines() if line.startswith("| ")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [row for row in cells if not set(row[0]) <= {"-"}][1:]
+
+
+def test_the_page_has_a_test_for_every_tool():
+    assert len(rows()) > 30
+    for tool, works, tests in rows():
+        assert re.match(r"(yes|no|only)\b", works), tool
+        assert re.findall(r"`tests/(\w+\.py)::(\w+)`", tests), tool
+
+
+@pytest.mark.parametrize("row", rows(), ids=lambda row: row[0])
+def test_every_test_of_the_page_exists(row):
+    for file, name in re.findall(r"`tests/(\w+\.py)::(\w+)`", row[2]):
+        tree = ast.parse((ROOT / "tests" / file).read_text())
+        assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, f"{file}::{name}"
+
+
+# Weights
+
+
+def test_pruning(pair, assert_same):
+    x = batch()
+    for model in pair:
+        torch.manual_seed(1)
+        prune.random_unstructured(model.lstm, "weight_hh_l0", 0.5)
+    assert_same(pair[1](x), pair[0](x))
+    assert_same(grads(pair[1], x), grads(pair[0], x))
+    for model in pair:
+        prune.remove(model.lstm, "weight_hh_l0")
+    assert (pair[1].lstm.weight_hh_l0 == 0).sum() == 50
+    assert_same(pair[1](x), pair[0](x))
+
+
+def test_ema(pair, assert_same):
+    """The averaged copy sees its weights change in place, in inference, where packed weights are cached."""
+    x = batch(T=40)
+    averages = [AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5)) for model in pair]
+    for step in range(3):
+        with torch.no_grad():
+            for model in pair:
+                for p in model.parameters():
+                    p.add_(0.01 * step)
+            for average, model in zip(averages, pair, strict=True):
+                average.update_parameters(model)
+            assert_same(averages[1](x), averages[0](x))
+
+
+def test_safetensors(pair, assert_same, tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    path, x = tmp_path / "model.safetensors", batch()
+    safetensors.save_file(pair[0].state_dict(), path)
+    converted = fusedrnn.convert(Model().double())
+    converted.load_state_dict(safetensors.load_file(path))
+    assert_same(converted(x), pair[0](x))
+    safetensors.save_model(converted, path)
+    safetensors.load_model(pair[0], path)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_dynamic_quantization_needs_revert(pair):
+    quantize = torch.ao.quantization.quantize_dynamic
+    left = quantize(pair[1].float(), {nn.LSTM}, dtype=torch.qint8)
+    assert type(left.lstm) is fusedrnn.LSTM
+    quantized = quantize(fusedrnn.revert(pair[1]), {nn.LSTM}, dtype=torch.qint8)
+    assert type(quantized.lstm).__module__.startswith("torch.ao.nn.quantized")
+
+
+def test_autocast():
+    """Of padded input: the dtypes of nn.LSTM, and its gradients within what bfloat16 can tell."""
+    theirs = nn.LSTM(3, 5, bidirectional=True)
+    ours, x = fusedrnn.convert(copy.deepcopy(theirs)), torch.randn(7, 2, 3)
+    found = []
+    for lstm in (theirs, ours):
+        with torch.autocast("cpu", torch.bfloat16):
+            y, state = lstm(x)
+        found.append([y, *state, *torch.autograd.grad(y.float().sum(), list(lstm.parameters()))])
+    assert [value.dtype for value in found[1]] == [value.dtype for value in found[0]]
+    torch.testing.assert_close(found[1], found[0], rtol=0.05, atol=0.05)
+
+
+# Hooks and attribution
+
+
+def test_hooks_see_what_they_see_of_nn_lstm(pair, assert_same):
+    seen = [[], []]
+    for model, mine in zip(pair, seen, strict=True):
+
+        def forward(module, args, output, mine=mine):
+            mine.extend((args[0], output[0]))
+
+        model.lstm.register_forward_hook(forward)
+        model.embed.register_full_backward_hook(lambda module, dx, dy, mine=mine: mine.append(dy[0]))
+        model.head.register_full_backward_hook(lambda module, dx, dy, mine=mine: mine.append(dx[0]))
+    x = batch()
+    assert_same(grads(pair[1], x), grads(pair[0], x))
+    assert len(seen[0]) == 4
+    assert_same(seen[1], seen[0])
+
+
+def test_per_sample_gradients_by_hooks(pair, assert_same):
+    """As opacus and others take them for linear layers: what enters, times the gradient of what leaves."""
+
+    def per_sample(model, x):
+        entered, left = [], []
+        handles = [
+            model.embed.register_forward_hook(lambda module, args, output: entered.append(args[0])),
+            model.embed.register_full_backward_hook(lambda module, dx, dy: left.append(dy[0])),
+        ]
+        model(x).square().sum().backward()
+        for handle in handles:
+            handle.remove()
+        return torch.einsum("bto,bti->boi", left[0], entered[0])
+
+    x = batch()
+    found = per_sample(pair[1], x)
+    assert_same(found, per_sample(pair[0], x))
+    assert_same(found[2], grads(pair[0], x[2:3])[0])
+
+
+def test_per_sample_gradients_of_the_layer(pair, assert_same):
+    """One sequence after another, by torch.func.grad; vmap, which would do all at once, refuses nn.LSTM too."""
+
+    def loss(model, weights, x):
+        return torch.func.functional_call(model, weights, (x,)).square().sum()
+
+    for x in batch(B=3).split(1):
+        found = [
+            torch.func.grad(lambda weights, model=model, x=x: loss(model, weights, x))(dict(model.named_parameters()))
+            for model in pair
+        ]
+        assert_same(list(found[1].values()), list(found[0].values()))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_captum(pair, assert_same):
+    attr = pytest.importorskip("captum.attr")  # not among the test dependencies: it asks for an old NumPy
+    x, baseline = batch(B=2), batch(B=2)
+    for method in (attr.IntegratedGradients, attr.Saliency, attr.GradientShap):
+        found = []
+        for model in pair:
+            torch.manual_seed(1)
+            np.random.seed(1)  # captum draws from both
+            extra = {} if method is attr.Saliency else {"baselines": baseline}
+            found.append(method(model).attribute(x, target=1, **extra))
+        assert_same(found[1], found[0])
+    layers = [attr.LayerIntegratedGradients(model, model.embed).attribute(x, target=0) for model in pair]
+    assert_same(layers[1], layers[0])
+
+
+# Copies and processes
+
+
+@pytest.mark.parametrize("compilable", [False, True], ids=["LSTM", "CompilableLSTM"])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=str)
+def test_copies(pair, assert_same, duplicate, compilable):
+    model = fusedrnn.convert(pair[1], compilable=compilable)
+    x, other = batch(), duplicate(model)
+    assert type(other.lstm) is type(model.lstm)
+    assert_same(other(x), pair[0](x))
+    with torch.no_grad():
+        other.lstm.weight_hh_l0.zero_()
+    assert_same(model(x), pair[0](x))
+
+
+def answer(model, x, queue):
+    torch.set_num_threads(1)
+    queue.put([value.detach().numpy() for value in (model(x), *grads(model, x))])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_other_processes(pair, assert_same, method):
+    """A model that has computed here computes in a child; by spawn it is pickled on the way."""
+    x = batch()
+    expected = [pair[0](x), *grads(pair[0], x)]
+    pair[1](x)
+    context = multiprocessing.get_context(method)
+    queue = context.Queue()
+    child = context.Process(target=answer, args=(pair[1], x, queue))
+    child.start()
+    found = queue.get(timeout=120)
+    child.join()
+    assert child.exitcode == 0
+    assert_same([torch.from_numpy(value) for value in found], expected)
+
+
+# Training on several processes
+
+
+def train(model, parallel, rank, x):
+    """Two steps of SGD, of which each of two ranks computes one half of the batch."""
+    trained = parallel(model)
+    optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        trained(x[rank::2]).square().mean().backward()
+        optimizer.step()
+    return trained
+
+
+def work(rank, folder, kind):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    try:
+        model, x = torch.load(f"{folder}/model.pt", weights_only=False)
+        if kind == "ddp":
+            trained = train(model, nn.parallel.DistributedDataParallel, rank, x)
+            state = trained.module.state_dict()
+        else:
+            from torch.distributed.device_mesh import init_device_mesh
+            from torch.distributed.fsdp import fully_shard
+
+            mesh = init_device_mesh("cpu", (2,))
+
+            def shard(model):
+                for layer in (model.embed, model.lstm, model.head):
+                    fully_shard(layer, mesh=mesh)
+                return fully_shard(model, mesh=mesh)
+
+            trained = train(model, shard, rank, x)
+            state = {name: value.full_tensor() for name, value in trained.state_dict().items()}
+        if rank == 0:
+            torch.save(state, f"{folder}/state.pt")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch is without torch.distributed")
+@pytest.mark.parametrize(("kind", "compilable"), [("ddp", False), ("fsdp2", True)])
+def test_data_parallel_training(pair, assert_same, tmp_path, kind, compilable):
+    """Two ranks do to the weights what one process does with nn.LSTM and the whole batch."""
+    x = batch(B=8)
+    torch.save((fusedrnn.convert(pair[1], compilable=compilable), x), tmp_path / "model.pt")
+    context = multiprocessing.get_context("spawn")
+    ranks = [context.Process(target=work, args=(rank, str(tmp_path), kind)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    optimizer = torch.optim.SGD(pair[0].parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        pair[0](x).square().mean().backward()
+        optimizer.step()
+    for rank in ranks:
+        rank.join(120)
+    assert [rank.exitcode for rank in ranks] == [0, 0]
+    state = torch.load(tmp_path / "state.pt")
+    assert_same(list(state.values()), list(pair[0].state_dict().values()))
+
+
+# Compilers
+
+
+def test_script_refuses(pair):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises((RuntimeError, torch.jit.frontend.FrontendError)):
+            torch.jit.script(pair[1])
+        torch.jit.script(fusedrnn.revert(pair[1]))
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="AOTInductor needs a C++ compiler")
+def test_aot_inductor(pair, assert_same, tmp_path):
+    class Last(nn.Module):
+        def __init__(self, lstm):
+            super().__init__()
+            self.lstm = lstm
+
+        def forward(self, x):
+            return self.lstm(x)[0]
+
+    theirs, ours = (Last(model.lstm).eval() for model in pair)
+    fusedrnn.convert(ours, compilable=True)
+
+    def inputs(B, T):
+        return torch.randn(B, T, 4, dtype=torch.float64)
+
+    dynamic = {"x": {0: torch.export.Dim("B"), 1: torch.export.Dim("T")}}
+    program = torch.export.export(ours, (inputs(6, 5),), dynamic_shapes=dynamic)
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    compiled = torch._inductor.aoti_load_package(path)
+    for x in (inputs(6, 5), inputs(3, 9)):
+        with torch.no_grad():
+            assert_same(compiled(x), theirs(x))
