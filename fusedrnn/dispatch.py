@@ -196,6 +196,11 @@ def is_plain_on_cpu(input: Tensor) -> bool:
     )
 
 
+def is_recorded() -> bool:
+    """Whether the call is traced or compiled, to be run with other values: those of the example may decide nothing."""
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+
+
 def is_eager() -> bool:
     """Whether there is no transform and no trace, so that what is in a tensor may decide what is done."""
     return (

@@ -276,7 +276,11 @@ def _form_of(input: Tensor, batch_first: bool, batch_sizes: Tensor | None) -> _F
     if not isinstance(input, Tensor):
         raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
     if batch_sizes is not None:
-        sizes = _check_packed(input, batch_sizes)
+        _check_packed(input, batch_sizes)
+        if dispatch.is_recorded():
+            B: Any = batch_sizes[0]  # a tensor, as sizes are in a trace
+            return _Form(batch_sizes.shape[0], B, rows=True, batch_sizes=batch_sizes)
+        sizes = _check_batch_sizes(input, batch_sizes)
         return _Form(len(sizes), sizes[0], rows=True, batch_sizes=batch_sizes if sizes[-1] < sizes[0] else None)
     if input.dim() not in (2, 3):
         raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
@@ -354,7 +358,7 @@ def _in_order_again(hn: Tensor, cn: Tensor, form: _Form) -> tuple[Tensor, Tensor
 def _packed_lengths(form: _Form) -> Tensor:
     """[B] int64 on the CPU."""
     assert form.batch_sizes is not None
-    return (form.batch_sizes.unsqueeze(1) > torch.arange(form.B)).sum(0)
+    return (form.batch_sizes.unsqueeze(1) > torch.arange(form.B, device="cpu")).sum(0)
 
 
 def _squeezed(hn: Tensor, cn: Tensor, form: _Form) -> tuple[Tensor, Tensor]:
@@ -408,7 +412,8 @@ def _aten(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """torch's own LSTM, which may not be given None for a state; y is laid out as the input is.
 
-    It is told to be training wherever a gradient may be asked for: cuDNN keeps nothing for backward otherwise.
+    It is told to be training wherever a gradient may be asked for: cuDNN keeps nothing for backward otherwise. A trace
+    is run and not trained.
     """
     rows = num_layers * (2 if bidirectional else 1)
     count, P, H = len(weights) // rows, weights[1].shape[1], weights[1].shape[0] // 4
@@ -419,7 +424,7 @@ def _aten(
         count >= 4,
         num_layers,
         float(dropout),
-        dropout > 0 or torch.is_grad_enabled(),
+        dropout > 0 or (torch.is_grad_enabled() and not torch.jit.is_tracing()),
         bidirectional,
     )
     if form.batch_sizes is not None:
@@ -479,7 +484,7 @@ def _check_cell_hx_sizes(h: Tensor, c: Tensor, B: int, H: int) -> None:
             raise RuntimeError(f"hidden{index} has inconsistent hidden_size: got {state.shape[1]}, expected {H}")
 
 
-def _check_packed(data: Tensor, batch_sizes: Tensor) -> list[int]:
+def _check_packed(data: Tensor, batch_sizes: Tensor) -> None:
     """A PackedSequence may have been built by hand: its parts have to fit each other."""
     if not isinstance(batch_sizes, Tensor):
         raise TypeError(f"batch_sizes must be a Tensor, got {type(batch_sizes).__name__}")
@@ -491,6 +496,10 @@ def _check_packed(data: Tensor, batch_sizes: Tensor) -> list[int]:
         raise RuntimeError(f"batch_sizes must have one entry per time step, got shape {list(batch_sizes.shape)}")
     if data.dim() != 2:
         raise RuntimeError(f"data of a PackedSequence must have 2 dimensions, got {data.dim()}")
+
+
+def _check_batch_sizes(data: Tensor, batch_sizes: Tensor) -> list[int]:
+    batch_sizes[0].item()  # raises inside of make_fx, to which tolist would give the values of its example
     sizes = batch_sizes.tolist()
     if sizes[-1] <= 0 or sizes != sorted(sizes, reverse=True):
         raise RuntimeError(f"batch_sizes must be positive and never grow, got {sizes}")
@@ -572,7 +581,7 @@ def _check_lengths(lengths: Tensor, form: _Form, device: torch.device) -> Tensor
         raise ValueError(f"lengths must have shape [{form.B}], one length per sequence, got {list(lengths.shape)}")
     if lengths.device != device:
         raise RuntimeError(f"lengths must be on the device of input, {device}, got {lengths.device}")
-    if form.B > 0 and device.type == "cpu" and not torch.compiler.is_compiling():
+    if form.B > 0 and device.type == "cpu" and not dispatch.is_recorded():
         low, high = lengths.min(), lengths.max()
         if low < 0 or high > form.T:
             raise ValueError(f"lengths must be in 0..{form.T}, the number of time steps, got {int(low)}..{int(high)}")

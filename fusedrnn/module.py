@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from . import dispatch
 from .functional import LSTMStates, lstm, lstm_cell
 
 
@@ -83,8 +84,9 @@ class _LSTMForward(nn.RNNBase):
     ) -> Any:
         """hx, reset and the states returned are in the order before packing, of which functional.lstm knows nothing."""
         data, batch_sizes, sorted_indices, unsorted_indices = input
-        _check_indices("sorted_indices", sorted_indices, batch_sizes)
-        _check_indices("unsorted_indices", unsorted_indices, batch_sizes)
+        if not dispatch.is_recorded():
+            _check_indices("sorted_indices", sorted_indices, batch_sizes)
+            _check_indices("unsorted_indices", unsorted_indices, batch_sizes)
         if unsorted_indices is None and sorted_indices is not None:
             unsorted_indices = torch.empty_like(sorted_indices).scatter_(
                 0, sorted_indices, torch.arange(len(sorted_indices), device=sorted_indices.device)

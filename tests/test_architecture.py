@@ -27,7 +27,7 @@ BELOW = {
     "autograd": {"ops", "reference", "layout"},
     "dispatch": {"ops"},
     "functional": {"autograd", "dispatch", "layout", "ops", "packing"},
-    "module": {"functional", "layout"},
+    "module": {"dispatch", "functional"},
     "convert": {"module"},
 }
 BELOW["check"] = {*BELOW}
