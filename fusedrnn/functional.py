@@ -178,8 +178,7 @@ def lstm_cell(
         quick = _short_way(input, [w_ih, w_hh, b_ih, b_hh], hx, dims=2)
         if quick is not None:
             return quick[1]
-    if not isinstance(input, Tensor):
-        raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
+    _check_input(input)
     if input.dim() not in (1, 2):
         raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
     batched = input.dim() == 2
@@ -273,8 +272,7 @@ class _Form(NamedTuple):
 
 
 def _form_of(input: Tensor, batch_first: bool, batch_sizes: Tensor | None) -> _Form:
-    if not isinstance(input, Tensor):
-        raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
+    _check_input(input)
     if batch_sizes is not None:
         _check_packed(input, batch_sizes)
         if dispatch.is_recorded():
@@ -289,6 +287,16 @@ def _form_of(input: Tensor, batch_first: bool, batch_sizes: Tensor | None) -> _F
     if batch_first:
         return _Form(input.shape[1], input.shape[0], batch_first=True)
     return _Form(input.shape[0], input.shape[1])
+
+
+def _check_input(input: Any) -> None:
+    if isinstance(input, torch.fx.Proxy):
+        raise TypeError(
+            "input must be a Tensor, got Proxy: torch.fx traces into this module, whose class is a subclass, and an "
+            "LSTM cannot be traced; make it a leaf, by a Tracer whose is_leaf_module returns True for it"
+        )
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
 
 
 def _laid_in(input: Tensor, form: _Form) -> Tensor:

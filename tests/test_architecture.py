@@ -27,7 +27,7 @@ BELOW = {
     "autograd": {"ops", "reference", "layout"},
     "dispatch": {"ops"},
     "functional": {"autograd", "dispatch", "layout", "ops", "packing"},
-    "module": {"dispatch", "functional"},
+    "module": {"dispatch", "functional", "ops"},
     "convert": {"module"},
 }
 BELOW["check"] = {*BELOW}
