@@ -132,9 +132,12 @@ def lstm(
     elif lengths is not None:
         form = form._replace(packing=_packing(problem, num_layers, form, lengths))
     h0, c0, lengths, reset = _in_order(h0, c0, lengths, reset, form, input.device)
+    x = _laid_in(input, form)
+    if torch.is_grad_enabled() and not dispatch.is_recorded() and any(w.requires_grad for w in weights):
+        x = x.contiguous()  # as nn.LSTM does, so that a batch_first input may be changed before the backward
     y, hn, cn, hs, cs = _stack(
         backend,
-        _laid_in(input, form),
+        x,
         weights,
         h0,
         c0,
@@ -147,6 +150,8 @@ def lstm(
     )
     hn, cn = _in_order_again(hn, cn, form)
     if not return_states:
+        is_copied = form.packing is not None or (form.padded and form.batch_sizes is not None)
+        y = y if is_copied or dispatch.is_recorded() else _apart(y, weights, bidirectional)
         return _laid_out(y, form), _squeezed(hn, cn, form)
     states = LSTMStates(*(tuple(_laid_out(s, form) for s in part) for part in (hs, cs)))
     return states.h[-1], _squeezed(hn, cn, form), states
@@ -250,7 +255,9 @@ def _short_way(
             states = num_layers * (2 if bidirectional else 1)
             if not (h0 is None or c0 is None or len(h0) == len(c0) == states):
                 return None
+            x = x.contiguous()
             y, hn, cn, *_ = _stack("cpu", x, weights, h0, c0, num_layers, 0.0, bidirectional, None, None, False)
+            y = _apart(y, weights, bidirectional)
         else:
             y, hn, cn = ops.cpu_infer(x, weights, num_layers, bidirectional, h0, c0)
     except (RuntimeError, TypeError, ValueError, AttributeError):
@@ -323,6 +330,18 @@ def _laid_out(y: Tensor, form: _Form) -> Tensor:
     if form.unbatched:
         return y.squeeze(1)
     return y.transpose(0, 1) if form.batch_first else y
+
+
+def _apart(y: Tensor, weights: Sequence[Tensor], bidirectional: bool) -> Tensor:
+    """y, or a copy where nn.LSTM's output may be changed in place before the backward: the backward needs y.
+
+    nn.LSTM on the CPU returns what its backward needs only where oneDNN computes one direction.
+    """
+    if not (y.requires_grad and y.is_cpu):
+        return y
+    by_onednn = y.dtype == torch.float32 and y.dim() == 3 and y.numel() > 0 and torch._C._get_mkldnn_enabled()
+    is_projected = weights[1].shape[0] != 4 * weights[1].shape[1]
+    return y if by_onednn and not bidirectional and not is_projected else y.clone()
 
 
 _PACKING_FLOPS = 5e7  # of padding: where there is less, to pack takes longer than to compute it
