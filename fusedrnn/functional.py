@@ -91,7 +91,8 @@ def lstm(
     _check_options(weights, num_layers, D, dropout)
     dtype = dispatch.autocast_dtype(input)
     if dtype is not None:
-        input, h0, c0, *weights = _cast(dtype, input, h0, c0, *weights)
+        input, h0, c0 = _cast(dtype, input, h0, c0)
+        weights = _cast_weights(dtype, weights)
     elif input.dtype != weights[0].dtype:
         raise ValueError(
             f"RNN input dtype ({input.dtype}) does not match weight dtype ({weights[0].dtype}). "
@@ -196,7 +197,8 @@ def lstm_cell(
     _check_options(weights, 1, 1, 0.0)
     dtype = dispatch.autocast_dtype(input, c, cell=True)
     if dtype is not None:
-        input, h, c, *weights = _cast(dtype, input, h, c, *weights)
+        input, h, c = _cast(dtype, input, h, c)
+        weights = _cast_weights(dtype, weights)
     if not batched:
         input, h, c = unsqueezed(input, h, c)
     (B, I), H = input.shape, w_hh.shape[1]
@@ -463,6 +465,34 @@ def _aten(
 def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
     """What autocast does: it leaves float64, and what is not floating point, as it is."""
     return [t if t is None or t.dtype == torch.float64 or not t.is_floating_point() else t.to(dtype) for t in tensors]
+
+
+def _cast_weights(dtype: torch.dtype, weights: Sequence[Tensor]) -> list[Any]:
+    """The same for weights: autocast keeps its copy of each until it is left, and so do all the calls until then."""
+    if not torch.is_autocast_cache_enabled() or torch.is_inference_mode_enabled() or not dispatch.is_eager():
+        return _cast(dtype, *weights)
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:  # they say what is kept
+        return _cast(dtype, *weights)
+    return [_autocast_copy(dtype, w) if _has_autocast_copy(dtype, w) else _cast(dtype, w)[0] for w in weights]
+
+
+def _has_autocast_copy(dtype: torch.dtype, weight: Tensor) -> bool:
+    return (
+        isinstance(weight, torch.nn.Parameter)
+        and weight.dtype == torch.float32
+        and weight.requires_grad
+        and weight.dim() in (1, 2)
+        and dtype == torch.get_autocast_dtype(weight.device.type)
+        and dtype != torch.float32
+    )
+
+
+def _autocast_copy(dtype: torch.dtype, weight: Tensor) -> Tensor:
+    """What autocast hands to the operators that it casts for: a product of no rows saves it for its backward."""
+    rows = torch.empty(0, weight.shape[0], dtype=dtype, device=weight.device, requires_grad=True)
+    with torch.enable_grad():
+        product: Any = torch.matmul(rows, weight)
+    return product.grad_fn._saved_mat2 if weight.dim() == 2 else product.grad_fn._saved_vec
 
 
 def _split_hx(hx: Sequence[Tensor] | None, caller: str) -> tuple[Tensor | None, Tensor | None]:
