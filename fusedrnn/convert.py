@@ -47,9 +47,11 @@ def convert(model: Model, *, compilable: bool = False, report: Report | None = N
 
     Args:
         model: any module; itself converted if it is an LSTM. Subclasses of nn.LSTM are converted too and keep their
-            own forward; what that computes by calling `super().forward` is then ours.
+            own forward; what that computes by calling `super().forward` is then ours. A module whose forward was set on
+            the instance is left.
         compilable: give plain nn.LSTMs the class `CompilableLSTM`, so that torch.compile(model, fullgraph=True) and
-            torch.export work. They are no instances of nn.LSTM any longer. A subclass of nn.LSTM stays one: it is
+            torch.export work. They are no instances of nn.LSTM any longer: code that asks for one, as TorchRL's
+            LSTMModule does, treats them as something else. A subclass of nn.LSTM stays one: it is
             converted all the same, and the report says that torch.compile breaks the graph there.
         report: filled with what was swapped and what was left and why.
 

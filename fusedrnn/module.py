@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, wraps
 from operator import is_
 from typing import Any, NoReturn
 
@@ -16,6 +16,10 @@ from . import dispatch, ops
 from .functional import LSTMStates, lstm, lstm_cell
 
 
+def _with_signature_of(function: Any) -> Any:
+    return wraps(function)
+
+
 class _LSTMForward(nn.RNNBase):
     """What `LSTM` and `CompilableLSTM` share: everything but the class they are an instance of.
 
@@ -23,6 +27,7 @@ class _LSTMForward(nn.RNNBase):
     dropping, adapters or functional_call are the ones that are used and that get gradients.
     """
 
+    @_with_signature_of(nn.LSTM.__init__)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         mark_as_leaf(self)
@@ -177,15 +182,9 @@ class LSTMCell(nn.LSTMCell):
     Args: torch.nn.LSTMCell's, positional or by keyword: input_size, hidden_size, bias, device, dtype.
     """
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(input_size, hidden_size, bias, device, dtype)
+    @_with_signature_of(nn.LSTMCell.__init__)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         mark_as_leaf(self)
 
     def forward(  # type: ignore[override]
