@@ -267,6 +267,7 @@ def use_backend(name: str) -> Iterator[None]:
 
     Holds for the whole process, but for threads and asyncio tasks that have a `use_backend` of their own, which have
     their innermost. Those that have none see the one that was opened last and is still open.
+
     The backward of a layer runs on the backend that ran its forward, whatever is asked for by then.
 
     Args:
@@ -280,6 +281,23 @@ def use_backend(name: str) -> Iterator[None]:
     reason = TABLE[name].unavailable() if name != "auto" else None
     if reason is not None:
         raise RuntimeError(f"backend {name!r} was asked for and is not available: {reason}")
+    with _compiled_request(name) if torch.compiler.is_compiling() else _request(name):
+        yield
+
+
+@contextmanager
+def _compiled_request(name: str) -> Iterator[None]:
+    """For Dynamo, which knows no locks: nobody else opens one while it traces, and nothing is left of this one."""
+    global _forced
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+@contextmanager
+def _request(name: str) -> Iterator[None]:
     request = _Request(name, _innermost(_own_request.get()))
     _own_request.set(request)
     with _requests_lock:

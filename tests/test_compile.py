@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import fusedrnn
-from fusedrnn import layout, ops
+from fusedrnn import dispatch, layout, ops
 
 I, H = 3, 4
 SIZES = [(5, 2), (6, 3), (3, 7), (9, 4)]  # T and B of the calls; the first one is compiled for
@@ -186,6 +186,39 @@ def test_another_backend_is_compiled_anew():
         run(x)
     names = [name for graph in graphs.forward for name in graphs.operators(graph)]
     assert names == [f"{fusedrnn.explain(model.lstm, x).backend}_forward", "reference_forward"]
+
+
+def test_a_backend_that_is_asked_for_inside_of_what_is_compiled():
+    model, _, graphs = compiled(Model(), "cpu")
+
+    def call(x):
+        with fusedrnn.use_backend("reference"):
+            return model(x)
+
+    before = dispatch.forced()
+    torch.compile(call, fullgraph=True, backend=graphs)(batch(5, 2, "cpu"))
+    assert [name for graph in graphs.forward for name in graphs.operators(graph)] == ["reference_forward"]
+    assert dispatch.forced() == before
+
+
+def test_compiled_with_weights_that_a_class_computes(assert_same, gradients):
+    class Doubled(fusedrnn.CompilableLSTM):
+        def _update_flat_weights(self):
+            self._flat_weights = [2 * getattr(self, name) for name in self._flat_weights_names]
+
+    module, x = Doubled(I, H, dtype=torch.float64), torch.randn(5, 2, I, dtype=torch.float64)
+    run = torch.compile(module, fullgraph=True, backend="aot_eager")
+    outputs, expected = run(x), module(x)
+    assert_same(outputs, expected)
+    assert_same(gradients(outputs, list(module.parameters())), gradients(expected, list(module.parameters())))
+
+
+def test_compiled_with_weights_that_were_put_into_the_list_by_hand():
+    module, x = fusedrnn.CompilableLSTM(I, H), torch.randn(5, 2, I)
+    run = torch.compile(module, fullgraph=True, backend="eager")
+    run(x)
+    module._flat_weights = [2 * weight.detach() for weight in module.parameters()]
+    assert torch.equal(run(x)[0], module(x)[0])
 
 
 def test_inductor(assert_same, gradients):
