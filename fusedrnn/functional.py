@@ -469,7 +469,7 @@ def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
 
 def _cast_weights(dtype: torch.dtype, weights: Sequence[Tensor]) -> list[Any]:
     """The same for weights: autocast keeps its copy of each until it is left, and so do all the calls until then."""
-    if not torch.is_autocast_cache_enabled() or torch.is_inference_mode_enabled() or not dispatch.is_eager():
+    if not dispatch.is_eager() or not torch.is_autocast_cache_enabled() or torch.is_inference_mode_enabled():
         return _cast(dtype, *weights)
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:  # they say what is kept
         return _cast(dtype, *weights)
