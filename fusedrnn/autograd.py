@@ -116,7 +116,8 @@ class LSTMFunction(torch.autograd.Function):
             return forward(x, bidirectional, h0, c0, lengths, reset, cell_states, True, *weights)
         x, h0, c0 = unsqueezed(x, h0, c0)
         y, hn, cn, c, reserve = forward(x, bidirectional, h0, c0, lengths, reset, cell_states, True, *weights)
-        return y, hn.squeeze(0), cn.squeeze(0), c, reserve
+        # Not squeezed: a view that is made here may not be changed in place.
+        return y, hn.resize_(hn.shape[1:]), cn.resize_(cn.shape[1:]), c, reserve
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

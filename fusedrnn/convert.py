@@ -14,12 +14,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache, wraps
+from types import MethodType
 from typing import Any, TypeVar
 
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .module import LSTM, CompilableLSTM, LSTMCell
+from .module import LSTM, CompilableLSTM, LSTMCell, mark_as_leaf, unmark_as_leaf
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -46,9 +47,11 @@ def convert(model: Model, *, compilable: bool = False, report: Report | None = N
 
     Args:
         model: any module; itself converted if it is an LSTM. Subclasses of nn.LSTM are converted too and keep their
-            own forward; what that computes by calling `super().forward` is then ours.
+            own forward; what that computes by calling `super().forward` is then ours. A module whose forward was set on
+            the instance is left.
         compilable: give plain nn.LSTMs the class `CompilableLSTM`, so that torch.compile(model, fullgraph=True) and
-            torch.export work. They are no instances of nn.LSTM any longer. A subclass of nn.LSTM stays one: it is
+            torch.export work. They are no instances of nn.LSTM any longer: code that asks for one, as TorchRL's
+            LSTMModule does, treats them as something else. A subclass of nn.LSTM stays one: it is
             converted all the same, and the report says that torch.compile breaks the graph there.
         report: filled with what was swapped and what was left and why.
 
@@ -149,6 +152,7 @@ def _convert_module(module: nn.Module, compilable: bool) -> str:
     cls = type(module)
     if not isinstance(module, (nn.LSTM, nn.LSTMCell, CompilableLSTM)):
         raise _LeftAlone("fusedrnn has no kernels for it yet")
+    _check_forward(module, "it calls torch's; convert the model before it is set")
     if parametrize.is_parametrized(module):
         base = cls.__bases__[0]
         converted = _parametrized_over(cls, _converted_class(base, compilable))
@@ -156,7 +160,9 @@ def _convert_module(module: nn.Module, compilable: bool) -> str:
             setattr(converted, _ORIGINAL, cls)
     else:
         converted = _converted_class(cls, compilable)
-    object.__setattr__(module, "__class__", converted)  # past a __setattr__ that the class may have
+    _give_class(module, converted)
+    if cls in _PLAIN or cls in _PLAIN.values():
+        mark_as_leaf(module)  # as torch's own are; what is derived from them is traced into, before and after
     notes = []
     if compilable and isinstance(module, nn.LSTM):
         notes.append("still an nn.LSTM, because its class is derived from it: torch.compile breaks the graph here")
@@ -168,6 +174,7 @@ def _convert_module(module: nn.Module, compilable: bool) -> str:
 def _revert_module(module: nn.Module) -> str:
     if not isinstance(module, (LSTM, CompilableLSTM, LSTMCell)):
         raise _LeftAlone("it is not fusedrnn's")
+    _check_forward(module, "it calls fusedrnn's; take it away first")
     cls = type(module)
     if parametrize.is_parametrized(module):
         remembered = cls.__dict__.get(_ORIGINAL)
@@ -178,8 +185,27 @@ def _revert_module(module: nn.Module) -> str:
             original = _parametrized_over(cls, _original_class(cls.__bases__[0]))
     else:
         original = _original_class(cls)
-    object.__setattr__(module, "__class__", original)
+    _give_class(module, original)
+    unmark_as_leaf(module)
     return ""
+
+
+def _give_class(module: nn.Module, cls: type) -> None:
+    own_forward = vars(module).get("forward")
+    object.__setattr__(module, "__class__", cls)  # past a __setattr__ that the class may have
+    if own_forward is not None:
+        vars(module)["forward"] = MethodType(inspect.getattr_static(cls, "forward"), module)
+
+
+def _check_forward(module: nn.Module, why: str) -> None:
+    """A forward that somebody set on the instance is what is called, and keeps whatever it was made of.
+
+    The class's own, bound to the module, is what is left where such a one was taken away again, and does no harm.
+    """
+    own = vars(module).get("forward")
+    if own is None or (isinstance(own, MethodType) and own == MethodType(type(module).forward, module)):
+        return
+    raise _LeftAlone(f"a forward of its own was set on the module (by a hook, or weight dropping), and {why}")
 
 
 def _converted_class(cls: Any, compilable: bool) -> type:

@@ -6,8 +6,10 @@ Order is preference. A backend that was asked for by name and cannot serve raise
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -81,15 +83,15 @@ def _triton_unsupported(problem: Problem) -> str | None:
     if problem.device != ("cpu" if interpreted else "cuda"):
         where = "on the CPU, in its interpreter" if interpreted else "on a GPU"
         return f"it computes {where}, and the input is on {problem.device}"
-    if interpreted and _forced != "triton":
+    if interpreted and forced() != "triton":
         return "its interpreter is for tests: it runs where it is asked for by name"
-    if problem.dtype == torch.float64 and _forced == "triton":
+    if problem.dtype == torch.float64 and forced() == "triton":
         return "it computes float32, bfloat16 and float16; float64 is left to torch and to the reference"
     return _unproven("triton") or _unplanned("triton", problem)
 
 
 def _unproven(name: str) -> str | None:
-    if _forced != name:
+    if forced() != name:
         return "no run of it on a GPU is on record yet: it runs where it is asked for by name"
     return None
 
@@ -130,8 +132,49 @@ TABLE = {
     )
 }
 
-# Process-wide, as torch's own backend switches are: a thread started by DataParallel must see it as well.
-_forced: str = os.environ.get(ENVIRONMENT_VARIABLE, "") or "auto"
+_default: str = os.environ.get(ENVIRONMENT_VARIABLE, "") or "auto"
+
+
+@dataclass(eq=False)
+class _Request:
+    """An open `use_backend`."""
+
+    name: str
+    outer: _Request | None  # the one around it
+    is_open: bool = True
+
+
+_requests: list[_Request] = []  # those that are open, the newest last
+_requests_lock = threading.Lock()
+_own_request: ContextVar[_Request | None] = ContextVar("fusedrnn_use_backend", default=None)
+# The newest request, or the default. A thread started by DataParallel, or by autograd, must see it as well.
+_forced: str = _default
+_is_contested: bool = False  # whether requests are open that are not one inside of the other
+
+
+def forced() -> str:
+    """The backend asked for here, or "auto": by the innermost `use_backend` of this thread or task, or the newest."""
+    if not _is_contested:
+        return _forced
+    request = _innermost(_own_request.get())
+    return _forced if request is None else request.name
+
+
+def _innermost(request: _Request | None) -> _Request | None:
+    """The first that is still open, from `request` outwards."""
+    while request is not None and not request.is_open:
+        request = request.outer
+    return request
+
+
+def _count_requests() -> None:
+    """Sets what `forced` looks at first."""
+    global _forced, _is_contested
+    nested, request = 0, _requests[-1] if _requests else None
+    while request is not None:
+        nested, request = nested + 1, _innermost(request.outer)
+    _is_contested = nested < len(_requests)
+    _forced = _requests[-1].name if _requests else _default
 
 
 def autocast_dtype(input: Tensor, c: Tensor | None = None, *, wide: bool = False) -> torch.dtype | None:
@@ -171,12 +214,13 @@ def select(problem: Problem) -> str:
         ValueError: the name asked for does not exist.
         RuntimeError: the backend asked for cannot compute this problem, or none can; the message says why.
     """
-    if _forced != "auto":
-        _check_name(_forced)
-        reason = supports(_forced, problem)
+    asked = forced()
+    if asked != "auto":
+        _check_name(asked)
+        reason = supports(asked, problem)
         if reason is not None:
-            raise RuntimeError(f"backend {_forced!r} was asked for and cannot run: {reason}")
-        return _forced
+            raise RuntimeError(f"backend {asked!r} was asked for and cannot run: {reason}")
+        return asked
     for name in TABLE:
         if supports(name, problem) is None:
             return name
@@ -192,10 +236,16 @@ def is_plain_on_cpu(input: Tensor) -> bool:
     return (
         input.is_cpu
         and (_forced == "auto" or _forced == "cpu")
+        and not _is_contested
         and ops.cpu_unavailable is None
         and not torch._C._is_any_autocast_enabled()
         and is_eager()
     )
+
+
+def is_recorded() -> bool:
+    """Whether the call is traced or compiled, to be run with other values: those of the example may decide nothing."""
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
 def is_eager() -> bool:
@@ -215,7 +265,10 @@ def backends() -> dict[str, str | None]:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Runs everything inside on one backend; "auto" gives the choice back. Holds for the whole process.
+    """Runs everything inside on one backend; "auto" gives the choice back.
+
+    Holds for the whole process, but for threads and asyncio tasks that have a `use_backend` of their own, which have
+    their innermost. Those that have none see the one that was opened last and is still open.
 
     The backward of a layer runs on the backend that ran its forward, whatever is asked for by then.
 
@@ -226,16 +279,41 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: there is no backend of this name.
         RuntimeError: it is not available here; the message says why. A call that it cannot compute raises as well.
     """
-    global _forced
     _check_name(name)
     reason = TABLE[name].unavailable() if name != "auto" else None
     if reason is not None:
         raise RuntimeError(f"backend {name!r} was asked for and is not available: {reason}")
+    with _compiled_request(name) if torch.compiler.is_compiling() else _request(name):
+        yield
+
+
+@contextmanager
+def _compiled_request(name: str) -> Iterator[None]:
+    """For Dynamo, which knows no locks: nobody else opens one while it traces, and nothing is left of this one."""
+    global _forced
     before, _forced = _forced, name
     try:
         yield
     finally:
         _forced = before
+
+
+@contextmanager
+def _request(name: str) -> Iterator[None]:
+    request = _Request(name, _innermost(_own_request.get()))
+    _own_request.set(request)
+    with _requests_lock:
+        _requests.append(request)
+        _count_requests()
+    try:
+        yield
+    finally:
+        request.is_open = False
+        with _requests_lock:
+            _requests.remove(request)
+            _count_requests()
+        if _own_request.get() is request:  # no longer so where a generator is closed by another task
+            _own_request.set(request.outer)
 
 
 @dataclass(frozen=True)
@@ -277,10 +355,11 @@ def explain(
     problem = _problem_of(module, input, hx, lengths is not None, reset is not None, return_states)
     reasons = {name: reason for name in TABLE if (reason := supports(name, problem)) is not None}
     chosen = None
-    if _forced != "auto":
-        _check_name(_forced)
-        reasons |= {name: f"{_forced} was asked for" for name in TABLE if name != _forced and name not in reasons}
-        chosen = None if _forced in reasons else _forced
+    asked = forced()
+    if asked != "auto":
+        _check_name(asked)
+        reasons |= {name: f"{asked} was asked for" for name in TABLE if name != asked and name not in reasons}
+        chosen = None if asked in reasons else asked
     else:
         chosen = next((name for name in TABLE if name not in reasons), None)
         reasons |= {name: f"{chosen} is preferred" for name in TABLE if name != chosen and name not in reasons}

@@ -94,7 +94,8 @@ def lstm(
     dtype = dispatch.autocast_dtype(input, c0, wide=form.batch_sizes is not None or projected)
     if dtype is not None:
         h_dtype = dispatch.autocast_dtype(input) if projected else None
-        input, h0, c0, *weights = _cast(dtype, input, h0, c0, *weights)
+        input, h0, c0 = _cast(dtype, input, h0, c0)
+        weights = _cast_weights(dtype, weights)
     elif input.dtype != weights[0].dtype:
         raise ValueError(
             f"RNN input dtype ({input.dtype}) does not match weight dtype ({weights[0].dtype}). "
@@ -135,9 +136,12 @@ def lstm(
     elif lengths is not None:
         form = form._replace(packing=_packing(problem, num_layers, form, lengths))
     h0, c0, lengths, reset = _in_order(h0, c0, lengths, reset, form, input.device)
+    x = _laid_in(input, form)
+    if torch.is_grad_enabled() and not dispatch.is_recorded() and any(w.requires_grad for w in weights):
+        x = x.contiguous()  # as nn.LSTM does, so that a batch_first input may be changed before the backward
     y, hn, cn, hs, cs = _stack(
         backend,
-        _laid_in(input, form),
+        x,
         weights,
         h0,
         c0,
@@ -152,6 +156,8 @@ def lstm(
     if h_dtype is not None:
         y, hn, *hs = _cast(h_dtype, y, hn, *hs)
     if not return_states:
+        is_copied = form.packing is not None or (form.padded and form.batch_sizes is not None)
+        y = y if is_copied or dispatch.is_recorded() else _apart(y, weights, bidirectional)
         return _laid_out(y, form), _squeezed(hn, cn, form)
     states = LSTMStates(*(tuple(_laid_out(s, form) for s in part) for part in (hs, cs)))
     return states.h[-1], _squeezed(hn, cn, form), states
@@ -183,8 +189,7 @@ def lstm_cell(
         quick = _short_way(input, [w_ih, w_hh, b_ih, b_hh], hx, dims=2)
         if quick is not None:
             return quick[1]
-    if not isinstance(input, Tensor):
-        raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
+    _check_input(input)
     if input.dim() not in (1, 2):
         raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
     batched = input.dim() == 2
@@ -197,7 +202,8 @@ def lstm_cell(
     _check_options(weights, 1, 1, 0.0)
     dtype = dispatch.autocast_dtype(input, c, wide=True)
     if dtype is not None:
-        input, h, c, *weights = _cast(dtype, input, h, c, *weights)
+        input, h, c = _cast(dtype, input, h, c)
+        weights = _cast_weights(dtype, weights)
     if not batched:
         input, h, c = unsqueezed(input, h, c)
     (B, I), H = input.shape, w_hh.shape[1]
@@ -256,7 +262,9 @@ def _short_way(
             states = num_layers * (2 if bidirectional else 1)
             if not (h0 is None or c0 is None or len(h0) == len(c0) == states):
                 return None
+            x = x.contiguous()
             y, hn, cn, *_ = _stack("cpu", x, weights, h0, c0, num_layers, 0.0, bidirectional, None, None, False)
+            y = _apart(y, weights, bidirectional)
         else:
             y, hn, cn = ops.cpu_infer(x, weights, num_layers, bidirectional, h0, c0)
     except (RuntimeError, TypeError, ValueError, AttributeError):
@@ -278,10 +286,13 @@ class _Form(NamedTuple):
 
 
 def _form_of(input: Tensor, batch_first: bool, batch_sizes: Tensor | None) -> _Form:
-    if not isinstance(input, Tensor):
-        raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
+    _check_input(input)
     if batch_sizes is not None:
-        sizes = _check_packed(input, batch_sizes)
+        _check_packed(input, batch_sizes)
+        if dispatch.is_recorded():
+            B: Any = batch_sizes[0]  # a tensor, as sizes are in a trace
+            return _Form(batch_sizes.shape[0], B, rows=True, batch_sizes=batch_sizes)
+        sizes = _check_batch_sizes(input, batch_sizes)
         return _Form(len(sizes), sizes[0], rows=True, batch_sizes=batch_sizes if sizes[-1] < sizes[0] else None)
     if input.dim() not in (2, 3):
         raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
@@ -290,6 +301,16 @@ def _form_of(input: Tensor, batch_first: bool, batch_sizes: Tensor | None) -> _F
     if batch_first:
         return _Form(input.shape[1], input.shape[0], batch_first=True)
     return _Form(input.shape[0], input.shape[1])
+
+
+def _check_input(input: Any) -> None:
+    if isinstance(input, torch.fx.Proxy):
+        raise TypeError(
+            "input must be a Tensor, got Proxy: torch.fx traces into this module, whose class is a subclass, and an "
+            "LSTM cannot be traced; make it a leaf, by a Tracer whose is_leaf_module returns True for it"
+        )
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
 
 
 def _laid_in(input: Tensor, form: _Form) -> Tensor:
@@ -316,6 +337,18 @@ def _laid_out(y: Tensor, form: _Form) -> Tensor:
     if form.unbatched:
         return y.squeeze(1)
     return y.transpose(0, 1) if form.batch_first else y
+
+
+def _apart(y: Tensor, weights: Sequence[Tensor], bidirectional: bool) -> Tensor:
+    """y, or a copy where nn.LSTM's output may be changed in place before the backward: the backward needs y.
+
+    nn.LSTM on the CPU returns what its backward needs only where oneDNN computes one direction.
+    """
+    if not (y.requires_grad and y.is_cpu):
+        return y
+    by_onednn = y.dtype == torch.float32 and y.dim() == 3 and y.numel() > 0 and torch._C._get_mkldnn_enabled()
+    is_projected = weights[1].shape[0] != 4 * weights[1].shape[1]
+    return y if by_onednn and not bidirectional and not is_projected else y.clone()
 
 
 _PACKING_FLOPS = 5e7  # of padding: where there is less, to pack takes longer than to compute it
@@ -359,7 +392,7 @@ def _in_order_again(hn: Tensor, cn: Tensor, form: _Form) -> tuple[Tensor, Tensor
 def _packed_lengths(form: _Form) -> Tensor:
     """[B] int64 on the CPU."""
     assert form.batch_sizes is not None
-    return (form.batch_sizes.unsqueeze(1) > torch.arange(form.B)).sum(0)
+    return (form.batch_sizes.unsqueeze(1) > torch.arange(form.B, device="cpu")).sum(0)
 
 
 def _squeezed(hn: Tensor, cn: Tensor, form: _Form) -> tuple[Tensor, Tensor]:
@@ -413,7 +446,8 @@ def _aten(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """torch's own LSTM, which may not be given None for a state; y is laid out as the input is.
 
-    It is told to be training wherever a gradient may be asked for: cuDNN keeps nothing for backward otherwise.
+    It is told to be training wherever a gradient may be asked for: cuDNN keeps nothing for backward otherwise. A trace
+    is run and not trained.
     """
     rows = num_layers * (2 if bidirectional else 1)
     count, P, H = len(weights) // rows, weights[1].shape[1], weights[1].shape[0] // 4
@@ -424,7 +458,7 @@ def _aten(
         count >= 4,
         num_layers,
         float(dropout),
-        dropout > 0 or torch.is_grad_enabled(),
+        dropout > 0 or (torch.is_grad_enabled() and not torch.jit.is_tracing()),
         bidirectional,
     )
     if form.batch_sizes is not None:
@@ -436,6 +470,34 @@ def _aten(
 def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
     """What autocast does: it leaves float64, and what is not floating point, as it is."""
     return [t if t is None or t.dtype == torch.float64 or not t.is_floating_point() else t.to(dtype) for t in tensors]
+
+
+def _cast_weights(dtype: torch.dtype, weights: Sequence[Tensor]) -> list[Any]:
+    """The same for weights: autocast keeps its copy of each until it is left, and so do all the calls until then."""
+    if not dispatch.is_eager() or not torch.is_autocast_cache_enabled() or torch.is_inference_mode_enabled():
+        return _cast(dtype, *weights)
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:  # they say what is kept
+        return _cast(dtype, *weights)
+    return [_autocast_copy(dtype, w) if _has_autocast_copy(dtype, w) else _cast(dtype, w)[0] for w in weights]
+
+
+def _has_autocast_copy(dtype: torch.dtype, weight: Tensor) -> bool:
+    return (
+        isinstance(weight, torch.nn.Parameter)
+        and weight.dtype == torch.float32
+        and weight.requires_grad
+        and weight.dim() in (1, 2)
+        and dtype == torch.get_autocast_dtype(weight.device.type)
+        and dtype != torch.float32
+    )
+
+
+def _autocast_copy(dtype: torch.dtype, weight: Tensor) -> Tensor:
+    """What autocast hands to the operators that it casts for: a product of no rows saves it for its backward."""
+    rows = torch.empty(0, weight.shape[0], dtype=dtype, device=weight.device, requires_grad=True)
+    with torch.enable_grad():
+        product: Any = torch.matmul(rows, weight)
+    return product.grad_fn._saved_mat2 if weight.dim() == 2 else product.grad_fn._saved_vec
 
 
 def _split_hx(hx: Sequence[Tensor] | None, caller: str) -> tuple[Tensor | None, Tensor | None]:
@@ -484,7 +546,7 @@ def _check_cell_hx_sizes(h: Tensor, c: Tensor, B: int, H: int) -> None:
             raise RuntimeError(f"hidden{index} has inconsistent hidden_size: got {state.shape[1]}, expected {H}")
 
 
-def _check_packed(data: Tensor, batch_sizes: Tensor) -> list[int]:
+def _check_packed(data: Tensor, batch_sizes: Tensor) -> None:
     """A PackedSequence may have been built by hand: its parts have to fit each other."""
     if not isinstance(batch_sizes, Tensor):
         raise TypeError(f"batch_sizes must be a Tensor, got {type(batch_sizes).__name__}")
@@ -496,6 +558,10 @@ def _check_packed(data: Tensor, batch_sizes: Tensor) -> list[int]:
         raise RuntimeError(f"batch_sizes must have one entry per time step, got shape {list(batch_sizes.shape)}")
     if data.dim() != 2:
         raise RuntimeError(f"data of a PackedSequence must have 2 dimensions, got {data.dim()}")
+
+
+def _check_batch_sizes(data: Tensor, batch_sizes: Tensor) -> list[int]:
+    batch_sizes[0].item()  # raises inside of make_fx, to which tolist would give the values of its example
     sizes = batch_sizes.tolist()
     if sizes[-1] <= 0 or sizes != sorted(sizes, reverse=True):
         raise RuntimeError(f"batch_sizes must be positive and never grow, got {sizes}")
@@ -577,7 +643,7 @@ def _check_lengths(lengths: Tensor, form: _Form, device: torch.device) -> Tensor
         raise ValueError(f"lengths must have shape [{form.B}], one length per sequence, got {list(lengths.shape)}")
     if lengths.device != device:
         raise RuntimeError(f"lengths must be on the device of input, {device}, got {lengths.device}")
-    if form.B > 0 and device.type == "cpu" and not torch.compiler.is_compiling():
+    if form.B > 0 and device.type == "cpu" and not dispatch.is_recorded():
         low, high = lengths.min(), lengths.max()
         if low < 0 or high > form.T:
             raise ValueError(f"lengths must be in 0..{form.T}, the number of time steps, got {int(low)}..{int(high)}")

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from typing import Any
+from functools import lru_cache, wraps
+from operator import is_
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from . import dispatch, ops
 from .functional import LSTMStates, lstm, lstm_cell
+
+
+def _with_signature_of(function: Any) -> Any:
+    return wraps(function)
 
 
 class _LSTMForward(nn.RNNBase):
     """What `LSTM` and `CompilableLSTM` share: everything but the class they are an instance of.
 
-    The weights are read from the module's attributes at every forward, never from a list kept aside, so that weights
-    replaced by parametrizations, weight dropping or functional_call are the ones that are used and that get gradients.
+    The weights are read at every forward, see `_lstm_weights`, so that those replaced by parametrizations, weight
+    dropping, adapters or functional_call are the ones that are used and that get gradients.
     """
+
+    @_with_signature_of(nn.LSTM.__init__)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        mark_as_leaf(self)
 
     def forward(  # type: ignore[override]
         self,
@@ -63,9 +76,16 @@ class _LSTMForward(nn.RNNBase):
         reset: Tensor | None,
         return_states: bool,
     ) -> Any:
+        cls = type(self)
+        if cls is LSTM or cls is CompilableLSTM or _is_plain(cls):
+            weights = _listed_weights(self)
+        else:
+            if batch_sizes is None and _overrides(cls, *_CHECKS):
+                self._check_padded(input, hx)
+            weights = _lstm_weights(self)
         return lstm(
             input,
-            _weights(self, [name for names in self._all_weights for name in names]),
+            weights,
             hx,
             num_layers=self.num_layers,
             batch_first=self.batch_first,
@@ -78,13 +98,31 @@ class _LSTMForward(nn.RNNBase):
             return_states=return_states,
         )
 
+    def _check_padded(self, input: Tensor, hx: Sequence[Tensor] | None) -> None:
+        """Calls `check_forward_args`, of which a class has overridden a part, as nn.LSTM does: with batched tensors."""
+        if not isinstance(input, Tensor) or input.dim() not in (2, 3):
+            return  # an error further on
+        batch_dim = 0 if self.batch_first else 1
+        unbatched, rows = input.dim() == 2, self.num_layers * (2 if self.bidirectional else 1)
+        if hx is None:
+            B = 1 if unbatched else input.shape[batch_dim]
+            hx = tuple(
+                input.new_zeros(rows, B, size) for size in (self.proj_size or self.hidden_size, self.hidden_size)
+            )
+        elif not isinstance(hx, (tuple, list)) or any(s.dim() != input.dim() for s in hx):
+            return  # the same
+        elif unbatched:
+            hx = tuple(s.unsqueeze(1) for s in hx)
+        self.check_forward_args(input.unsqueeze(batch_dim) if unbatched else input, hx, None)
+
     def _forward_packed(
         self, input: PackedSequence, hx: Sequence[Tensor] | None, reset: Tensor | None, return_states: bool
     ) -> Any:
         """hx, reset and the states returned are in the order before packing, of which functional.lstm knows nothing."""
         data, batch_sizes, sorted_indices, unsorted_indices = input
-        _check_indices("sorted_indices", sorted_indices, batch_sizes)
-        _check_indices("unsorted_indices", unsorted_indices, batch_sizes)
+        if not dispatch.is_recorded():
+            _check_indices("sorted_indices", sorted_indices, batch_sizes)
+            _check_indices("unsorted_indices", unsorted_indices, batch_sizes)
         if unsorted_indices is None and sorted_indices is not None:
             unsorted_indices = torch.empty_like(sorted_indices).scatter_(
                 0, sorted_indices, torch.arange(len(sorted_indices), device=sorted_indices.device)
@@ -111,6 +149,9 @@ class _LSTMForward(nn.RNNBase):
     get_expected_cell_size: Any = nn.LSTM.get_expected_cell_size
     check_forward_args: Any = nn.LSTM.check_forward_args
     permute_hidden: Any = nn.LSTM.permute_hidden
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        _refuse_script(self)
 
 
 class LSTM(_LSTMForward, nn.LSTM):
@@ -141,16 +182,112 @@ class LSTMCell(nn.LSTMCell):
     Args: torch.nn.LSTMCell's, positional or by keyword: input_size, hidden_size, bias, device, dtype.
     """
 
+    @_with_signature_of(nn.LSTMCell.__init__)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        mark_as_leaf(self)
+
     def forward(  # type: ignore[override]
         self, input: Tensor, hx: tuple[Tensor, Tensor] | Sequence[Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """One step: input [B, I] or [I], hx (h [B, H], c [B, H]) or zeros -> (h', c'); see `functional.lstm_cell`."""
-        return lstm_cell(input, hx, *_weights(self, ("weight_ih", "weight_hh", "bias_ih", "bias_hh")))
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        if type(self) is LSTMCell or _is_plain(type(self)):
+            return lstm_cell(input, hx, *_parameters(self, names))
+        return lstm_cell(input, hx, *(getattr(self, name) for name in names))
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        _refuse_script(self)
 
 
-def _weights(module: nn.Module, names: Sequence[str]) -> list[Any]:
-    """What getattr(module, name) is for each of the names; nn.Module takes microseconds to find a parameter, and a
-    single step feels them."""
+def mark_as_leaf(module: nn.Module) -> None:
+    """Makes torch.fx call the module instead of tracing into it, as it does with torch's own modules.
+
+    Its tracers ask for `module.__module__`, which an instance may have as well as its class.
+    """
+    module.__dict__["__module__"] = nn.LSTM.__module__
+
+
+def unmark_as_leaf(module: nn.Module) -> None:
+    """Undoes `mark_as_leaf`."""
+    module.__dict__.pop("__module__", None)
+
+
+def _refuse_script(module: nn.Module) -> NoReturn:
+    """torch.jit.script calls this before it compiles a module."""
+    raise NotImplementedError(
+        f"torch.jit.script cannot compile a {type(module).__name__} of fusedrnn: record the model with torch.jit.trace "
+        "or torch.export instead, or give the module back to torch with fusedrnn.revert(model) before it is scripted"
+    )
+
+
+_FLAT_WEIGHTS = ("_flat_weights", "_update_flat_weights", "_init_flat_weights")
+_ATTRIBUTES = ("__getattr__", "__getattribute__")
+_CHECKS = (
+    "check_forward_args",
+    "check_input",
+    "check_hidden_size",
+    "get_expected_hidden_size",
+    "get_expected_cell_size",
+)
+
+
+@ops.constant
+def _is_plain(cls: type) -> bool:
+    """Whether a class leaves weights and checks to nn.LSTM, or to nn.LSTMCell."""
+    return _overrides_nothing(cls)
+
+
+@lru_cache(maxsize=1024)  # bounded: a parametrized module has a class of its own
+def _overrides_nothing(cls: type) -> bool:
+    computed = any(re.match("(weight|bias)_[ih]", name) for name in dir(cls))
+    return not (computed or _overrides(cls, *_FLAT_WEIGHTS, *_ATTRIBUTES, *_CHECKS))
+
+
+def _overrides(cls: type, *names: str) -> bool:
+    base = nn.LSTMCell if issubclass(cls, nn.LSTMCell) else nn.LSTM
+    return any(getattr(cls, name, None) is not getattr(base, name, None) for name in names)
+
+
+def _lstm_weights(module: nn.RNNBase) -> Sequence[Any]:
+    """The weights that nn.LSTM computes with, in the order of `all_weights`.
+
+    That is `_flat_weights`, which nn.LSTM makes anew from the attributes where one of these is another tensor than
+    before: so it is the attributes, unless the class computes the list, or somebody has changed it by hand.
+    """
+    if _overrides(type(module), *_FLAT_WEIGHTS):
+        module._update_flat_weights()
+        return module._flat_weights
+    return _unless_changed_by_hand(module)
+
+
+def _listed_weights(module: nn.RNNBase) -> Sequence[Any]:
+    """The same for a plain class."""
+    own = module.__dict__
+    names, listed, parameters = own["_flat_weights_names"], own["_flat_weights"], own["_parameters"]
+    for name, weight in zip(
+        names, listed, strict=True
+    ):  # nn.Module takes longer to find them, and a single step feels it
+        if parameters.get(name) is not weight or name in own:
+            break
+    else:
+        return listed
+    return _unless_changed_by_hand(module)
+
+
+def _unless_changed_by_hand(module: nn.RNNBase) -> Sequence[Any]:
+    """The attributes; or the list, where it differs from them and they are those that it was made from."""
+    listed, weights = module._flat_weights, [getattr(module, name) for name in module._flat_weights_names]
+    if all(map(is_, weights, listed)):
+        return weights
+    made_from = zip(module._flat_weight_refs, weights, strict=True)
+    changed_by_hand = all(ref is None or ref() is weight for ref, weight in made_from)
+    return listed if changed_by_hand else weights
+
+
+def _parameters(module: nn.Module, names: Sequence[str]) -> list[Any]:
+    """What getattr(module, name) is for each of the names, where the class is plain; nn.Module takes microseconds to
+    find a parameter, and a single step feels them."""
     own, parameters = module.__dict__, module._parameters
     weights = []
     for name in names:

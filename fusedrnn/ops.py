@@ -229,7 +229,7 @@ def _unfit_gpus() -> str | None:
     return None
 
 
-def _constant(function: Any) -> Any:
+def constant(function: Any) -> Any:
     """As torch.compiler.assume_constant_result does it, which would load the compiler: calls are not traced."""
     function._dynamo_marked_constant = True
     return function
@@ -250,7 +250,7 @@ def _triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-@_constant
+@constant
 def triton_unavailable() -> str | None:
     """Why the Triton kernels cannot run here, or None. Does not load Triton."""
     if not _triton_installed():
@@ -318,7 +318,7 @@ cpu_unavailable = _load("cpu")
 _cuda_unloaded = _load("cuda")
 
 
-@_constant
+@constant
 def cuda_device_type() -> str:
     """The type of device that the CUDA library computes on: "cuda", or "cpu" for its build for tests."""
     return "cuda" if _cuda_unloaded is not None else _ops.cuda_device_type()
@@ -330,7 +330,7 @@ def _cuda_obstacle() -> str | None:
     return _ops.cuda_obstacle(torch.cuda.current_device()) or None
 
 
-@_constant
+@constant
 def cuda_unavailable() -> str | None:
     """Why the C++ kernels cannot run here, or None."""
     if _cuda_unloaded is not None or cuda_device_type() == "cpu":

@@ -28,7 +28,7 @@ BELOW = {
     "autograd": {"ops", "reference", "layout"},
     "dispatch": {"ops"},
     "functional": {"autograd", "dispatch", "layout", "ops", "packing"},
-    "module": {"functional", "layout"},
+    "module": {"dispatch", "functional", "ops"},
     "convert": {"module"},
 }
 BELOW["check"] = {*BELOW}

@@ -10,6 +10,7 @@ from torch import nn
 from torch.autograd import forward_ad, grad, gradcheck, gradgradcheck
 from torch.func import functional_call, vjp, vmap
 from torch.nn.utils import parametrizations
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
 import fusedrnn
@@ -268,11 +269,76 @@ def test_a_weight_changed_in_place_is_noticed(kernel, name):
 
 
 def test_an_output_changed_in_place_is_noticed(kernel):
-    lstm = build(kernel)
-    y, _ = lstm(random(T, B, I, device=kernel.device))
+    """float32 in one direction, where that of nn.LSTM is what its backward needs as well."""
+    lstm = build(kernel).float()
+    y, _ = lstm(random(T, B, I, device=kernel.device).float())
     y.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+IN_PLACE = {
+    "both directions": {"bidirectional": True},
+    "both directions, batch first": {"bidirectional": True, "batch_first": True, "num_layers": 2},
+    "projection": {"proj_size": 2},
+    "float64": {"dtype": torch.float64},
+    "float16": {"dtype": torch.float16},
+    "packed": {},
+    "packed, as long": {"bidirectional": True},
+    "unbatched": {"bidirectional": True},
+    "no oneDNN": {},
+    "no sequences": {},
+}
+
+
+@pytest.mark.parametrize("form", IN_PLACE)
+def test_outputs_that_nn_lstm_lets_be_changed_in_place(place, form, monkeypatch):
+    """Of all outputs, on the CPU: then the gradients are those of the same change made apart."""
+    if place.device != "cpu":
+        pytest.skip("it is the CPU where nn.LSTM's output is a copy")
+    if form == "no oneDNN":
+        monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    options = {"dtype": torch.float32, **IN_PLACE[form]}
+    size = (T, I) if form == "unbatched" else (T, 0, I) if form == "no sequences" else (T, B, I)
+    x = torch.randn(size, dtype=options["dtype"]).transpose(0, int(options.get("batch_first", False)))
+    if form.startswith("packed"):
+        x = pack_padded_sequence(x, [5, 4, 2] if form == "packed" else [5, 5, 5])
+    theirs, ours = nn.LSTM(I, H, **options), fusedrnn.LSTM(I, H, **options)
+    ours.load_state_dict(theirs.state_dict())
+    grads = []
+    for module, in_place in ((theirs, True), (ours, False), (ours, True)):
+        y, (h, c) = module(x)
+        outputs = [y.data if isinstance(y, PackedSequence) else y, h, c]
+        outputs = [t.mul_(0.5).relu_() if in_place else t.mul(0.5).relu() for t in outputs]
+        grads.append(grad(sums(outputs), list(module.parameters())))
+    assert all(torch.equal(a, b) for a, b in zip(grads[1], grads[2], strict=True))
+    # float32: two orders of the same sums; float16 rounds to 1e-3 at every step.
+    tolerance = {"rtol": 5e-2, "atol": 5e-2} if form == "float16" else {"rtol": 1e-4, "atol": 1e-4}
+    for mine, other in zip(grads[2], grads[0], strict=True):
+        torch.testing.assert_close(mine, other, **tolerance)
+
+
+def test_outputs_of_a_cell_may_be_changed_in_place(place, twins, assert_same):
+    results = []
+    for cell in twins(I, H, cls=fusedrnn.LSTMCell, device=place.device):
+        for x in (random(B, I, device=place.device), random(I, device=place.device)):
+            torch.manual_seed(1)
+            h, c = cell(x.fill_(0.3))
+            results.append(grad(sums([h.mul_(0.5).relu_(), c.relu_()]), list(cell.parameters())))
+    assert_same(results[2:], results[:2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("form", ["batch first", "transposed"])
+def test_an_input_that_nn_lstm_copies_may_be_changed(kernel, dtype, form):
+    """It is not contiguous, seen with time first; a buffer is filled with the next batch, say, before the backward."""
+    lstm = build(kernel, batch_first=form == "batch first").to(dtype)
+    x = random(B, T, I, device=kernel.device).to(dtype)
+    given = x if form == "batch first" else x.transpose(0, 1)
+    expected = grad(lstm(given)[0].sum(), list(lstm.parameters()))
+    y, _ = lstm(given)
+    x.zero_()
+    assert all(torch.equal(a, b) for a, b in zip(grad(y.sum(), list(lstm.parameters())), expected, strict=True))
 
 
 def test_backward_twice(kernel):

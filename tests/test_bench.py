@@ -895,7 +895,7 @@ def test_a_backend_that_runs_only_where_it_is_asked_for_is_measured(tmp_path, ca
     table = fusedrnn.dispatch.TABLE
 
     def unless_forced(_):
-        return None if fusedrnn.dispatch._forced == "reference" else "it has to be asked for"
+        return None if fusedrnn.dispatch.forced() == "reference" else "it has to be asked for"
 
     monkeypatch.setitem(table, "reference", table["reference"]._replace(unsupported=unless_forced))
     assert bench("--out", tmp_path, *SMALL, "--backend", "reference", "--device", "cpu", "--limit", 1) == 0

@@ -203,7 +203,7 @@ def test_a_backend_that_was_asked_for_is_never_left_out(capsys, monkeypatch, nam
 
 def test_a_backend_that_runs_only_where_it_is_asked_for_is_checked(capsys, small, monkeypatch):
     def unless_forced(_):
-        return None if dispatch._forced == "reference" else "it has to be asked for"
+        return None if dispatch.forced() == "reference" else "it has to be asked for"
 
     monkeypatch.setitem(dispatch.TABLE, "reference", dispatch.TABLE["reference"]._replace(unsupported=unless_forced))
     assert cli.main(["check", "--quick", "--backend", "reference", "--device", "cpu", "--limit", "2"]) == 0

@@ -8,10 +8,11 @@ from functorch.compile import make_boxed_func
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.export import Dim
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import fusedrnn
-from fusedrnn import layout, ops
+from fusedrnn import dispatch, layout, ops
 
 I, H = 3, 4
 SIZES = [(5, 2), (6, 3), (3, 7), (9, 4)]  # T and B of the calls; the first one is compiled for
@@ -187,6 +188,39 @@ def test_another_backend_is_compiled_anew():
     assert names == [f"{fusedrnn.explain(model.lstm, x).backend}_forward", "reference_forward"]
 
 
+def test_a_backend_that_is_asked_for_inside_of_what_is_compiled():
+    model, _, graphs = compiled(Model(), "cpu")
+
+    def call(x):
+        with fusedrnn.use_backend("reference"):
+            return model(x)
+
+    before = dispatch.forced()
+    torch.compile(call, fullgraph=True, backend=graphs)(batch(5, 2, "cpu"))
+    assert [name for graph in graphs.forward for name in graphs.operators(graph)] == ["reference_forward"]
+    assert dispatch.forced() == before
+
+
+def test_compiled_with_weights_that_a_class_computes(assert_same, gradients):
+    class Doubled(fusedrnn.CompilableLSTM):
+        def _update_flat_weights(self):
+            self._flat_weights = [2 * getattr(self, name) for name in self._flat_weights_names]
+
+    module, x = Doubled(I, H, dtype=torch.float64), torch.randn(5, 2, I, dtype=torch.float64)
+    run = torch.compile(module, fullgraph=True, backend="aot_eager")
+    outputs, expected = run(x), module(x)
+    assert_same(outputs, expected)
+    assert_same(gradients(outputs, list(module.parameters())), gradients(expected, list(module.parameters())))
+
+
+def test_compiled_with_weights_that_were_put_into_the_list_by_hand():
+    module, x = fusedrnn.CompilableLSTM(I, H), torch.randn(5, 2, I)
+    run = torch.compile(module, fullgraph=True, backend="eager")
+    run(x)
+    module._flat_weights = [2 * weight.detach() for weight in module.parameters()]
+    assert torch.equal(run(x)[0], module(x)[0])
+
+
 def test_inductor(assert_same, gradients):
     model = fusedrnn.convert(Model(), compilable=True).double()
     run = torch.compile(model, fullgraph=True)
@@ -302,6 +336,113 @@ def test_what_takes_a_list_of_tensors():
     assert {name for name in listed if not name.endswith(".list")} == {"fusedrnn::cpu_infer"}
     assert torch._C._dispatch_has_kernel_for_dispatch_key("fusedrnn::cpu_forward.list", "CompositeImplicitAutograd")
     assert not torch._C._dispatch_has_kernel_for_dispatch_key("fusedrnn::cpu_infer", "Meta")
+
+
+class Packed(nn.Module):
+    """Packs its input by lengths that are an argument, or by a list that is not; returns y padded, h_n and c_n."""
+
+    def __init__(self, sorted_lengths, with_hx, **options):
+        super().__init__()
+        self.lstm = nn.LSTM(I, H, batch_first=True, **options)
+        self.sorted_lengths, self.with_hx = sorted_lengths, with_hx
+
+    def forward(self, x, lengths, *hx):
+        packed = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=self.sorted_lengths)
+        y, (h, c) = self.lstm(packed, hx if self.with_hx else None)
+        return pad_packed_sequence(y, batch_first=True)[0], h, c
+
+
+OTHER_LENGTHS = [[4, 4], [5, 3], [1, 1], [3, 2, 2], [6], [2, 2, 2, 2, 2]]  # other T, B, and sums
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("with_hx", [False, True], ids=["no-hx", "hx"])
+@pytest.mark.parametrize("is_sorted", [True, False], ids=["sorted", "unsorted"])
+@pytest.mark.parametrize("example", [[4, 4], [4, 3], [1]], ids=["equal", "unequal", "one-step"])
+def test_jit_trace_of_packed_input_serves_other_lengths(place, assert_same, example, is_sorted, with_hx):
+    """Nothing of the example is left: neither lengths, nor batch size, nor the order that sorts them."""
+    model = Packed(is_sorted, with_hx, num_layers=2, bidirectional=True, proj_size=2).eval()
+    fusedrnn.convert(model).to(place.device, torch.float64)
+
+    def arguments(lengths):
+        x = batch(max(lengths), len(lengths), place.device, dims=())
+        states = [torch.randn(4, len(lengths), n, dtype=torch.float64, device=place.device) for n in (2, H)]
+        return x, torch.tensor(lengths), *(states if with_hx else [])
+
+    traced = torch.jit.trace(model, arguments(example))
+    for lengths in OTHER_LENGTHS:
+        given = arguments(lengths if is_sorted else lengths[::-1])
+        with torch.no_grad():
+            assert_same(traced(*given), model(*given))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_jit_trace_of_lengths_and_reset_serves_others(kernel, assert_same):
+    model = fusedrnn.convert(Model().eval()).to(kernel.device, torch.float64)
+
+    def arguments(T, B):
+        more = extras(T, B, kernel.device)
+        return batch(T, B, kernel.device, dims=()), more["lengths"], more["reset"]
+
+    traced = torch.jit.trace(model, arguments(*SIZES[0]))
+    for sizes in [*SIZES, (1, 1)]:
+        given = arguments(*sizes)
+        with torch.no_grad():
+            assert_same(traced(*given), model(*given))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_jit_trace_of_a_cell_serves_other_batches(place, assert_same):
+    model = fusedrnn.convert(Step()).to(place.device, torch.float64)
+
+    def arguments(B):
+        return tuple(torch.randn(B, n, dtype=torch.float64, device=place.device) for n in (I, H, H))
+
+    traced = torch.jit.trace(model, arguments(2))
+    for B in (1, 2, 5):
+        given = arguments(B)
+        with torch.no_grad():
+            assert_same(traced(*given), model(*given))
+
+
+class Step(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.LSTMCell(I, H)
+
+    def forward(self, x, h, c):
+        return self.cell(x, (h, c))
+
+
+class Rows(nn.Module):
+    """Takes a PackedSequence apart: its data and batch_sizes are arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = fusedrnn.CompilableLSTM(I, H, dtype=torch.float64)
+
+    def forward(self, data, batch_sizes):
+        y, (h, c) = self.lstm(PackedSequence(data, batch_sizes))
+        return y.data, h, c
+
+
+def test_make_fx_does_not_keep_batch_sizes():
+    """Its tensors have values, those of the example: to read them is an error, never part of the graph."""
+    arguments = torch.randn(8, I, dtype=torch.float64), torch.tensor([2, 2, 2, 2])
+    with pytest.raises(RuntimeError, match="get value out of a tracing tensor"):
+        make_fx(Rows())(*arguments)
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
+@pytest.mark.parametrize("example", [[2, 2, 2, 2], [3, 2, 2, 1]], ids=["equal", "unequal"])
+def test_export_of_packed_rows_serves_other_batch_sizes(assert_same, example, strict):
+    model = Rows()
+    arguments = torch.randn(8, I, dtype=torch.float64), torch.tensor(example)
+    program = torch.export.export(model, arguments, strict=strict).module()
+    for batch_sizes in ([2, 2, 2, 2], [3, 3, 1, 1], [5, 1, 1, 1]):
+        given = torch.randn(8, I, dtype=torch.float64), torch.tensor(batch_sizes)
+        with torch.no_grad():
+            assert_same(program(*given), model(*given))
 
 
 # The operators by themselves

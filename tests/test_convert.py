@@ -240,7 +240,7 @@ def test_what_hangs_on_a_module_survives():
     calls.clear()
 
     convert(model)
-    assert vars(model.first).keys() == attributes.keys()
+    assert vars(model.first).keys() - {"__module__"} == attributes.keys()  # it, torch.fx asks for
     assert all(vars(model.first)[name] is value for name, value in attributes.items())
     assert (model.first.training, model.last.training) == (False, True)
     assert model.first.weight_hh_l0.requires_grad is False
@@ -394,6 +394,86 @@ def test_class_assigned_to_a_converted_module():
     assert torch.equal(module(x)[0], 3 * expected)
 
 
+# A forward set on the instance
+
+
+def hooked(module):
+    """What accelerate's hooks and pytorch-nlp's weight dropping do: whatever forward was, wrapped in another one."""
+    old = module.forward
+    module.forward = lambda *args, **kwargs: old(*args, **kwargs)
+    return module
+
+
+@pytest.mark.parametrize("cls", [nn.LSTM, nn.LSTMCell, Doubled])
+@pytest.mark.parametrize("compilable", [False, True])
+def test_a_module_whose_forward_was_set_is_left(cls, compilable):
+    """It goes on calling what it was made of: torch's."""
+    module, report, x = hooked(cls(3, 4)), Report(), torch.randn(5, 3)
+    expected = module(x)[0]
+    convert(module, compilable=compilable, report=report)
+    assert type(module) is cls
+    assert report.swapped == {}
+    assert "a forward of its own was set on the module" in report.left[""]
+    assert "convert the model before it is set" in report.left[""]
+    assert torch.equal(module(x)[0], expected)
+
+
+@pytest.mark.parametrize("cls", [nn.LSTM, nn.LSTMCell, Doubled])
+def test_a_converted_module_whose_forward_was_set_is_not_reverted(cls):
+    module, report, x = hooked(convert(cls(3, 4))), Report(), torch.randn(5, 3)
+    converted, expected = type(module), module(x)[0]
+    revert(module, report=report)
+    assert type(module) is converted
+    assert report.swapped == {}
+    assert "take it away first" in report.left[""]
+    assert torch.equal(module(x)[0], expected)
+    del module.forward
+    assert type(revert(module)) is cls
+    close(module(x)[0], expected)
+
+
+@pytest.mark.parametrize("cls", [nn.LSTM, nn.LSTMCell, Doubled])
+def test_what_is_left_of_a_forward_that_was_taken_away_again(cls, monkeypatch):
+    """accelerate's remove_hook_from_module sets the bound method that it had found."""
+    module, x = cls(3, 4), torch.randn(5, 3)
+    expected = module(x)[0]
+    module.forward = module.forward
+    convert(module)
+    assert isinstance(module, (fusedrnn.LSTM, fusedrnn.LSTMCell))
+    close(module(x)[0], expected)
+    with monkeypatch.context() as patched:
+        name = "lstm_cell" if cls is nn.LSTMCell else "lstm"
+        patched.setattr(fusedrnn.module, name, lambda *_, **__: (torch.zeros(1), None))
+        assert module(x)[0] == 0
+    close(copy.deepcopy(module)(x)[0], expected)
+    revert(module)
+    assert type(module) is cls
+    assert torch.equal(module(x)[0], expected)
+
+
+def test_a_forward_that_is_set_in_the_constructor():
+    """With `patch` the module is ours before that happens."""
+
+    class Dropping(nn.LSTM):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.calls = 0
+            old = self.forward
+
+            def forward(*args):
+                self.calls += 1
+                return old(*args)
+
+            self.forward = forward
+
+    with patch():
+        module = Dropping(3, 4)
+    x = torch.randn(5, 3)
+    assert isinstance(module, fusedrnn.LSTM)
+    assert module(x)[0].shape == (5, 4)
+    assert module.calls == 1
+
+
 # Parametrized modules
 
 
@@ -473,6 +553,267 @@ def test_copy_of_a_converted_parametrized_module():
     clone = copy.deepcopy(module)
     assert isinstance(clone, fusedrnn.LSTM)
     assert torch.equal(clone(x)[0], module(x)[0])
+
+
+# What a class, or somebody, makes of the weights
+
+
+class Adapter(nn.LSTM):
+    """Low-rank changes of the weights, added to the list that nn.LSTM computes with."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.down = nn.Parameter(0.3 * torch.randn(2, self.hidden_size))
+        self.up = nn.Parameter(0.3 * torch.randn(4 * self.hidden_size, 2))
+
+    def adapted(self, weights):
+        """weight_hh_l0, the second one, with what is added to it."""
+        return [weight + self.up @ self.down if k == 1 else weight for k, weight in enumerate(weights)]
+
+
+class AsProperty(Adapter):
+    @property
+    def _flat_weights(self):
+        weights = self.__dict__["_listed"]
+        return self.adapted(weights) if "down" in self._parameters else weights
+
+    @_flat_weights.setter
+    def _flat_weights(self, weights):
+        self.__dict__["_listed"] = weights
+
+
+class AtEveryForward(Adapter):
+    def _update_flat_weights(self):
+        self._flat_weights = self.adapted([getattr(self, name) for name in self._flat_weights_names])
+
+
+class AtTheStart(Adapter):
+    """Makes the list where nn.LSTM does: nn.LSTM keeps it, with its graph, until a weight is another tensor."""
+
+    def _init_flat_weights(self):
+        super()._init_flat_weights()
+        if "down" in self._parameters:
+            self._flat_weights = self.adapted(self._flat_weights)
+
+
+class ByName(Adapter):
+    def __getattr__(self, name):
+        weight = super().__getattr__(name)
+        return weight + self.up @ self.down if name == "weight_hh_l0" and "down" in self._parameters else weight
+
+
+class Masked(nn.LSTM):
+    """A property of the name of a parameter; the class is given to a module that has been built."""
+
+    @property
+    def weight_hh_l0(self):
+        return 0.5 * self._parameters["weight_hh_l0"]
+
+
+class MaskedCell(nn.LSTMCell):
+    @property
+    def weight_ih(self):
+        return 0.5 * self._parameters["weight_ih"]
+
+
+def masked(cls, module):
+    module.__class__ = cls
+    return module
+
+
+COMPUTED = {
+    "property": lambda: AsProperty(3, 4),
+    "at every forward": lambda: AtEveryForward(3, 4),
+    "at the start": lambda: AtTheStart(3, 4).double().float(),
+    "by name": lambda: ByName(3, 4),
+    "masked": lambda: masked(Masked, nn.LSTM(3, 4)),
+    "masked cell": lambda: masked(MaskedCell, nn.LSTMCell(3, 4)),
+}
+
+
+@pytest.mark.parametrize("build", COMPUTED.values(), ids=COMPUTED)
+def test_weights_that_a_class_computes(build):
+    """They are computed with, and what they are made of gets gradients: those that nn.LSTM gives."""
+    torch.manual_seed(1)
+    theirs, x = build(), torch.randn(5, 3)
+    torch.manual_seed(1)
+    ours, report = build(), Report()
+    convert(ours, report=report)
+    assert list(report.swapped) == [""]
+    outputs = [module(x)[0] for module in (theirs, ours)]
+    plain = nn.LSTM(3, 4) if isinstance(theirs, nn.LSTM) else nn.LSTMCell(3, 4)
+    plain.load_state_dict(theirs.state_dict(), strict=False)
+    assert not torch.allclose(plain(x)[0], outputs[0], atol=1e-3)
+    close(outputs[1], outputs[0])
+    for output in outputs:
+        output.square().sum().backward()
+    assert all(p.grad is not None for p in theirs.parameters())
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        close(mine.grad, other.grad)
+
+
+@pytest.mark.parametrize("convert_it", [lambda m: m, convert, lambda m: convert(m, compilable=True)])
+def test_weights_that_are_put_into_the_list_by_hand(convert_it):
+    """Without the attributes being told, as hypernetworks do it; nn.LSTM uses them until an attribute changes."""
+    module, x = convert_it(nn.LSTM(3, 4)), torch.randn(5, 3)
+    before = module(x)[0]
+    other = [torch.randn_like(weight, requires_grad=True) for weight in module.parameters()]
+    module._flat_weights[:] = other
+    expected = nn.LSTM(3, 4)
+    expected._flat_weights = other
+    y = module(x)[0]
+    close(y, expected(x)[0])
+    y.sum().backward()
+    assert all(weight.grad is not None for weight in other)
+    assert all(weight.grad is None for weight in module.parameters())
+    module._flat_weights = [weight.detach() for weight in module._flat_weights]
+    assert not module(x)[0].requires_grad
+    assert not torch.allclose(y, before)
+    module.weight_hh_l0 = nn.Parameter(module.weight_hh_l0.detach())
+    close(module(x)[0], before)
+
+
+# What a class checks
+
+
+class Checks(nn.LSTM):
+    def check_forward_args(self, input, hidden, batch_sizes):
+        assert batch_sizes is None
+        self.seen = [tuple(tensor.shape) for tensor in (input, *hidden)]
+        super().check_forward_args(input, hidden, batch_sizes)
+
+
+class ChecksInput(nn.LSTM):
+    def check_input(self, input, batch_sizes):
+        if input.abs().max() > 9:
+            raise ValueError("too large")
+        super().check_input(input, batch_sizes)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_check_forward_args_of_a_subclass_is_called(batch_first):
+    theirs = Checks(3, 4, 2, bidirectional=True, batch_first=batch_first, proj_size=2)
+    ours = convert(copy.deepcopy(theirs))
+    states = torch.randn(4, 5, 2), torch.randn(4, 5, 4)
+    for args in [
+        (torch.randn(5, 5, 3),),
+        (torch.randn(7, 5, 3).transpose(0, int(batch_first)),),
+        (torch.randn(5, 5, 3), states),
+        (torch.randn(5, 3),),
+        (torch.randn(5, 3), tuple(state[:, 0] for state in states)),
+    ]:
+        for module in (theirs, ours):
+            module.seen = None
+            module(*args)
+        assert ours.seen == theirs.seen
+        assert ours.seen is not None
+    ours.seen = None
+    ours(pack_padded_sequence(torch.randn(2, 5, 3), [5, 2] if batch_first else [2, 2, 2, 2, 2], batch_first))
+    assert ours.seen is None  # nn.LSTM does not check packed input either
+
+
+def test_check_input_of_a_subclass_is_called():
+    module = convert(ChecksInput(3, 4))
+    module(torch.ones(5, 3))
+    with pytest.raises(ValueError, match="too large"):
+        module(10 * torch.ones(5, 3))
+
+
+# torch.fx and TorchScript
+
+
+class Tagger(nn.Module):
+    def __init__(self, lstm):
+        super().__init__()
+        self.lstm = lstm
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        y, (h, c) = self.lstm(x)
+        return self.head(y), h, c
+
+
+class Loop(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.LSTMCell(3, 4)
+
+    def forward(self, x, h, c):
+        h, c = self.cell(x, (h, c))
+        return self.cell(x, (h, c))
+
+
+MADE = {
+    "convert": lambda: convert(nn.LSTM(3, 4, 2, dropout=0.5)),
+    "compilable": lambda: convert(nn.LSTM(3, 4, 2, dropout=0.5), compilable=True),
+    "both": lambda: convert(convert(nn.LSTM(3, 4, 2, dropout=0.5)), compilable=True),
+    "built": lambda: fusedrnn.LSTM(3, 4, 2, dropout=0.5),
+    "built compilable": lambda: CompilableLSTM(3, 4, 2, dropout=0.5),
+    "built as a subclass": lambda: Ours(3, 4, 2, dropout=0.5),
+    "patch": lambda: patched(3, 4, 2, dropout=0.5),
+    "copy": lambda: copy.deepcopy(fusedrnn.LSTM(3, 4, 2, dropout=0.5)),
+    "pickle": lambda: pickle.loads(pickle.dumps(CompilableLSTM(3, 4, 2, dropout=0.5))),
+}
+
+
+def patched(*args, **kwargs):
+    with patch():
+        return nn.LSTM(*args, **kwargs)
+
+
+@pytest.mark.parametrize("make", MADE.values(), ids=MADE)
+@pytest.mark.parametrize("with_hook", [False, True])
+def test_fx_calls_the_module(make, with_hook):
+    """As it calls nn.LSTM: hooks run, and once; training mode and weights are those of the module when it is run."""
+    model, x = Tagger(make()), torch.randn(5, 2, 3)
+    if with_hook:
+        model.lstm.register_forward_hook(lambda module, args, output: (2 * output[0], output[1]))
+    graph = torch.fx.symbolic_trace(model)
+    assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == ["lstm", "head"]
+    for train in (True, False):
+        outputs = []
+        for module in (model.train(train), graph.train(train)):
+            torch.manual_seed(0)
+            outputs.append(module(x))
+        assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+    assert not torch.equal(graph.train()(x)[0], graph.eval()(x)[0])
+
+
+def test_fx_calls_the_cell():
+    for model in (convert(Loop()), Loop()):
+        graph = torch.fx.symbolic_trace(model)
+        assert [node.op for node in graph.graph.nodes].count("call_module") == 2
+        x, h, c = torch.randn(2, 3), torch.randn(2, 4), torch.randn(2, 4)
+        assert all(torch.equal(a, b) for a, b in zip(graph(x, h, c), model(x, h, c), strict=True))
+
+
+def test_fx_after_revert():
+    model = Tagger(revert(convert(nn.LSTM(3, 4))))
+    assert vars(model.lstm).keys() == vars(nn.LSTM(3, 4)).keys()
+    graph = torch.fx.symbolic_trace(model)
+    assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == ["lstm", "head"]
+
+
+def test_fx_traces_into_a_subclass_and_is_told_what_to_do():
+    """Into its forward, as before; what cannot be traced is ours, as it was nn.LSTM."""
+    for module in (convert(Doubled(3, 4)), convert(Leaky(3, 4))):
+        with pytest.raises(TypeError, match=r"got Proxy: torch.fx traces into this module, .* is_leaf_module"):
+            torch.fx.symbolic_trace(nn.Sequential(module))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("make", [*MADE.values(), lambda: convert(nn.LSTMCell(3, 4))], ids=[*MADE, "cell"])
+def test_jit_script_says_what_to_do(make):
+    module = make()
+    for model in (module, nn.Sequential(module)):
+        with pytest.raises(NotImplementedError, match=r"torch.jit.trace or torch.export .* fusedrnn.revert\(model\)"):
+            torch.jit.script(model)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_jit_script_after_revert():
+    scripted = torch.jit.script(Tagger(revert(convert(nn.LSTM(3, 4)))))
+    assert scripted(torch.randn(5, 2, 3))[0].shape == (5, 2, 2)
 
 
 # compilable

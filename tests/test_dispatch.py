@@ -1,11 +1,12 @@
 """Which backend runs, who decides it, and what is said about the others."""
 
+import asyncio
 import itertools
 import json
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 
 import pytest
 import torch
@@ -125,6 +126,78 @@ def test_restoring_after_an_exception(spies):
             raise KeyError("inside")
         lstm(x)
     assert spies["forward"] == ["aten"]
+
+
+def asked_in_a_thread(wait_for, opened, backend, close, found):
+    """Opens `backend` once `wait_for` is set, sets `opened`, and notes what it is given there until `close` is set."""
+    lstm, x = fusedrnn.LSTM(3, 4), torch.ones(5, 2, 3)
+    wait_for.wait(60)
+    with fusedrnn.use_backend(backend):
+        opened.set()
+        close.wait(60)
+        found[backend] = [
+            fusedrnn.explain(lstm, x).backend,
+            dispatch.select(dispatch.Problem("cpu", torch.float32, 5, 2, 3, 4, 4, 1)),
+            dispatch.is_plain_on_cpu(x),
+        ]
+
+
+def seen_elsewhere():
+    """What is asked for in a thread that has asked for nothing."""
+    seen = []
+    thread = Thread(target=lambda: seen.append(dispatch.forced()))
+    thread.start()
+    thread.join()
+    return seen[0]
+
+
+@pytest.mark.parametrize("first_closes_first", [True, False])
+def test_contexts_that_overlap_in_two_threads(first_closes_first):
+    """Each thread has its own; what they leave behind is what was there before. One that has none sees the newest."""
+    before, found = seen_elsewhere(), {}
+    start, one, two, close_one, close_two = (Event() for _ in range(5))
+    start.set()
+    first = Thread(target=asked_in_a_thread, args=(start, one, "reference", close_one, found))
+    second = Thread(target=asked_in_a_thread, args=(one, two, "aten", close_two, found))
+    order = [(close_one, first), (close_two, second)]
+    first.start()
+    second.start()
+    assert two.wait(60)
+    seen = [seen_elsewhere()]
+    for close, thread in order if first_closes_first else reversed(order):
+        with fusedrnn.use_backend("cpu"):  # of this thread, whatever the others have asked for
+            seen.append(dispatch.forced())
+        close.set()
+        thread.join()
+        seen.append(seen_elsewhere())
+    assert seen == ["aten", "cpu", "aten" if first_closes_first else "reference", "cpu", before]
+    assert found == {name: [name, name, False] for name in ("reference", "aten")}
+
+
+def test_contexts_that_overlap_in_two_tasks():
+    async def task(name, mine, other):
+        with fusedrnn.use_backend(name):
+            mine.set()
+            await other.wait()
+            return dispatch.forced()
+
+    async def both():
+        one, two = asyncio.Event(), asyncio.Event()
+        return await asyncio.gather(task("reference", one, two), task("aten", two, one))
+
+    before = dispatch.forced()
+    assert asyncio.run(both()) == ["reference", "aten"]
+    assert dispatch.forced() == before
+
+
+def test_contexts_of_one_thread_that_do_not_end_in_the_order_they_began():
+    before, first, second = dispatch.forced(), fusedrnn.use_backend("reference"), fusedrnn.use_backend("aten")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert dispatch.forced() == "aten"
+    second.__exit__(None, None, None)
+    assert dispatch.forced() == before
 
 
 @pytest.mark.parametrize("name", ["tpu", "CPU", "", " cpu"], ids=repr)

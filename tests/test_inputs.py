@@ -3,12 +3,14 @@
 Float64 throughout: what a backend's rounding may amount to is the concern of test_kernels.py.
 """
 
+import contextlib
 import itertools
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
+from torch.utils.checkpoint import checkpoint
 
 import fusedrnn
 from fusedrnn import functional
@@ -543,6 +545,139 @@ def test_autocast_of_another_device_changes_nothing(place, twins, assert_same):
         assert_same(ours(*args), expected)
     finally:
         torch.set_autocast_enabled(other, False)
+
+
+class Kept:
+    """Bytes of what autograd keeps, each storage once."""
+
+    def __init__(self, outputs):
+        self.bytes, nodes, storages = 0, [t.grad_fn for t in outputs], {}
+        seen = set(nodes)
+        while nodes:
+            node = nodes.pop()
+            for name in dir(node):
+                saved = getattr(node, name) if name.startswith("_saved") or name == "saved_tensors" else None
+                for tensor in saved if isinstance(saved, tuple) else [saved]:
+                    if isinstance(tensor, torch.Tensor):
+                        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            following = {following for following, _ in node.next_functions if following is not None} - seen
+            seen |= following
+            nodes += following
+        self.bytes = sum(storages.values())
+
+
+@pytest.mark.parametrize("cls", [fusedrnn.LSTMCell, fusedrnn.LSTM, fusedrnn.CompilableLSTM])
+def test_autocast_casts_a_weight_once(place, cls):
+    """One step a call: all of them keep the same copy of the weights, which is autocast's own."""
+    size, steps = 128, 20
+    module = cls(size, size, device=place.device)
+    x = torch.randn(1, 2, size, device=place.device).bfloat16()
+    x = x[0] if cls is fusedrnn.LSTMCell else x
+    copied = 2 * 2 * 4 * size * size  # bytes of the weights in bfloat16
+    with torch.autocast(place.device, torch.bfloat16):
+        for no_grad_first in (True, False):
+            if no_grad_first:
+                with torch.no_grad():
+                    module(x)
+            outputs, state = [], None
+            for _ in range(steps):
+                first, second = module(x, state)
+                state = (first, second) if cls is fusedrnn.LSTMCell else second
+                outputs.append(first)
+        kept = Kept(outputs).bytes
+        loss = sum(y.float().sum() for y in outputs)
+    assert kept < steps * copied / 2  # a copy, and what each step keeps besides
+    loss.backward()
+    assert {p.grad.dtype for p in module.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("cls", [fusedrnn.LSTMCell, fusedrnn.LSTM])
+def test_autocast_sees_a_weight_that_changed_since_it_was_left(kernel, cls):
+    """Also through .data, which no counter notices; inside of one autocast nn.LSTM keeps the copy, and so do we."""
+    module = cls(I, H, device=kernel.device)
+    x = torch.randn(1, B, I, device=kernel.device) if cls is fusedrnn.LSTM else torch.randn(B, I, device=kernel.device)
+    outputs = []
+    for _ in range(2):
+        with torch.autocast(kernel.device, torch.bfloat16):
+            outputs.append(module(x)[0])
+        for parameter in module.parameters():
+            parameter.data.mul_(2)
+    for parameter in module.parameters():
+        parameter.data.mul_(0.5)
+    fresh = cls(I, H, device=kernel.device)
+    fresh.load_state_dict(module.state_dict())
+    with torch.autocast(kernel.device, torch.bfloat16):
+        assert torch.equal(outputs[1], fresh(x)[0])
+    assert not torch.equal(outputs[0], outputs[1])
+
+
+@pytest.mark.parametrize("cls", [fusedrnn.LSTMCell, fusedrnn.LSTM])
+def test_autocast_gradients_of_many_steps(kernel, cls):
+    """With the cache, without it, and inside of checkpoint: of the same weights, to the rounding of bfloat16."""
+    module = cls(I, H, device=kernel.device)
+    x = torch.randn(6, 1, B, I, device=kernel.device)
+    grads = []
+    for way in ("cache", "no cache", "inference first", "hooks", "checkpoint"):
+        module.zero_grad()
+        with torch.autocast(kernel.device, torch.bfloat16, cache_enabled=way != "no cache"):
+            if way == "inference first":
+                with torch.inference_mode():
+                    module(x[0, 0] if cls is fusedrnn.LSTMCell else x[0])
+
+            def run(x):
+                state, total = None, 0
+                for step in x:
+                    first, second = module(step[0] if cls is fusedrnn.LSTMCell else step, state)
+                    state = (first, second) if cls is fusedrnn.LSTMCell else second
+                    total = total + first.float().sum()
+                return total
+
+            hooks = torch.autograd.graph.save_on_cpu() if way == "hooks" else contextlib.nullcontext()
+            with hooks:
+                loss = checkpoint(run, x, use_reentrant=False) if way == "checkpoint" else run(x)
+        loss.backward()
+        grads.append([parameter.grad for parameter in module.parameters()])
+    for other in grads[1:]:
+        for mine, theirs in zip(grads[0], other, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=2e-2, atol=2e-2)
+
+
+# The default device
+
+
+@pytest.mark.parametrize("pack", [None, *PACKED])
+@pytest.mark.parametrize("with_hx", [True, False], ids=["hx", "no hx"])
+def test_default_device_other_than_the_datas(place, assert_same, pack, with_hx):
+    """Whatever is made on the way is made where the data are, or where torch wants it."""
+    module = fusedrnn.LSTM(I, H, 2, bidirectional=True, dtype=torch.float64, device=place.device)
+    x = padded(module, T, B, I, device=place.device)
+    hx = tuple(states(module, B, device=place.device)) if with_hx else None
+    input = pack(x, False) if pack else x
+    expected = module(input, hx)
+    try:
+        torch.set_default_device("meta")
+        found = module(input, hx)
+    finally:
+        torch.set_default_device(None)
+    assert_same(found, expected)
+
+
+def test_default_device_other_than_the_datas_with_lengths(ragged, assert_same):
+    module = fusedrnn.LSTM(I, H, 2, bidirectional=True, dtype=torch.float64, device=ragged.device)
+    x = padded(module, T, B, I, device=ragged.device)
+    extras = {
+        "lengths": torch.tensor([4, 0, 2], device=ragged.device),
+        "reset": torch.rand(T, B, device=ragged.device) < 0.3,
+    }
+    results = []
+    for device in (None, "meta"):
+        try:
+            torch.set_default_device(device)
+            y, state = module(x, **extras)
+            results.append([y, state, torch.autograd.grad(y.sum(), [x, *module.parameters()])])
+        finally:
+            torch.set_default_device(None)
+    assert_same(results[1], results[0])
 
 
 # The cell
