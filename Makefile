@@ -39,7 +39,7 @@ test: $(VENV)/.test
 OLDEST := 2.10.0
 OLDEST_TESTS := test_autograd.py test_compile.py test_contract.py test_triton.py
 test-oldest:
-	$(MAKE) --no-print-directory VENV=.venv-oldest TORCH=$(OLDEST) TORCH_SPEC=torch==$(OLDEST) .venv-oldest/.test
+	FUSEDRNN_BUILD_CUDA=0 $(MAKE) --no-print-directory VENV=.venv-oldest TORCH=$(OLDEST) TORCH_SPEC=torch==$(OLDEST) .venv-oldest/.test
 	.venv-oldest/bin/python -c "import torch; assert torch.__version__.startswith('$(OLDEST)'), torch.__version__"
 	.venv-oldest/bin/pytest -n $(JOBS) --dist worksteal $(addprefix tests/,$(OLDEST_TESTS))
 
