@@ -1,5 +1,7 @@
 # make demo   a virtual environment, the package built into it, and the example for about a minute
 # make test   the same, and the tests
+# make test-oldest   the oldest torch that is supported, with the Triton it brings, in .venv-oldest: the tests that another
+#                    torch is most likely to fail. Its torch has CUDA and is about 3 GB to download
 #
 # PYTHON  the interpreter to start from          TORCH  the version of torch
 # VENV    where the environment goes             TORCH_INDEX  a package index to take torch from
@@ -20,7 +22,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp
 CUDA_SOURCES := $(wildcard csrc/cuda/*.h csrc/cuda/*.cu csrc/cuda/*.cuh csrc/cuda/host/*.h csrc/cuda/host/*.cpp benchmarks/cuda/*)
 CXX ?= g++
 
-.PHONY: help demo test lint format sanitize kernels gpu gpu-build clean
+.PHONY: help demo test test-oldest lint format sanitize kernels gpu gpu-build clean
 .DELETE_ON_ERROR:
 
 help:
@@ -33,6 +35,13 @@ demo: $(VENV)/.examples
 test: $(VENV)/.test
 	@echo "== the tests =="
 	$(BIN)/pytest -n $(JOBS) --dist worksteal
+
+OLDEST := 2.10.0
+OLDEST_TESTS := test_autograd.py test_compile.py test_contract.py test_triton.py
+test-oldest:
+	FUSEDRNN_BUILD_CUDA=0 $(MAKE) --no-print-directory VENV=.venv-oldest TORCH=$(OLDEST) TORCH_SPEC=torch==$(OLDEST) .venv-oldest/.test
+	.venv-oldest/bin/python -c "import torch; assert torch.__version__.startswith('$(OLDEST)'), torch.__version__"
+	.venv-oldest/bin/pytest -n $(JOBS) --dist worksteal $(addprefix tests/,$(OLDEST_TESTS))
 
 # make lint   style of Python and C++, and types
 lint: $(VENV)/.lint

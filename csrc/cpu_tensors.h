@@ -98,9 +98,9 @@ struct Contiguous {
 // On the CPU. Not through the dispatcher, which a single time step would feel.
 Tensor empty(std::initializer_list<int64_t> size, ScalarType dtype) {
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(size.size()), size.begin(),
-                                                         Contiguous(size).strides.data(), dtype_code(dtype),
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(size.size()), size.begin(),
+                                                  Contiguous(size).strides.data(), dtype_code(dtype),
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
   Tensor tensor(handle);
   advise(tensor);
   poison(tensor.mutable_data_ptr(), static_cast<size_t>(tensor.numel()) * tensor.element_size());
@@ -218,10 +218,9 @@ Tensor recycled(std::initializer_list<int64_t> size, ScalarType dtype) {
     MemoryPool::instance().give(std::move(*block));
   };
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(block->mutable_data_ptr(), static_cast<int64_t>(size.size()),
-                                                size.begin(), layout.strides.data(), 0, dtype_code(dtype),
-                                                aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(),
-                                                nullptr, 0, give, block.get()));
+  TORCH_ERROR_CODE_CHECK(torch_from_blob(block->mutable_data_ptr(), static_cast<int64_t>(size.size()), size.begin(),
+                                         layout.strides.data(), 0, dtype_code(dtype), aoti_torch_device_type_cpu(), -1,
+                                         &handle, aoti_torch_layout_strided(), nullptr, 0, give, block.get()));
   block.release();
   return Tensor(handle);
 }

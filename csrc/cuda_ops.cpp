@@ -47,7 +47,7 @@ class OnDevice {
   explicit OnDevice(int32_t index) : index_(index), guard_(index) { check(use_device(index)); }
   void* stream() const {
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
     return stream;
   }
 

@@ -6,13 +6,13 @@ understands what it reserved.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import unwrap_dead_wrappers
 
 from . import ops, reference
 
@@ -43,7 +43,8 @@ def lstm_layer(
         NotImplementedError: inside torch.func.vmap, torch.func.jvp or a forward-mode dual level.
     """
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h0, c0, *weights))
-    if needs_grad and (torch.compiler.is_exporting() or torch.jit.is_tracing()):
+    # The flag itself: before torch 2.12, Dynamo takes is_exporting() for true in torch.compile as well.
+    if needs_grad and (torch.compiler._is_exporting_flag or torch.jit.is_tracing()):
         needs_grad = False  # what is recorded will be run and not trained: it should reserve nothing
     with _autocast_off(x.device):
         if needs_grad or _is_transformed():
@@ -64,18 +65,29 @@ def lstm_step(
 
 
 def _apply(*arguments: Any) -> tuple[Tensor, ...]:
-    """LSTMFunction.apply, which takes 30 us to read and bind the signature of its forward for defaults: it has none.
+    """LSTMFunction.apply, or of the same what is quickest where nothing is transformed or traced."""
+    if torch._C._are_functorch_transforms_active():
+        return _apply_transformed(*arguments)
+    if torch.compiler.is_compiling():
+        return ops.layer(*arguments[:_WEIGHTS], arguments[_WEIGHTS:])
+    return _EagerLSTMFunction.apply(*arguments)
 
-    What is behind that is all there is where nothing is transformed or traced.
-    """
-    if torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
+
+def _apply_transformed(*arguments: Any) -> tuple[Tensor, ...]:
+    """Inside torch.func's transforms. torch has no rule for an autograd.Function in functionalize: nothing is mutated
+    here, so that one is left for the call."""
+    interpreter: Any = torch._functorch.pyfunctorch.retrieve_current_functorch_interpreter()
+    if interpreter.key() != torch._C._functorch.TransformType.Functionalize:
         return LSTMFunction.apply(*arguments)
-    return super(torch.autograd.Function, LSTMFunction).apply(*unwrap_dead_wrappers(arguments))
+    api = torch._subclasses.functional_tensor.FunctorchFunctionalizeAPI(interpreter)
+    with api.redispatch_to_next():
+        results: Any = _apply(*api.unwrap_tensors(arguments))
+    return api.wrap_tensors(results)
 
 
 def _autocast_off(device: torch.device) -> AbstractContextManager[Any]:
     """The arguments have got the dtypes they are to be computed in: nothing below may be cast again."""
-    if torch._C._is_any_autocast_enabled() and torch.amp.is_autocast_available(device.type):
+    if torch._C._is_any_autocast_enabled() and ops.has_autocast(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
@@ -87,8 +99,9 @@ def _is_transformed() -> bool:
 
 def _refuse_vmap(*_: Any) -> NoReturn:
     raise NotImplementedError(
-        "fusedrnn's LSTM cannot be batched by torch.func.vmap yet, as nn.LSTM cannot: give the sequences a batch "
-        "dimension instead"
+        "the forward of fusedrnn's LSTM cannot be batched by torch.func.vmap, neither over sequences nor over weights: "
+        "give the sequences a batch dimension, and call the module once for each set of weights. Its backward can be "
+        "(torch.func.jacrev)"
     )
 
 
@@ -139,16 +152,37 @@ class LSTMFunction(torch.autograd.Function):
         needs = [*needed[_X : _X + 3], *needed[_WEIGHTS:]]
         arguments = (dy, dhn, dcn, dc, x, h0, c0, lengths, reset, y, c, reserve, *weights)
         with _autocast_off(x.device):
-            if (torch.is_grad_enabled() or _is_transformed()) and not torch.compiler.is_compiling():
-                grads = LSTMBackwardFunction.apply(ctx.backend, ctx.bidirectional, needs, *arguments)
+            if torch.compiler.is_compiling():
+                grads: Sequence[Tensor] = _run_backward(ctx.backend, ctx.bidirectional, needs, *arguments)
+            elif torch.is_grad_enabled() or _is_transformed():
+                apply = partial(LSTMBackwardFunction.apply, ctx.backend, ctx.bidirectional, needs)
+                grads = _for_each(apply, arguments)
             else:
-                grads = _run_backward(ctx.backend, ctx.bidirectional, needs, *arguments)
+                grads = _for_each(partial(_run_backward, ctx.backend, ctx.bidirectional, needs), arguments)
         dx, dh0, dc0, *dweights = (grad if need else None for grad, need in zip(grads, needs, strict=True))
         if is_step:
             dx, dh0, dc0 = (None if grad is None else grad.squeeze(0) for grad in (dx, dh0, dc0))
         return None, None, None, dx, dh0, dc0, None, None, *dweights
 
     vmap = staticmethod(_refuse_vmap)
+
+
+class _EagerLSTMFunction(torch.autograd.Function):
+    """LSTMFunction where nothing is transformed or traced.
+
+    With a setup_context, `apply` reads and binds the signature of `forward` at every call, which takes 30 us.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        output = LSTMFunction.forward(*arguments)
+        LSTMFunction.setup_context(ctx, arguments, output)
+        return output
+
+    backward = staticmethod(LSTMFunction.backward)
+
+
+ops.implement_layer(lambda *arguments: _EagerLSTMFunction.apply(*arguments[:_WEIGHTS], *arguments[_WEIGHTS]))
 
 
 def _is_step(x: Tensor, lengths: Tensor | None) -> bool:
@@ -227,7 +261,7 @@ class LSTMBackwardFunction(torch.autograd.Function):
         )
         with _autocast_off(x.device):
             pullback = torch.func.vjp(gradients, x, *states, *grad_outputs, *weights)[1]
-            gx, gh0, gc0, *rest = pullback(cotangents)
+            gx, gh0, gc0, *rest = _for_each(lambda *cotangents: pullback(cotangents), cotangents)
         g_outputs, g_weights = rest[:4], rest[4:]
         ddouts = [g if d is not None else None for g, d in zip(g_outputs, (dy, dhn, dcn, dc), strict=True)]
         return (
@@ -246,4 +280,49 @@ class LSTMBackwardFunction(torch.autograd.Function):
             *g_weights,
         )
 
-    vmap = staticmethod(_refuse_vmap)
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], backend: str, bidirectional: bool, needs: list[bool], *arguments: Any
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        """One after another: every element has gradients of the weights of its own."""
+        results = [
+            LSTMBackwardFunction.apply(
+                backend,
+                bidirectional,
+                needs,
+                *(t if dim is None else t.select(dim, k) for t, dim in zip(arguments, in_dims[3:], strict=True)),
+            )
+            for k in range(info.batch_size)
+        ]
+        grads = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+        return grads, (0,) * len(grads)
+
+
+# is_grads_batched and vectorize=True of torch.autograd are an older vmap, which asks no autograd.Function for a rule.
+_LEVELS = range(64, 0, -1)  # how deep it can be nested
+
+
+def _for_each(function: Callable[..., Sequence[Tensor | None]], tensors: Sequence[Tensor | None]) -> list[Any]:
+    """function(*tensors), one element of that older vmap after another."""
+    batched = [t for t in tensors if t is not None and torch._C._functorch.is_legacy_batchedtensor(t)]
+    if not batched:
+        return list(function(*tensors))
+    level = next(level for level in _LEVELS if any(_elements(t, level) is not None for t in batched))
+    elements = [None if t is None else _elements(t, level) for t in tensors]
+    count = next(len(t) for t in elements if t is not None)
+    results = [
+        _for_each(function, [t if every is None else every[k] for t, every in zip(tensors, elements, strict=True)])
+        for k in range(count)
+    ]
+    return [
+        None if parts[0] is None else torch._add_batch_dim(torch.stack(parts), 0, level)
+        for parts in zip(*results, strict=True)
+    ]
+
+
+def _elements(t: Tensor, level: int) -> Tensor | None:
+    """What t consists of at a level of that vmap, in front; None where it does not have this level."""
+    if not torch._C._functorch.is_legacy_batchedtensor(t):
+        return None
+    found = torch._remove_batch_dim(t, level, 0, 0)  # a tensor without this level is expanded, here to no element
+    return found if len(found) else None

@@ -187,7 +187,7 @@ def autocast_dtype(input: Tensor, c: Tensor | None = None, *, wide: bool = False
     if not torch._C._is_any_autocast_enabled():  # the quick answer, which nn.LSTM asks for as well
         return None
     device = input.device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if not (ops.has_autocast(device) and torch.is_autocast_enabled(device)):
         return None
     dtype = torch.get_autocast_dtype(device)
     state = input if c is None else c

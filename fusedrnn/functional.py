@@ -82,8 +82,10 @@ def lstm(
     plain = batch_sizes is None and lengths is None and reset is None and not return_states
     if plain and 0 <= dropout <= 1 and (num_layers == 1 or not (training and dropout)):
         quick = _short_way(input, weights, hx, num_layers, batch_first, bidirectional)
-        if quick is not None:
+        if type(quick) is tuple:
             return quick
+    else:
+        quick = None
     form = _form_of(input, batch_first, batch_sizes)
     h0, c0 = _split_hx(hx, "lstm")
     _check_hx_dims(h0, c0, form)
@@ -127,6 +129,8 @@ def lstm(
     packed, extras = form.batch_sizes is not None, (lengths is not None, reset is not None, return_states)
     problem = dispatch.Problem(input.device.type, input.dtype, T, B, I, H, P, D, *extras, packed)
     backend = dispatch.select(problem)
+    if isinstance(quick, Exception) and backend == "cpu":
+        raise quick
     dropout = dropout if training else 0.0
     if backend == "aten":
         y, hn, cn = _aten(input, form, weights, h0, c0, num_layers, dropout, bidirectional)
@@ -187,8 +191,10 @@ def lstm_cell(
     """
     if (hx is None or type(hx) is tuple) and b_ih is not None and b_hh is not None:
         quick = _short_way(input, [w_ih, w_hh, b_ih, b_hh], hx, dims=2)
-        if quick is not None:
+        if type(quick) is tuple:
             return quick[1]
+    else:
+        quick = None
     _check_input(input)
     if input.dim() not in (1, 2):
         raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
@@ -217,6 +223,8 @@ def lstm_cell(
     _check_weights(weights, 1, 1, I)
 
     backend = dispatch.select(dispatch.Problem(input.device.type, input.dtype, 1, B, I, H, H, 1))
+    if isinstance(quick, Exception) and backend == "cpu":
+        raise quick
     if backend == "aten":
         h, c = (input.new_zeros(B, H) if s is None else s for s in (h, c))
         hn, cn = _VF.lstm_cell(input, (h, c), *weights)
@@ -235,12 +243,12 @@ def _short_way(
     batch_first: bool = False,
     bidirectional: bool = False,
     dims: int = 3,
-) -> tuple[Tensor, tuple[Tensor, Tensor]] | None:
-    """Layers, or with 2 dims a cell, on the CPU where only their results are asked for; None where that is not so, or
-    something is wrong.
+) -> tuple[Tensor, tuple[Tensor, Tensor]] | Exception | None:
+    """Layers, or with 2 dims a cell, on the CPU where only their results are asked for; None where that is not so.
 
     A short sequence takes less than all the questions that `lstm` asks. The operators make sure of shapes and dtypes by
-    themselves, in fewer words: whoever gets None asks them all, and finds the words.
+    themselves, in fewer words: whoever gets their error instead of results asks all the questions, which find the
+    words, and raises it where they find nothing wrong.
     """
     if type(input) is not Tensor or input.dim() != dims or not dispatch.is_plain_on_cpu(input):
         return None
@@ -267,8 +275,8 @@ def _short_way(
             y = _apart(y, weights, bidirectional)
         else:
             y, hn, cn = ops.cpu_infer(x, weights, num_layers, bidirectional, h0, c0)
-    except (RuntimeError, TypeError, ValueError, AttributeError):
-        return None
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        return error
     return y.transpose(0, 1) if batch_first else y, (hn, cn)
 
 

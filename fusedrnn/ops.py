@@ -72,6 +72,21 @@ def _of_list(name: str, position: int) -> Callable[..., Any]:
     return run
 
 
+# A layer that is differentiable, for torch.compile, as autograd.py computes it: its arguments are those of
+# LSTMFunction. Dynamo would trace an autograd.Function with its backward outside of autograd, so that backend="eager"
+# lost second derivatives. AOTAutograd sees what this operator is made of, the pair of the backend.
+_library.define(
+    "layer(str backend, bool bidirectional, bool cell_states, Tensor x, Tensor? h0, Tensor? c0, Tensor? lengths, "
+    "Tensor? reset, Tensor[] weights) -> (Tensor y, Tensor hn, Tensor cn, Tensor c, Tensor reserve)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def implement_layer(function: Callable[..., Any]) -> None:
+    """Gives `layer` what it does, which lies above this module."""
+    _library.impl("layer", function, "CompositeImplicitAutograd")
+
+
 def _forward_fake(
     x: Tensor,
     bidirectional: bool,
@@ -235,7 +250,14 @@ def constant(function: Any) -> Any:
     return function
 
 
-exporting_onnx = _constant(onnx.is_exporting)
+exporting_onnx = constant(onnx.is_exporting)
+
+
+@constant
+def has_autocast(device_type: str) -> bool:
+    """Whether autocast is for such a device at all; before torch 2.12, Dynamo cannot trace torch's own question."""
+    return torch.amp.is_autocast_available(device_type)
+
 
 _define_gpu("triton")
 
@@ -354,3 +376,4 @@ _tracing_state = torch._C._get_tracing_state  # a single step feels each look fo
 _FORWARD = {name: getattr(_ops, f"{name}_forward").default for name in ("reference", "cuda", "triton", "cpu")}
 _BACKWARD = {name: getattr(_ops, f"{name}_backward").default for name in ("reference", "cuda", "triton", "cpu")}
 cpu_infer = _ops.cpu_infer.default
+layer = _ops.layer.default

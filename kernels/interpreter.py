@@ -1,6 +1,7 @@
-"""bfloat16 in Triton's interpreter, which cuts off where the GPU rounds, and multiplies the bits as integers.
+"""Triton's interpreter: bfloat16, which it cuts off where the GPU rounds and multiplies as the integers of its bits;
+and the integer that Python asks of a scalar, which the one of Triton 3.6 cannot give with NumPy 2.4 and later.
 
-`launch.py` puts both right where the interpreter is in use (TRITON_INTERPRET=1): tests, on a machine without a GPU.
+`launch.py` puts this right where the interpreter is in use (TRITON_INTERPRET=1): tests, on a machine without a GPU.
 """
 
 from typing import Any
@@ -12,12 +13,12 @@ from triton.runtime import interpreter
 
 
 def repair() -> None:
-    """Replaces the two methods of the interpreter; a second time, it changes nothing more."""
+    """Replaces two methods of the interpreter, and one that it gives to tensors; a second time, it changes nothing."""
     builder: Any = interpreter.InterpreterBuilder
     if getattr(builder, "fusedrnn_repaired", False):
         return
     builder.fusedrnn_repaired = True
-    cast, dot = builder.cast_impl, builder.create_dot
+    cast, dot, patch = builder.cast_impl, builder.create_dot, interpreter._patch_lang_tensor
 
     def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
         kinds = (src.dtype.scalar, dst_type.scalar)
@@ -33,4 +34,9 @@ def repair() -> None:
         a, b = (self.cast_impl(s, tl.float32) if s.dtype.scalar == tl.bfloat16 else s for s in (a, b))
         return dot(self, a, b, *rest)
 
+    def patch_tensor(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
     builder.cast_impl, builder.create_dot = cast_impl, create_dot
+    interpreter._patch_lang_tensor = patch_tensor

@@ -3,18 +3,20 @@
 import copy
 import inspect
 from threading import Thread
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from torch.autograd import forward_ad, grad, gradcheck, gradgradcheck
+from torch.autograd.functional import hessian, jacobian
 from torch.func import functional_call, vjp, vmap
 from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
 import fusedrnn
-from fusedrnn import ops, reference
+from fusedrnn import dispatch, ops, reference
 
 T, B, I, H = 5, 3, 4, 6
 
@@ -547,10 +549,6 @@ def gradient_of_each_sample(call, loss, weights, x):
     return vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, torch.stack([x, x]))
 
 
-def jacrev(call, loss, weights, x):
-    return torch.func.jacrev(call, argnums=1)(weights, x)
-
-
 def jvp(call, loss, weights, x):
     return torch.func.jvp(lambda x: call(weights, x), (x,), (x,))
 
@@ -577,13 +575,12 @@ def jvp_of_grad(call, loss, weights, x):
     return torch.func.jvp(lambda x: torch.func.grad(loss, argnums=1)(weights, x), (x,), (x,))
 
 
-VMAP, JVP = "cannot be batched by torch.func.vmap yet", "forward.mode"
+VMAP, JVP = "cannot be batched by torch.func.vmap", "forward.mode"
 REFUSED = [
     (vmapped, VMAP),
     (vmapped_without_grad, VMAP),
     (ensemble, VMAP),
     (gradient_of_each_sample, VMAP),
-    (jacrev, VMAP),
     (jvp, JVP),
     (jvp_of_weights, JVP),
     (dual_numbers, JVP),
@@ -601,12 +598,105 @@ def test_transforms_that_are_refused(kernel, transform, text):
         transform(call, loss, weights, x)
 
 
-def test_batched_gradients_are_refused(kernel):
-    """torch's older vmap, which autograd still uses here, asks no autograd.Function: it is torch that says it."""
-    call, _, weights, x, _, _ = functional(kernel)
-    y = call(weights, x.requires_grad_())[0]
-    with pytest.raises(RuntimeError, match="Batching rule not implemented for fusedrnn::"):
-        grad(y, x, torch.stack([torch.ones_like(y)] * 2), is_grads_batched=True)
+def two_layers(device):
+    lstm = build(SimpleNamespace(device=device), 2, 3, 2, bidirectional=True, proj_size=2)
+    return lambda x: torch.cat([part.flatten() for part in flat(lstm(x))]), random(3, 2, 2, device=device)
+
+
+def packed_rows(device):
+    lstm = build(SimpleNamespace(device=device), 2, 3, bidirectional=True)
+    sizes = torch.tensor([2, 2, 1])
+
+    def call(x):
+        y, (hn, cn) = lstm(PackedSequence(x, sizes))
+        return torch.cat([y.data.flatten(), hn.flatten(), cn.flatten()])
+
+    return call, random(5, 2, device=device)
+
+
+def with_lengths(device):
+    lstm = build(SimpleNamespace(device=device), 2, 3, bidirectional=True)
+    lengths = torch.tensor([1, 3], device=device)
+    return lambda x: lstm(x, lengths=lengths)[0], random(3, 2, 2, device=device)
+
+
+def unbatched(device):
+    lstm = build(SimpleNamespace(device=device), 2, 3)
+    return lambda x: lstm(x)[0], random(3, 2, device=device)
+
+
+def single_step(device):
+    lstm = build(SimpleNamespace(device=device), 2, 3)
+    return lambda x: lstm(x)[1][1], random(1, 2, 2, device=device)
+
+
+def one_cell(device):
+    cell = fusedrnn.LSTMCell(2, 3, dtype=torch.float64, device=device)
+    return lambda x: torch.cat(cell(x)), random(2, 2, device=device)
+
+
+def skip_padded(kernel, form):
+    if form is packed_rows and not dispatch.TABLE[kernel.backend].takes_packed:
+        pytest.skip("padded for it, which torch's pad_packed_sequence cannot do inside of torch.func's transforms")
+
+
+BATCHED = [two_layers, packed_rows, with_lengths, unbatched, single_step, one_cell]
+
+
+@pytest.mark.parametrize("form", BATCHED, ids=[form.__name__ for form in BATCHED])
+def test_jacobians(kernel, assert_same, form):
+    """Whichever way all gradients of an output are asked for at once: those that are asked for one after another."""
+    skip_padded(kernel, form)
+    call, x = form(kernel.device)
+    expected = jacobian(call, x)
+    assert expected.abs().max() > 1e-3
+    assert_same(torch.func.jacrev(call)(x), expected)
+    assert_same(torch.func.jacrev(call, chunk_size=5)(x), expected)
+    assert_same(jacobian(call, x, vectorize=True), expected)
+    x = x.requires_grad_()
+    y = call(x)
+    units = torch.eye(y.numel(), dtype=y.dtype, device=y.device).view(-1, *y.shape)
+    for create_graph in (True, False):
+        (dx,) = grad(y, x, units, is_grads_batched=True, create_graph=create_graph)
+        assert_same(dx.detach().view_as(expected), expected)
+
+
+def test_jacobian_of_weights(kernel, assert_same):
+    """Each element of the output has gradients of the weights of its own."""
+    call, _, weights, x, _, _ = functional(kernel, I, 2, num_layers=2)
+    found = torch.func.jacrev(lambda weights: call(weights, x)[1])(weights)
+    for name, weight in weights.items():
+        expected = jacobian(lambda value, name=name: call({**weights, name: value}, x)[1], weight)
+        assert_same(found[name], expected)
+
+
+@pytest.mark.parametrize("form", BATCHED, ids=[form.__name__ for form in BATCHED])
+def test_hessians(kernel, assert_same, form):
+    skip_padded(kernel, form)
+    call, x = form(kernel.device)
+
+    def loss(x):
+        return call(x).square().sum()
+
+    expected = hessian(loss, x)
+    assert_same(hessian(loss, x, vectorize=True), expected)
+    assert_same(torch.func.jacrev(torch.func.jacrev(loss))(x), expected)
+
+    def gradient(x):
+        return jacobian(loss, x, create_graph=True, vectorize=True)
+
+    assert_same(jacobian(gradient, x, vectorize=True), expected)
+
+
+@pytest.mark.parametrize("form", BATCHED, ids=[form.__name__ for form in BATCHED])
+def test_functionalize(kernel, assert_same, form):
+    skip_padded(kernel, form)
+    call, x = form(kernel.device)
+    x.requires_grad_()
+    y, expected = torch.func.functionalize(call)(x), call(x)
+    assert_same(y, expected)
+    assert_same(grad(sums([y]), x), grad(sums([expected]), x))
+    assert_same(torch.func.grad(lambda x: sums([torch.func.functionalize(call)(x)]))(x), grad(sums([call(x)]), x))
 
 
 def test_what_a_call_costs_in_training_is_not_reading_a_signature(monkeypatch):

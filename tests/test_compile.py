@@ -177,6 +177,29 @@ def test_autocast(kernel):
         assert torch.equal(mine, other)
 
 
+@pytest.mark.parametrize("compilable", [False, True])
+def test_second_derivatives(kernel, assert_same, compilable):
+    """Those of backend="eager" are right, and AOTAutograd, which has none, refuses: none is left out silently."""
+    model = fusedrnn.convert(nn.LSTM(I, H, 2), compilable=compilable).to(kernel.device, torch.float64)
+    x = torch.randn(5, 2, I, dtype=torch.float64, device=kernel.device, requires_grad=True)
+
+    def penalty(call):
+        y = call(x)[0]
+        (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        return torch.autograd.grad(y.sum() + dx.square().sum(), list(model.parameters()))
+
+    assert_same(penalty(torch.compile(model, backend="eager")), penalty(model))
+    torch._dynamo.reset()
+    with pytest.raises(RuntimeError, match="does not currently support double backward"):
+        penalty(torch.compile(model, backend="aot_eager"))
+
+
+def test_no_graph_of_the_backward_where_none_is_asked_for():
+    model, x = fusedrnn.CompilableLSTM(I, H), torch.randn(5, 2, I, requires_grad=True)
+    (dx,) = torch.autograd.grad(torch.compile(model, fullgraph=True, backend="eager")(x)[0].sum(), x)
+    assert not dx.requires_grad
+
+
 def test_another_backend_is_compiled_anew():
     """The choice is part of the graph, and made again when it may come out differently."""
     model, run, graphs = compiled(Model(), "cpu")
@@ -333,6 +356,7 @@ def test_what_takes_a_list_of_tensors():
     names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fusedrnn::")]
     schemas = {name: torch._C._get_schema(*name.split(".") if "." in name else (name, "")) for name in names}
     listed = {name for name, schema in schemas.items() if any(str(a.type) == "List[Tensor]" for a in schema.arguments)}
+    listed -= {"fusedrnn::layer"}  # which is Python
     assert {name for name in listed if not name.endswith(".list")} == {"fusedrnn::cpu_infer"}
     assert torch._C._dispatch_has_kernel_for_dispatch_key("fusedrnn::cpu_forward.list", "CompositeImplicitAutograd")
     assert not torch._C._dispatch_has_kernel_for_dispatch_key("fusedrnn::cpu_infer", "Meta")
@@ -542,6 +566,13 @@ def test_opcheck_backward(kernel, layer, given, needs):
         assert torch.equal(a, b)
 
 
+def test_opcheck_of_a_differentiable_layer(kernel):
+    """Made of the pair above: what is left of opcheck are schema and traces."""
+    x, weights, bidirectional, *hx, lengths, reset, cell_states, _ = forward_arguments(kernel.device, True, True)
+    arguments = (kernel.backend, bidirectional, cell_states, x, *hx, lengths, reset, weights)
+    torch.library.opcheck(ops.layer, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
 def test_opcheck_of_what_computes_no_tensor():
     """opcheck cannot compare the strings that these return; what is left are the schema and the registration."""
     utils = ("test_schema", "test_autograd_registration")
@@ -559,4 +590,4 @@ def test_opcheck_of_what_computes_no_tensor():
     }
     library = {f"cuda_{name}" for name in ("launch_forward", "launch_backward", "room", "obstacle", "device_type")}
     # What is new has to be checked: here, triton's and cuda's in test_triton.py and test_cuda.py.
-    assert names == {*pairs, "cpu_infer", "cpu_isa", "cpu_keep", "cpu_plan", "cpu_poison", *library}
+    assert names == {*pairs, "layer", "cpu_infer", "cpu_isa", "cpu_keep", "cpu_plan", "cpu_poison", *library}

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fusedrnn
@@ -733,3 +734,23 @@ def test_cell_in_a_loop(place, twins, assert_same, gradients):
             steps.append(hx)
         results.append((steps, gradients(steps, [x, *cell.parameters()])))
     assert_same(results[1], results[0])
+
+
+@pytest.mark.parametrize("cls", [fusedrnn.LSTM, fusedrnn.LSTMCell])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+def test_an_error_inside_of_an_operator_is_raised_as_it_is(cls, training):
+    """And not taken for a wrong argument, after which the layer would be computed a second time."""
+    called = []
+
+    class Fails(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            if operator.namespace == "fusedrnn":
+                called.append(operator)
+                raise RuntimeError("out of memory")
+            return operator(*args, **(kwargs or {}))
+
+    module = cls(3, 4).requires_grad_(training)
+    x = torch.ones(2, 3) if cls is fusedrnn.LSTMCell else torch.ones(5, 2, 3)
+    with Fails(), pytest.raises(RuntimeError, match="out of memory"), fusedrnn.use_backend("auto"):
+        module(x)
+    assert len(called) == 1
