@@ -342,3 +342,35 @@ def test_aot_inductor(pair, assert_same, tmp_path):
     for x in (inputs(6, 5), inputs(3, 9)):
         with torch.no_grad():
             assert_same(compiled(x), theirs(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_frozen_trace(pair, assert_same):
+    frozen = torch.jit.freeze(torch.jit.trace(pair[1].eval(), batch(), check_trace=False))
+    for B, T in ((6, 5), (2, 9), (1, 1), (3, 4)):  # the first calls are profiled
+        x = batch(B, T)
+        assert_same(frozen(x), pair[0](x))
+
+
+@pytest.mark.parametrize("compilable", [False, True], ids=["LSTM", "CompilableLSTM"])
+def test_symbolic_trace(pair, assert_same, compilable):
+    """The layer is a leaf of the graph, as nn.LSTM is."""
+    traced = [torch.fx.symbolic_trace(model) for model in (pair[0], fusedrnn.convert(pair[1], compilable=compilable))]
+    targets = [[str(node.target) for node in program.graph.nodes] for program in traced]
+    assert targets[1] == targets[0]
+    x = batch()
+    assert_same(traced[1](x), traced[0](x))
+
+
+def test_jacobians(pair, assert_same):
+    x = batch(B=2, T=3)
+    for jacobian in (
+        lambda model: torch.func.jacrev(model)(x),
+        lambda model: torch.autograd.functional.jacobian(model, x, vectorize=True),
+    ):
+        assert_same(jacobian(pair[1]), jacobian(pair[0]))
+
+
+def test_functionalize(pair, assert_same):
+    x = batch()
+    assert_same(torch.func.functionalize(pair[1])(x), pair[0](x))

@@ -42,14 +42,6 @@ I = 3
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 NUDGES = 2
 
-# Operations that are left out until fusedrnn can do what nn.LSTM does; FUSEDRNN_FUZZ_ALL=1 has them all.
-PENDING = set() if os.environ.get("FUSEDRNN_FUZZ_ALL") else {"in_place", "trace", "fx"}
-
-
-def ready(name):
-    """A rule, or a part of one, that may be pending."""
-    return name not in PENDING
-
 
 @dataclass(frozen=True)
 class Call:
@@ -359,7 +351,7 @@ class Modules(RuleBasedStateMachine):
             change["grad"] = "first"
         if call.via in ("threads", "average", "checkpoint", "trace", "freeze"):
             change["grad"] = "no_grad" if call.via in ("trace", "freeze") else "first"
-        if call.in_place and (not ready("in_place") or self.handles or self.cell or call.via != "module"):
+        if call.in_place and (self.handles or self.cell or call.via != "module"):
             change["in_place"] = ""
         if call.form == "packed" and any(hook is look for hook in self.hooks()):
             change["form"] = "padded"
@@ -414,11 +406,7 @@ class Modules(RuleBasedStateMachine):
             return [evaluate(average.module, problem, self.dtype)]
         return [evaluate(self.ours, problem, self.dtype)]
 
-    @precondition(
-        lambda self: (
-            (ready("trace") or not self.cell) and not self.handles and not self.parametrized and not self.pruned
-        )
-    )
+    @precondition(lambda self: not self.handles and not self.parametrized and not self.pruned)
     @rule(call=CALLS, frozen=st.booleans())
     def trace(self, call, frozen):
         forms = ("padded", "unbatched")
@@ -426,10 +414,10 @@ class Modules(RuleBasedStateMachine):
         T = 2 if self.cell else call.T  # a loop over a cell is unrolled
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            via = "freeze" if frozen and ready("trace") else "trace"
+            via = "freeze" if frozen else "trace"
             self.compare(self.possible(Call(form=form, T=T, B=call.B, hx=call.hx, via=via, seed=call.seed)))
 
-    @precondition(lambda self: ready("fx") and not self.cell and not self.pruned)
+    @precondition(lambda self: not self.cell and not self.pruned)
     @rule()
     def symbolic_trace(self):
         """What is traced has one leaf, as it has with nn.LSTM, and computes the same."""
