@@ -211,7 +211,9 @@ def test_captum(pair, assert_same):
 
 
 @pytest.mark.parametrize("compilable", [False, True], ids=["LSTM", "CompilableLSTM"])
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=str)
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
+)
 def test_copies(pair, assert_same, duplicate, compilable):
     model = fusedrnn.convert(pair[1], compilable=compilable)
     x, other = batch(), duplicate(model)

@@ -1,7 +1,7 @@
 """The inner loops of the CPU kernels' products keep their sums in registers.
 
 A compiler that runs out of them stores some to the stack in every round. That costs a third of the speed, and no test
-of results sees it. The library is disassembled, and the loops of the functions named in panel.h and gemm.h are looked at.
+of results sees it. The library is disassembled, and the loops of the functions named in panel.h and gemm.h are checked.
 """
 
 import re
