@@ -5,6 +5,7 @@ buffers are poisoned with NaN, so that whatever a kernel leaves unwritten shows.
 """
 
 import copy
+import dataclasses
 import itertools
 import math
 import os
@@ -174,6 +175,31 @@ def test_options_bfloat16(isa, name):
     check(Case(7, 5, 5, 38, **options))
 
 
+# Of tiles of 16 rows, 32 inputs and 16 units: rows that fill one or two, or that two share; inputs and units that fill
+# none; products that are cut along K, with rows and columns left over.
+TILED = [
+    Case(5, 15, 32, 48),
+    Case(5, 16, 32, 64),
+    Case(4, 17, 33, 40),
+    Case(4, 31, 7, 100),
+    Case(3, 33, 64, 17),
+    Case(4, 40, 40, 129, bidirectional=True),
+    Case(5, 20, 24, 200),
+    Case(30, 40, 600, 40),
+    Case(7, 2, 1100, 30),
+    Case(9, 33, 20, 50, proj_size=20),
+    Case(20, 35, 24, 72, layers=2, lengths=True, reset=True, states=True),
+    Case(40, 17, 24, 72, bidirectional=True, packed=True, reset=True),
+]
+
+
+@pytest.mark.parametrize("count", [1, 2], ids=["one-thread", "two-threads"])
+@pytest.mark.parametrize("case", TILED, ids=lambda case: case.id)
+def test_tiles(isa, threads, case, count):
+    threads(count)
+    check(dataclasses.replace(case, dtype=BF16))
+
+
 @pytest.mark.parametrize("size", [size for size in SIZES if size[0] > 1 and size[1] > 1], ids=str)
 def test_sizes_of_packed_input(isa, size):
     check(Case(*size, packed=True, bidirectional=True, reset=True))
@@ -266,6 +292,7 @@ def test_short_sequences_with_shared_rows(isa, threads, case):
         Case(30, 17, 24, 129, layers=2, bidirectional=True, packed=True, reset=True),
         Case(30, 17, 24, 130, layers=2, bidirectional=True, packed=True, reset=True, dtype=BF16),
         Case(40, 1, 16, 200, dtype=BF16),
+        Case(20, 40, 30, 72, dtype=BF16),
         Case(1, 17, 200, 129),
         Case(1, 3, 5, 200, bidirectional=True),
         Case(1, 2, 64, 512),

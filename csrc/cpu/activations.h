@@ -14,17 +14,17 @@ template <class A>
 struct Exp;
 template <>
 struct Exp<float> {
-  static constexpr float kLowest = -87.3f;  // of q: 2^n is normal
+  static constexpr float kLowest = -87.3f, kHighest = 89.0f;  // of q: 2^n is normal, or infinite at the top
   // A sum with this one is a whole number whose lowest bits are n + 127, an exponent.
   static constexpr float kShift = 0x1.8p23f + 127;
   static constexpr int kMantissa = 23;
   static constexpr float kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cp-20f;
   static constexpr float P[] = {0x1.fffffep-2f, 0x1.5554bp-3f, 0x1.555674p-5f, 0x1.122776p-7f, 0x1.6bec06p-10f};
-  static constexpr float kTanhIsOne = 9.1f, kSigmoidIsTiny = 87.34f;  // 1 / (1 + e^87.34) is below every normal number
+  static constexpr float kTanhIsOne = 9.1f;
 };
 template <>
 struct Exp<double> {
-  static constexpr double kLowest = -708.3;
+  static constexpr double kLowest = -708.3, kHighest = 710.0;
   static constexpr double kShift = 0x1.8p52 + 1023;
   static constexpr int kMantissa = 52;
   static constexpr double kLn2High = 0x1.62e42fefap-1, kLn2Low = 0x1.cf79abc9e3b3ap-40;
@@ -32,23 +32,22 @@ struct Exp<double> {
                                  0x1.1111111118fa9p-7,  0x1.6c16c17edba42p-10, 0x1.a01a017515664p-13,
                                  0x1.a019a76f56f91p-16, 0x1.71de88058d787p-19, 0x1.28a1dfeb6446cp-22,
                                  0x1.ae6ba9c908993p-26};
-  static constexpr double kTanhIsOne = 19.1, kSigmoidIsTiny = 708.4;
+  static constexpr double kTanhIsOne = 19.1;
 };
 
-// a / b for b from 2^-126 to 2^126. With AVX-512 a float's is from an estimate of 1 / b to 14 bits, Newton's step and the
-// remainder of the quotient, which is rounded as a / b but for a last place now and then, in six short instructions: the
-// divider would hold all others up for 16 cycles and more on some processors.
+// a / b for b from 2^-126 on, infinity included. Beside tiles, which only processors of Intel have and which compute
+// 16-bit numbers, it is a times an estimate of 1 / b to 14 bits and Newton's step: 27 bits in five short instructions,
+// where the divider there holds a port for 16 cycles. AMD's divides beside everything else.
 template <class A>
 FUSEDRNN_INLINE Vec<A> quotient(Vec<A> a, Vec<A> b) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(A) == 4) {
-    const Vec<A> estimate = __builtin_ia32_rcp14ps512_mask(b, Vec<A>{}, -1);
-    const Vec<A> inverse = estimate + estimate * (A(1) - b * estimate);
-    const Vec<A> result = a * inverse;
-    return result + inverse * (a - b * result);
-  }
-#endif
+#if defined(FUSEDRNN_TILES) && defined(__AVX512F__)
+  static_assert(sizeof(A) == 4);
+  const Vec<A> estimate = __builtin_ia32_rcp14ps512_mask(b, Vec<A>{}, -1);
+  const Vec<A> error = smaller<A>(A(1) - b * estimate, broadcast<A>(1));  // where b is infinite NaN, that becomes 1
+  return a * (estimate + estimate * error);
+#else
   return a / b;
+#endif
 }
 
 // Both functions are of e^(f x) = 2^n e^(f r), for x = n ln(2) / f + r and a factor f that is a power of two or its
@@ -58,7 +57,7 @@ FUSEDRNN_INLINE Vec<A> quotient(Vec<A> a, Vec<A> b) {
 // 1 / (1 + e^-x)
 template <class A>
 struct Sigmoid {
-  static constexpr A kFactor = -1, kLowest = -Exp<A>::kSigmoidIsTiny, kHighest = -Exp<A>::kLowest;
+  static constexpr A kFactor = -1, kLowest = -Exp<A>::kHighest, kHighest = -Exp<A>::kLowest;
 
   static FUSEDRNN_INLINE Vec<A> result(Vec<A> scale, Vec<A> r, Vec<A> p) {
     return quotient<A>(broadcast<A>(1), A(1) + scale * (A(1) - r * (A(1) + r * p)));
