@@ -274,7 +274,7 @@ std::tuple<Tensor, Tensor, Tensor> cpu_infer(Tensor x, Tensors flat, int64_t lay
 // What the launch leaves for the matrix products, of each direction: in the compute dtype, but for da, which is in the
 // layer's where its products take pairs.
 struct StepGradients {
-  Scratch da;                 // [N][da_stride]: [N][4H], and zeros
+  Scratch da;  // [N][da_stride]: [N][4H], and zeros
   int64_t da_stride;
   OptionalScratch h_in;       // the panels of the states that entered each step, only if w_hh needs a gradient
   OptionalScratch dh_out, m;  // [N][P] and [N][H], only with a projection

@@ -76,7 +76,8 @@ Scratch packed(const Layer& layer, const Packing& packing, const F& matrix) {
 
 // Rows of pairs, with zeros up to the inputs of a panel; or none where they are as long already.
 OptionalTensor padded_rows(const Kernels& kernels, const Tensor& rows) {
-  const int64_t count = rows.numel() / std::max<int64_t>(1, rows.size(rows.dim() - 1)), size = rows.size(rows.dim() - 1);
+  const int64_t count = rows.numel() / std::max<int64_t>(1, rows.size(rows.dim() - 1)),
+                size = rows.size(rows.dim() - 1);
   const int64_t stride = kernels.padded(size), bytes = static_cast<int64_t>(rows.element_size());
   if (stride == size) return std::nullopt;
   Tensor padded = empty({count, stride}, rows.scalar_type());

@@ -294,12 +294,10 @@ IN_PLACE = {
 
 
 @pytest.mark.parametrize("form", IN_PLACE)
-def test_outputs_that_nn_lstm_lets_be_changed_in_place(place, form, monkeypatch):
+def test_outputs_that_nn_lstm_lets_be_changed_in_place(place, form):
     """Of all outputs, on the CPU: then the gradients are those of the same change made apart."""
     if place.device != "cpu":
         pytest.skip("it is the CPU where nn.LSTM's output is a copy")
-    if form == "no oneDNN":
-        monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     options = {"dtype": torch.float32, **IN_PLACE[form]}
     size = (T, I) if form == "unbatched" else (T, 0, I) if form == "no sequences" else (T, B, I)
     x = torch.randn(size, dtype=options["dtype"]).transpose(0, int(options.get("batch_first", False)))
@@ -309,7 +307,8 @@ def test_outputs_that_nn_lstm_lets_be_changed_in_place(place, form, monkeypatch)
     ours.load_state_dict(theirs.state_dict())
     grads = []
     for module, in_place in ((theirs, True), (ours, False), (ours, True)):
-        y, (h, c) = module(x)
+        with torch.backends.mkldnn.flags(enabled=form != "no oneDNN", allow_tf32=None):
+            y, (h, c) = module(x)
         outputs = [y.data if isinstance(y, PackedSequence) else y, h, c]
         outputs = [t.mul_(0.5).relu_() if in_place else t.mul(0.5).relu() for t in outputs]
         grads.append(grad(sums(outputs), list(module.parameters())))

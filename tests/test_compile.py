@@ -568,8 +568,9 @@ def test_opcheck_backward(kernel, layer, given, needs):
 
 def test_opcheck_of_a_differentiable_layer(kernel):
     """Made of the pair above: what is left of opcheck are schema and traces."""
-    x, weights, bidirectional, *hx, lengths, reset, cell_states, _ = forward_arguments(kernel.device, True, True)
-    arguments = (kernel.backend, bidirectional, cell_states, x, *hx, lengths, reset, weights)
+    arguments = forward_arguments(kernel.device, True, True)
+    x, bidirectional, h0, c0, lengths, reset, cell_states, _, *weights = arguments
+    arguments = (kernel.backend, bidirectional, cell_states, x, h0, c0, lengths, reset, weights)
     torch.library.opcheck(ops.layer, arguments, test_utils=("test_schema", "test_faketensor"))
 
 

@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import shutil
+import sys
 import warnings
 from pathlib import Path
 
@@ -224,6 +225,12 @@ def test_copies(pair, assert_same, duplicate, compilable):
     assert_same(model(x), pair[0](x))
 
 
+@pytest.fixture
+def importable(monkeypatch):
+    """Lets processes that are spawned find this file: they get the path of this one."""
+    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parents[1])])
+
+
 def answer(model, x, queue):
     torch.set_num_threads(1)
     queue.put([value.detach().numpy() for value in (model(x), *grads(model, x))])
@@ -232,7 +239,7 @@ def answer(model, x, queue):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_other_processes(pair, assert_same, method):
+def test_other_processes(pair, assert_same, importable, method):
     """A model that has computed here computes in a child; by spawn it is pickled on the way."""
     x = batch()
     expected = [pair[0](x), *grads(pair[0], x)]
@@ -290,7 +297,7 @@ def work(rank, folder, kind):
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch is without torch.distributed")
 @pytest.mark.parametrize(("kind", "compilable"), [("ddp", False), ("fsdp2", True)])
-def test_data_parallel_training(pair, assert_same, tmp_path, kind, compilable):
+def test_data_parallel_training(pair, assert_same, importable, tmp_path, kind, compilable):
     """Two ranks do to the weights what one process does with nn.LSTM and the whole batch."""
     x = batch(B=8)
     torch.save((fusedrnn.convert(pair[1], compilable=compilable), x), tmp_path / "model.pt")

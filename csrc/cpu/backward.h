@@ -101,9 +101,7 @@ class Backward {
   struct Rest;
   using Pipeline = std::conditional_t<kTiles, TilePipeline<Rest>, NoPipeline>;
 
-  static int64_t padded(int64_t K) {
-    return blocks_of(K, inputs_at_a_time(kOperands)) * inputs_at_a_time(kOperands);
-  }
+  static int64_t padded(int64_t K) { return blocks_of(K, inputs_at_a_time(kOperands)) * inputs_at_a_time(kOperands); }
   // Rows of da.
   int64_t da_stride() const { return padded(kGates * s_.H); }
 
@@ -218,9 +216,7 @@ class Backward {
                               inputs,
                               0,
                               blocks};
-    const auto multiply = [&](const auto& between) {
-      multiply_by_tiles(sums, TileStart{}, &operand, 1, all, between);
-    };
+    const auto multiply = [&](const auto& between) { multiply_by_tiles(sums, TileStart{}, &operand, 1, all, between); };
     pipeline.run(all > kTileRowsMost ? 2 * blocks : blocks, multiply, {own, sums + (b - first)});
   }
 
@@ -309,7 +305,12 @@ class Backward {
   // Some hidden units of rows from b on at step t: from dm to da, and dc for the step before.
   struct Units {
     Units(const Backward& backward, const Direction& direction, int64_t t, int64_t d, int64_t b, int64_t unit)
-        : direction(direction), order(backward.order_), t(t), b(b), H(backward.s_.H), c_step(backward.s_.D * H),
+        : direction(direction),
+          order(backward.order_),
+          t(t),
+          b(b),
+          H(backward.s_.H),
+          c_step(backward.s_.D * H),
           da_step(backward.da_stride()) {
       const Sizes& s = backward.s_;
       const BackwardParams& p = backward.p_;

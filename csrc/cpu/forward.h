@@ -150,13 +150,9 @@ class Forward {
   bool enters(int64_t n) const { return n > 0 || p_.h0 != nullptr; }
 
   // The state that enters the n-th step; its rows, and the inputs of its product.
-  State* h(int64_t n, int64_t d) const {
-    return static_cast<State*>(p_.h) + ((n & 1) * s_.D + d) * s_.B * h_stride();
-  }
+  State* h(int64_t n, int64_t d) const { return static_cast<State*>(p_.h) + ((n & 1) * s_.D + d) * s_.B * h_stride(); }
   int64_t h_stride() const { return padded(s_.P); }
-  static int64_t padded(int64_t K) {
-    return blocks_of(K, inputs_at_a_time(kOperands)) * inputs_at_a_time(kOperands);
-  }
+  static int64_t padded(int64_t K) { return blocks_of(K, inputs_at_a_time(kOperands)) * inputs_at_a_time(kOperands); }
   static int64_t inputs(int64_t K) { return padded(K) / (kPairs ? 2 : 1); }
 
   // Affine maps of the input: of a row, those of gate `gate` of a block; see ForwardParams::xg.
@@ -247,22 +243,24 @@ class Forward {
     if (p_.panel_hh == nullptr) return dot_units(n, d, unit, count, row_begin, row_end);
     if constexpr (kTiles) {
       for (int64_t b = row_begin; b < row_end; b += kTileChunk) {
-        tiled_units(pipeline, direction, n, d, chunk, row_begin, b, row_end - b < kTileChunk ? row_end - b : kTileChunk);
+        tiled_units(pipeline, direction, n, d, chunk, row_begin, b,
+                    row_end - b < kTileChunk ? row_end - b : kTileChunk);
       }
     } else {
       for_each_chunk(row_begin, row_end, [&](int64_t b, int64_t rows) {
         const Maps own = maps(direction, d, t, b, chunk);
         for (int64_t r = 0; r < rows; ++r) prefetch_gates(own, r);  // while the product runs
         V sum[kRowsAtATime][kGates];
-        multiply<E>(sum, entering(n, d, b), inputs(s_.P), panel(p_.panel_hh, d, chunk, s_.P), inputs(s_.P), rows, false,
-                    [&](int64_t first, int64_t count) { return enters(n) && direction.any_exists(t, b + first, count); });
+        multiply<E>(
+            sum, entering(n, d, b), inputs(s_.P), panel(p_.panel_hh, d, chunk, s_.P), inputs(s_.P), rows, false,
+            [&](int64_t first, int64_t count) { return enters(n) && direction.any_exists(t, b + first, count); });
         Cells<false>(*this, direction, n, d, b, unit).all(0, rows, count, sum);
       });
     }
   }
 
-  // The same of rows [b, b + rows), at most kTileChunk, of a worker's from row_begin on: both affine maps by tiles, where
-  // the input's were not computed before, and meanwhile the cells of the product before.
+  // The same of rows [b, b + rows), at most kTileChunk, of a worker's from row_begin on: both affine maps by tiles,
+  // where the input's were not computed before, and meanwhile the cells of the product before.
   void tiled_units(Pipeline& pipeline, const Direction& direction, int64_t n, int64_t d, int64_t chunk,
                    int64_t row_begin, int64_t b, int64_t rows) const {
     const int64_t t = direction.at(n), unit = chunk * kUnits<A>, end = b + rows;
@@ -300,11 +298,10 @@ class Forward {
       start = {biases, biases, 0};
     }
     V(*const sums)[kGates] = pipeline.sums();
-    const auto multiply = [&](const auto& between) {
-      multiply_by_tiles(sums, start, operands, count, all, between);
-    };
-    pipeline.run(blocks, multiply, {Cells<false>(*this, direction, n, d, b, unit), rows,
-                                    s_.H - unit < kUnits<A> ? s_.H - unit : kUnits<A>, sums + (b - first)});
+    const auto multiply = [&](const auto& between) { multiply_by_tiles(sums, start, operands, count, all, between); };
+    pipeline.run(blocks, multiply,
+                 {Cells<false>(*this, direction, n, d, b, unit), rows,
+                  s_.H - unit < kUnits<A> ? s_.H - unit : kUnits<A>, sums + (b - first)});
   }
 
   // The n-th step of blocks [begin, end), at most kTogether, of the only row.

@@ -3,8 +3,8 @@
 //
 // A worker computes kGemmRows rows of c at a time, in blocks of kGemmDepth along K: a tile's part of a panel of that
 // depth stays in the first-level cache while the rows pass by, the rows in the second level, and a tile of them in
-// registers, as in panel.h. Rows are packed first, in slivers of kSliverRows rows, [K][rows]: transposed ones, because their numbers lie in
-// as many pages as there are, and contiguous ones where there are rows and columns enough.
+// registers, as in panel.h. Rows are packed first, in slivers of kSliverRows rows, [K][rows]: transposed ones, because
+// their numbers lie in as many pages as there are, and contiguous ones where there are rows and columns enough.
 //
 // The sum over K runs in one order wherever a tile begins and ends, so that the result does not depend on the number of
 // threads.
@@ -74,8 +74,8 @@ class Gemm {
     for (int64_t row = m; row < m_end; row += kTileRows) {
       with_rows<kTileRows>(m_end - row < kTileRows ? m_end - row : kTileRows, [&](auto R) {
         if (slivers != nullptr) {
-          const E* const sliver = reinterpret_cast<const E*>(slivers) +
-                                  (row - m) / kSliverRows * this->sliver(depth) + (row - m) % kSliverRows;
+          const E* const sliver = reinterpret_cast<const E*>(slivers) + (row - m) / kSliverRows * this->sliver(depth) +
+                                  (row - m) % kSliverRows;
           tile<R.kCount, kVectors>(Sliver<E>{sliver}, panel, k, depth, row, n);
         } else {
           const E* const rows = static_cast<const E*>(p_.a) + row * stride + k;
@@ -90,8 +90,8 @@ class Gemm {
                             int64_t half) const {
     const int64_t column = half * 2 * kUnits<A>, columns = p_.N - column;
     const int64_t c_stride = p_.c_in_blocks ? kWide<A> : p_.N;
-    A* const c = static_cast<A*>(p_.c) + (p_.c_in_blocks ? (half / 2 * p_.M + row) * kWide<A> + half % 2 * 2 * kUnits<A>
-                                                         : row * p_.N + column);
+    A* const c = static_cast<A*>(p_.c) +
+                 (p_.c_in_blocks ? (half / 2 * p_.M + row) * kWide<A> + half % 2 * 2 * kUnits<A> : row * p_.N + column);
     const bool add = k > 0 || p_.accumulate;
     for (int r = 0; r < R; ++r) {
       for (int v = 0; v < kVectors; ++v) __builtin_prefetch(c + r * c_stride + v * kUnits<A>, 1);

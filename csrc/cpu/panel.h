@@ -3,9 +3,9 @@
 // A panel holds the weights of one block of outputs for all K inputs: four vectors for each of them, in two halves,
 // [2][K][2][lanes]. In forward the four are the gates of `lanes` hidden units; elsewhere they are 4 * lanes outputs
 // next to each other. A tile of R rows and V of the four vectors stays in R * V registers while K runs: every panel
-// element is loaded once per tile, and every number of the rows is broadcast. With 16 registers V is two where there are
-// many rows, so that half a panel, kDepth deep, stays in the first-level cache while the rows pass by, and four where
-// there are so few that a pass over the panel is all there is. With 32 registers it is always four.
+// element is loaded once per tile, and every number of the rows is broadcast. With 16 registers V is two where there
+// are many rows, so that half a panel, kDepth deep, stays in the first-level cache while the rows pass by, and four
+// where there are so few that a pass over the panel is all there is. With 32 registers it is always four.
 //
 // Where operands are pairs of 16-bit numbers, an input of a panel is two of the matrix; those that the matrix does not
 // have are zero.
@@ -178,9 +178,9 @@ FUSEDRNN_INLINE void with_rows(int64_t rows, const F& f) {
   f(Rows<Most>{});
 }
 
-// Products of a few shapes, each a function of its own: one copy serves whoever calls it, and the compiler, which spills
-// sums in every round of a loop that it inlines into much other code, keeps them in registers. tests/test_spills.py holds
-// their loops to that.
+// Products of a few shapes, each a function of its own: one copy serves whoever calls it, and the compiler, which
+// spills sums in every round of a loop that it inlines into much other code, keeps them in registers.
+// tests/test_spills.py holds their loops to that.
 
 // sum[r] += R rows @ kTileVectors of a panel, `stride` numbers apart; sum is that of the first of these vectors.
 template <class E, int R, bool kNext>
@@ -232,7 +232,8 @@ inline void multiply(Vec<Compute<E>> (*sum)[4], const E* a, int64_t stride, cons
         auto* const own = reinterpret_cast<Vec<A>(*)[4]>(&sum[first][first_vector]);
         const E* const left = a + first * stride + k;
         with_rows<kTileRows>(count, [&](auto R) {
-          if (!kNarrow && tile < kTileVectors) {  // each asks for one vector of what comes next, maybe of the next block
+          // The first ones ask for one vector each of what comes next, maybe of the next block.
+          if (!kNarrow && tile < kTileVectors) {
             const E* const next = k + kDepth < K ? panel + in_panel<A>(K, k + kDepth, tile)
                                                  : panel + K * kWide<A> + in_panel<A>(K, 0, tile);
             add_tile<E, R.kCount, true>(left, stride, part, K, depth, own, next);
@@ -294,8 +295,8 @@ FUSEDRNN_INLINE void transpose_pairs_into(const BFloat16* w, int64_t units, int6
   }
 }
 
-// For each block: the gate-th vector of input k, lane by lane, = w[gate * H + block * lanes + lane][k] for w [4H][K]; of
-// pairs there are as many inputs as kOperands take.
+// For each block: the gate-th vector of input k, lane by lane, = w[gate * H + block * lanes + lane][k] for w [4H][K];
+// of pairs there are as many inputs as kOperands take.
 template <class S, Operands kOperands>
 void pack_gates(const void* w, int64_t rows, int64_t K, void* panel, int64_t begin, int64_t end) {
   using A = Compute<S>;

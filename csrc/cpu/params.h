@@ -76,8 +76,8 @@ struct ForwardParams {
   const void* x;  // S [N][I]
   // The steps of this launch, counted as each direction goes through them; other launches do the others, in order.
   int64_t begin, end;
-  // x @ w_ih^T + b_ih + b_hh of the rows of these steps, by time, for each direction; or null. Where xg_rows is not 0, A
-  // [ceil(H / lanes)][xg_rows][4][lanes]; else A [rows][4H], each row in GateOrder.
+  // x @ w_ih^T + b_ih + b_hh of the rows of these steps, by time, for each direction; or null. Where xg_rows is not 0,
+  // A [ceil(H / lanes)][xg_rows][4][lanes]; else A [rows][4H], each row in GateOrder.
   const void* xg[2];
   int64_t xg_rows[2];
   const void* w_ih[2];   // S [4H][I]
@@ -99,7 +99,7 @@ struct ForwardParams {
   void* c;                // S [N][D][H] or null
   void* gates;            // S [D][N][4H], each row in GateOrder, or null; may hold xg where S is A
   // Scratch, uninitialised.
-  void* h;        // A [2][D][B][P], or S [2][D][B][P, padded] with panels of pairs: the state entering this step and the next
+  void* h;  // A [2][D][B][P], or S [2][D][B][P, padded] with panels of pairs: the state entering this step and the next
   void* c_state;  // A [D][ceil(H / lanes)][B][lanes]
   void* m;        // A [D][B][H], only where projected: o * tanh(c)
   Team team;
@@ -122,8 +122,8 @@ struct BackwardParams {
   // Gradients before the nonlinearities: A [D][N][4H]; or, of Operands that are pairs, S [D][N][4H, padded], where the
   // padding is zero already.
   void* da;
-  void* dh0;             // S [D][B][P] or null
-  void* dc0;             // S [D][B][H] or null
+  void* dh0;  // S [D][B][P] or null
+  void* dc0;  // S [D][B][H] or null
   // What the weight gradients need besides da.
   void* h_in;    // [D] panels as by pack_columns from [N][P], or null: the hidden state that entered each step
   void* dh_out;  // A [D][N][P], only where projected: gradient of h_t
@@ -140,9 +140,9 @@ struct GemmParams {
   const void* a;     // [M][a_stride] numbers, or [a_rows][a_stride] where a_transposed
   int64_t a_stride;  // numbers of a row; of contiguous rows of pairs all up to 2K are there
   bool a_transposed = false;
-  int64_t a_rows = 0;   // where a_transposed: those that exist, of K or 2K; others count as zeros
-  const void* panels;   // packed from [N][K] or [K][N]: outputs are counted as they lie in the panels
-  void* c;              // A [M][N]; or S where c_is_narrow; or A [N / (4 * lanes)][M][4 * lanes] where c_in_blocks
+  int64_t a_rows = 0;  // where a_transposed: those that exist, of K or 2K; others count as zeros
+  const void* panels;  // packed from [N][K] or [K][N]: outputs are counted as they lie in the panels
+  void* c;             // A [M][N]; or S where c_is_narrow; or A [N / (4 * lanes)][M][4 * lanes] where c_in_blocks
   bool c_is_narrow = false, c_in_blocks = false;
   bool accumulate = false;
   bool by_columns = false;  // workers share the columns of c, as they share hidden units, and not its rows
@@ -178,8 +178,8 @@ struct Kernels {
   Pack pack_gates;    // blocks of w_hh [4H][P]: a block is `lanes` hidden units, four gates each
   Pack pack_rows;     // of numbers: blocks of w [N][K]: a block is 4 * lanes outputs, which are rows of w
   Pack pack_columns;  // of numbers: inputs of w [K][N]: a block is 4 * lanes outputs, which are columns of w
-  // Input k of panels of `inputs` as by pack_columns, from a row of N columns, or two where operands are pairs; null for
-  // zeros.
+  // Input k of panels of `inputs` as by pack_columns, from a row of N columns, or two where operands are pairs; null
+  // for zeros.
   void (*pack_input)(const void* first, const void* second, int64_t N, void* panels, int64_t inputs, int64_t k);
   // to[0..8): a fingerprint of memory; see fingerprint.h.
   void (*fingerprint)(const void* from, int64_t bytes, uint64_t* to);
@@ -188,9 +188,7 @@ struct Kernels {
 
   bool take_pairs() const { return operands != Operands::kNumbers; }
   // K rounded up to what panels have, and how many inputs of a panel that is.
-  int64_t padded(int64_t K) const {
-    return blocks_of(K, inputs_at_a_time(operands)) * inputs_at_a_time(operands);
-  }
+  int64_t padded(int64_t K) const { return blocks_of(K, inputs_at_a_time(operands)) * inputs_at_a_time(operands); }
   int64_t inputs(int64_t K) const { return take_pairs() ? padded(K) / 2 : K; }
 };
 

@@ -56,8 +56,7 @@ class TileGemm {
     return blocks_of(rows(), kTileRowsMost) * least(blocks_, kBlocks) * kTileNumbers * int64_t{sizeof(BFloat16)};
   }
   int64_t sums_bytes() const {
-    return sums_in_c() || blocks_ <= kBlocks ? 0
-                                             : rows() * blocks_of(p_.N, kHalf) * kHalf * int64_t{sizeof(float)};
+    return sums_in_c() || blocks_ <= kBlocks ? 0 : rows() * blocks_of(p_.N, kHalf) * kHalf * int64_t{sizeof(float)};
   }
   int64_t own_bytes() const { return packed_bytes() + sums_bytes(); }
 
@@ -133,7 +132,9 @@ class TileGemm {
       const auto at = [&](int64_t row) { return packed + (row - m) / kTileRowsMost * depth * kTileNumbers; };
       return {at(first), at(second), kTileBytes, kTileNumbers * int64_t{sizeof(BFloat16)}, panel, p_.K, k, depth};
     }
-    const auto at = [&](int64_t row) { return static_cast<const BFloat16*>(p_.a) + row * p_.a_stride + k * kTileDepth; };
+    const auto at = [&](int64_t row) {
+      return static_cast<const BFloat16*>(p_.a) + row * p_.a_stride + k * kTileDepth;
+    };
     return {at(first), at(second), p_.a_stride * int64_t{sizeof(BFloat16)}, kTileBytes, panel, p_.K, k, depth};
   }
 

@@ -2,8 +2,8 @@
 // pairs of inputs, two vectors apart, of the 16 outputs of one vector.
 //
 // Up to 32 rows are two left operands, and a half panel two right ones: four products for four loads. Up to 16 rows are
-// one left operand with all four vectors. Where rows do not fill the last tile it begins earlier, and computes some rows
-// a second time, to the same bits: nothing beyond the rows is read or written.
+// one left operand with all four vectors. Where rows do not fill the last tile it begins earlier, and computes some
+// rows a second time, to the same bits: nothing beyond the rows is read or written.
 //
 // While the matrix unit works the processor has time for other instructions: `between` is called after each block of 32
 // inputs, and does some of what follows the product before this one.
@@ -23,12 +23,12 @@ struct TileOperand {
   const void* second;
   int64_t stride, step;
   const Pair* panel;
-  int64_t inputs;  // pairs of a panel
+  int64_t inputs;         // pairs of a panel
   int64_t begin, blocks;  // blocks of 16 pairs, from this one on
 };
 
-// What the sums begin with: 64 numbers for each row, the next `stride` bytes further, 0 where all have the same; or null
-// for zeros.
+// What the sums begin with: 64 numbers for each row, the next `stride` bytes further, 0 where all have the same; or
+// null for zeros.
 struct TileStart {
   const float* first;
   const float* second;
@@ -44,8 +44,7 @@ FUSEDRNN_INLINE void start_tile(const float* from, int64_t v, int64_t stride) {
 constexpr int64_t kPairBytes = 2 * kUnits<float> * sizeof(Pair);  // from one pair of a half panel to the next
 
 FUSEDRNN_INLINE const char* tile_of_panel(const TileOperand& operand, int64_t v) {
-  return reinterpret_cast<const char*>(operand.panel +
-                                       in_panel<float>(operand.inputs, operand.begin * kTilePairs, v));
+  return reinterpret_cast<const char*>(operand.panel + in_panel<float>(operand.inputs, operand.begin * kTilePairs, v));
 }
 
 // Sums 0 and 1, of the first tile of rows, and 2 and 3, of the second where there are kTwo, += rows @ a half panel.

@@ -1,7 +1,7 @@
 // The tile registers of AMX: eight of them, each of up to 16 rows of 64 bytes, and the product of two of bfloat16.
 //
-// With FUSEDRNN_EMULATE_TILES the same functions are loops over arrays of each thread, so that kernels written with them
-// run, and can be checked for what they read and write, on any processor. A product then adds in the order of the
+// With FUSEDRNN_EMULATE_TILES the same functions are loops over arrays of each thread, so that kernels written with
+// them run, and can be checked for what they read and write, on any processor. A product then adds in the order of the
 // processor, even and odd inputs apart, but rounds as the compiler's target does, and keeps denormal numbers, which the
 // processor takes for zero.
 #pragma once
@@ -10,11 +10,11 @@
 
 namespace fusedrnn::FUSEDRNN_ISA {
 
-constexpr int64_t kTileBytes = 64;                   // of a row
-constexpr int64_t kTileRowsMost = 16;                // rows of a tile
-constexpr int64_t kTileDepth = 32;                   // bfloat16 numbers of a row
-constexpr int64_t kTilePairs = kTileDepth / 2;       // rows of a right operand: each is a pair for 16 outputs
-constexpr int kSums = 4, kLefts = 2;  // registers: 0 to 3, and 4 and 5; 6 and 7 are right operands
+constexpr int64_t kTileBytes = 64;              // of a row
+constexpr int64_t kTileRowsMost = 16;           // rows of a tile
+constexpr int64_t kTileDepth = 32;              // bfloat16 numbers of a row
+constexpr int64_t kTilePairs = kTileDepth / 2;  // rows of a right operand: each is a pair for 16 outputs
+constexpr int kSums = 4, kLefts = 2;            // registers: 0 to 3, and 4 and 5; 6 and 7 are right operands
 
 #if defined(FUSEDRNN_EMULATE_TILES)
 
