@@ -200,6 +200,16 @@ def test_tiles(isa, threads, case, count):
     check(dataclasses.replace(case, dtype=BF16))
 
 
+def test_wide_bfloat16_gradients(isa):
+    """Against float64 itself: with AMX, torch's own are wrong from H 1024 on, and say nothing of what is allowed."""
+    case = Case(3, 16, 32, 1024, dtype=BF16)
+    exact = testing.evaluate(testing.call_torch, torch.nn.LSTM, case, dtype=F64)
+    with fusedrnn.use_backend("cpu"):
+        ours = testing.evaluate(testing.call, fusedrnn.LSTM, case)
+    for name, values in ours.items():
+        assert (values.double() - exact[name]).norm() < 0.01 * exact[name].norm(), name
+
+
 @pytest.mark.parametrize("size", [size for size in SIZES if size[0] > 1 and size[1] > 1], ids=str)
 def test_sizes_of_packed_input(isa, size):
     check(Case(*size, packed=True, bidirectional=True, reset=True))
