@@ -265,9 +265,8 @@ def _listed_weights(module: nn.RNNBase) -> Sequence[Any]:
     """The same for a plain class."""
     own = module.__dict__
     names, listed, parameters = own["_flat_weights_names"], own["_flat_weights"], own["_parameters"]
-    for name, weight in zip(
-        names, listed, strict=True
-    ):  # nn.Module takes longer to find them, and a single step feels it
+    # nn.Module takes longer to find them, and a single step feels it.
+    for name, weight in zip(names, listed, strict=True):
         if parameters.get(name) is not weight or name in own:
             break
     else:

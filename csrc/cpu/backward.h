@@ -7,7 +7,8 @@
 //
 // Work: a block is 4 * lanes hidden units next to each other. Its product da_{t+1} @ w_hh is dh of exactly these units,
 // so that the derivative of the cell follows in registers; with a projection dh has to be complete first. Workers share
-// the blocks, or the rows, as in forward.h, and meet once a step, or twice with a projection.
+// the blocks, or the rows, as in forward.h, and meet once a step, or twice with a projection. With tiles, what follows
+// a product waits for the next.
 #pragma once
 
 #include "geometry.h"

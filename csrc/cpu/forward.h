@@ -10,6 +10,7 @@
 // of a single row, and workers meet after each step, or twice a step with a projection (team.h). h_{t-1} and h_t lie in
 // two buffers, so that no block reads what another has written in the same step. A few rows in a few steps have no use
 // for a tile: the weights are read as they lie, as dot products along K, and nothing is packed.
+// With tiles (tile_product.h) a product goes through memory of the worker, and its cells wait for the next one.
 #pragma once
 
 #include "geometry.h"
