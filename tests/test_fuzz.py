@@ -505,7 +505,7 @@ class Modules(RuleBasedStateMachine):
     @rule(norm=st.booleans())
     def parametrize(self, norm):
         name = self.name(1)
-        if norm:
+        if norm and getattr(self.theirs, name).norm(dim=1).all():  # pruning leaves rows of zeros, of no direction
             self.each(lambda module: parametrizations.weight_norm(module, name))
             self.normed = True
         else:
