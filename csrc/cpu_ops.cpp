@@ -464,11 +464,20 @@ Tensors weight_gradients(const Layer& layer, StepGradients& steps, const Needs& 
   return dweights;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensors> cpu_backward(
-    OptionalTensor dy, OptionalTensor dhn, OptionalTensor dcn, OptionalTensor dc, Tensor x, bool bidirectional,
-    OptionalTensor h0, OptionalTensor c0, OptionalTensor lengths, OptionalTensor reset, Tensor y, Tensor c,
-    Tensor reserve, std::vector<bool> needs, Tensor w0, Tensor w1, OptionalTensor w2, OptionalTensor w3,
-    OptionalTensor w4, OptionalTensor w5, OptionalTensor w6, OptionalTensor w7, OptionalTensor w8, OptionalTensor w9) {
+// dx, dh0, dc0 and the gradient of each weight, undefined for one that is not given.
+using Gradients = decltype(std::tuple_cat(std::array<Tensor, 3>{}, std::array<Tensor, kMaxWeights>{}));
+
+Gradients gradients_of(Tensor dx, Tensor dh0, Tensor dc0, Tensors dweights) {
+  std::array<Tensor, kMaxWeights> each;
+  std::move(dweights.begin(), dweights.end(), each.begin());
+  return std::tuple_cat(std::array{std::move(dx), std::move(dh0), std::move(dc0)}, std::move(each));
+}
+
+Gradients cpu_backward(OptionalTensor dy, OptionalTensor dhn, OptionalTensor dcn, OptionalTensor dc, Tensor x,
+                       bool bidirectional, OptionalTensor h0, OptionalTensor c0, OptionalTensor lengths,
+                       OptionalTensor reset, Tensor y, Tensor c, Tensor reserve, std::vector<bool> needs, Tensor w0,
+                       Tensor w1, OptionalTensor w2, OptionalTensor w3, OptionalTensor w4, OptionalTensor w5,
+                       OptionalTensor w6, OptionalTensor w7, OptionalTensor w8, OptionalTensor w9) {
   const NoGrad no_grad;
   const Tensors flat = listed(w0, w1, {&w2, &w3, &w4, &w5, &w6, &w7, &w8, &w9});
   const Layer layer(x, flat, bidirectional, h0, c0, lengths, reset);
@@ -504,7 +513,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> cpu_backward(
       Tensor zero = torch::stable::empty_like(flat[k]);
       dweights.push_back(needs[3 + k] ? torch::stable::zero_(zero) : empty({0}, dtype));
     }
-    return {dx, dh0, dc0, dweights};
+    return gradients_of(dx, dh0, dc0, dweights);
   }
 
   BackwardParams params{};
@@ -525,7 +534,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> cpu_backward(
   for (int64_t d = 0; d < s.D; ++d) needs_w_hh |= needs_weight(d, 1);
   StepGradients steps = backward_sequence(layer, params, needs_w_hh);
   Tensor dx = needs_x ? input_gradient(layer, steps) : empty({0}, dtype);
-  return {dx, dh0, dc0, weight_gradients(layer, steps, needs_weight)};
+  return gradients_of(dx, dh0, dc0, weight_gradients(layer, steps, needs_weight));
 }
 
 // ---------------------------------------------------------------------------------------------- what there is, and

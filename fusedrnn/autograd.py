@@ -69,7 +69,7 @@ def _apply(*arguments: Any) -> tuple[Tensor, ...]:
     if torch._C._are_functorch_transforms_active():
         return _apply_transformed(*arguments)
     if torch.compiler.is_compiling():
-        return ops.layer(*arguments[:_WEIGHTS], arguments[_WEIGHTS:])
+        return ops.layer(ops.revision(), *arguments[:_WEIGHTS], arguments[_WEIGHTS:])
     return _EagerLSTMFunction.apply(*arguments)
 
 
@@ -212,10 +212,10 @@ def _run_backward(
     reserve: Tensor,
     *weights: Tensor,
 ) -> tuple[Tensor, ...]:
-    dx, dh0, dc0, dweights = ops.backward_op(backend)(
+    grads = ops.backward_op(backend)(
         dy, dhn, dcn, dc, x, bidirectional, h0, c0, lengths, reset, y, c, reserve, needs, *weights
     )
-    return dx, dh0, dc0, *dweights
+    return grads[: len(needs)]
 
 
 class LSTMBackwardFunction(torch.autograd.Function):

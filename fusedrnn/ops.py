@@ -8,6 +8,7 @@ loaded here and keeps the reason for each that cannot; it never compiles anythin
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -33,18 +34,21 @@ _FORWARD_FORM = (
     "(Tensor x, {listed}bool bidirectional, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset, bool cell_states, "
     "bool reserve{each}) -> (Tensor y, Tensor hn, Tensor cn, Tensor c, Tensor reserve)"
 )
-# needs: x, h0, c0, then each weight. A gradient that is not needed comes back as an empty tensor.
+# needs: x, h0, c0, then each weight. A gradient that is not needed comes back as an empty tensor, that of a weight that
+# is not given as None.
 _BACKWARD_FORM = (
     "(Tensor? dy, Tensor? dhn, Tensor? dcn, Tensor? dc, Tensor x, {listed}bool bidirectional, Tensor? h0, Tensor? c0, "
     "Tensor? lengths, Tensor? reset, Tensor y, Tensor c, Tensor reserve, bool[] needs{each}) "
-    "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)"
+    "-> (Tensor dx, Tensor dh0, Tensor dc0, {gradients})"
 )
 # Each of the weights, 2 to 5 of a direction (layout.split_directions), is an argument: torch moves the tensors out of a
 # list that a native operator is given, and a program in TorchScript, which may use its list again, would be left with
-# undefined ones.
-_EACH = ", Tensor w0, Tensor w1" + "".join(f", Tensor? w{k}=None" for k in range(2, 10))
+# undefined ones. Each of their gradients is a result: Inductor's C++ wrapper knows no lists of results.
+MAX_WEIGHTS = 10
+_EACH = ", Tensor w0, Tensor w1" + "".join(f", Tensor? w{k}=None" for k in range(2, MAX_WEIGHTS))
+_EACH_GRADIENT = ", ".join(f"Tensor dw{k}" for k in range(MAX_WEIGHTS))
 FORWARD_SCHEMA = _FORWARD_FORM.format(listed="", each=_EACH)
-BACKWARD_SCHEMA = _BACKWARD_FORM.format(listed="", each=_EACH)
+BACKWARD_SCHEMA = _BACKWARD_FORM.format(listed="", each=_EACH, gradients=_EACH_GRADIENT)
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 _ops = getattr(torch.ops, NAMESPACE)
@@ -55,36 +59,45 @@ def _define(backend: str, forward_fake: Callable[..., Any] | None = None) -> Non
         (f"{backend}_forward", _FORWARD_FORM, forward_fake or _forward_fake, 1),
         (f"{backend}_backward", _BACKWARD_FORM, _backward_fake, 5),
     ):
-        _library.define(name + schema.format(listed="", each=_EACH), tags=(torch.Tag.pt2_compliant_tag,))
+        flat = schema.format(listed="", each=_EACH, gradients=_EACH_GRADIENT)
+        _library.define(name + flat, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-        _library.define(f"{name}.list" + schema.format(listed="Tensor[] weights, ", each=""))
+        listed = schema.format(listed="Tensor[] weights, ", each="", gradients="Tensor[] dweights")
+        _library.define(f"{name}.list" + listed)
         _library.impl(f"{name}.list", _of_list(name, position), "CompositeImplicitAutograd")
     onnx.register(_library, f"{backend}_forward")
 
 
 def _of_list(name: str, position: int) -> Callable[..., Any]:
-    """The overload of an operator for weights in a list, which is its argument at `position`."""
+    """The overload of an operator for weights in a list, its argument at `position`, and for gradients in a list."""
 
     def run(*arguments: Any) -> Any:
         weights = arguments[position]
-        return getattr(_ops, name).default(*arguments[:position], *arguments[position + 1 :], *weights)
+        results = getattr(_ops, name).default(*arguments[:position], *arguments[position + 1 :], *weights)
+        return (*results[:3], list(results[3 : 3 + len(weights)])) if name.endswith("_backward") else results
 
     return run
 
 
+def _each_gradient(dx: Tensor, dh0: Tensor, dc0: Tensor, dweights: Sequence[Tensor]) -> tuple[Any, ...]:
+    """The results of a backward operator."""
+    return dx, dh0, dc0, *dweights, *[None] * (MAX_WEIGHTS - len(dweights))
+
+
 # A layer that is differentiable, for torch.compile, as autograd.py computes it: its arguments are those of
 # LSTMFunction. Dynamo would trace an autograd.Function with its backward outside of autograd, so that backend="eager"
-# lost second derivatives. AOTAutograd sees what this operator is made of, the pair of the backend.
+# lost second derivatives. AOTAutograd sees what this operator is made of, the pair of the backend. Its cache on disk
+# goes by what Dynamo saw, so `revision` is an argument: another version of this package is not served from the cache.
 _library.define(
-    "layer(str backend, bool bidirectional, bool cell_states, Tensor x, Tensor? h0, Tensor? c0, Tensor? lengths, "
-    "Tensor? reset, Tensor[] weights) -> (Tensor y, Tensor hn, Tensor cn, Tensor c, Tensor reserve)",
+    "layer(str revision, str backend, bool bidirectional, bool cell_states, Tensor x, Tensor? h0, Tensor? c0, "
+    "Tensor? lengths, Tensor? reset, Tensor[] weights) -> (Tensor y, Tensor hn, Tensor cn, Tensor c, Tensor reserve)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
 def implement_layer(function: Callable[..., Any]) -> None:
-    """Gives `layer` what it does, which lies above this module."""
-    _library.impl("layer", function, "CompositeImplicitAutograd")
+    """Gives `layer` what it does after `revision`, which lies above this module."""
+    _library.impl("layer", lambda _, *arguments: function(*arguments), "CompositeImplicitAutograd")
 
 
 def _forward_fake(
@@ -126,7 +139,7 @@ def _backward_fake(
     reserve: Tensor,
     needs: Sequence[bool],
     *weights: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+) -> tuple[Any, ...]:
     directions = split_directions(weights, bidirectional)
     D, H, P = len(directions), directions[0].hidden_size, directions[0].w_hh.shape[1]
     B = reference.batch_size(x, lengths)
@@ -134,7 +147,7 @@ def _backward_fake(
     dx, dh0, dc0, *dweights = (
         x.new_empty(shape) if need else x.new_empty(0) for shape, need in zip(shapes, needs, strict=True)
     )
-    return dx, dh0, dc0, dweights
+    return _each_gradient(dx, dh0, dc0, dweights)
 
 
 def _reference_forward(
@@ -169,14 +182,14 @@ def _reference_backward(
     reserve: Tensor,
     needs: Sequence[bool],
     *weights: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+) -> tuple[Any, ...]:
     *states, dweights = reference.layer_backward(
         dy, dhn, dcn, dc, x, weights, bidirectional, h0, c0, lengths, reset, y, c, reserve
     )
     dx, dh0, dc0, *dweights = (
         grad.clone() if need else x.new_empty(0) for grad, need in zip([*states, *dweights], needs, strict=True)
     )
-    return dx, dh0, dc0, dweights
+    return _each_gradient(dx, dh0, dc0, dweights)
 
 
 _define("reference")
@@ -204,8 +217,8 @@ def _define_gpu(backend: str) -> None:
         return gpu.forward(_launches(backend), x, *arguments)
 
     @torch.no_grad()
-    def backward(dy: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-        return gpu.backward(_launches(backend), dy, *arguments)
+    def backward(dy: Tensor | None, *arguments: Any) -> tuple[Any, ...]:
+        return _each_gradient(*gpu.backward(_launches(backend), dy, *arguments))
 
     def forward_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         y, hn, cn, c, gates = _forward_fake(x, *arguments)
@@ -248,6 +261,18 @@ def constant(function: Any) -> Any:
     """As torch.compiler.assume_constant_result does it, which would load the compiler: calls are not traced."""
     function._dynamo_marked_constant = True
     return function
+
+
+@constant
+def revision() -> str:
+    """A digest of the Python sources of this package."""
+    return _revision()
+
+
+@cache
+def _revision() -> str:
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 
 exporting_onnx = constant(onnx.is_exporting)
@@ -367,7 +392,7 @@ def forward_op(backend: str) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tens
     return _FORWARD[backend]
 
 
-def backward_op(backend: str) -> Callable[..., tuple[Tensor, Tensor, Tensor, list[Tensor]]]:
+def backward_op(backend: str) -> Callable[..., tuple[Any, ...]]:
     """The backward operator of a backend; see BACKWARD_SCHEMA."""
     return _BACKWARD[backend]
 

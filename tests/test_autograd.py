@@ -142,8 +142,8 @@ def needs(monkeypatch):
 
     def spied(backend):
         def run(*args):
-            dx, dh0, dc0, dweights = result = find(backend)(*args)
-            calls.append((args[13], [dx, dh0, dc0, *dweights]))
+            result = find(backend)(*args)
+            calls.append((args[13], result[: len(args[13])]))
             return result
 
         return run

@@ -7,6 +7,7 @@ import torch
 from functorch.compile import make_boxed_func
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.utils import fresh_cache
 from torch.export import Dim
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
@@ -244,15 +245,32 @@ def test_compiled_with_weights_that_were_put_into_the_list_by_hand():
     assert torch.equal(run(x)[0], module(x)[0])
 
 
-def test_inductor(assert_same, gradients):
+@pytest.mark.parametrize("cpp_wrapper", [False, True], ids=["python", "cpp-wrapper"])
+def test_inductor(assert_same, gradients, cpp_wrapper):
     model = fusedrnn.convert(Model(), compilable=True).double()
-    run = torch.compile(model, fullgraph=True)
+    run = torch.compile(model, fullgraph=True, options={"cpp_wrapper": cpp_wrapper})
     for call, (T, B) in enumerate(SIZES[:2]):
         x = batch(T, B, "cpu")
         with torch._dynamo.config.patch(error_on_recompile=call > 0):
             outputs, expected = run(x), model(x)
         assert_same(outputs, expected)
         assert_same(gradients(outputs, list(model.parameters())), gradients(expected, list(model.parameters())))
+
+
+def test_the_cache_on_disk_does_not_outlive_the_sources(monkeypatch):
+    """AOTAutograd goes by the graph that Dynamo made, which does not show what `layer` is made of."""
+    module, x = fusedrnn.CompilableLSTM(I, H), torch.randn(5, 2, I)
+
+    def misses():
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        torch.compile(module, fullgraph=True)(x)[0].sum().backward()
+        return torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_miss"]
+
+    with fresh_cache(), torch._functorch.config.patch(enable_autograd_cache=True):
+        assert [misses(), misses()] == [1, 0]
+        monkeypatch.setattr(ops, "revision", ops.constant(lambda: "another"))
+        assert misses() == 1
 
 
 def test_an_nn_lstm_breaks_the_graph():
@@ -558,11 +576,12 @@ def test_opcheck_backward(kernel, layer, given, needs):
         (*douts, x, bidirectional, h0, c0, lengths, reset, y, c, reserve, wanted, *weights),
     )
     listed = getattr(torch.ops.fusedrnn, f"{kernel.backend}_backward").list
-    (*states, dweights), (*others, listed_dweights) = (
+    grads, (*states, dweights) = (
         op(*douts, x, *first, bidirectional, h0, c0, lengths, reset, y, c, reserve, wanted, *last)
         for op, first, last in ((ops.backward_op(kernel.backend), [], weights), (listed, [weights], []))
     )
-    for a, b in zip([*states, *dweights], [*others, *listed_dweights], strict=True):
+    assert all(grad is None for grad in grads[len(wanted) :])
+    for a, b in zip(grads[: len(wanted)], [*states, *dweights], strict=True):
         assert torch.equal(a, b)
 
 
@@ -570,7 +589,7 @@ def test_opcheck_of_a_differentiable_layer(kernel):
     """Made of the pair above: what is left of opcheck are schema and traces."""
     arguments = forward_arguments(kernel.device, True, True)
     x, bidirectional, h0, c0, lengths, reset, cell_states, _, *weights = arguments
-    arguments = (kernel.backend, bidirectional, cell_states, x, h0, c0, lengths, reset, weights)
+    arguments = ("", kernel.backend, bidirectional, cell_states, x, h0, c0, lengths, reset, weights)
     torch.library.opcheck(ops.layer, arguments, test_utils=("test_schema", "test_faketensor"))
 
 

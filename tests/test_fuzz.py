@@ -505,7 +505,8 @@ class Modules(RuleBasedStateMachine):
     @rule(norm=st.booleans())
     def parametrize(self, norm):
         name = self.name(1)
-        if norm and getattr(self.theirs, name).norm(dim=1).all():  # pruning leaves rows of zeros, of no direction
+        weight = getattr(self.theirs, name)
+        if norm and weight.reshape(len(weight), -1).norm(dim=1).all():  # a row of zeros, as pruning leaves, makes NaN
             self.each(lambda module: parametrizations.weight_norm(module, name))
             self.normed = True
         else:
