@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any, NoReturn
 
 import torch
@@ -18,7 +18,7 @@ from . import ops, reference
 
 # The fixed arguments of LSTMFunction.apply before the weights, and the first of them that can need a gradient.
 _FIXED = ("backend", "bidirectional", "cell_states", "x", "h0", "c0", "lengths", "reset")
-_X = _FIXED.index("x")
+_X, _LENGTHS = _FIXED.index("x"), _FIXED.index("lengths")
 _WEIGHTS = len(_FIXED)
 
 
@@ -78,7 +78,8 @@ def _apply_transformed(*arguments: Any) -> tuple[Tensor, ...]:
     here, so that one is left for the call."""
     interpreter: Any = torch._functorch.pyfunctorch.retrieve_current_functorch_interpreter()
     if interpreter.key() != torch._C._functorch.TransformType.Functionalize:
-        return LSTMFunction.apply(*arguments)
+        y, *others = LSTMFunction.apply(*arguments)
+        return y.clone(), *others  # which may be changed in place; see _EagerLSTMFunction
     api = torch._subclasses.functional_tensor.FunctorchFunctionalizeAPI(interpreter)
     with api.redispatch_to_next():
         results: Any = _apply(*api.unwrap_tensors(arguments))
@@ -136,6 +137,7 @@ class LSTMFunction(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.backend, ctx.bidirectional = inputs[:2]
         y, _, _, c, reserve = output
+        ctx.y_version = None
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(reserve)
         ctx.save_for_backward(*inputs[_X:], y, c, reserve)
@@ -148,6 +150,10 @@ class LSTMFunction(torch.autograd.Function):
         is_step = _is_step(x, lengths)
         if is_step:
             x, h0, c0, dhn, dcn = unsqueezed(x, h0, c0, dhn, dcn)
+        if ctx.y_version is not None and ctx.y_version.has_changed():
+            with torch.no_grad(), _autocast_off(x.device):
+                forward = ops.forward_op(ctx.backend)
+                y = forward(x, ctx.bidirectional, h0, c0, lengths, reset, False, True, *weights)[0]
         needed = ctx.needs_input_grad
         needs = [*needed[_X : _X + 3], *needed[_WEIGHTS:]]
         arguments = (dy, dhn, dcn, dc, x, h0, c0, lengths, reset, y, c, reserve, *weights)
@@ -167,16 +173,38 @@ class LSTMFunction(torch.autograd.Function):
     vmap = staticmethod(_refuse_vmap)
 
 
+@cache
+def _nothing(device: torch.device) -> Tensor:
+    return torch.empty(0, device=device)
+
+
+class _Version:
+    """Tells whether a tensor has been changed in place, and keeps nothing of its memory."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._counter = tensor.detach()  # has the version of the tensor and of all its views
+        self._counter.data = _nothing(tensor.device)
+        self._seen = tensor._version
+
+    def has_changed(self) -> bool:
+        return self._counter._version != self._seen
+
+
 class _EagerLSTMFunction(torch.autograd.Function):
     """LSTMFunction where nothing is transformed or traced.
 
-    With a setup_context, `apply` reads and binds the signature of `forward` at every call, which takes 30 us.
+    With a setup_context, `apply` reads and binds the signature of `forward` at every call, which takes 30 us. And y may
+    be changed in place before the backward, which computes it again then.
     """
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
         output = LSTMFunction.forward(*arguments)
-        LSTMFunction.setup_context(ctx, arguments, output)
+        y, *others = output
+        returns_y = type(y) is Tensor and not _is_step(arguments[_X], arguments[_LENGTHS])
+        # y.data has a version of its own, which nobody changes.
+        LSTMFunction.setup_context(ctx, arguments, (y.data, *others) if returns_y else output)
+        ctx.y_version = _Version(y) if returns_y else None
         return output
 
     backward = staticmethod(LSTMFunction.backward)

@@ -160,8 +160,6 @@ def lstm(
     if h_dtype is not None:
         y, hn, *hs = _cast(h_dtype, y, hn, *hs)
     if not return_states:
-        is_copied = form.packing is not None or (form.padded and form.batch_sizes is not None)
-        y = y if is_copied or dispatch.is_recorded() else _apart(y, weights, bidirectional)
         return _laid_out(y, form), _squeezed(hn, cn, form)
     states = LSTMStates(*(tuple(_laid_out(s, form) for s in part) for part in (hs, cs)))
     return states.h[-1], _squeezed(hn, cn, form), states
@@ -272,7 +270,6 @@ def _short_way(
                 return None
             x = x.contiguous()
             y, hn, cn, *_ = _stack("cpu", x, weights, h0, c0, num_layers, 0.0, bidirectional, None, None, False)
-            y = _apart(y, weights, bidirectional)
         else:
             y, hn, cn = ops.cpu_infer(x, weights, num_layers, bidirectional, h0, c0)
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
@@ -345,18 +342,6 @@ def _laid_out(y: Tensor, form: _Form) -> Tensor:
     if form.unbatched:
         return y.squeeze(1)
     return y.transpose(0, 1) if form.batch_first else y
-
-
-def _apart(y: Tensor, weights: Sequence[Tensor], bidirectional: bool) -> Tensor:
-    """y, or a copy where nn.LSTM's output may be changed in place before the backward: the backward needs y.
-
-    nn.LSTM on the CPU returns what its backward needs only where oneDNN computes one direction.
-    """
-    if not (y.requires_grad and y.is_cpu):
-        return y
-    by_onednn = y.dtype == torch.float32 and y.dim() == 3 and y.numel() > 0 and torch._C._get_mkldnn_enabled()
-    is_projected = weights[1].shape[0] != 4 * weights[1].shape[1]
-    return y if by_onednn and not bidirectional and not is_projected else y.clone()
 
 
 _PACKING_FLOPS = 5e7  # of padding: where there is less, to pack takes longer than to compute it
