@@ -2,6 +2,7 @@
 # make test   the same, and the tests
 # make test-oldest   the oldest torch that is supported, with the Triton it brings, in .venv-oldest: the tests that another
 #                    torch is most likely to fail. Its torch has CUDA and is about 3 GB to download
+# make test-tools    the tests with captum, opacus and TorchRL, which are put into build/tools
 #
 # PYTHON  the interpreter to start from          TORCH  the version of torch
 # VENV    where the environment goes             TORCH_INDEX  a package index to take torch from
@@ -22,7 +23,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp
 CUDA_SOURCES := $(wildcard csrc/cuda/*.h csrc/cuda/*.cu csrc/cuda/*.cuh csrc/cuda/host/*.h csrc/cuda/host/*.cpp benchmarks/cuda/*)
 CXX ?= g++
 
-.PHONY: help demo test test-oldest lint format sanitize kernels gpu gpu-build clean
+.PHONY: help demo test test-oldest test-tools lint format sanitize kernels gpu gpu-build clean
 .DELETE_ON_ERROR:
 
 help:
@@ -42,6 +43,13 @@ test-oldest:
 	FUSEDRNN_BUILD_CUDA=0 $(MAKE) --no-print-directory VENV=.venv-oldest TORCH=$(OLDEST) TORCH_SPEC=torch==$(OLDEST) .venv-oldest/.test
 	.venv-oldest/bin/python -c "import torch; assert torch.__version__.startswith('$(OLDEST)'), torch.__version__"
 	.venv-oldest/bin/pytest -n $(JOBS) --dist worksteal $(addprefix tests/,$(OLDEST_TESTS))
+
+# Without what they depend on, which is here, or would be another torch or NumPy.
+TOOLS := captum opacus torchrl "tensordict<0.15" opt_einsum orjson cloudpickle pyvers importlib_metadata scipy zipp
+test-tools: $(VENV)/.test
+	$(BIN)/pip install -q --upgrade --target build/tools --no-deps $(TOOLS)
+	$(BIN)/python -c "import sys; sys.path.append('build/tools'); import captum, opacus, torchrl"
+	PYTHONPATH=build/tools $(BIN)/pytest tests/test_ecosystem.py -k "captum or torchrl or opacus"
 
 # make lint   style of Python and C++, and types
 lint: $(VENV)/.lint

@@ -194,7 +194,7 @@ def test_per_sample_gradients_of_the_layer(pair, assert_same):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_captum(pair, assert_same):
-    attr = pytest.importorskip("captum.attr")  # not among the test dependencies: it asks for an old NumPy
+    attr = pytest.importorskip("captum.attr")
     x, baseline = batch(B=2), batch(B=2)
     for method in (attr.IntegratedGradients, attr.Saliency, attr.GradientShap):
         found = []
@@ -206,6 +206,49 @@ def test_captum(pair, assert_same):
         assert_same(found[1], found[0])
     layers = [attr.LayerIntegratedGradients(model, model.embed).attribute(x, target=0) for model in pair]
     assert_same(layers[1], layers[0])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torchrl(assert_same):
+    """Trajectories that begin inside of a sequence, and single steps. TorchRL asks for an nn.LSTM by isinstance."""
+    modules = pytest.importorskip("torchrl.modules")
+    from tensordict import TensorDict
+
+    begins = torch.zeros(4, 6, 1, dtype=torch.bool)
+    begins[:, 0] = begins[1, 2] = begins[3, 5] = True
+    x = torch.randn(4, 6, 3, dtype=torch.float64)
+    ours, theirs = (modules.LSTMModule(3, 5, in_key="x", out_key="y", num_layers=2).double() for _ in range(2))
+    ours.load_state_dict(theirs.state_dict())
+    fusedrnn.convert(ours)
+    assert type(ours.lstm) is fusedrnn.LSTM
+    found = []
+    for module in (ours, theirs):
+        with modules.set_recurrent_mode(True):
+            y = module(TensorDict({"x": x, "is_init": begins}, [4, 6]))["y"]
+        with modules.set_recurrent_mode(False):
+            step = module(TensorDict({"x": x[:, 0], "is_init": begins[:, 0]}, [4]))["y"]
+        found.append([y, step, *torch.autograd.grad(y.square().sum(), list(module.parameters()))])
+    assert_same(*found)
+    fusedrnn.convert(ours, compilable=True)
+    with pytest.raises(TypeError, match="mask"), modules.set_recurrent_mode(True):
+        ours(TensorDict({"x": x, "is_init": begins}, [4, 6]))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_opacus_before_convert(assert_same):
+    """It puts an LSTM of its own, whose per-sample gradients it knows, in nn.LSTM's place: convert leaves that one."""
+    opacus = pytest.importorskip("opacus")
+    from opacus.validators import ModuleValidator
+
+    fixed = ModuleValidator.fix(Model()).double()
+    x, grads = batch(), []
+    for model in (copy.deepcopy(fixed), fusedrnn.convert(copy.deepcopy(fixed))):
+        assert type(model.lstm) is type(fixed.lstm)
+        sampled = opacus.GradSampleModule(model)
+        sampled(x).square().sum().backward()
+        grads.append([p.grad_sample for p in sampled.parameters()])
+    assert all(len(g) == len(x) for g in grads[1])
+    assert_same(grads[1], grads[0])
 
 
 # Copies and processes
