@@ -1,14 +1,15 @@
 """What a GPU backend does around its launch: the GEMMs over all time steps, and what makes tensors fit the kernels.
 
 A backend's module supplies `Shape`, `plan_for`, `forward` and `backward`: kernels/launch.py for Triton, cuda.py for the
-kernels in C++. Its launch computes the
-recurrence: from the input's affine maps xg to the states, and backward from the states' gradients to da, those of the
-gates' affine maps. Everything that has no recurrence in it is a GEMM before or after, by torch.
+kernels in C++. Its launch computes the recurrence: from the input's affine maps xg to the states, and backward from the
+states' gradients to da, those of the gates' affine maps. Everything that has no recurrence in it is a GEMM before or
+after, by torch.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
@@ -62,20 +63,24 @@ def reserve() -> str:
     return chosen
 
 
+# torch has one switch for the GEMMs of all threads. Ours take turns, or one would put back what another has set.
+_gemm_switch = threading.Lock()
+
+
 @contextmanager
 def _gemms_in(precision: str, x: Tensor) -> Iterator[None]:
     """GEMMs inside compute float32 in TF32 or not, whatever they would outside: nn.LSTM's switch is the layer's."""
-    matmul: Any = torch.backends.cuda.matmul
-    wanted = "tf32" if precision == "tf32" else "ieee"
-    before = matmul.fp32_precision
-    if x.dtype != torch.float32 or x.device.type != "cuda" or before == wanted:
+    if x.dtype != torch.float32 or x.device.type != "cuda":
         yield
         return
-    matmul.fp32_precision = wanted
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
+    matmul: Any = torch.backends.cuda.matmul
+    with _gemm_switch:
+        before = matmul.fp32_precision
+        matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = before
 
 
 def _shape(launch: ModuleType, x: Tensor, directions: Sequence[DirectionWeights], ragged: bool) -> Any:

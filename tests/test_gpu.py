@@ -1,16 +1,19 @@
 """What only a GPU can show, of every backend that has kernels for it: graphs, streams, launches side by side, and sizes
 that nothing else has the time or memory for.
 
-Results that are the same to the bit are asked of every backend with kernels, on whatever device it computes.
+Results that are the same to the bit are asked of every backend with kernels, on whatever device it computes; torch's
+switch for GEMMs is there without a GPU, too.
 """
 
 import os
+from threading import Event, Thread
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import fusedrnn
-from fusedrnn import dispatch, testing
+from fusedrnn import dispatch, gpu, testing
 
 ON_GPU = torch.cuda.is_available()
 DTYPES = [torch.float32, torch.bfloat16]
@@ -48,6 +51,34 @@ def test_the_backends_that_are_expected_here_are_here():
     expected = [name for name in os.environ.get("FUSEDRNN_EXPECT", "").split(",") if name]
     missing = {name: fusedrnn.backends().get(name, "there is no such backend") for name in expected}
     assert {name: reason for name, reason in missing.items() if name not in GPU_BACKENDS} == {}
+
+
+def test_two_threads_take_turns_with_the_switch_for_gemms():
+    """It is one for all threads: what another has set is neither computed with nor put back."""
+    x = SimpleNamespace(dtype=torch.float32, device=torch.device("cuda"))
+    switch = torch.backends.cuda.matmul
+    entered, may_leave, seen, before = Event(), Event(), [], switch.fp32_precision
+
+    def first():
+        with gpu._gemms_in("tf32", x):
+            entered.set()
+            may_leave.wait(60)
+            seen.append(switch.fp32_precision)
+
+    def second():
+        entered.wait(60)
+        with gpu._gemms_in("ieee", x):
+            seen.append(switch.fp32_precision)
+
+    threads = [Thread(target=run) for run in (first, second)]
+    for thread in threads:
+        thread.start()
+    threads[1].join(0.1)
+    may_leave.set()
+    for thread in threads:
+        thread.join(60)
+    assert seen == ["tf32", "ieee"]
+    assert switch.fp32_precision == before
 
 
 def layer(H, dtype, **options):
