@@ -72,7 +72,7 @@ def test_torchs_error_samples(theirs, ours):
     samples = entry.module_error_inputs_func(
         entry, device="cpu", dtype=torch.float32, requires_grad=False, training=False
     )
-    assert len(samples) >= 4
+    assert len(samples) >= 2
     for sample in samples:
         given = sample.module_error_input
         arguments, inputs = given.constructor_input, given.forward_input
