@@ -127,7 +127,8 @@ def lstm(
         reset = _check_reset(reset, form, input.device)
 
     packed, extras = form.batch_sizes is not None, (lengths is not None, reset is not None, return_states)
-    problem = dispatch.Problem(input.device.type, input.dtype, T, B, I, H, P, D, *extras, packed)
+    train = _wants_gradient(input, h0, c0, *weights)
+    problem = dispatch.Problem(input.device.type, input.dtype, T, B, I, H, P, D, *extras, packed, train, num_layers)
     backend = dispatch.select(problem)
     if isinstance(quick, Exception) and backend == "cpu":
         raise quick
@@ -222,7 +223,9 @@ def lstm_cell(
         _check_dtypes(input, weights, h, c)
     _check_weights(weights, 1, 1, I)
 
-    backend = dispatch.select(dispatch.Problem(input.device.type, input.dtype, 1, B, I, H, H, 1))
+    train = _wants_gradient(input, h, c, *weights)
+    problem = dispatch.Problem(input.device.type, input.dtype, 1, B, I, H, H, 1, train=train, step=True)
+    backend = dispatch.select(problem)
     if isinstance(quick, Exception) and backend == "cpu":
         raise quick
     if backend == "aten":
@@ -259,7 +262,12 @@ def _short_way(
         h0, c0 = hx
     x = input.transpose(0, 1) if batch_first else input
     try:
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h0, c0, *weights)):
+        train = _wants_gradient(x, h0, c0, *weights)
+        if input.numel() > dispatch.small.get(input.dtype, -1) and dispatch.is_torchs_faster(
+            input, weights, num_layers, batch_first, bidirectional, train
+        ):
+            return None
+        if train:
             if num_layers < 1 or len(weights) % num_layers:
                 return None
             if not all(t is None or t.is_cpu for t in (h0, c0, *weights)):  # meta tensors have an operator, too
@@ -278,6 +286,10 @@ def _short_way(
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         return error
     return y.transpose(0, 1) if batch_first else y, (hn, cn)
+
+
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 class _Form(NamedTuple):
