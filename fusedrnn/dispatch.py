@@ -1,7 +1,7 @@
 """Which backend serves which problem: the table, the choice, and the reasons.
 
-A backend that was asked for by name and cannot serve raises; it is never quietly replaced. Otherwise it is the first that
-supports the call, in an order that comes from measured times: see fusedrnn/tuning/choice.py.
+A backend that was asked for by name and cannot serve raises; it is never quietly replaced. Otherwise it is the first
+that supports the call, in an order that comes from measured times: see fusedrnn/tuning/choice.py.
 """
 
 from __future__ import annotations

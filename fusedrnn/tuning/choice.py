@@ -49,8 +49,10 @@ class Table:
 
     def __init__(self, here: machine.Machine, threads: int | None) -> None:
         versions = {"fusedrnn": __version__, "torch": torch.__version__}
-        self.machine = here
-        self.sources, self.ignored = profile.find(here, threads, versions)
+        self._read(here, *profile.find(here, threads, versions))
+
+    def _read(self, here: machine.Machine, sources: list[Source], ignored: dict[str, str]) -> None:
+        self.machine, self.sources, self.ignored = here, sources, ignored
         self._kinds: dict[tuple[object, ...], dict[Key, Known]] = {}
         self._verdicts: dict[tuple[str, str], dict[str, str | None]] = {}  # (cell, dtype) -> backend -> what is wrong
         for source in self.sources:
@@ -179,7 +181,7 @@ def _by_rule(key: Key, here: machine.Machine, names: Sequence[str]) -> tuple[str
     wide = here.family.endswith(("-amx", "-avx512", "-avx512_bf16"))
     large = key.B >= 32 and key.H >= 192 and key.T > 1 and key.T * key.B * key.I > _SMALL
     plain = key.dtype == "float32" and key.train and not key.packed and not key.projected
-    return _first(BASELINE, names) if wide and large and plain else tuple(names)
+    return _first(BASELINE if wide and large and plain else "cpu", names)
 
 
 def _described(near: Sequence[tuple[float, Known]]) -> str:

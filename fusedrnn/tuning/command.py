@@ -52,8 +52,11 @@ def main(argv: Sequence[str]) -> int:
     except (OSError, RuntimeError) as error:
         parser.error(f"the profile cannot be written: {error}; --out or {profile.CACHE_VARIABLE} names another place")
     keys = _keys(options, device, dtypes)
-    if options.resume:
-        keys = [key for key in keys if key not in keeper.profile.measurements]
+    known = keeper.profile.measurements
+    if options.undecided:
+        keys = [key for key in keys if key in known and not all(r.decided for r in known[key].ratios.values())]
+    elif options.resume:
+        keys = [key for key in keys if key not in known]
     seconds = options.seconds or (_QUICK_SECONDS if options.quick else None)
     return _tune(keys, device, backends, keeper, options, None if seconds is None else time.monotonic() + seconds)
 
@@ -90,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=arguments.whole(1), help="of the CPU; by default as many as torch takes")
     add("--seconds", type=arguments.seconds, help="begin nothing new after this time; --resume then goes on")
     add("--resume", action="store_true", help="leave out what is in the profile already")
+    add("--undecided", action="store_true", help="measure again what the noise left undecided in the profile")
     add("--rounds", type=arguments.whole(2), default=settings.rounds, help="samples of each backend (%(default)s)")
     add(
         "--time-budget",
@@ -151,7 +155,7 @@ def _tune(
     if interrupted:
         print("interrupted: what is above was measured before, and is kept", file=sys.stderr)
         return arguments.INTERRUPTED
-    return 1 if any(m.failures for m in made) or (keys and not made) else 0
+    return 1 if any(m.failures for m in made) or (keys and not made and until is None) else 0
 
 
 def _progress(keys: list[Key]) -> Iterable[Key]:

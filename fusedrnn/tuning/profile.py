@@ -10,7 +10,6 @@ import json
 import math
 import os
 import sys
-import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -65,6 +64,11 @@ class Ratio(NamedTuple):
 
     low: float  # of the interval that the median is in, by the noise of the samples
     median: float
+
+    @property
+    def decided(self) -> bool:
+        """Whether all of that interval is on one side of 1: the samples tell which one is faster."""
+        return self.low >= 1 or self.median**2 < self.low  # symmetric as a logarithm
 
 
 @dataclass(frozen=True)
@@ -164,14 +168,12 @@ def save(profile: Profile, path: Path) -> None:
     lines = ",\n".join("  " + json.dumps(to_line(m)) for m in sorted(profile.measurements.values(), key=_order))
     text = json.dumps(head, indent=1).removesuffix("\n}") + f',\n "measurements": [\n{lines}\n ]\n}}\n'
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _order(measurement: Measurement) -> tuple[Any, ...]:
