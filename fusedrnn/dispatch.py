@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -163,7 +163,6 @@ TABLE = {
 }
 
 _NAMES = tuple(TABLE)
-small = choice.small  # for the fast path, which feels each look for a name
 
 _default: str = os.environ.get(ENVIRONMENT_VARIABLE, "") or "auto"
 
@@ -299,18 +298,34 @@ def is_torchs_faster(
 ) -> bool:
     """Whether `select` gives "aten" for plain layers, or for a cell, with an input that `is_plain_on_cpu`.
 
-    Only large inputs are worth the question: up to `tuning.choice.small` numbers it gives "cpu".
+    Only an input of more than `tuning.choice.small` numbers is worth the question.
     """
     if _forced != "auto":
         return False
-    step = input.dim() == 2
-    T, B = (1, input.shape[0]) if step else input.shape[:2]
-    if batch_first and not step:
-        T, B = B, T
-    H, P = weights[1].shape[0] // 4, weights[1].shape[1]
-    D = 2 if bidirectional else 1
-    problem = Problem("cpu", input.dtype, T, B, input.shape[-1], H, P, D, train=train, L=num_layers, step=step)
-    order = _choice(problem).order if T > 0 and H > 0 else _NAMES
+    sizes = input.shape if not batch_first else (input.shape[1], input.shape[0], input.shape[2])
+    which = choice.which("cpu"), choice.reads
+    return _is_torchs_faster(input.dtype, sizes, weights[1].shape, num_layers, bidirectional, train, *which)
+
+
+@lru_cache(maxsize=8192)
+def _is_torchs_faster(
+    dtype: torch.dtype,
+    sizes: Sequence[int],
+    w_hh: Sequence[int],
+    num_layers: int,
+    bidirectional: bool,
+    train: bool,
+    threads: int,
+    reads: int,
+) -> bool:
+    """For an input of sizes [T, B, I], or of a cell [B, I]."""
+    *steps, B, I = sizes
+    H, P = w_hh[0] // 4, w_hh[1]
+    if min(*sizes, H, P, num_layers) < 1:
+        return False
+    T, D = steps[0] if steps else 1, 2 if bidirectional else 1
+    problem = Problem("cpu", dtype, T, B, I, H, P, D, train=train, L=num_layers, step=not steps)
+    order = _choice(problem).order
     return order.index("aten") < order.index("cpu")
 
 

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from . import dispatch, ops
 from .autograd import lstm_layer, lstm_step, unsqueezed
 from .packing import Packing
+from .tuning import choice
 
 _VF = torch._VF  # the functions behind nn.LSTM: torch's own path, our `aten` backend
 
@@ -262,8 +263,8 @@ def _short_way(
         h0, c0 = hx
     x = input.transpose(0, 1) if batch_first else input
     try:
-        train = _wants_gradient(x, h0, c0, *weights)
-        if input.numel() > dispatch.small.get(input.dtype, -1) and dispatch.is_torchs_faster(
+        train = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h0, c0, *weights))
+        if input.numel() > choice.small and dispatch.is_torchs_faster(
             input, weights, num_layers, batch_first, bidirectional, train
         ):
             return None

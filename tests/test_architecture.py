@@ -32,7 +32,7 @@ BELOW = {
     "tuning.profile": {"tuning.machine"},
     "tuning.choice": {"tuning.machine", "tuning.profile", "version"},
     "dispatch": {"gpu", "ops", "tuning.choice", "tuning.profile"},
-    "functional": {"autograd", "dispatch", "layout", "ops", "packing"},
+    "functional": {"autograd", "dispatch", "layout", "ops", "packing", "tuning.choice"},
     "module": {"dispatch", "functional", "ops"},
     "convert": {"module"},
 }

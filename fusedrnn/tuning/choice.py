@@ -54,6 +54,7 @@ class Table:
     def _read(self, here: machine.Machine, sources: list[Source], ignored: dict[str, str]) -> None:
         self.machine, self.sources, self.ignored = here, sources, ignored
         self._kinds: dict[tuple[object, ...], dict[Key, Known]] = {}
+        self._smalls: dict[tuple[str, str], int] = {}
         self._verdicts: dict[tuple[str, str], dict[str, str | None]] = {}  # (cell, dtype) -> backend -> what is wrong
         for source in self.sources:
             for key, measurement in source.profile.measurements.items():
@@ -104,6 +105,11 @@ class Table:
 
         The same for every number of threads, because all profiles count alike here.
         """
+        if (cell, dtype) not in self._smalls:
+            self._smalls[cell, dtype] = self._smallest_lost(dtype, cell)
+        return self._smalls[cell, dtype]
+
+    def _smallest_lost(self, dtype: str, cell: str) -> int:
         limit = _SMALL
         for source in self.sources:
             for key, measurement in source.profile.measurements.items():
@@ -131,8 +137,8 @@ class Table:
         known = self._kinds.get(key.kind, {})
         if key in known:
             return [(1.0, known[key])]
-        apart = ((_distance(key, other), other) for other in known)
-        nearest = nsmallest(_NEIGHBOURS, apart)
+        here = _place(key)
+        nearest = nsmallest(_NEIGHBOURS, ((math.dist(here, _place(other)), other) for other in known))
         if not nearest or nearest[0][0] > _FAR:
             return []
         return [(distance**-2, known[other]) for distance, other in nearest]
@@ -141,9 +147,10 @@ class Table:
 _ADVICE = "python -m fusedrnn tune measures"
 
 
-def _distance(one: Key, other: Key) -> float:
-    parts = (weight * math.log2(getattr(one, name) / getattr(other, name)) for name, weight in _WEIGHTS.items())
-    return math.sqrt(sum(part * part for part in parts)) or 1e-6
+@lru_cache(maxsize=8192)
+def _place(key: Key) -> tuple[float, ...]:
+    """Where a key lies among others of its kind."""
+    return tuple(weight * math.log2(getattr(key, name)) for name, weight in _WEIGHTS.items())
 
 
 def _expected(near: Iterable[tuple[float, Known]]) -> dict[str, Ratio]:
@@ -192,7 +199,8 @@ def _described(near: Sequence[tuple[float, Known]]) -> str:
 
 # The tables of this process.
 
-small: dict[torch.dtype, int] = {}  # `Table.small` of a dtype, once a table of the CPU has been read
+reads = 0  # how often `forget` was called, for those who remember choices
+small = -1  # the least `Table.small` of all dtypes, once a table of the CPU has been read
 
 
 def which(device: str) -> int | None:
@@ -205,10 +213,10 @@ def which(device: str) -> int | None:
 @lru_cache(maxsize=64)
 def table(device: str, which: int | None) -> Table:
     """What is known of the device of this type, "cpu" or "cuda"; read from files when it is first asked for."""
+    global small
     made = Table(machine.here(device), which if device == "cpu" else None)
     if device == "cpu":
-        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-            small[dtype] = made.small(str(dtype).removeprefix("torch."))
+        small = min(made.small(dtype) for dtype in ("float32", "float64", "bfloat16", "float16"))
     return made
 
 
@@ -220,6 +228,7 @@ def choose(device: str, which: int | None, key: Key, names: tuple[str, ...]) -> 
 
 def forget() -> None:
     """Reads all profiles again when they are next needed, and FUSEDRNN_PROFILE with them."""
+    global small, reads
     table.cache_clear()
     choose.cache_clear()
-    small.clear()
+    small, reads = -1, reads + 1
