@@ -338,6 +338,17 @@ def test_what_is_recorded_is_for_any_shape(pin):
 
 
 @needs_cpu
+def test_what_is_compiled_is_for_any_shape_and_its_profile_is_read_while_it_is_traced(pin):
+    pin(profile_of(*SLOW))
+    lstm = fusedrnn.CompilableLSTM(256, 256)
+    x = torch.randn(64, 32, 256)
+    torch._dynamo.reset()
+    y, _ = torch.compile(lstm, fullgraph=True, backend="eager")(x)
+    with fusedrnn.use_backend("cpu"):
+        assert torch.equal(y, lstm(x)[0])
+
+
+@needs_cpu
 def test_the_same_call_gets_the_same_backend_whatever_came_before(pin, ran):
     pin(profile_of(*SLOW, measured(key(B=1), cpu=4.0)))
     lstm, x = lstm_and_input()

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pack_sequence
 
 import fusedrnn
 from fusedrnn import cli
-from fusedrnn.tuning import choice, grid, profile, report, session, worker
+from fusedrnn.tuning import api, choice, grid, profile, report, session, worker
 from fusedrnn.tuning.profile import Key, Measurement, Ratio
 
 pytestmark = pytest.mark.skipif(fusedrnn.backends()["cpu"] is not None, reason="the cpu backend is not available")
@@ -325,6 +325,15 @@ def test_tune_takes_keywords_packed_input_one_mode_and_a_file(tmp_path):
     assert tuning.path == tmp_path / "p.json"
     again = fusedrnn.tune(lstm, packed, modes=["infer"], seconds=0.0, out=str(tmp_path / "p.json"))
     assert [m.key for m in again.measurements] == [m.key for m in tuning.measurements]
+
+
+def test_a_program_writes_a_profile_and_goes_on_with_it(tmp_path):
+    first = api.write_profile(tmp_path / "p.json", "cpu", [SMALL])
+    second = api.write_profile(str(tmp_path / "p.json"), "cpu", [SMALL, OTHER])
+    assert [m.key for m in first.measurements] == [SMALL]
+    assert [m.key for m in second.measurements] == [OTHER]
+    assert profile.load(tmp_path / "p.json").measurements.keys() == {SMALL, OTHER}
+    assert api.write_profile(tmp_path / "p.json", "cpu", seconds=-1.0).measurements == []
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,9 @@ from torch.nn.utils.rnn import PackedSequence
 from .. import dispatch
 from . import choice
 from .profile import Key, Measurement
+
+if TYPE_CHECKING:
+    from . import session
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,8 @@ def tune(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if not set(modes) <= {"train", "infer"}:
         raise ValueError(f'modes must be of "train" and "infer", got {list(modes)}')
+    from . import session
+
     problems = _called_with(model, example_inputs)
     if not problems:
         raise ValueError("no LSTM and no LSTMCell of the model was called with these inputs")
@@ -73,12 +79,19 @@ def tune(
         of_device += [dispatch.key_of(problem._replace(train=mode == "train")) for mode in modes]
     tuning = None
     for device, found in keys.items():
-        tuning = _measure(device, list(dict.fromkeys(found)), seconds, out, tuning)
+        tuning = _measure(device, list(dict.fromkeys(found)), session.Settings(budget=seconds), out, tuning)
     assert tuning is not None
     return tuning
 
 
-def _measure(device: str, keys: list[Key], seconds: float, out: Path | str | None, before: Tuning | None) -> Tuning:
+def _measure(
+    device: str,
+    keys: list[Key],
+    settings: session.Settings,
+    out: Path | str | None,
+    before: Tuning | None = None,
+    until: float | None = None,
+) -> Tuning:
     from . import session, worker
 
     backends = worker.supported(device)
@@ -92,7 +105,7 @@ def _measure(device: str, keys: list[Key], seconds: float, out: Path | str | Non
         keeper.keep(measurement)
 
     try:
-        session.measure(keys, device, backends, keep, session.Settings(budget=seconds))
+        session.measure(keys, device, backends, keep, settings, until)
     finally:
         choice.forget()
     return Tuning(keeper.path, made)
@@ -132,3 +145,37 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def write_profile(
+    path: Path | str,
+    device: str,
+    keys: Sequence[Key] | None = None,
+    *,
+    seconds: float | None = None,
+    limit: float = 180.0,
+) -> Tuning:
+    """Verifies and measures the backends on a device, for a program that runs unattended, and writes a profile.
+
+    Args:
+        path: the file; what is in it already, of the same machine and versions, is kept and not measured again.
+        device: "cpu" or "cuda".
+        keys: what to measure; by default the grid of `python -m fusedrnn tune`, the coarsest first.
+        seconds: after which nothing new is begun.
+        limit: seconds for one key, after which a backend is taken to hang.
+
+    Returns:
+        What was measured, failures among it.
+
+    Raises:
+        RuntimeError: there is nothing to measure on this device, or the process that measures cannot work.
+        OSError: the profile cannot be written.
+    """
+    from . import grid, session
+
+    if keys is None:
+        keys = grid.standard(device, list(grid.DTYPES[device]))
+    known = session.Keeper(device, Path(path)).profile.measurements
+    until = None if seconds is None else time.monotonic() + seconds
+    left = [key for key in keys if key not in known]
+    return _measure(device, left, session.Settings(limit=limit), path, None, until)

@@ -94,7 +94,7 @@ class Table:
             return Choice(
                 _first("cpu", names), ratios, f"{_described(near)}; all that is so small is the cpu backend's"
             )
-        ahead = [name for name, ratio in ratios.items() if ratio.low >= 1]
+        ahead = [name for name in ratios if _leads(name, near)]
         behind = [name for name in ratios if name not in ahead]
         order = [*_fastest(ahead, ratios), BASELINE, *_fastest(behind, ratios)]
         order = [name for name in order if name in names]
@@ -153,20 +153,24 @@ def _place(key: Key) -> tuple[float, ...]:
     return tuple(weight * math.log2(getattr(key, name)) for name, weight in _WEIGHTS.items())
 
 
-def _expected(near: Iterable[tuple[float, Known]]) -> dict[str, Ratio]:
-    """The weighted means of every backend; where one of the neighbours lacks it, it counts as slow there."""
-    near = list(near)
-    names = dict.fromkeys(name for _, known in near for name in known.measurement.ratios)
-    total = sum(weight for weight, _ in near)
+def _expected(near: Sequence[tuple[float, Known]]) -> dict[str, Ratio]:
+    """The weighted means of every backend that is in the measurements."""
     expected = {}
-    for name in names:
-        low = median = 0.0
-        for weight, (measurement, _) in near:
-            ratio = measurement.ratios.get(name)
-            low += weight * (-_ENOUGH if ratio is None else min(max(math.log(ratio.low), -_ENOUGH), _ENOUGH))
-            median += weight * (-_ENOUGH if ratio is None else math.log(ratio.median))
-        expected[name] = Ratio(math.exp(low / total), math.exp(median / total))
+    for name in dict.fromkeys(name for _, known in near for name in known.measurement.ratios):
+        found = [(weight, known.measurement.ratios[name]) for weight, known in near if name in known.measurement.ratios]
+        total = sum(weight for weight, _ in found)
+        low, median = (sum(weight * math.log(ratio[k]) for weight, ratio in found) / total for k in (0, 1))
+        expected[name] = Ratio(math.exp(low), math.exp(median))
     return expected
+
+
+def _leads(name: str, near: Sequence[tuple[float, Known]]) -> bool:
+    """Whether a backend is as fast as torch's own beyond the noise; where a neighbour lacks it, it is slow there."""
+    lead = 0.0
+    for weight, (measurement, _) in near:
+        ratio = measurement.ratios.get(name)
+        lead += weight * (-_ENOUGH if ratio is None else min(max(math.log(ratio.low), -_ENOUGH), _ENOUGH))
+    return lead >= 0
 
 
 def _fastest(names: Iterable[str], ratios: dict[str, Ratio]) -> list[str]:

@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = options.device or testing.devices()[-1]
-    dtypes = options.dtype or (["float32", "bfloat16"] if device == "cpu" else ["bfloat16", "tf32", "float16"])
+    dtypes = options.dtype or list(grid.DTYPES[device])
     if device == "cpu" and "tf32" in dtypes:
         parser.error("argument --dtype: tf32 is what a GPU computes in, and this would run on the CPU")
     backends = options.backend or worker.supported(device)

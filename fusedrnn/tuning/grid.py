@@ -7,6 +7,8 @@ from typing import Any
 
 from .profile import Key
 
+DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "tf32", "float16")}  # of each device, the usual ones
+
 # T, B, I, H, L, D, the coarsest first: a run that is cut off has something of everything.
 _COARSE = [(64, B, H, H) for H in (128, 512) for B in (1, 16, 64)]
 _STEPS = [(1, B, H, H) for B in (1, 8, 64) for H in (64, 256, 1024)]
