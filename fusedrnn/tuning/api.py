@@ -98,17 +98,11 @@ def _measure(
     if not backends:
         raise RuntimeError(f"there is nothing to measure on {device}: no backend with kernels can compute there")
     keeper = session.Keeper(device, None if out is None else Path(out))
-    made: list[Measurement] = list(before.measurements) if before else []
-
-    def keep(measurement: Measurement) -> None:
-        made.append(measurement)
-        keeper.keep(measurement)
-
     try:
-        session.measure(keys, device, backends, keep, settings, until)
+        session.measure(keys, device, backends, keeper.keep, settings, until)
     finally:
         choice.forget()
-    return Tuning(keeper.path, made)
+    return Tuning(keeper.path, [*(before.measurements if before else ()), *keeper.made])
 
 
 def _called_with(model: nn.Module, example_inputs: Any) -> list[dispatch.Problem]:

@@ -14,7 +14,7 @@ from .. import testing
 from ..benchmarks import arguments
 from ..benchmarks.cases import DTYPES, parse_shape
 from . import choice, grid, profile, report, session, worker
-from .profile import Key, Measurement
+from .profile import Key
 
 _QUICK_SECONDS = 50.0
 
@@ -132,20 +132,15 @@ def _tune(
     options: argparse.Namespace,
     until: float | None,
 ) -> int:
-    made: list[Measurement] = []
-
-    def keep(measurement: Measurement) -> None:
-        made.append(measurement)
-        keeper.keep(measurement)
-
     budget = min(options.time_budget, 0.3) if options.quick else options.time_budget
     settings = session.Settings(options.rounds, budget, options.time_limit)
     interrupted = False
     try:
-        session.measure(_progress(keys), device, backends, keep, settings, until)
+        session.measure(_progress(keys), device, backends, keeper.keep, settings, until)
     except KeyboardInterrupt:
         interrupted = True
     choice.forget()
+    made = keeper.made
     print("\n".join(report.table(made)))
     begun = {m.key for m in made}
     left = sum(key not in begun for key in keys)

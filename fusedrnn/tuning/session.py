@@ -204,6 +204,7 @@ class Keeper:
             device: "cpu" or "cuda".
             path: by default the one in the user's cache folder that calls then find.
         """
+        self.made: list[Measurement] = []  # what came since
         self.profile = new_profile(device)
         name = profile.file_name(self.profile.machine, self.profile.threads)
         self.path = profile.cache_folder() / name if path is None else path
@@ -218,5 +219,6 @@ class Keeper:
     def keep(self, measurement: Measurement) -> None:
         """Adds a measurement, unless nothing came of it, and writes the file."""
         if measurement.ms or measurement.failures:
+            self.made.append(measurement)
             self.profile = self.profile.with_added([measurement])
             profile.save(self.profile, self.path)
