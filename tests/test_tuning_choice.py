@@ -143,11 +143,16 @@ def test_a_backend_that_a_neighbour_lacks_counts_as_slow_there():
 
 
 def test_a_small_input_is_the_cpu_backends_where_torchs_own_wins_with_much_larger_ones():
-    made = table(measured(key(), cpu=0.5), measured(key(T=1, B=1), cpu=4.0), measured(key(T=1, B=8), cpu=0.9))
-    assert made.small("float32") == 8 * 256 // 8
+    step = measured(key(T=1, B=1, step=True), cpu=0.5)
+    layers = [measured(key(T=1, B=B, train=B == 1), cpu=ratio) for B, ratio in ((1, 0.9), (8, 0.9), (9, 0.5))]
+    made = table(measured(key(), cpu=0.5), *layers, step)
+    assert made.small("float32", False, False) == 8 * 256 // 8
+    assert made.small("float32", True, False) == 256 // 8, "training is another matter"
+    assert made.small("float32", False, True) == 256 // 8, "so is an LSTMCell"
     assert made.choose(key(T=1, B=1), NAMES).order[0] == "cpu"
     assert made.choose(key(T=1, B=8), NAMES).order[0] == "aten"
-    assert made.small("bfloat16") > made.small("float32")
+    assert made.choose(key(T=1, B=1, train=True), NAMES).order[0] == "aten"
+    assert made.small("bfloat16", False, False) > made.small("float32", False, False)
 
 
 def test_a_failure_ends_the_trust_in_a_dtype():
@@ -161,7 +166,7 @@ def test_a_failure_ends_the_trust_in_a_dtype():
     )
     assert made.verdict("cpu", "bfloat16") == (True, None)
     assert made.verdict("triton", "bfloat16") == (False, None)
-    assert made.small("float32") == -1
+    assert made.small("float32", False, False) == made.small("float32", True, True) == -1
 
 
 @pytest.mark.parametrize(
@@ -174,6 +179,11 @@ def test_a_failure_ends_the_trust_in_a_dtype():
         ("intel-amx", {"train": True, "B": 64, "dtype": "bfloat16"}, "cpu"),
         ("intel-amx", {"train": True, "B": 64, "packed": True}, "cpu"),
         ("amd-avx2", {"train": True, "B": 64}, "cpu"),
+        ("amd-avx2", {"T": 1, "B": 16, "H": 1024, "I": 1024, "step": True}, "aten"),
+        ("amd-avx2", {"T": 1, "B": 16, "H": 1024, "I": 1024}, "cpu"),
+        ("amd-avx2", {"T": 1, "B": 64, "H": 1024, "I": 1024}, "aten"),
+        ("amd-avx2", {"T": 1, "B": 64, "H": 1024, "I": 1024, "train": True}, "cpu"),
+        ("amd-avx2", {"T": 1, "B": 8, "H": 4096, "step": True}, "cpu"),
     ],
 )
 def test_the_rule_where_nothing_was_measured(family, options, expected):
@@ -204,7 +214,9 @@ def test_of_two_profiles_the_nearer_number_of_threads_counts(pin):
     assert firsts == {1: "cpu", 2: "cpu", 8: "aten", 64: "aten"}
     assert "this process computes with 64" in found[64].choose(key(), NAMES).reason
     assert "this process" not in found[8].choose(key(), NAMES).reason
-    assert len({made.small("float32") for made in found.values()}) == 1, "it does not depend on who asked first"
+    assert len({made.small("float32", False, False) for made in found.values()}) == 1, (
+        "it does not depend on who asked first"
+    )
 
 
 # What runs.

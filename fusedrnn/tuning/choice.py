@@ -25,8 +25,8 @@ _WEIGHTS = {"T": 0.25, "B": 1.0, "I": 0.5, "H": 1.0, "L": 0.25, "D": 1.0}
 _NEIGHBOURS = 4
 _FAR = 2.0  # where the nearest measurement is farther away, nothing is known
 _ENOUGH = math.log(1.25)  # what is faster, or slower, by more than that decides no more than this would
-_SMALL = 1 << 15  # numbers in an input: the rule for what was not measured leaves less to the cpu backend
-_SMALLER = 8  # an input this many times smaller than the smallest that torch's own won with is the cpu backend's
+_SMALL = 1 << 13  # numbers in an input: the rule for what was not measured leaves less to the cpu backend
+_SMALLER = 8  # an input this many times smaller than any that torch's own won with is the cpu backend's
 
 
 class Choice(NamedTuple):
@@ -54,7 +54,7 @@ class Table:
     def _read(self, here: machine.Machine, sources: list[Source], ignored: dict[str, str]) -> None:
         self.machine, self.sources, self.ignored = here, sources, ignored
         self._kinds: dict[tuple[object, ...], dict[Key, Known]] = {}
-        self._smalls: dict[tuple[str, str], int] = {}
+        self._smalls: dict[tuple[str, bool, bool], int] = {}
         self._verdicts: dict[tuple[str, str], dict[str, str | None]] = {}  # (cell, dtype) -> backend -> what is wrong
         for source in self.sources:
             for key, measurement in source.profile.measurements.items():
@@ -90,34 +90,37 @@ class Table:
             ruled = _by_rule(key, self.machine, names)
             return Choice(ruled, {}, f"nothing like {key.label} has been measured here: a rule decides ({_ADVICE})")
         ratios = _expected(near)
-        if self.machine.device == "cpu" and self.small(key.dtype, key.cell) >= key.T * key.B * key.I:
-            return Choice(
-                _first("cpu", names), ratios, f"{_described(near)}; all that is so small is the cpu backend's"
-            )
+        numbers = key.T * key.B * key.I
+        if self.machine.device == "cpu" and numbers <= self.small(key.dtype, key.train, key.step):
+            return Choice(_first("cpu", names), ratios, f"{_described(near)}; what is so small runs on cpu")
         ahead = [name for name in ratios if _leads(name, near)]
         behind = [name for name in ratios if name not in ahead]
         order = [*_fastest(ahead, ratios), BASELINE, *_fastest(behind, ratios)]
         order = [name for name in order if name in names]
         return Choice((*order, *(name for name in names if name not in order)), ratios, _described(near))
 
-    def small(self, dtype: str, cell: str = "lstm") -> int:
-        """Up to how many numbers of an input the cpu backend is the choice whatever else there is to ask.
+    def small(self, dtype: str, train: bool, step: bool) -> int:
+        """Up to how many numbers of an input the cpu backend is the choice, whatever else there is to ask.
 
         The same for every number of threads, because all profiles count alike here.
-        """
-        if (cell, dtype) not in self._smalls:
-            self._smalls[cell, dtype] = self._smallest_lost(dtype, cell)
-        return self._smalls[cell, dtype]
 
-    def _smallest_lost(self, dtype: str, cell: str) -> int:
+        Args:
+            dtype, train, step: as in `Key`.
+        """
+        if (dtype, train, step) not in self._smalls:
+            self._smalls[dtype, train, step] = self._smallest_lost(dtype, train, step)
+        return self._smalls[dtype, train, step]
+
+    def _smallest_lost(self, dtype: str, train: bool, step: bool) -> int:
         limit = _SMALL
         for source in self.sources:
             for key, measurement in source.profile.measurements.items():
-                if (key.cell, key.dtype) != (cell, dtype):
+                if (key.cell, key.dtype) != ("lstm", dtype):
                     continue
                 if "cpu" in measurement.failures:
                     return -1
-                if "cpu" in measurement.ratios and measurement.ratios["cpu"].low < 1:
+                lost = "cpu" in measurement.ratios and measurement.ratios["cpu"].low < 1
+                if lost and (key.train, key.step) == (train, step):
                     limit = min(limit, key.T * key.B * key.I // _SMALLER)
         return limit
 
@@ -184,15 +187,18 @@ def _first(name: str, names: Sequence[str]) -> tuple[str, ...]:
 def _by_rule(key: Key, here: machine.Machine, names: Sequence[str]) -> tuple[str, ...]:
     """Where nothing is known. On a GPU: torch's own, then what has been verified.
 
-    On a CPU our kernels, but for training in float32 with a batch on processors with vectors of 512 bits: on those that
-    were measured they are between 0.83 and 1.3 times as fast as torch's own there, and ahead everywhere else.
+    On a CPU our kernels, but for float32 in two cases. In training with a batch, on processors with vectors of 512 bits:
+    on those that were measured they are between 0.83 and 1.3 times as fast as torch's own. And in one time step of large
+    batches, which torch computes by a GEMM: 0.5 to 0.9 times.
     """
     if here.device != "cpu":
         return _first(BASELINE, names)
+    plain = key.dtype == "float32" and not key.packed and not key.projected and key.T * key.B * key.I > _SMALL
     wide = here.family.endswith(("-amx", "-avx512", "-avx512_bf16"))
-    large = key.B >= 32 and key.H >= 192 and key.T > 1 and key.T * key.B * key.I > _SMALL
-    plain = key.dtype == "float32" and key.train and not key.packed and not key.projected
-    return _first(BASELINE if wide and large and plain else "cpu", names)
+    batch = key.T > 1 and key.train and wide and key.B >= 32 and key.H >= 192
+    numbers = key.B * key.H
+    step = key.T == 1 and key.B >= 16 and (numbers >= 1 << 14 if key.step else not key.train and numbers >= 1 << 16)
+    return _first(BASELINE if plain and (batch or step) else "cpu", names)
 
 
 def _described(near: Sequence[tuple[float, Known]]) -> str:
@@ -204,7 +210,8 @@ def _described(near: Sequence[tuple[float, Known]]) -> str:
 # The tables of this process.
 
 reads = 0  # how often `forget` was called, for those who remember choices
-small = -1  # the least `Table.small` of all dtypes, once a table of the CPU has been read
+# The least `Table.small` of all dtypes, by train and step, once a table of the CPU has been read.
+small = _UNREAD = ((-1, -1), (-1, -1))
 
 
 def which(device: str) -> int | None:
@@ -220,7 +227,11 @@ def table(device: str, which: int | None) -> Table:
     global small
     made = Table(machine.here(device), which if device == "cpu" else None)
     if device == "cpu":
-        small = min(made.small(dtype) for dtype in ("float32", "float64", "bfloat16", "float16"))
+
+        def least(train: bool, step: bool) -> int:
+            return min(made.small(dtype, train, step) for dtype in ("float32", "float64", "bfloat16", "float16"))
+
+        small = ((least(False, False), least(False, True)), (least(True, False), least(True, True)))
     return made
 
 
@@ -235,4 +246,4 @@ def forget() -> None:
     global small, reads
     table.cache_clear()
     choose.cache_clear()
-    small, reads = -1, reads + 1
+    small, reads = _UNREAD, reads + 1
