@@ -44,14 +44,7 @@ BELOW["tuning.worker"] = {"benchmarks", "dispatch", "functional", "module", "tun
 BELOW["tuning.session"] = {"benchmarks", "tuning.machine", "tuning.profile"}
 _MEASURING = {f"tuning.{name}" for name in ("choice", "grid", "profile", "report", "session", "worker")}
 BELOW["tuning.command"] = {"benchmarks", "testing", *_MEASURING}
-BELOW["tuning.api"] = {
-    "dispatch",
-    "tuning.choice",
-    "tuning.profile",
-    "tuning.report",
-    "tuning.session",
-    "tuning.worker",
-}
+BELOW["tuning.api"] = {"dispatch", *_MEASURING}
 BELOW["cli"] = {*BELOW, "__init__", "benchmarks"}
 BELOW["__main__"] = {"cli"}
 BELOW["__init__"] = {"convert", "dispatch", "functional", "module", "tuning.api", "version"}

@@ -187,9 +187,9 @@ def _first(name: str, names: Sequence[str]) -> tuple[str, ...]:
 def _by_rule(key: Key, here: machine.Machine, names: Sequence[str]) -> tuple[str, ...]:
     """Where nothing is known. On a GPU: torch's own, then what has been verified.
 
-    On a CPU our kernels, but for float32 in two cases. In training with a batch, on processors with vectors of 512 bits:
-    on those that were measured they are between 0.83 and 1.3 times as fast as torch's own. And in one time step of large
-    batches, which torch computes by a GEMM: 0.5 to 0.9 times.
+    On a CPU our kernels, but for float32 in two cases. In training with a batch, on processors with vectors of 512
+    bits: on those that were measured they are between 0.83 and 1.3 times as fast as torch's own. And in one time step
+    of large batches, which torch computes by a GEMM: 0.5 to 0.9 times.
     """
     if here.device != "cpu":
         return _first(BASELINE, names)
