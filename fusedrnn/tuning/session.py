@@ -94,7 +94,12 @@ class Worker:
             raise LostError(at_work, f"hung: no answer within {limit:g} seconds") from None
         if line:
             return profile.from_line(json.loads(line))
-        at_work, code = self._at_work(), self._process.wait()
+        at_work = self._at_work()
+        try:
+            code = self._process.wait(timeout=10.0)
+        except subprocess.TimeoutExpired:  # it answers no more, and goes on
+            self._process.kill()
+            code = self._process.wait()
         told = self._last_words()
         self.close()
         ended = f"signal {-code}" if code < 0 else f"status {code}"
