@@ -267,7 +267,7 @@ def _short_way(
         if input.numel() > choice.small[train][dims == 2] and dispatch.is_torchs_faster(
             input, weights, num_layers, batch_first, bidirectional, train
         ):
-            return None
+            return _torchs_cell(input, weights, h0, c0) if dims == 2 else None
         if train:
             if num_layers < 1 or len(weights) % num_layers:
                 return None
@@ -287,6 +287,16 @@ def _short_way(
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         return error
     return y.transpose(0, 1) if batch_first else y, (hn, cn)
+
+
+def _torchs_cell(
+    input: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """torch's own cell, which makes sure of shapes and dtypes by itself: it takes less than the questions would."""
+    if h0 is None or c0 is None:
+        h0 = c0 = input.new_zeros(len(input), weights[1].shape[1])
+    hn, cn = _VF.lstm_cell(input, (h0, c0), *weights)
+    return hn, (hn, cn)
 
 
 def _wants_gradient(*tensors: Tensor | None) -> bool:

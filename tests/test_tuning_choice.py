@@ -296,6 +296,26 @@ def test_batch_first_and_cells_are_asked_about_as_they_are(pin, ran):
 
 
 @needs_cpu
+@pytest.mark.parametrize("given", [False, True], ids=["zeros", "hx"])
+def test_torchs_own_cell_runs_without_further_questions_and_its_errors_are_ours(pin, monkeypatch, given):
+    pin(profile_of(measured(key(T=1, B=64, step=True), cpu=0.5)))
+    cell, x = fusedrnn.LSTMCell(256, 256).requires_grad_(False), torch.randn(64, 256)
+    hx = (torch.randn(64, 256), torch.randn(64, 256)) if given else None
+    theirs = nn.LSTMCell(256, 256)
+    theirs.load_state_dict(cell.state_dict())
+    with monkeypatch.context() as patch:
+        patch.setattr(dispatch, "select", None)
+        h, c = cell(x, hx)
+    expected = theirs(x, hx)
+    assert torch.equal(h, expected[0])
+    assert torch.equal(c, expected[1])
+    with pytest.raises(RuntimeError, match="input has inconsistent input_size: got 255 expected 256"):
+        cell(x[:, 1:], hx)
+    with pytest.raises(RuntimeError, match="Input batch size 64 doesn't match hidden0 batch size 63"):
+        cell(x, (torch.randn(63, 256), torch.randn(63, 256)))
+
+
+@needs_cpu
 def test_second_derivatives_where_torchs_own_is_faster(pin):
     pin(profile_of(*SLOW))
     lstm, x = lstm_and_input(requires_grad=True)
