@@ -28,9 +28,9 @@ class Settings:
 
     rounds: int = 20  # samples of each contender, at most
     budget: float = 5.0  # seconds for a cell: when they are over, a few rounds have to do
-    check_flops: float = 1e10  # on a CPU as many time steps are checked as a forward of so many operations has
     time_wrong: bool = False  # time also what was found wrong; its rows are marked as such all the same
     busy: Callable[[], AbstractContextManager[Any]] | None = None  # all is timed in it as well; see `busy.process`
+    check_flops: float = 1e10  # on a CPU as many time steps are checked as a forward of so many operations has
 
 
 def measure(
