@@ -39,7 +39,7 @@ except ImportError:
     )
 
 ROOT = Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "fusedrnn" / "__init__.py").read_text()).group(1)
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "fusedrnn" / "version.py").read_text()).group(1)
 SANITIZE = os.environ.get("FUSEDRNN_SANITIZE", "")
 
 # The oldest torch whose stable ABI has all we use; the library then serves every later torch, and every Python.
@@ -272,9 +272,9 @@ CUDA_LINK = ["-Wl,--exclude-libs,ALL", "-lcudart_static", "-ldl", "-lrt", "-lpth
 setup(
     version=VERSION,
     # Named one by one: the Triton kernels lie in kernels/ and are installed as fusedrnn.kernels.
-    packages=["fusedrnn", "fusedrnn.benchmarks", "fusedrnn.kernels"],
+    packages=["fusedrnn", "fusedrnn.benchmarks", "fusedrnn.kernels", "fusedrnn.tuning"],
     package_dir={"fusedrnn.benchmarks": "benchmarks", "fusedrnn.kernels": "kernels"},
-    package_data={"fusedrnn": ["py.typed"]},
+    package_data={"fusedrnn": ["py.typed"], "fusedrnn.tuning": ["profiles/*.json"]},
     ext_modules=[extension("cpu"), extension("cuda")],
     cmdclass={"build_ext": BuildNative},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

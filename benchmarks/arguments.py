@@ -64,6 +64,10 @@ def backend(name: str) -> str:
     return name
 
 
+def backend_or_auto(name: str) -> str:
+    return name if name == "auto" else backend(name)
+
+
 def folder(given: Path | None, kind: str) -> Path:
     return given or Path("out") / kind / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
 

@@ -85,9 +85,9 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--backend",
         action="append",
-        type=arguments.backend,
+        type=arguments.backend_or_auto,
         metavar="NAME",
-        help=f"measure this one of {', '.join(dispatch.TABLE)}; by default all that have kernels and are available",
+        help=f"measure this one of auto, {', '.join(dispatch.TABLE)}; by default all available that have kernels",
     )
     _add_choice(parser, "--baseline", tuple(contenders.BASELINES), "measure against these; by default against all")
     add("--device", choices=testing.devices(), help="by default the GPU, if there is one")

@@ -94,8 +94,8 @@ def entered(backends: Sequence[str] | None = None, baselines: Sequence[str] | No
     """The contenders in the order of the table: nn.LSTM first and always, unavailable ones included.
 
     Args:
-        backends: the backends of fusedrnn; by default those with kernels, that is all but `aten` and `reference`, or
-            those two where there is nothing else.
+        backends: the backends of fusedrnn, and "auto" for what it chooses; by default those with kernels, that is all
+            but `aten` and `reference`, or those two where there is nothing else.
         baselines: names of `BASELINES`, by default all.
     """
     reasons = dispatch.backends()
@@ -104,7 +104,7 @@ def entered(backends: Sequence[str] | None = None, baselines: Sequence[str] | No
         usable = [name for name in kernels if reasons[name] is None]
         backends = kernels if usable else list(reasons)
     chosen = [name for name in BASELINES if baselines is None or name in (BASELINE, *baselines)]
-    return [*(BASELINES[name]() for name in chosen), *(_backend(name, reasons[name]) for name in backends)]
+    return [*(BASELINES[name]() for name in chosen), *(_backend(name, reasons.get(name)) for name in backends)]
 
 
 def _nn_lstm() -> Contender:
@@ -135,6 +135,8 @@ def _backend(name: str, unavailable: str | None) -> Contender:
         return f"{explanation.backend}: {explanation.plan}" if explanation.plan else str(explanation.backend)
 
     def unsupported(cell: Cell) -> str | None:
+        if name == "auto":
+            return None
         case = cell.case
         extras = {"lengths": case.lengths, "reset": case.reset, "packed": case.packed}
         sizes = (case.T, case.B, case.I, case.H, case.H, cell.D)

@@ -30,6 +30,7 @@ class Settings:
     budget: float = 5.0  # seconds for a cell: when they are over, a few rounds have to do
     time_wrong: bool = False  # time also what was found wrong; its rows are marked as such all the same
     busy: Callable[[], AbstractContextManager[Any]] | None = None  # all is timed in it as well; see `busy.process`
+    check_flops: float = 1e10  # on a CPU as many time steps are checked as a forward of so many operations has
 
 
 def measure(
@@ -37,10 +38,10 @@ def measure(
 ) -> list[Row]:
     """One row for each contender that is available."""
     present = [contender for contender in contenders if contender.unavailable is None]
-    rows = [_row(suite, cell, contender) for contender in present]
+    rows = [blank(suite, cell, contender) for contender in present]
     entered = {}
     for k, contender in enumerate(present):
-        lane = _prepare(cell, contender, rows[k], settings)
+        lane = prepare(cell, contender, rows[k], settings)
         if lane is not None:
             entered[k] = lane
     repeat = cell.device == "cpu" or cell.streaming
@@ -58,7 +59,8 @@ def measure(
     return rows
 
 
-def _row(suite: str, cell: Cell, contender: Contender) -> Row:
+def blank(suite: str, cell: Cell, contender: Contender) -> Row:
+    """The row of a contender that nothing is known of yet."""
     case = cell.case
     sizes: dict[str, Any] = {"T": case.T, "B": case.B, "I": case.I, "H": case.H, "L": case.layers, "D": cell.D}
     names: dict[str, Any] = {name: getattr(cell, name) for name in ("mode", "device", "dtype", "variant")}
@@ -66,8 +68,8 @@ def _row(suite: str, cell: Cell, contender: Contender) -> Row:
     return Row(suite, contender.name, case=cell.id, **names, **sizes, **work)
 
 
-def _prepare(cell: Cell, contender: Contender, row: Row, settings: Settings) -> Lane | None:
-    """What is to be timed, or None; the row then says why not."""
+def prepare(cell: Cell, contender: Contender, row: Row, settings: Settings) -> Lane | None:
+    """Builds a contender and holds it to the rule: what is to be timed, or None, and the row then says why not."""
     with products(cell.tf32):
         reason = contender.unsupported(cell)
     if reason is not None:
@@ -76,7 +78,7 @@ def _prepare(cell: Cell, contender: Contender, row: Row, settings: Settings) -> 
     try:
         module = cell.case.module(contender.build, cell.device)
         try:
-            row.excess = worst_error(cell, contender, module)
+            row.excess = worst_error(cell, contender, module, settings.check_flops)
         except WrongError as error:
             row.status, row.reason, row.excess = "wrong", str(error), error.excess
             if not settings.time_wrong:
@@ -126,7 +128,7 @@ def _work(
     packed = isinstance(x, PackedSequence)
     leaf = x.data if packed else x
     leaves = [leaf, *module.parameters()]
-    dy = torch.randn(*leaf.shape[:-1], cell.D * cell.case.H, device=leaf.device).to(leaf.dtype)
+    dy = torch.randn(*leaf.shape[:-1], cell.D * (cell.case.proj_size or cell.case.H), device=leaf.device).to(leaf.dtype)
 
     def train() -> tuple[Tensor, ...]:
         y = module(x, hx, **options)[0]

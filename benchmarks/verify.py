@@ -22,9 +22,6 @@ from .contender import Contender
 _TF32 = testing.roundoff(torch.float16) / testing.roundoff(torch.float32)
 
 
-_MOST_FLOPS = 1e10  # of a forward, in a check on a CPU
-
-
 class WrongError(Exception):
     """Results that break the rule: `excess` is the worst error over what is allowed."""
 
@@ -50,13 +47,14 @@ def _allow_tf32(products: bool, cudnn: bool) -> None:
     torch._C._set_cudnn_allow_tf32(cudnn)
 
 
-def worst_error(cell: Cell, contender: Contender, module: nn.Module) -> float:
+def worst_error(cell: Cell, contender: Contender, module: nn.Module, most_flops: float = 1e10) -> float:
     """Computes the cell once, on a CPU its `affordable` part, and holds every tensor to the rule.
 
     In training the gradients of all inputs and parameters are among them.
 
     Args:
         module: the contender's, on the device of the cell.
+        most_flops: of a forward, in a check on a CPU.
 
     Returns:
         The largest error over what is allowed, at most 1.
@@ -64,7 +62,7 @@ def worst_error(cell: Cell, contender: Contender, module: nn.Module) -> float:
     Raises:
         WrongError: it is more; the message names the tensors.
     """
-    cell = affordable(cell)
+    cell = affordable(cell, most_flops)
     answers = _answers(cell.case, cell.tf32, cell.device)
     with contender.active(), products(cell.tf32):
         ours = _gradients_too(cell, module) if cell.mode == "train" else _outputs(cell, module)
@@ -80,12 +78,12 @@ def worst_error(cell: Cell, contender: Contender, module: nn.Module) -> float:
     return worst
 
 
-def affordable(cell: Cell) -> Cell:
+def affordable(cell: Cell, most_flops: float = 1e10) -> Cell:
     """The cell with as many time steps as a CPU can compute in float64, several times over, in less than a minute."""
     forward = replace(cell, mode="infer").flops
-    if cell.device != "cpu" or forward <= _MOST_FLOPS:
+    if cell.device != "cpu" or forward <= most_flops:
         return cell
-    return replace(cell, case=replace(cell.case, T=max(int(cell.case.T * _MOST_FLOPS / forward), min(cell.case.T, 2))))
+    return replace(cell, case=replace(cell.case, T=max(int(cell.case.T * most_flops / forward), min(cell.case.T, 2))))
 
 
 def _outputs(cell: Cell, module: nn.Module) -> dict[str, Tensor]:

@@ -5,8 +5,8 @@ from .convert import Report, convert, patch, revert
 from .dispatch import Explanation, backends, explain, use_backend
 from .functional import LSTMStates
 from .module import LSTM, CompilableLSTM, LSTMCell
-
-__version__ = "0.1.0"
+from .tuning.api import Tuning, tune
+from .version import __version__ as __version__
 
 __all__ = [
     "LSTM",
@@ -15,11 +15,13 @@ __all__ = [
     "LSTMCell",
     "LSTMStates",
     "Report",
+    "Tuning",
     "backends",
     "convert",
     "explain",
     "functional",
     "patch",
     "revert",
+    "tune",
     "use_backend",
 ]

@@ -20,6 +20,7 @@ import torch
 
 from . import __version__, check, dispatch, ops, testing
 from .check import Outcome
+from .tuning import choice, profile
 
 Item = TypeVar("Item")
 
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: what follows the program's name; sys.argv[1:] by default.
 
     Returns:
-        The exit status: 0, or 1 if a check failed; of `bench`, see there.
+        The exit status: 0, or 1 if a check failed; of `bench` and `tune`, see there.
 
     Raises:
         SystemExit: with status 2 for arguments that are wrong or missing, with status 0 after --help and --version.
@@ -41,6 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .benchmarks import command  # which the other commands can do without
 
         return command.main(arguments[1:])
+    if arguments[:1] == ["tune"]:
+        from .tuning import command as tuning  # the same
+
+        return tuning.main(arguments[1:])
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.command is None:
@@ -83,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     checks.add_argument("--record", metavar="FILE", help="append every outcome to this file as it comes, as JSON lines")
     checks.set_defaults(command=_check, error=checks.error)
 
+    commands.add_parser("tune", help="measure what is fastest on this machine, for `auto` to know", add_help=False)
     commands.add_parser("bench", help="measure speed and memory against torch's own LSTM and others", add_help=False)
     return parser
 
@@ -116,9 +122,23 @@ def _facts() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "instruction set": _instruction_set(),
         "backends": {name: reason or "available" for name, reason in dispatch.backends().items()},
+        "profiles": _profiles(),
         dispatch.ENVIRONMENT_VARIABLE: os.environ.get(dispatch.ENVIRONMENT_VARIABLE),
+        profile.PROFILE_VARIABLE: os.environ.get(profile.PROFILE_VARIABLE),
         "build": ops.build_info(),
     }
+
+
+def _profiles() -> dict[str, Any]:
+    """Of each device those that `auto` goes by, those that count most first, and the files that it ignores."""
+    found: dict[str, Any] = {}
+    for device in testing.devices():
+        table = choice.table(device, choice.which(device))
+        found[device] = [
+            str(source) for source in table.sources
+        ] or "none: a rule decides; python -m fusedrnn tune measures"
+        found |= {f"ignored {path}": reason for path, reason in table.ignored.items()}
+    return found
 
 
 def _instruction_set() -> str | None:
@@ -151,7 +171,7 @@ def _lines(facts: dict[str, Any], margin: str = "") -> Iterator[str]:
             yield f"{margin}{name}"
             yield from _lines(fact, margin + "  ")
         else:
-            text = " ".join(fact) if isinstance(fact, list) else fact
+            text = ("; " if name in testing.devices() else " ").join(fact) if isinstance(fact, list) else fact
             yield f"{margin}{name:{width}}  {'none' if text in (None, '', {}) else text}"
 
 

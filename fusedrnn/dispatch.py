@@ -1,26 +1,30 @@
 """Which backend serves which problem: the table, the choice, and the reasons.
 
-Order is preference. A backend that was asked for by name and cannot serve raises; it is never quietly replaced.
+A backend that was asked for by name and cannot serve raises; it is never quietly replaced. Otherwise it is the first
+that supports the call, in an order that comes from measured times: see fusedrnn/tuning/choice.py.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import ops
+from . import gpu, ops
+from .tuning import choice
+from .tuning.profile import Key, Ratio
 
 ENVIRONMENT_VARIABLE = "FUSEDRNN_BACKEND"
+_MEASURED = ("cpu", "cuda")  # types of devices that there may be profiles of
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -39,6 +43,10 @@ class Problem(NamedTuple):
     reset: bool = False
     states: bool = False
     packed: bool = False  # a PackedSequence of sequences that are not all as long
+    # What decides how fast it is, and not whether it can be computed:
+    train: bool = False  # a gradient may be asked for
+    L: int = 1
+    step: bool = False  # an LSTMCell
 
 
 class Backend(NamedTuple):
@@ -54,7 +62,7 @@ class Backend(NamedTuple):
 def _cpu_unsupported(problem: Problem) -> str | None:
     if problem.device != "cpu":
         return f"it computes on the CPU, and the input is on {problem.device}"
-    return _dtype_unsupported(problem)
+    return _dtype_unsupported(problem) or _distrusted("cpu", problem)
 
 
 def _aten_unsupported(problem: Problem) -> str | None:
@@ -75,7 +83,7 @@ def _dtype_unsupported(problem: Problem) -> str | None:
 def _cuda_unsupported(problem: Problem) -> str | None:
     if problem.device != ops.cuda_device_type():
         return f"it computes on a GPU, and the input is on {problem.device}"
-    return _unproven("cuda") or _unplanned("cuda", problem)
+    return _unproven("cuda", problem) or _unplanned("cuda", problem)
 
 
 def _triton_unsupported(problem: Problem) -> str | None:
@@ -87,13 +95,35 @@ def _triton_unsupported(problem: Problem) -> str | None:
         return "its interpreter is for tests: it runs where it is asked for by name"
     if problem.dtype == torch.float64 and forced() == "triton":
         return "it computes float32, bfloat16 and float16; float64 is left to torch and to the reference"
-    return _unproven("triton") or _unplanned("triton", problem)
+    return _unproven("triton", problem) or _unplanned("triton", problem)
 
 
-def _unproven(name: str) -> str | None:
-    if forced() != name:
-        return "no run of it on a GPU is on record yet: it runs where it is asked for by name"
-    return None
+def _unproven(name: str, problem: Problem) -> str | None:
+    if forced() == name or _is_verified(name, problem.device, problem.dtype):
+        return _distrusted(name, problem)
+    device = problem.device
+    return f"it has not been verified on this device: python -m fusedrnn tune --device {device} does, and measures it"
+
+
+@ops.constant
+def _is_verified(name: str, device: str, dtype: torch.dtype) -> bool:
+    """Whether a profile in use has verified a backend on this machine, or found it wrong."""
+    if device not in _MEASURED:
+        return False
+    return choice.table(device, choice.which(device)).verdict(name, _dtype_name(device, dtype))[0]
+
+
+def _distrusted(name: str, problem: Problem) -> str | None:
+    """What a profile in use has found wrong with a backend on this machine."""
+    return None if forced() == name else _fault(name, problem.device, problem.dtype)
+
+
+@ops.constant
+def _fault(name: str, device: str, dtype: torch.dtype) -> str | None:
+    if device not in _MEASURED:
+        return None
+    reason = choice.table(device, choice.which(device)).verdict(name, _dtype_name(device, dtype))[1]
+    return None if reason is None else f"it failed verification on this machine: {reason}"
 
 
 def _unplanned(name: str, problem: Problem) -> str | None:
@@ -131,6 +161,8 @@ TABLE = {
         Backend("reference", lambda: None, _dtype_unsupported, lambda _: "a Python loop over the time steps"),
     )
 }
+
+_NAMES = tuple(TABLE)
 
 _default: str = os.environ.get(ENVIRONMENT_VARIABLE, "") or "auto"
 
@@ -208,7 +240,7 @@ def supports(name: str, problem: Problem) -> str | None:
 
 
 def select(problem: Problem) -> str:
-    """The backend that computes `problem`: the one asked for, or the first of the table that supports it.
+    """The backend that computes `problem`: the one asked for, or the first that supports it, the fastest first.
 
     Raises:
         ValueError: the name asked for does not exist.
@@ -221,15 +253,85 @@ def select(problem: Problem) -> str:
         if reason is not None:
             raise RuntimeError(f"backend {asked!r} was asked for and cannot run: {reason}")
         return asked
-    for name in TABLE:
+    for name in _order(problem):
         if supports(name, problem) is None:
             return name
     reasons = "; ".join(f"{name}: {supports(name, problem)}" for name in TABLE)
     raise RuntimeError(f"no backend can compute this: {reasons}")
 
 
+def _order(problem: Problem) -> tuple[str, ...]:
+    """All backends, the one that is expected to be the fastest first.
+
+    What is recorded will be run with other shapes, and on a CPU torch's own LSTM cannot be recorded for all of them.
+    """
+    if problem.device not in _MEASURED:
+        return _NAMES
+    if not is_eager():
+        return _NAMES if problem.device == "cpu" else _order_for_any_shape(problem.device, problem.dtype)
+    return _choice(problem).order
+
+
+@ops.constant
+def _order_for_any_shape(device: str, dtype: torch.dtype) -> tuple[str, ...]:
+    return choice.table(device, choice.which(device)).overall(_dtype_name(device, dtype), _NAMES)
+
+
+def _choice(problem: Problem) -> choice.Choice:
+    device = problem.device
+    return choice.choose(device, choice.which(device), key_of(problem), _NAMES)
+
+
+def key_of(p: Problem) -> Key:
+    """What a profile calls a problem; of an empty batch, that of one sequence."""
+    name, projected = _dtype_name(p.device, p.dtype), p.P != p.H
+    return Key(name, p.train, p.T, max(p.B, 1), max(p.I, 1), p.H, p.L, p.D, p.step, p.packed, projected)
+
+
+def _dtype_name(device: str, dtype: torch.dtype) -> str:
+    tf32 = dtype == torch.float32 and device == "cuda" and gpu.fp32_precision() != "ieee"
+    return "tf32" if tf32 else str(dtype).removeprefix("torch.")
+
+
+def is_torchs_faster(
+    input: Tensor, weights: Sequence[Tensor], num_layers: int, batch_first: bool, bidirectional: bool, train: bool
+) -> bool:
+    """Whether `select` gives "aten" for plain layers, or for a cell, with an input that `is_plain_on_cpu`.
+
+    Only an input of more than `tuning.choice.small` numbers is worth the question.
+    """
+    if _forced != "auto":
+        return False
+    sizes = input.shape if not batch_first else (input.shape[1], input.shape[0], input.shape[2])
+    which = choice.which("cpu"), choice.reads
+    return _is_torchs_faster(input.dtype, sizes, weights[1].shape, num_layers, bidirectional, train, *which)
+
+
+@lru_cache(maxsize=8192)
+def _is_torchs_faster(
+    dtype: torch.dtype,
+    sizes: Sequence[int],
+    w_hh: Sequence[int],
+    num_layers: int,
+    bidirectional: bool,
+    train: bool,
+    threads: int,
+    reads: int,
+) -> bool:
+    """For an input of sizes [T, B, I], or of a cell [B, I]."""
+    *steps, B, I = sizes
+    H, P = w_hh[0] // 4, w_hh[1]
+    if min(*sizes, H, P, num_layers) < 1:
+        return False
+    T, D = steps[0] if steps else 1, 2 if bidirectional else 1
+    problem = Problem("cpu", dtype, T, B, I, H, P, D, train=train, L=num_layers, step=not steps)
+    order = _choice(problem).order
+    return order.index("aten") < order.index("cpu")
+
+
 def is_plain_on_cpu(input: Tensor) -> bool:
-    """Whether `select` gives "cpu" for any layer with this input, and there is no autocast, transform or trace.
+    """Whether `select` gives "cpu", or "aten" where `is_torchs_faster`, for any layer with this input, and there is no
+    autocast, transform or trace.
 
     A shorter question than `select`'s.
     """
@@ -324,9 +426,18 @@ class Explanation:
     backend: str | None
     plan: str
     reasons: dict[str, str] = field(default_factory=dict)
+    ratios: dict[str, Ratio] = field(
+        default_factory=dict
+    )  # how many times as fast as torch's own each is expected to be
+    measured: str = ""  # where that was measured, and by which profile; or what decided instead
 
     def __str__(self) -> str:
         lines = [f"{self.backend or 'no backend'}: {self.plan}" if self.plan else f"{self.backend or 'no backend'}"]
+        lines += [
+            f"  {name} is {ratio.median:.2f} times as fast as torch's own ({ratio.low:.2f} at the least)"
+            for name, ratio in self.ratios.items()
+        ]
+        lines += [f"  {self.measured}"] if self.measured else []
         lines += [f"  not {name}: {reason}" for name, reason in self.reasons.items()]
         return "\n".join(lines)
 
@@ -347,28 +458,40 @@ def explain(
         input, hx, lengths, reset, return_states: what the module would be called with.
 
     Returns:
-        The backend, its plan, and for every other backend why it was skipped or that it came later in the order.
+        The backend, its plan, for every other backend why it was skipped or that it came later in the order, and what
+        the order follows from: how many times as fast as torch's own LSTM a backend was, and where that was measured.
+        Training is meant where the input, hx or a parameter wants a gradient and gradients are on, inference otherwise.
 
     Raises:
         TypeError: module is not an LSTM, or input is neither a tensor nor a PackedSequence.
     """
-    problem = _problem_of(module, input, hx, lengths is not None, reset is not None, return_states)
+    problem = problem_of(module, input, hx, lengths is not None, reset is not None, return_states)
     reasons = {name: reason for name in TABLE if (reason := supports(name, problem)) is not None}
     chosen = None
     asked = forced()
+    made = _choice(problem) if asked == "auto" and problem.device in _MEASURED and is_eager() else None
     if asked != "auto":
         _check_name(asked)
         reasons |= {name: f"{asked} was asked for" for name in TABLE if name != asked and name not in reasons}
         chosen = None if asked in reasons else asked
     else:
-        chosen = next((name for name in TABLE if name not in reasons), None)
+        chosen = next((name for name in _order(problem) if name not in reasons), None)
         reasons |= {name: f"{chosen} is preferred" for name in TABLE if name != chosen and name not in reasons}
-    return Explanation(problem, chosen, TABLE[chosen].plan(problem) if chosen else "", reasons)
+    plan = TABLE[chosen].plan(problem) if chosen else ""
+    if made is None:
+        return Explanation(problem, chosen, plan, reasons)
+    return Explanation(problem, chosen, plan, reasons, made.ratios, made.reason)
 
 
-def _problem_of(
-    module: nn.Module, input: Tensor | PackedSequence, hx: Any, lengths: bool, reset: bool, states: bool
+def problem_of(
+    module: nn.Module,
+    input: Tensor | PackedSequence,
+    hx: Any = None,
+    lengths: bool = False,
+    reset: bool = False,
+    states: bool = False,
 ) -> Problem:
+    """What `module(input, hx, ...)` asks of a backend; raises what `explain` raises."""
     cell = isinstance(module, nn.LSTMCell)
     if not cell and getattr(module, "mode", None) != "LSTM":
         raise TypeError(f"module must be an LSTM or an LSTMCell, got {type(module).__name__}")
@@ -385,6 +508,7 @@ def _problem_of(
     wide = cell or packed or bool(getattr(module, "proj_size", 0))
     cast = autocast_dtype(data, None if hx is None else hx[1], wide=wide)
     H = int(module.hidden_size)  # type: ignore[arg-type]
+    leaves = (data, *(s for s in hx or () if isinstance(s, Tensor)), *module.parameters())
     return Problem(
         device=data.device.type,
         dtype=data.dtype if cast is None or data.dtype == torch.float64 else cast,
@@ -398,6 +522,9 @@ def _problem_of(
         reset=reset,
         states=states,
         packed=packed,
+        train=torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves),
+        L=int(getattr(module, "num_layers", 1)),
+        step=cell,
     )
 
 

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from . import dispatch, ops
 from .autograd import lstm_layer, lstm_step, unsqueezed
 from .packing import Packing
+from .tuning import choice
 
 _VF = torch._VF  # the functions behind nn.LSTM: torch's own path, our `aten` backend
 
@@ -127,7 +128,8 @@ def lstm(
         reset = _check_reset(reset, form, input.device)
 
     packed, extras = form.batch_sizes is not None, (lengths is not None, reset is not None, return_states)
-    problem = dispatch.Problem(input.device.type, input.dtype, T, B, I, H, P, D, *extras, packed)
+    train = _wants_gradient(input, h0, c0, *weights)
+    problem = dispatch.Problem(input.device.type, input.dtype, T, B, I, H, P, D, *extras, packed, train, num_layers)
     backend = dispatch.select(problem)
     if isinstance(quick, Exception) and backend == "cpu":
         raise quick
@@ -220,7 +222,9 @@ def lstm_cell(
         _check_dtypes(input, weights, h, c)
     _check_weights(weights, 1, 1, I)
 
-    backend = dispatch.select(dispatch.Problem(input.device.type, input.dtype, 1, B, I, H, H, 1))
+    train = _wants_gradient(input, h, c, *weights)
+    problem = dispatch.Problem(input.device.type, input.dtype, 1, B, I, H, H, 1, train=train, step=True)
+    backend = dispatch.select(problem)
     if isinstance(quick, Exception) and backend == "cpu":
         raise quick
     if backend == "aten":
@@ -257,7 +261,12 @@ def _short_way(
         h0, c0 = hx
     x = input.transpose(0, 1) if batch_first else input
     try:
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h0, c0, *weights)):
+        train = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h0, c0, *weights))
+        if input.numel() > choice.small[train][dims == 2] and dispatch.is_torchs_faster(
+            input, weights, num_layers, batch_first, bidirectional, train
+        ):
+            return _torchs_cell(input, weights, h0, c0) if dims == 2 else None
+        if train:
             if num_layers < 1 or len(weights) % num_layers:
                 return None
             if not all(t is None or t.is_cpu for t in (h0, c0, *weights)):  # meta tensors have an operator, too
@@ -275,6 +284,20 @@ def _short_way(
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         return error
     return y.transpose(0, 1) if batch_first else y, (hn, cn)
+
+
+def _torchs_cell(
+    input: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """torch's own cell, which makes sure of shapes and dtypes by itself: it takes less than the questions would."""
+    if h0 is None or c0 is None:
+        h0 = c0 = input.new_zeros(len(input), weights[1].shape[1])
+    hn, cn = _VF.lstm_cell(input, (h0, c0), *weights)
+    return hn, (hn, cn)
+
+
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 class _Form(NamedTuple):

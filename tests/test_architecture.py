@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGE = sorted((ROOT / "fusedrnn").glob("*.py"))
+PACKAGE = sorted((ROOT / "fusedrnn").rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 BENCHMARKS = sorted((ROOT / "benchmarks").rglob("*.py"))
 NATIVE = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cuh", ".cpp", ".cu"))
@@ -26,15 +26,33 @@ BELOW = {
     "ops": {"gpu", "cuda", "onnx", "reference", "kernels", "layout"},
     "testing": {"ops", "layout"},
     "autograd": {"ops", "reference", "layout"},
-    "dispatch": {"ops"},
-    "functional": {"autograd", "dispatch", "layout", "ops", "packing"},
+    "version": set(),
+    "tuning": set(),
+    "tuning.machine": {"ops"},
+    "tuning.profile": {"tuning.machine"},
+    "tuning.choice": {"tuning.machine", "tuning.profile", "version"},
+    "dispatch": {"gpu", "ops", "tuning.choice", "tuning.profile"},
+    "functional": {"autograd", "dispatch", "layout", "ops", "packing", "tuning.choice"},
     "module": {"dispatch", "functional", "ops"},
     "convert": {"module"},
 }
 BELOW["check"] = {*BELOW}
+# What measures the modules, with the benchmarks' means.
+BELOW["tuning.grid"] = {"tuning.profile"}
+BELOW["tuning.report"] = {"tuning.profile"}
+BELOW["tuning.worker"] = {"benchmarks", "dispatch", "functional", "module", "tuning.profile"}
+BELOW["tuning.session"] = {"benchmarks", "tuning.machine", "tuning.profile"}
+_MEASURING = {f"tuning.{name}" for name in ("choice", "grid", "profile", "report", "session", "worker")}
+BELOW["tuning.command"] = {"benchmarks", "testing", *_MEASURING}
+BELOW["tuning.api"] = {"dispatch", *_MEASURING}
 BELOW["cli"] = {*BELOW, "__init__", "benchmarks"}
 BELOW["__main__"] = {"cli"}
-BELOW["__init__"] = {"convert", "dispatch", "functional", "module"}
+BELOW["__init__"] = {"convert", "dispatch", "functional", "module", "tuning.api", "version"}
+
+
+def place(path):
+    """The name in BELOW of a file: of those in tuning/ with the package, which is called as such itself."""
+    return path.stem if path.parent.name != "tuning" else "tuning" if path.stem == "__init__" else f"tuning.{path.stem}"
 
 
 def imported(source, package):
@@ -49,18 +67,19 @@ def imported(source, package):
         elif isinstance(node, ast.ImportFrom):
             above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             base = ".".join([*above, *([node.module] if node.module else [])])
-            names |= {f"{base}.{alias.name}" for alias in node.names} if base == "fusedrnn" else {base}
+            of_packages = base in ("fusedrnn", "fusedrnn.tuning")
+            names |= {f"{base}.{alias.name}" for alias in node.names} if of_packages else {base}
     return names
 
 
 def siblings(source, package="fusedrnn"):
     """The modules of fusedrnn, without its name, that `source` imports; "__init__" for its public names."""
-    found = set()
+    found, places = set(), (*BELOW, "kernels", "benchmarks")
     for name in imported(source, package):
         top, _, rest = name.partition(".")
         if top == "fusedrnn":
-            module = rest.split(".")[0]
-            found.add(module if module in (*BELOW, "kernels", "benchmarks") else "__init__")
+            module = next((name for name in (".".join(rest.split(".")[:2]), rest.split(".")[0]) if name in places), "")
+            found.add(module or "__init__")
     return found
 
 
@@ -89,26 +108,30 @@ def test_public_names_stand_for_the_whole_package():
 
 def test_every_module_has_its_place():
     assert PACKAGE
-    assert {path.stem for path in PACKAGE} <= BELOW.keys()
+    assert {place(path) for path in PACKAGE} <= BELOW.keys()
 
 
-@pytest.mark.parametrize("path", PACKAGE, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", PACKAGE, ids=place)
 def test_imports_go_down(path):
-    assert siblings(path.read_text()) <= BELOW[path.stem]
+    package = "fusedrnn.tuning" if path.parent.name == "tuning" else "fusedrnn"
+    assert siblings(path.read_text(), package) <= BELOW[place(path)]
 
 
 def test_the_table_has_no_way_back_up():
     order = list(BELOW)
     for module, below in BELOW.items():
         if module not in ("cli", "__main__", "__init__"):
-            assert all(order.index(name) < order.index(module) for name in below - {"kernels"})
+            assert all(order.index(name) < order.index(module) for name in below - {"kernels", "benchmarks"})
 
 
 @pytest.mark.parametrize(
-    "path", [path for path in PACKAGE if path.stem not in ("check", "cli")], ids=lambda path: path.stem
+    "path",
+    [path for path in PACKAGE if place(path) not in ("check", "cli", "tuning.command")],
+    ids=lambda path: place(path),
 )
 def test_all_but_the_command_line_needs_only_torch(path):
-    external = {name.split(".")[0] for name in imported(path.read_text(), "fusedrnn")} - {"fusedrnn"}
+    package = "fusedrnn.tuning" if path.parent.name == "tuning" else "fusedrnn"
+    external = {name.split(".")[0] for name in imported(path.read_text(), package)} - {"fusedrnn"}
     assert external - sys.stdlib_module_names <= {"torch"}
 
 
@@ -173,6 +196,7 @@ def test_import_loads_little(imports):
     assert "fusedrnn" in loaded
     assert not loaded & {"triton", "matplotlib", "tqdm", "numpy", "onnx", "onnxscript"}
     late = {"torch._dynamo", "torch._inductor", "torch.onnx", "fusedrnn.kernels", "fusedrnn.cuda", "fusedrnn.testing"}
+    late |= {"fusedrnn.benchmarks", "fusedrnn.tuning.worker"}
     assert not late & set(imports[0]["modules"])
 
 

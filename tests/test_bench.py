@@ -437,6 +437,17 @@ def test_a_lane_that_raises_is_out_and_the_others_go_on(fake):
     assert len(good.seconds) == 3
 
 
+def test_auto_is_a_contender_that_says_what_it_took():
+    *_, contender = contenders.entered(["auto"], [])
+    made = cell((3, 2, 4, 7), "infer")
+    assert contender.unsupported(made) is None
+    module = made.case.module(contender.build)
+    x, hx, options = testing.arguments(made.case, made.case.inputs())
+    with contender.active():
+        expected = fusedrnn.explain(module, x).backend
+        assert contender.ran(module, (x, hx), options).startswith(f"{expected}: ")
+
+
 def test_contexts_are_entered_outside_of_the_time(fake):
     class Active:
         def __enter__(self):

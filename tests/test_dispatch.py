@@ -290,70 +290,101 @@ def test_backward_stays_with_the_backend_of_the_forward(spies, first, then):
 # explain
 
 FORMS = {
-    "plain": (fusedrnn.LSTM(3, 5), (torch.randn(4, 2, 3),), {}, Problem("cpu", torch.float32, 4, 2, 3, 5, 5, 1)),
-    "nn.LSTM": (nn.LSTM(3, 5), (torch.randn(4, 2, 3),), {}, Problem("cpu", torch.float32, 4, 2, 3, 5, 5, 1)),
+    "plain": (
+        fusedrnn.LSTM(3, 5),
+        (torch.randn(4, 2, 3),),
+        {},
+        Problem("cpu", torch.float32, 4, 2, 3, 5, 5, 1, train=True),
+    ),
+    "nn.LSTM": (
+        nn.LSTM(3, 5),
+        (torch.randn(4, 2, 3),),
+        {},
+        Problem("cpu", torch.float32, 4, 2, 3, 5, 5, 1, train=True),
+    ),
     "compilable": (
         fusedrnn.CompilableLSTM(3, 5, bidirectional=True),
         (torch.randn(4, 2, 3),),
         {},
-        Problem("cpu", torch.float32, 4, 2, 3, 5, 5, 2),
+        Problem("cpu", torch.float32, 4, 2, 3, 5, 5, 2, train=True),
     ),
     "batch_first": (
         fusedrnn.LSTM(3, 5, proj_size=2, batch_first=True),
         (torch.randn(2, 4, 3),),
         {},
-        Problem("cpu", torch.float32, 4, 2, 3, 5, 2, 1),
+        Problem("cpu", torch.float32, 4, 2, 3, 5, 2, 1, train=True),
     ),
-    "unbatched": (fusedrnn.LSTM(3, 5), (torch.randn(4, 3),), {}, Problem("cpu", torch.float32, 4, 1, 3, 5, 5, 1)),
+    "unbatched": (
+        fusedrnn.LSTM(3, 5),
+        (torch.randn(4, 3),),
+        {},
+        Problem("cpu", torch.float32, 4, 1, 3, 5, 5, 1, train=True),
+    ),
     "unbatched-batch_first": (
         fusedrnn.LSTM(3, 5, batch_first=True),
         (torch.randn(4, 3),),
         {},
-        Problem("cpu", torch.float32, 4, 1, 3, 5, 5, 1),
+        Problem("cpu", torch.float32, 4, 1, 3, 5, 5, 1, train=True),
     ),
     "float64-hx": (
         fusedrnn.LSTM(3, 5, dtype=torch.float64),
         (torch.randn(4, 2, 3).double(), (torch.zeros(1, 2, 5).double(), torch.zeros(1, 2, 5).double())),
         {},
-        Problem("cpu", torch.float64, 4, 2, 3, 5, 5, 1),
+        Problem("cpu", torch.float64, 4, 2, 3, 5, 5, 1, train=True),
     ),
     "packed": (
         fusedrnn.LSTM(3, 5, batch_first=True),
         (pack_sequence([torch.randn(4, 3), torch.randn(2, 3), torch.randn(1, 3)]),),
         {},
-        Problem("cpu", torch.float32, 4, 3, 3, 5, 5, 1, packed=True),
+        Problem("cpu", torch.float32, 4, 3, 3, 5, 5, 1, packed=True, train=True),
     ),
     "packed-equal": (
         fusedrnn.LSTM(3, 5),
         (pack_sequence([torch.randn(4, 3), torch.randn(4, 3)]),),
         {},
-        Problem("cpu", torch.float32, 4, 2, 3, 5, 5, 1),
+        Problem("cpu", torch.float32, 4, 2, 3, 5, 5, 1, train=True),
     ),
     "lengths": (
         fusedrnn.LSTM(3, 5),
         (torch.randn(4, 2, 3),),
         EXTRAS["lengths"],
-        Problem("cpu", torch.float32, 4, 2, 3, 5, 5, 1, lengths=True),
+        Problem("cpu", torch.float32, 4, 2, 3, 5, 5, 1, lengths=True, train=True),
     ),
     "reset": (
         fusedrnn.LSTM(3, 5),
         (torch.randn(4, 2, 3),),
         EXTRAS["reset"],
-        Problem("cpu", torch.float32, 4, 2, 3, 5, 5, 1, reset=True),
+        Problem("cpu", torch.float32, 4, 2, 3, 5, 5, 1, reset=True, train=True),
     ),
     "states": (
         fusedrnn.LSTM(3, 5),
         (torch.randn(4, 2, 3),),
         EXTRAS["return_states"],
-        Problem("cpu", torch.float32, 4, 2, 3, 5, 5, 1, states=True),
+        Problem("cpu", torch.float32, 4, 2, 3, 5, 5, 1, states=True, train=True),
     ),
-    "cell": (fusedrnn.LSTMCell(3, 5), (torch.randn(2, 3),), {}, Problem("cpu", torch.float32, 1, 2, 3, 5, 5, 1)),
-    "nn.LSTMCell": (nn.LSTMCell(3, 5), (torch.randn(2, 3),), {}, Problem("cpu", torch.float32, 1, 2, 3, 5, 5, 1)),
+    "layers": (
+        fusedrnn.LSTM(3, 5, num_layers=2).requires_grad_(False),
+        (torch.randn(4, 2, 3),),
+        {},
+        Problem("cpu", torch.float32, 4, 2, 3, 5, 5, 1, L=2),
+    ),
+    "cell": (
+        fusedrnn.LSTMCell(3, 5),
+        (torch.randn(2, 3),),
+        {},
+        Problem("cpu", torch.float32, 1, 2, 3, 5, 5, 1, train=True, step=True),
+    ),
+    "nn.LSTMCell": (
+        nn.LSTMCell(3, 5),
+        (torch.randn(2, 3),),
+        {},
+        Problem("cpu", torch.float32, 1, 2, 3, 5, 5, 1, train=True, step=True),
+    ),
     "cell-unbatched": (
         fusedrnn.LSTMCell(3, 5),
         (torch.randn(3), (torch.zeros(5), torch.zeros(5))),
         {},
-        Problem("cpu", torch.float32, 1, 1, 3, 5, 5, 1),
+        Problem("cpu", torch.float32, 1, 1, 3, 5, 5, 1, train=True, step=True),
     ),
 }
 
@@ -383,7 +414,7 @@ def test_explain_tells_what_runs(spies, monkeypatch, form, asked):
         else:
             module(*args, **options)
     assert selected == [problem]
-    assert spies["forward"] == ([] if explanation.backend is None else [explanation.backend])
+    assert set(spies["forward"]) == ({explanation.backend} - {None})
 
 
 @pytest.mark.parametrize("asked", ["auto", *(name for name, why in fusedrnn.backends().items() if why is None)])
@@ -401,7 +432,9 @@ def test_explain_says_why_not_the_others(asked):
             assert explanation.reasons[name] == why
     first, *others = str(explanation).splitlines()
     assert first == f"{explanation.backend}: {explanation.plan}"
-    assert sorted(others) == sorted(f"  not {name}: {reason}" for name, reason in explanation.reasons.items())
+    assert sorted(line for line in others if line.startswith("  not ")) == sorted(
+        f"  not {name}: {reason}" for name, reason in explanation.reasons.items()
+    )
 
 
 def test_explain_names_the_reason_of_a_backend_that_was_asked_for():

@@ -1,0 +1,249 @@
+"""The order in which backends are tried, by measured times.
+
+Of the measurements of the same kind (`Key.kind`) the nearest few count, the nearer the more, by how many times sizes
+differ. A backend goes before torch's own layer where it was as fast beyond the noise of the samples. Where nothing near
+has been measured a rule decides. It all follows from shapes, dtype, mode, number of threads and files: the same call in
+another process gets the same backend.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from heapq import nsmallest
+from typing import NamedTuple
+
+import torch
+
+from ..version import __version__
+from . import machine, profile
+from .profile import BASELINE, Key, Measurement, Ratio, Source
+
+# How much a size counts when it is twice another.
+_WEIGHTS = {"T": 0.25, "B": 1.0, "I": 0.5, "H": 1.0, "L": 0.25, "D": 1.0}
+_NEIGHBOURS = 4
+_FAR = 2.0  # where the nearest measurement is farther away, nothing is known
+_ENOUGH = math.log(1.25)  # what is faster, or slower, by more than that decides no more than this would
+_SMALL = 1 << 13  # numbers in an input: the rule for what was not measured leaves less to the cpu backend
+_SMALLER = 8  # an input this many times smaller than any that torch's own won with is the cpu backend's
+
+
+class Choice(NamedTuple):
+    """The order for one call, and why."""
+
+    order: tuple[str, ...]  # all backends, the first that supports the call computes it
+    ratios: dict[str, Ratio]  # what is expected of each backend that was measured near
+    reason: str  # one line
+
+
+class Known(NamedTuple):
+    """A measurement, and the profile that it is in."""
+
+    measurement: Measurement
+    source: Source
+
+
+class Table:
+    """All that is known of one device and number of threads."""
+
+    def __init__(self, here: machine.Machine, threads: int | None) -> None:
+        versions = {"fusedrnn": __version__, "torch": torch.__version__}
+        self._read(here, *profile.find(here, threads, versions))
+
+    def _read(self, here: machine.Machine, sources: list[Source], ignored: dict[str, str]) -> None:
+        self.machine, self.sources, self.ignored = here, sources, ignored
+        self._kinds: dict[tuple[object, ...], dict[Key, Known]] = {}
+        self._smalls: dict[tuple[str, bool, bool], int] = {}
+        self._verdicts: dict[tuple[str, str], dict[str, str | None]] = {}  # (cell, dtype) -> backend -> what is wrong
+        for source in self.sources:
+            for key, measurement in source.profile.measurements.items():
+                self._kinds.setdefault(key.kind, {}).setdefault(key, Known(measurement, source))
+            self._judge(source)
+
+    def _judge(self, source: Source) -> None:
+        """One failure, and a backend is not trusted with a dtype. Of two profiles the one that counts more says so."""
+        verdicts: dict[tuple[str, str], dict[str, str | None]] = {}
+        for key, measurement in source.profile.measurements.items():
+            verdict = verdicts.setdefault((key.cell, key.dtype), {})
+            for name in measurement.ratios:
+                verdict.setdefault(name, None)
+            for name, reason in measurement.failures.items():
+                verdict[name] = f"{reason} ({key.label}; {source.path.name})"
+        for about, verdict in verdicts.items():
+            self._verdicts[about] = verdict | self._verdicts.get(about, {})
+
+    def verdict(self, name: str, dtype: str, cell: str = "lstm") -> tuple[bool, str | None]:
+        """Whether a backend was ever verified or found wrong in a dtype, and what was wrong."""
+        verdict = self._verdicts.get((cell, dtype), {})
+        return name in verdict, verdict.get(name)
+
+    def choose(self, key: Key, names: Sequence[str]) -> Choice:
+        """The order for a call, of all the names; what was found wrong comes last."""
+        choice = self._choose(key, names)
+        wrong = [name for name in names if self.verdict(name, key.dtype, key.cell)[1] is not None]
+        return choice._replace(order=(*(name for name in choice.order if name not in wrong), *wrong))
+
+    def _choose(self, key: Key, names: Sequence[str]) -> Choice:
+        near = self._near(key)
+        if not near:
+            ruled = _by_rule(key, self.machine, names)
+            return Choice(ruled, {}, f"nothing like {key.label} has been measured here: a rule decides ({_ADVICE})")
+        ratios = _expected(near)
+        numbers = key.T * key.B * key.I
+        if self.machine.device == "cpu" and numbers <= self.small(key.dtype, key.train, key.step):
+            return Choice(_first("cpu", names), ratios, f"{_described(near)}; what is so small runs on cpu")
+        ahead = [name for name in ratios if _leads(name, near)]
+        behind = [name for name in ratios if name not in ahead]
+        order = [*_fastest(ahead, ratios), BASELINE, *_fastest(behind, ratios)]
+        order = [name for name in order if name in names]
+        return Choice((*order, *(name for name in names if name not in order)), ratios, _described(near))
+
+    def small(self, dtype: str, train: bool, step: bool) -> int:
+        """Up to how many numbers of an input the cpu backend is the choice, whatever else there is to ask.
+
+        The same for every number of threads, because all profiles count alike here.
+
+        Args:
+            dtype, train, step: as in `Key`.
+        """
+        if (dtype, train, step) not in self._smalls:
+            self._smalls[dtype, train, step] = self._smallest_lost(dtype, train, step)
+        return self._smalls[dtype, train, step]
+
+    def _smallest_lost(self, dtype: str, train: bool, step: bool) -> int:
+        limit = _SMALL
+        for source in self.sources:
+            for key, measurement in source.profile.measurements.items():
+                if (key.cell, key.dtype) != ("lstm", dtype):
+                    continue
+                if "cpu" in measurement.failures:
+                    return -1
+                lost = "cpu" in measurement.ratios and measurement.ratios["cpu"].low < 1
+                if lost and (key.train, key.step) == (train, step):
+                    limit = min(limit, key.T * key.B * key.I // _SMALLER)
+        return limit
+
+    def overall(self, dtype: str, names: Sequence[str], cell: str = "lstm") -> tuple[str, ...]:
+        """The order for calls of any shape: by the mean over all that was measured in a dtype."""
+        logs: dict[str, list[float]] = {BASELINE: [0.0]}
+        for known in self._kinds.values():
+            for key, (measurement, _) in known.items():
+                if (key.cell, key.dtype) == (cell, dtype):
+                    for name, ratio in measurement.ratios.items():
+                        logs.setdefault(name, []).append(math.log(ratio.median))
+        ranked = sorted((name for name in logs if name in names), key=lambda name: -sum(logs[name]) / len(logs[name]))
+        return (*ranked, *(name for name in names if name not in ranked))
+
+    def _near(self, key: Key) -> list[tuple[float, Known]]:
+        """Weight and measurement of the nearest few, the nearest first; none where that is too far away."""
+        known = self._kinds.get(key.kind, {})
+        if key in known:
+            return [(1.0, known[key])]
+        here = _place(key)
+        nearest = nsmallest(_NEIGHBOURS, ((math.dist(here, _place(other)), other) for other in known))
+        if not nearest or nearest[0][0] > _FAR:
+            return []
+        return [(distance**-2, known[other]) for distance, other in nearest]
+
+
+_ADVICE = "python -m fusedrnn tune measures"
+
+
+@lru_cache(maxsize=8192)
+def _place(key: Key) -> tuple[float, ...]:
+    """Where a key lies among others of its kind."""
+    return tuple(weight * math.log2(getattr(key, name)) for name, weight in _WEIGHTS.items())
+
+
+def _expected(near: Sequence[tuple[float, Known]]) -> dict[str, Ratio]:
+    """The weighted means of every backend that is in the measurements."""
+    expected = {}
+    for name in dict.fromkeys(name for _, known in near for name in known.measurement.ratios):
+        found = [(weight, known.measurement.ratios[name]) for weight, known in near if name in known.measurement.ratios]
+        total = sum(weight for weight, _ in found)
+        low, median = (sum(weight * math.log(ratio[k]) for weight, ratio in found) / total for k in (0, 1))
+        expected[name] = Ratio(math.exp(low), math.exp(median))
+    return expected
+
+
+def _leads(name: str, near: Sequence[tuple[float, Known]]) -> bool:
+    """Whether a backend is as fast as torch's own beyond the noise; where a neighbour lacks it, it is slow there."""
+    lead = 0.0
+    for weight, (measurement, _) in near:
+        ratio = measurement.ratios.get(name)
+        lead += weight * (-_ENOUGH if ratio is None else min(max(math.log(ratio.low), -_ENOUGH), _ENOUGH))
+    return lead >= 0
+
+
+def _fastest(names: Iterable[str], ratios: dict[str, Ratio]) -> list[str]:
+    return sorted(names, key=lambda name: -ratios[name].median)
+
+
+def _first(name: str, names: Sequence[str]) -> tuple[str, ...]:
+    return (name, *(other for other in names if other != name))
+
+
+def _by_rule(key: Key, here: machine.Machine, names: Sequence[str]) -> tuple[str, ...]:
+    """Where nothing is known. On a GPU: torch's own, then what has been verified.
+
+    On a CPU our kernels, but for float32 in two cases. In training with a batch, on processors with vectors of 512
+    bits: on those that were measured they are between 0.83 and 1.3 times as fast as torch's own. And in one time step
+    of large batches, which torch computes by a GEMM: 0.5 to 0.9 times.
+    """
+    if here.device != "cpu":
+        return _first(BASELINE, names)
+    plain = key.dtype == "float32" and not key.packed and not key.projected and key.T * key.B * key.I > _SMALL
+    wide = here.family.endswith(("-amx", "-avx512", "-avx512_bf16"))
+    batch = key.T > 1 and key.train and wide and key.B >= 32 and key.H >= 192
+    numbers = key.B * key.H
+    step = key.T == 1 and key.B >= 16 and (numbers >= 1 << 14 if key.step else not key.train and numbers >= 1 << 16)
+    return _first(BASELINE if plain and (batch or step) else "cpu", names)
+
+
+def _described(near: Sequence[tuple[float, Known]]) -> str:
+    (_, (measurement, source)), *others = near
+    more = f" and {len(others)} more" if others else ""
+    return f"measured at {measurement.key.label}{more}; {source}"
+
+
+# The tables of this process.
+
+reads = 0  # how often `forget` was called, for those who remember choices
+# The least `Table.small` of all dtypes, by train and step, once a table of the CPU has been read.
+small = _UNREAD = ((-1, -1), (-1, -1))
+
+
+def which(device: str) -> int | None:
+    """What else a table depends on: the number of threads of a CPU, the index of a GPU."""
+    if device == "cuda":
+        return torch.cuda.current_device()
+    return torch.get_num_threads()
+
+
+@lru_cache(maxsize=64)
+def table(device: str, which: int | None) -> Table:
+    """What is known of the device of this type, "cpu" or "cuda"; read from files when it is first asked for."""
+    global small
+    made = Table(machine.here(device), which if device == "cpu" else None)
+    if device == "cpu":
+
+        def least(train: bool, step: bool) -> int:
+            return min(made.small(dtype, train, step) for dtype in ("float32", "float64", "bfloat16", "float16"))
+
+        small = ((least(False, False), least(False, True)), (least(True, False), least(True, True)))
+    return made
+
+
+@lru_cache(maxsize=8192)
+def choose(device: str, which: int | None, key: Key, names: tuple[str, ...]) -> Choice:
+    """`Table.choose`, remembered."""
+    return table(device, which).choose(key, names)
+
+
+def forget() -> None:
+    """Reads all profiles again when they are next needed, and FUSEDRNN_PROFILE with them."""
+    global small, reads
+    table.cache_clear()
+    choose.cache_clear()
+    small, reads = _UNREAD, reads + 1

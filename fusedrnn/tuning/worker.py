@@ -1,0 +1,203 @@
+"""The process that verifies and measures: `python -m fusedrnn.tuning.worker STATE`, started by `session`.
+
+It reads a line of JSON that says how, then one for each key that is to be measured, and answers each with a line. In
+the file STATE stands the backend that is at work, so that whoever started it knows which one hung or crashed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import replace
+from statistics import median, quantiles
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor, nn
+
+from .. import dispatch, functional, module
+from ..benchmarks import cases, contenders, memory, run, timing
+from ..benchmarks.cases import Cell
+from ..benchmarks.contender import OURS, Contender
+from .profile import BASELINE, Key, Measurement, Ratio, from_line, to_line
+
+STATE_BYTES = 32
+_MOST_TURNS = 3  # as often as that is all of it sampled, where the noise leaves open who is faster
+
+
+def main() -> None:
+    """Answers until there is no line any more."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print is not an answer
+    setup = json.loads(sys.stdin.readline())
+    if setup["threads"] is not None:
+        torch.set_num_threads(setup["threads"])
+    memory.settle("kept")
+    settings = run.Settings(setup["rounds"], setup["budget"], check_flops=1e9)
+    state = os.open(sys.argv[1], os.O_WRONLY)
+
+    def at_work(name: str) -> None:
+        os.lseek(state, 0, os.SEEK_SET)
+        os.write(state, name.encode().ljust(STATE_BYTES))
+
+    for line in sys.stdin:
+        job = json.loads(line)
+        key = from_line(job["key"]).key
+        measurement = measure(key, setup["device"], job["backends"], settings, at_work)
+        at_work("")
+        _answer(answers, measurement)
+        if setup["device"] != "cpu" and measurement.failures:
+            return  # a fault may have taken the device's context with it: the next process has a new one
+
+
+def _answer(answers: TextIO, measurement: Measurement) -> None:
+    answers.write(json.dumps(to_line(measurement)) + "\n")
+    answers.flush()
+
+
+def measure(
+    key: Key, device: str, backends: list[str], settings: run.Settings, at_work: Callable[[str], None]
+) -> Measurement:
+    """Checks each backend and torch's own layer, and times in turns those that are right.
+
+    Args:
+        key: what to measure.
+        device: "cpu" or "cuda".
+        backends: names of `dispatch.TABLE`.
+        settings: rounds, and seconds for them; three times as much where the noise leaves open who is faster.
+        at_work: is told the backend, before it computes.
+
+    Returns:
+        Without times where torch's own layer has none, or no backend. What a backend does not support, or has no memory
+        for, is left out; what is wrong or raises is among the failures.
+    """
+    lanes, failures = dict[str, timing.Lane](), dict[str, str]()
+    cell = _cell(key, device)
+    for name, contender in _contenders(key, backends):
+        at_work(name)
+        row = run.blank("tune", cell, contender)
+        lane = run.prepare(cell, contender, row, settings)
+        if lane is not None:
+            lanes[name] = replace(lane, active=_announced(lane.active, name, at_work))
+        elif row.status in ("wrong", "failed"):
+            failures[name] = f"{row.status}: {row.reason}"
+    if BASELINE not in lanes or len(lanes) == 1:
+        failures.pop(BASELINE, None)
+        return Measurement(key, failures=failures)
+    repeat, clock = device == "cpu" or cell.streaming, timing.clock(device)
+    for _ in range(_MOST_TURNS):
+        timing.take_turns(list(lanes.values()), clock, settings.rounds, settings.budget, repeat)
+        if any(lane.error is not None for lane in lanes.values()) or all(r.decided for r in _ratios(lanes).values()):
+            break
+    for name in [name for name, lane in lanes.items() if lane.error is not None]:
+        failures[name] = f"failed: {lanes.pop(name).error}"
+    if BASELINE not in lanes:
+        failures.pop(BASELINE, None)
+        return Measurement(key, failures=failures)
+    times = {name: median(lane.seconds) * 1e3 for name, lane in lanes.items()}
+    return Measurement(key, times, _ratios(lanes), failures, len(lanes[BASELINE].seconds))
+
+
+def _ratios(lanes: dict[str, timing.Lane]) -> dict[str, Ratio]:
+    base = lanes[BASELINE].seconds
+    return {name: ratio(base, lane.seconds) for name, lane in lanes.items() if name != BASELINE}
+
+
+def ratio(base: list[float], other: list[float]) -> Ratio:
+    """The median of the ratios of samples that were taken next to each other, and its lower bound by their noise.
+
+    The bound is the notch of a box plot, 1.57 times the interquartile range over the root of their number: medians of
+    which one is outside of the other's notch differ with 95 % confidence (McGill, Tukey and Larsen, 1978).
+    """
+    logs = [math.log(b / o) for b, o in zip(base, other, strict=True)]
+    if len(logs) < 2:
+        return Ratio(math.exp(logs[0]), math.exp(logs[0]))
+    first, _, third = quantiles(logs, n=4, method="inclusive")
+    middle = median(logs)
+    return Ratio(math.exp(middle - 1.57 * (third - first) / math.sqrt(len(logs))), math.exp(middle))
+
+
+def _announced(active: Callable[[], Any], name: str, at_work: Callable[[str], None]) -> Callable[[], Any]:
+    @contextmanager
+    def announced() -> Any:
+        at_work(name)
+        with active():
+            yield
+
+    return announced
+
+
+def _cell(key: Key, device: str) -> Cell:
+    shape = (key.T, key.B, key.I, key.H, key.L, key.D)
+    made = cases.cell(shape, "train" if key.train else "infer", key.dtype, "packed" if key.packed else "plain", device)
+    case = replace(made.case, proj_size=max(key.H // 2, 1) if key.projected else 0)
+    return replace(made, case=replace(case, hx=True) if key.step else case)
+
+
+def _contenders(key: Key, backends: list[str]) -> list[tuple[str, Contender]]:
+    """torch's own layer first, by the name of the backend that it is."""
+    found = [c for c in contenders.entered(backends, []) if c.unavailable is None]
+    named = [(BASELINE if not c.name.startswith(OURS) else c.name.removeprefix(OURS), c) for c in found]
+    if not key.step:
+        return named
+    step = {True: (_TorchCell, nn.LSTMCell), False: (_Cell, module.LSTMCell)}
+    return [
+        (name, replace(c, build=step[name == BASELINE][0], work=_cell_work(step[name == BASELINE][1], key.train)))
+        for name, c in named
+    ]
+
+
+class _Cell(nn.LSTM):
+    """An LSTMCell in the clothes of an nn.LSTM, to be checked as one."""
+
+    function: Any = staticmethod(functional.lstm_cell)
+
+    def forward(self, input: Tensor, hx: Any = None) -> Any:  # type: ignore[override]
+        h0, c0 = hx
+        h, c = type(self).function(input[0], (h0[0], c0[0]), *self._flat_weights)
+        return h.unsqueeze(0), (h.unsqueeze(0), c.unsqueeze(0))
+
+
+class _TorchCell(_Cell):
+    function = staticmethod(torch._VF.lstm_cell)
+
+
+def _cell_work(cls: type[nn.LSTMCell], train: bool) -> Callable[..., Callable[[], object]]:
+    """One call of the real module, with gradients where they are asked for."""
+
+    def work(layer: Any, x: Tensor, hx: Any, _: dict[str, Any], __: bool) -> Callable[[], object]:
+        cell = cls(layer.input_size, layer.hidden_size, device=x.device, dtype=x.dtype)
+        with torch.no_grad():
+            for own, theirs in zip(cell.parameters(), layer.parameters(), strict=True):
+                own.copy_(theirs)
+        x, h, c = x.detach()[0], hx[0][0], hx[1][0]
+        if not train:
+            return lambda: cell(x, (h, c))
+        leaves = [x.requires_grad_(), *cell.parameters()]
+        dh = torch.ones_like(h)
+        return lambda: torch.autograd.grad(cell(x, (h, c))[0], leaves, dh)
+
+    return work
+
+
+def supported(device: str) -> list[str]:
+    """The backends of ours with kernels that can compute on a device, whatever has been verified of them."""
+    return [
+        name
+        for name, reason in dispatch.backends().items()
+        if reason is None and name not in (BASELINE, "reference") and _computes_on(name, device)
+    ]
+
+
+def _computes_on(name: str, device: str) -> bool:
+    smallest = dispatch.Problem(device, torch.float32, T=1, B=1, I=1, H=1, P=1, D=1)
+    with dispatch.use_backend(name):  # some run only where they are asked for
+        return dispatch.supports(name, smallest) is None
+
+
+if __name__ == "__main__":
+    main()
