@@ -44,7 +44,7 @@ struct Sizes {
 struct Plan {
   Exchange exchange;
   Math math;
-  int32_t blocks;         // of a group; of a cluster 1, 2, 4, 8 or 16
+  int32_t blocks;         // of a group; of a cluster 2, 4, 8 or 16
   int32_t tiles;          // of a block: warps next to each other along the outputs
   int32_t splits;         // warps behind each other along K: a block has 32 * tiles * splits threads
   int32_t rows;           // batch rows that a group takes at a time, 8 or 16
@@ -315,7 +315,10 @@ FUSEDRNN_BOTH constexpr const char* invalid(Pass pass, const Sizes& sizes, const
   if (plan.part_blocks != 0) return "part_blocks without parts";
   if (int64_t{plan.blocks} * plan.tiles < ceil_div(sizes.H, tile_units(pass))) return "the tiles do not cover H";
   if (plan.exchange == Exchange::kGrid) return nullptr;
-  if (plan.blocks > 16 || (plan.blocks & (plan.blocks - 1)) != 0) return "a cluster has 1, 2, 4, 8 or 16 blocks";
+  // What blocks send to each other is defined for clusters of two or more ("st.async", PTX ISA).
+  if (plan.blocks < 2 || plan.blocks > 16 || (plan.blocks & (plan.blocks - 1)) != 0) {
+    return "a cluster has 2, 4, 8 or 16 blocks";
+  }
   for (int k = 0; k < exchanges(sizes); ++k) {  // what a phase of an mbarrier can count
     const Operand operand = product(pass, static_cast<Stage>(k), sizes, plan.math).operand;
     if (plan.rows * operand.row_bytes() >= (1 << 20)) return "the operand is too large for an mbarrier";

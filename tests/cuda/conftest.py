@@ -236,7 +236,7 @@ class Host:
         units = 8 if direction == FORWARD else 16
         needed = -(-H // (units * plan.tiles))
         if plan.exchange == "cluster":
-            needed = 1 << (needed - 1).bit_length()
+            needed = max(2, 1 << (needed - 1).bit_length())
         return PlanStruct(
             exchange=EXCHANGES.index(plan.exchange),
             math=list(DTYPES).index(plan.math),
