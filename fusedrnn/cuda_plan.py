@@ -34,7 +34,7 @@ few steps, or where w_ih lies on the chip.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
@@ -100,6 +100,7 @@ class Plan:
     part_blocks: int = 0  # K blocks of each warp in a part of the operand, where it comes in parts
     streamed: int = 0  # K blocks of weights that a warp loads again at every step, of all matrices together
     shared: int = 0  # bytes of shared memory of a block
+    at_once: int = 0  # groups, of all directions, that run at the same time
     step: float = 0.0  # predicted
     launch: float = 0.0  # predicted, for all steps
     costs: str = ""  # which the prediction is from
@@ -287,7 +288,7 @@ def math_of(shape: Shape) -> str:
 
 
 def at_a_time(plan: Plan, device: Device) -> int:
-    """Groups, of all directions, that run at the same time."""
+    """Groups, of all directions, that run at the same time: an estimate, for who has no device to ask."""
     by_shared = (device.shared + _RESERVED_SHARED) // (plan.shared + _RESERVED_SHARED)
     resident = min(by_shared, _REGISTERS // (256 * plan.threads))
     if plan.exchange != "cluster":
@@ -296,21 +297,26 @@ def at_a_time(plan: Plan, device: Device) -> int:
     return gpcs * (resident * (device.multiprocessors // gpcs) // plan.blocks)
 
 
-def plan(kernel: str, shape: Shape, device: Device) -> Plan:
+# How many groups of a plan, of all directions, the device says that it runs at the same time.
+Occupancy = Callable[[Plan], int]
+
+
+def plan(kernel: str, shape: Shape, device: Device, occupancy: Occupancy | None = None) -> Plan:
     """The plan with the least predicted time.
 
     Args:
         kernel: "forward" or "backward".
         shape: the problem.
         device: the GPU.
+        occupancy: what the device says of a plan; estimated by `at_a_time` if None.
 
     Raises:
         ValueError: no plan fits the device, or the kernels do not have this arithmetic.
     """
-    return ranked(kernel, shape, device)[0]
+    return ranked(kernel, shape, device, occupancy)[0]
 
 
-def ranked(kernel: str, shape: Shape, device: Device) -> list[Plan]:
+def ranked(kernel: str, shape: Shape, device: Device, occupancy: Occupancy | None = None) -> list[Plan]:
     """Every plan that fits the device, the one with the least predicted time first.
 
     Raises:
@@ -318,20 +324,20 @@ def ranked(kernel: str, shape: Shape, device: Device) -> list[Plan]:
     """
     if shape.H > _MOST_HIDDEN:
         raise ValueError(f"H = {shape.H} does not fit the C++ kernels, which take up to 2^20 hidden units")
-    found = sorted(plans(kernel, shape, device), key=lambda p: p.launch)
+    found = sorted(plans(kernel, shape, device, occupancy), key=lambda p: p.launch)
     if not found:
         raise ValueError(f"H = {shape.H}, P = {shape.P} does not fit {device.name}: it has no room for a block")
     return found
 
 
-def plans(kernel: str, shape: Shape, device: Device) -> Iterator[Plan]:
+def plans(kernel: str, shape: Shape, device: Device, occupancy: Occupancy | None = None) -> Iterator[Plan]:
     """Every plan that fits the device, with its prediction: in parts where no other does. Of a single step, of which
     nothing is kept anyway, also where no other takes x."""
-    found = list(whole(kernel, shape, device))
+    found = list(whole(kernel, shape, device, occupancy))
     yield from found
     for inputs in _with_inputs(kernel, shape):
         if not found or (shape.T == 1 and not any(p.inputs >= inputs for p in found)):
-            yield from in_parts(kernel, shape, device, inputs)
+            yield from in_parts(kernel, shape, device, inputs, occupancy)
 
 
 def _with_inputs(kernel: str, shape: Shape) -> tuple[bool, ...]:
@@ -339,7 +345,7 @@ def _with_inputs(kernel: str, shape: Shape) -> tuple[bool, ...]:
     return (False, True) if kernel == "forward" and 0 < shape.I <= _MOST_INPUTS else (False,)
 
 
-def whole(kernel: str, shape: Shape, device: Device) -> Iterator[Plan]:
+def whole(kernel: str, shape: Shape, device: Device, occupancy: Occupancy | None = None) -> Iterator[Plan]:
     """Every plan with the whole operand in shared memory and one tile to a warp."""
     math = math_of(shape)
     wide = math in _ON_MATRIX_UNIT and not shape.projected and shape.B > _COLUMNS
@@ -348,18 +354,20 @@ def whole(kernel: str, shape: Shape, device: Device) -> Iterator[Plan]:
         for tiles in range(1, _MOST_WARPS + 1):
             blocks = cdiv(tiles_of_units, tiles)
             if exchange == "cluster":
-                blocks = power_of_2(blocks)
+                blocks = max(2, power_of_2(blocks))  # PTX defines what blocks send to each other for two or more
                 if blocks > costs_of(device).widest:
                     continue
             for splits in range(1, _MOST_WARPS // tiles + 1):
                 for rows, inputs in product((8, 16) if wide else (8,), _with_inputs(kernel, shape)):
                     bare = Plan(exchange, math, blocks, tiles, splits, rows, 1, 0, 0, inputs)
-                    fitted = _fitted(kernel, shape, device, bare)
+                    fitted = _fitted(kernel, shape, device, bare, occupancy)
                     if fitted is not None:
                         yield _predicted(kernel, shape, device, fitted)
 
 
-def in_parts(kernel: str, shape: Shape, device: Device, inputs: bool = False) -> Iterator[Plan]:
+def in_parts(
+    kernel: str, shape: Shape, device: Device, inputs: bool = False, occupancy: Occupancy | None = None
+) -> Iterator[Plan]:
     """Every plan in parts, of as few turns as the multiprocessors allow and as large parts as fit."""
     math, most_blocks = math_of(shape), device.multiprocessors // shape.D
     rows, tiles_of_units = 16 if math in _ON_MATRIX_UNIT and not shape.projected else 8, _unit_tiles(kernel, shape)
@@ -374,12 +382,12 @@ def in_parts(kernel: str, shape: Shape, device: Device, inputs: bool = False) ->
             if fit < 1:
                 continue
             part_blocks = cdiv(all_blocks, cdiv(all_blocks, fit))  # of parts that are all of one size
-            fitted = _fitted(kernel, shape, device, replace(bare, part_blocks=part_blocks))
+            fitted = _fitted(kernel, shape, device, replace(bare, part_blocks=part_blocks), occupancy)
             if fitted is not None:
                 yield _predicted(kernel, shape, device, fitted)
 
 
-def _fitted(kernel: str, shape: Shape, device: Device, bare: Plan) -> Plan | None:
+def _fitted(kernel: str, shape: Shape, device: Device, bare: Plan, occupancy: Occupancy | None) -> Plan | None:
     """A plan with as many weights in shared memory and as many groups as fit, or None."""
     stages, alone = products(kernel, shape, bare.math, bare.inputs), needs(kernel, shape, bare)
     if bare.exchange == "cluster" and any(bare.rows * p.row >= _MOST_COUNTED for k, p in stages.items() if k != INPUT):
@@ -395,11 +403,12 @@ def _fitted(kernel: str, shape: Shape, device: Device, bare: Plan) -> Plan | Non
     plan = replace(bare, shared_blocks=kept[0], shared_projection_blocks=kept[1], shared_input_blocks=kept[2])
     taken = needs(kernel, shape, plan)
     plan = replace(plan, shared=taken.shared, streamed=sum(taken.streamed))
-    groups = at_a_time(plan, device) // shape.D
+    at_once = at_a_time(plan, device) if occupancy is None else occupancy(plan)
+    groups = at_once // shape.D
     if plan.exchange == "cluster":  # those that do not fit wait for others to end
-        groups = max(groups, min(1, at_a_time(plan, device)))
+        groups = max(groups, min(1, at_once))
     groups = min(groups, cdiv(shape.B, plan.rows))
-    return replace(plan, groups=groups) if groups > 0 else None
+    return replace(plan, groups=groups, at_once=at_once) if groups > 0 else None
 
 
 # What it will take.
@@ -415,7 +424,7 @@ def _predicted(kernel: str, shape: Shape, device: Device, p: Plan) -> Plan:
     """The plan with the time of a step and of the launch."""
     costs, clocks = costs_of(device), device.clock * 1e3  # per microsecond
     taken, warps = needs(kernel, shape, p), p.tiles * p.splits
-    running = min(shape.D * p.groups, at_a_time(p, device))
+    running = min(shape.D * p.groups, p.at_once)
     crowd = cdiv(running * p.blocks, device.multiprocessors)  # blocks that share a multiprocessor
     l2 = min(_L2_PER_CLOCK * clocks, device.l2 / min(running * p.blocks, device.multiprocessors))
     columns = p.rows // _COLUMNS

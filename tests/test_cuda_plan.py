@@ -49,7 +49,7 @@ def test_every_plan_fits(pass_, device):
         each = min(65536 // (256 * plan.threads), (device.shared + 1024) // (plan.shared + 1024))
         if plan.exchange == "cluster":
             assert device.capability >= 90
-            assert plan.blocks in (1, 2, 4, 8, 16)
+            assert plan.blocks in (2, 4, 8, 16)
             assert plan.blocks <= each * device.multiprocessors // COSTS[device.name].gpcs
         else:
             assert shape.D * plan.groups * plan.blocks <= each * device.multiprocessors
@@ -72,6 +72,49 @@ def test_a_cluster_of_16_only_where_it_is_known_to_be_allowed():
     assert max(p.blocks for p in planner.plans("forward", shape, H200) if p.exchange == "cluster") == 16
     unknown = H200._replace(name="another", capability=120)
     assert max(p.blocks for p in planner.plans("forward", shape, unknown) if p.exchange == "cluster") == 8
+
+
+def test_no_cluster_of_one_block():
+    """What st.async does there is undefined; the second block has no tile."""
+    for kernel, H in itertools.product(planner.PASSES, (1, 8, 16, 30, 64)):
+        found = [p for p in planner.plans(kernel, Shape(4, 8, 5, H, H, 1, 2, "tf32"), H200) if p.exchange == "cluster"]
+        assert found
+        assert min(p.blocks for p in found) >= 2
+
+
+def on_an_h100(plan):
+    """Groups at the same time, as such a device reports them: not all of its 132 multiprocessors lie where clusters
+    of 8 or 16 fit."""
+    if plan.exchange == "cluster":
+        return {2: 66, 4: 32, 8: 15, 16: 7}[plan.blocks]
+    return 132 // plan.blocks
+
+
+@pytest.mark.parametrize("pass_", planner.PASSES)
+@pytest.mark.parametrize("D", [1, 2])
+def test_what_the_device_reports_decides_on_the_groups(pass_, D):
+    for H, B in ((128, 256), (512, 64), (512, 128), (1024, 64)):
+        shape = Shape(128, B, H, H, H, D, 2, "tf32")
+        asked = planner.ranked(pass_, shape, H100, on_an_h100)
+        for plan in asked:
+            assert plan.at_once == on_an_h100(plan)
+            assert D * plan.groups <= max(plan.at_once, D if plan.exchange == "cluster" else 0)
+            waves = cdiv(cdiv(B, plan.rows), plan.groups) * cdiv(D * plan.groups, plan.at_once)
+            assert plan.launch >= shape.T * waves * plan.step
+        assert [p.launch for p in asked] == sorted(p.launch for p in asked)
+
+
+def test_a_plan_of_which_fewer_groups_fit_falls_behind():
+    """Sixteen clusters of eight blocks, of which the estimate says that they fit and the device that fifteen do."""
+    shape = Shape(128, 128, 512, 512, 512, 1, 2, "tf32")
+    of_eight = [
+        next(p for p in ranking if (p.exchange, p.blocks, p.rows, p.inputs) == ("cluster", 8, 8, False))
+        for ranking in (planner.ranked("forward", shape, H100), planner.ranked("forward", shape, H100, on_an_h100))
+    ]
+    assert [p.groups for p in of_eight] == [16, 15]
+    assert of_eight[1].launch > of_eight[0].launch + 0.9 * shape.T * of_eight[0].step  # a second wave
+    with pytest.raises(ValueError, match="has no room for a block"):
+        planner.plan("forward", shape, H100, lambda plan: 0)
 
 
 def test_an_unknown_device_takes_after_the_most_alike():
