@@ -152,6 +152,8 @@ def plans_of(wanted, monkeypatch):
     def plan(kernel, shape, device):
         want = {name: value for name, value in wanted.items() if name not in ("groups", "shared", "part_blocks")}
         want["inputs"] = kernel == "forward" and wanted.get("inputs", False)
+        if kernel == "backward" and want.get("exchange") == "cluster" and not shape.projected:
+            want = {name: value for name, value in want.items() if name != "splits"} | {"exchange": "scatter"}
         found = cuda.ranked(kernel, shape, device[1])
         if "part_blocks" in wanted:
             found = cuda_plan.in_parts(kernel, shape, device[1]._replace(multiprocessors=2), want["inputs"])
