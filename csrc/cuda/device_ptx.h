@@ -93,7 +93,7 @@ FUSEDRNN_DEVICE float quick_exponential(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * 1.4426950408889634f));
   return power;
 }
-// A relative error of 2^-11; for results that are rounded to 8 bits.
+// A relative error of 2^-11.
 FUSEDRNN_DEVICE float rough_tangent(float x) {
   float tangent;
   asm("tanh.approx.f32 %0, %1;" : "=f"(tangent) : "f"(x));

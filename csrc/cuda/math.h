@@ -115,14 +115,14 @@ struct ScalarUnit {
 template <Math kMath>
 struct Arithmetic;
 
-template <Math kMath_, class S, class A, class Unit_, class Nonlinear>
+template <Math kMath_, class S, class A, class Unit_, class Nonlinear, class BackwardNonlinear = Nonlinear>
 struct ArithmeticOf {
   static constexpr Math kMath = kMath_;
   static_assert(sizeof(S) == storage_bytes(kMath) && sizeof(A) == compute_bytes(kMath));
   using Storage = S;
   using Compute = A;
   using Unit = Unit_;
-  using Cell = LstmCell<A, Nonlinear>;
+  using Cell = LstmCell<A, Nonlinear, BackwardNonlinear>;
 
   // Numbers of storage as the unit takes them.
   static constexpr bool kRoundsOperands = false;
@@ -132,7 +132,7 @@ struct ArithmeticOf {
 
 template <>
 struct Arithmetic<Math::kBFloat16>
-    : ArithmeticOf<Math::kBFloat16, BFloat16, float, MatrixUnit<Operands::kBFloat16, BFloat16>, Rough> {};
+    : ArithmeticOf<Math::kBFloat16, BFloat16, float, MatrixUnit<Operands::kBFloat16, BFloat16>, Rough, Quick> {};
 template <>
 struct Arithmetic<Math::kFloat16>
     : ArithmeticOf<Math::kFloat16, Float16, float, MatrixUnit<Operands::kFloat16, Float16>, Quick> {};
