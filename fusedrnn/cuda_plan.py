@@ -235,7 +235,7 @@ def register_blocks(exchange: str, kernel: str, stage: int, math: str, rows: int
     if forward:
         if math == "tf32":
             return 5 if rows == _COLUMNS else 3
-        return 7 if rows == _COLUMNS else 4
+        return 4 if rows > _COLUMNS else 6 if exchange == "grid" else 7
     return 4 if rows > _COLUMNS else 12 if math == "tf32" else 10
 
 

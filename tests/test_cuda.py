@@ -219,6 +219,15 @@ def test_plans_in_parts(wanted, dtype, options, monkeypatch):
 def test_a_layer_that_fits_in_no_other_way(monkeypatch):
     """Planned as every other, for a small device: both passes in parts, of several tiles a warp."""
     monkeypatch.setattr(cuda, "HOST", cuda.HOST._replace(multiprocessors=2, shared=30_000))
+
+    class Small:
+        def cuda_room(self, *arguments):
+            return 0, 2 // arguments[-1][2]  # groups of so many blocks
+
+        def __getattr__(self, name):
+            return getattr(torch.ops.fusedrnn, name)
+
+    monkeypatch.setattr(cuda, "_ops", Small())
     case = Case(3, 2, 3, 140, dtype=F64, bidirectional=True)
     with fusedrnn.use_backend("cuda"):
         plan = fusedrnn.explain(
@@ -605,7 +614,8 @@ def test_the_library_checks_what_memory_safety_needs():
         ({"w_hr": [t(8, 8), t(8, 8)]}, "one w_hr of each direction"),
         ({"plan": launch.plan[:-1]}, "a plan has 12 fields, got 11"),
         ({"plan": [7, *launch.plan[1:]]}, "a plan of an unknown kind"),
-        ({"plan": [3, *launch.plan[1:]]}, "a plan of an unknown kind"),
+        ({"plan": [4, *launch.plan[1:]]}, "a plan of an unknown kind"),
+        ({"plan": [3, *launch.plan[1:]]}, "only the backward without a projection scatters"),
         ({"plan": [2, *launch.plan[1:]]}, "the plan is invalid: part_blocks must be 1"),
         ({"plan": [*launch.plan[:2], 0, *launch.plan[3:]]}, "the plan is invalid: counts must be positive"),
         ({"xg": None}, "the plan takes xg, and no x"),

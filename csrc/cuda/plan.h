@@ -94,7 +94,7 @@ FUSEDRNN_BOTH constexpr int register_blocks(Exchange exchange, Pass pass, Stage 
   if (stage == Stage::kProjection) return 1;
   if (math == Math::kFloat32) return projected && !forward ? 4 : 2;
   if (projected) return forward ? 5 : 8;
-  if (forward) return math == Math::kTf32 ? (narrow ? 5 : 3) : narrow ? 7 : 4;
+  if (forward) return math == Math::kTf32 ? (narrow ? 5 : 3) : !narrow ? 4 : exchange == Exchange::kGrid ? 6 : 7;
   return !narrow ? 4 : math == Math::kTf32 ? 12 : 10;
 }
 
