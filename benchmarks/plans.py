@@ -110,7 +110,7 @@ def _cuda_trials(chosen: list[Trial], device: str) -> Iterator[Trial]:
     def way(kernel: str, plan: cuda.Plan) -> tuple[Any, ...]:
         return plan.regime, plan.math, plan.rows, plan.splits > 1, plan.tiles > 1, plan.blocks > 1
 
-    return _pairs(chosen, lambda kernel, shape: list(cuda.fitting(kernel, shape, there)), way)
+    return _pairs(chosen, lambda kernel, shape: cuda.fitting(kernel, shape, there), way)
 
 
 def _pairs(

@@ -65,7 +65,7 @@ constexpr size_t kPlanFields = 12;
 // The fields of fusedrnn/cuda_plan.py: Plan.fields, in the order of plan.h.
 Plan plan_of(const Integers& fields) {
   STD_TORCH_CHECK(fields.size() == kPlanFields, "a plan has ", kPlanFields, " fields, got ", fields.size());
-  STD_TORCH_CHECK(fields[0] >= 0 && fields[0] <= 2 && fields[1] >= 0 && fields[1] <= 4, "a plan of an unknown kind");
+  STD_TORCH_CHECK(fields[0] >= 0 && fields[0] <= 3 && fields[1] >= 0 && fields[1] <= 4, "a plan of an unknown kind");
   for (const int64_t field : fields)
     STD_TORCH_CHECK(field >= 0 && field <= INT32_MAX, "a plan with a field of ", field);
   const auto field = [&](size_t k) { return static_cast<int32_t>(fields[k]); };

@@ -7,7 +7,7 @@ that a CUDA graph can capture it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -138,21 +138,20 @@ def _properties(index: int) -> Device:
 
 @lru_cache(maxsize=1024)
 def _plan(kernel: str, shape: Shape, device: tuple[int, Device]) -> Plan:
-    found = next(fitting(kernel, shape, device), None)
-    if found is None:
-        raise ValueError(f"{device[1].name} has no room for any plan of H = {shape.H}, P = {shape.P}")
-    return found
+    return fitting(kernel, shape, device)[0]
 
 
-def fitting(kernel: str, shape: Shape, device: tuple[int, Device]) -> Iterator[Plan]:
-    """The plans that the device says it has room for, the one with the least predicted time first.
+def fitting(kernel: str, shape: Shape, device: tuple[int, Device]) -> list[Plan]:
+    """The plans that the device says it has room for, the one with the least predicted time first. How many groups run
+    at the same time is what the device says as well.
 
     Raises:
         ValueError: no plan fits, or the kernels do not have this arithmetic.
     """
     index, known = device
     sizes = [shape.T, shape.B, shape.H, shape.P, shape.D, int(shape.projected), shape.I]
-    for plan in ranked(kernel, shape, known):
-        _, groups = _ops.cuda_room(index, PASSES.index(kernel), sizes, plan.fields)
-        if groups >= (shape.D * plan.groups if plan.exchange != "cluster" else 1):
-            yield plan
+
+    def occupancy(plan: Plan) -> int:
+        return _ops.cuda_room(index, PASSES.index(kernel), sizes, plan.fields)[1]
+
+    return ranked(kernel, shape, known, occupancy)

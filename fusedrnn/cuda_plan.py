@@ -8,16 +8,17 @@ Pure arithmetic: no GPU, and no library. What a plan is stands in csrc/cuda/plan
 
 The model of one step of one block:
 
-    step = exchange + max(operand, weights, arithmetic, latency) + partial + cell
+    step = before + max(exchange, after) + max(operand, weights, arithmetic, latency) + partial
 
+    before       everything elementwise, and sending: clocks of a warp, counted in the machine code (PATHS)
+    after        stores and loads between the last that is sent and the wait: the same
     exchange     from the last block's results to the operand in everybody's shared memory: through distributed shared
-                 memory (cluster), or through L2 and flags (grid), and the bytes of the operand
+                 memory (cluster, scatter), or through L2 and flags (grid), and the bytes of the operand
     operand      read from shared memory by every warp, with the weights that lie there
     weights      streamed ones, out of L2, which all blocks share
     arithmetic   multiply-adds of all warps
-    latency      of the dependent matrix instructions of one warp
+    latency      of the dependent matrix instructions of one warp, counted
     partial      the sum over the warps that split K
-    cell         everything elementwise, and the loads and stores that belong to it
 
 With a projection a step has all but the cell twice. A plan in parts has the product and the cell as often as tiles take
 turns, reads the operand as often, and waits for its first part alone; its weights count as if the second-level cache
@@ -26,15 +27,14 @@ at a time, and has the weights to pack, and those that stay on the chip to load,
 
 What the input adds to the gates comes from a GEMM before the launch, which takes its own time and that of reading w_ih
 and of writing and reading xg; or, in a plan with inputs, from a product of every step with w_ih. Nobody
-has to wait for x: while h is on its way from the other blocks that product is free, and a step has max(exchange,
-product with w_ih), in parts of the first turn, in the place of the exchange of h. So the GEMM is saved where there are
-few steps, or where w_ih lies on the chip.
+has to wait for x: that product comes before the wait for h, and is free as far as h is on its way longer than the
+stores of the step before take. So the GEMM is saved where there are few steps.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
@@ -43,7 +43,8 @@ from typing import NamedTuple
 from .kernels.device import A100, B200, DEVICES, H100, H200, RTX4090, Device, Shape, cdiv, most_alike, power_of_2
 
 PASSES = ("forward", "backward")
-EXCHANGES = ("grid", "cluster", "parts")
+EXCHANGES = ("grid", "cluster", "parts", "scatter")
+_IN_CLUSTERS = ("cluster", "scatter")
 MATHS = ("bf16", "fp16", "tf32", "fp32", "fp64")
 
 
@@ -61,13 +62,13 @@ class Costs(NamedTuple):
 
 
 # grid and cluster are estimates: three, and one, of the latencies that arXiv 2402.13499 has for L2 and for distributed
-# shared memory on an H100, with the barriers of a block beside them.
+# shared memory on an H100; of L2 with the barriers of a block beside them.
 COSTS = {
     A100.name: Costs(1.5, 0.0, 7, 0, 1024, 64, 32),
-    H100.name: Costs(1.3, 0.5, 8, 16, 1024, 128, 64),
-    H200.name: Costs(1.3, 0.5, 8, 16, 1024, 128, 64),
+    H100.name: Costs(1.3, 0.12, 8, 16, 1024, 128, 64),
+    H200.name: Costs(1.3, 0.12, 8, 16, 1024, 128, 64),
     RTX4090.name: Costs(1.2, 0.0, 11, 0, 256, 128, 2),
-    B200.name: Costs(1.4, 0.5, 8, 16, 1024, 128, 64),
+    B200.name: Costs(1.4, 0.12, 8, 16, 1024, 128, 64),
 }
 
 
@@ -100,6 +101,7 @@ class Plan:
     part_blocks: int = 0  # K blocks of each warp in a part of the operand, where it comes in parts
     streamed: int = 0  # K blocks of weights that a warp loads again at every step, of all matrices together
     shared: int = 0  # bytes of shared memory of a block
+    at_once: int = 0  # groups, of all directions, that run at the same time
     step: float = 0.0  # predicted
     launch: float = 0.0  # predicted, for all steps
     costs: str = ""  # which the prediction is from
@@ -130,6 +132,7 @@ class Plan:
             "grid": "exchanging through L2",
             "cluster": "a cluster each, exchanging in shared memory",
             "parts": "exchanging through L2, in parts",
+            "scatter": "a cluster each, summing dh in shared memory",
         }[self.exchange]
         where = "in part streamed from L2" if self.streamed else "kept on the chip"
         where += ", x in the launch" if self.inputs else ""
@@ -226,12 +229,50 @@ def register_blocks(exchange: str, kernel: str, stage: int, math: str, rows: int
     if stage == PROJECTION:
         return 1
     if math == "fp32":
-        return 2 if forward and projected else 4
+        return 4 if projected and not forward else 2
     if projected:
         return 5 if forward else 8
     if forward:
-        return 7 if rows == _COLUMNS else 5 if math == "tf32" else 6
-    return 12 if rows == _COLUMNS else 6
+        if math == "tf32":
+            return 5 if rows == _COLUMNS else 3
+        return 4 if rows > _COLUMNS else 6 if exchange == "grid" else 7
+    return 4 if rows > _COLUMNS else 12 if math == "tf32" else 10
+
+
+# Of "scatter".
+
+_SCATTER_TILES = {"fp64": 2}  # that a block may have, if not 4
+_STEPS_COPIED, _COPIED_ARRAYS = 4, 7
+
+
+def scatter_splits(tiles: int) -> int:
+    """Warps for each tile of a block."""
+    return 4 if tiles <= 2 else 2
+
+
+def scatter_blocks(plan: Plan) -> int:
+    """K blocks of da of a block."""
+    return plan.tiles * _STORAGE[plan.math]
+
+
+def scatter_outputs(shape: Shape, plan: Plan) -> tuple[int, int]:
+    """Tiles of dh that a warp multiplies, and how many of which it has the weights in registers."""
+    blocks = 8 if plan.math == "fp32" else 0
+    if plan.math in _ON_MATRIX_UNIT:
+        wide = 0 if plan.math == "tf32" else 8
+        blocks = wide if plan.rows > _COLUMNS else 16 if plan.tiles <= 2 else 12
+    return cdiv(cdiv(shape.H, 16), plan.tiles * plan.splits), min(4, blocks // scatter_blocks(plan))
+
+
+def _needs_of_scatter(shape: Shape, plan: Plan) -> Needs:
+    p = products("backward", shape, plan.math)[RECURRENT]
+    blocks, columns, size = scatter_blocks(plan), plan.rows // _COLUMNS, _STORAGE[plan.math]
+    shared = plan.tiles * plan.splits * plan.shared_blocks * p.fragment + 2 * plan.rows * _stride(blocks)
+    shared += 2 * plan.blocks * plan.tiles * columns * 128 * (8 if plan.math == "fp64" else 4)
+    shared += _STEPS_COPIED * plan.rows * (_COPIED_ARRAYS * 16 * plan.tiles * size + _QUAD) + 16
+    outputs, in_registers = scatter_outputs(shape, plan)
+    streamed = max(0, outputs - in_registers - plan.shared_blocks // blocks) * blocks
+    return Needs(shared, 0, 0, (shape.D * p.tiles * p.blocks * p.fragment, 0, 0), (streamed, 0, 0))
 
 
 def turns(tiles: int, plan: Plan) -> int:
@@ -239,12 +280,21 @@ def turns(tiles: int, plan: Plan) -> int:
     return cdiv(tiles, plan.blocks * plan.tiles)
 
 
+def _step_bytes(math: str) -> int:
+    """Of a tile and eight rows of the forward: three steps of xg, and one of what is stored."""
+    return _COLUMNS * (3 * (4 * 8 * 4 + 16) + 6 * 8 * _STORAGE[math] + 16)
+
+
 def needs(kernel: str, shape: Shape, plan: Plan) -> Needs:
     """What a plan takes of a launch."""
+    if plan.exchange == "scatter":
+        return _needs_of_scatter(shape, plan)
     stages, warps = products(kernel, shape, plan.math, plan.inputs), plan.tiles * plan.splits
     exchanges = 2 if shape.projected else 1
     compute = 8 if plan.math == "fp64" else 4
     shared = warps * _COLUMNS * max(p.chunk for p in stages.values()) + 16 * exchanges
+    if kernel == "forward" and plan.exchange != "parts" and plan.math != "fp64" and not shape.projected:
+        shared += plan.tiles * (plan.rows // _COLUMNS) * _step_bytes(plan.math)
     exchanged, packed, streamed = 0, [0, 0, 0], [0, 0, 0]
     for k, p in stages.items():
         buffers = 2 if plan.exchange != "grid" or k == INPUT else 1
@@ -287,30 +337,35 @@ def math_of(shape: Shape) -> str:
 
 
 def at_a_time(plan: Plan, device: Device) -> int:
-    """Groups, of all directions, that run at the same time."""
+    """Groups, of all directions, that run at the same time: an estimate, for who has no device to ask."""
     by_shared = (device.shared + _RESERVED_SHARED) // (plan.shared + _RESERVED_SHARED)
     resident = min(by_shared, _REGISTERS // (256 * plan.threads))
-    if plan.exchange != "cluster":
+    if plan.exchange not in _IN_CLUSTERS:
         return resident * device.multiprocessors // plan.blocks
     gpcs = costs_of(device).gpcs
     return gpcs * (resident * (device.multiprocessors // gpcs) // plan.blocks)
 
 
-def plan(kernel: str, shape: Shape, device: Device) -> Plan:
+# How many groups of a plan, of all directions, the device says that it runs at the same time.
+Occupancy = Callable[[Plan], int]
+
+
+def plan(kernel: str, shape: Shape, device: Device, occupancy: Occupancy | None = None) -> Plan:
     """The plan with the least predicted time.
 
     Args:
         kernel: "forward" or "backward".
         shape: the problem.
         device: the GPU.
+        occupancy: what the device says of a plan; estimated by `at_a_time` if None.
 
     Raises:
         ValueError: no plan fits the device, or the kernels do not have this arithmetic.
     """
-    return ranked(kernel, shape, device)[0]
+    return ranked(kernel, shape, device, occupancy)[0]
 
 
-def ranked(kernel: str, shape: Shape, device: Device) -> list[Plan]:
+def ranked(kernel: str, shape: Shape, device: Device, occupancy: Occupancy | None = None) -> list[Plan]:
     """Every plan that fits the device, the one with the least predicted time first.
 
     Raises:
@@ -318,20 +373,20 @@ def ranked(kernel: str, shape: Shape, device: Device) -> list[Plan]:
     """
     if shape.H > _MOST_HIDDEN:
         raise ValueError(f"H = {shape.H} does not fit the C++ kernels, which take up to 2^20 hidden units")
-    found = sorted(plans(kernel, shape, device), key=lambda p: p.launch)
+    found = sorted(plans(kernel, shape, device, occupancy), key=lambda p: p.launch)
     if not found:
         raise ValueError(f"H = {shape.H}, P = {shape.P} does not fit {device.name}: it has no room for a block")
     return found
 
 
-def plans(kernel: str, shape: Shape, device: Device) -> Iterator[Plan]:
+def plans(kernel: str, shape: Shape, device: Device, occupancy: Occupancy | None = None) -> Iterator[Plan]:
     """Every plan that fits the device, with its prediction: in parts where no other does. Of a single step, of which
     nothing is kept anyway, also where no other takes x."""
-    found = list(whole(kernel, shape, device))
+    found = list(whole(kernel, shape, device, occupancy))
     yield from found
     for inputs in _with_inputs(kernel, shape):
         if not found or (shape.T == 1 and not any(p.inputs >= inputs for p in found)):
-            yield from in_parts(kernel, shape, device, inputs)
+            yield from in_parts(kernel, shape, device, inputs, occupancy)
 
 
 def _with_inputs(kernel: str, shape: Shape) -> tuple[bool, ...]:
@@ -339,27 +394,47 @@ def _with_inputs(kernel: str, shape: Shape) -> tuple[bool, ...]:
     return (False, True) if kernel == "forward" and 0 < shape.I <= _MOST_INPUTS else (False,)
 
 
-def whole(kernel: str, shape: Shape, device: Device) -> Iterator[Plan]:
+def whole(kernel: str, shape: Shape, device: Device, occupancy: Occupancy | None = None) -> Iterator[Plan]:
     """Every plan with the whole operand in shared memory and one tile to a warp."""
     math = math_of(shape)
     wide = math in _ON_MATRIX_UNIT and not shape.projected and shape.B > _COLUMNS
     tiles_of_units = _unit_tiles(kernel, shape)
-    for exchange in ("grid", "cluster") if costs_of(device).widest else ("grid",):
+    scatters = kernel == "backward" and not shape.projected
+    if costs_of(device).widest and scatters:
+        yield from _scattering(shape, device, occupancy)
+    # Of what clusters can exchange, da is never the less: "scatter" takes the place of "cluster" in such a backward.
+    for exchange in ("grid", "cluster") if costs_of(device).widest and not scatters else ("grid",):
         for tiles in range(1, _MOST_WARPS + 1):
             blocks = cdiv(tiles_of_units, tiles)
             if exchange == "cluster":
-                blocks = power_of_2(blocks)
+                blocks = max(2, power_of_2(blocks))  # PTX defines what blocks send to each other for two or more
                 if blocks > costs_of(device).widest:
                     continue
             for splits in range(1, _MOST_WARPS // tiles + 1):
                 for rows, inputs in product((8, 16) if wide else (8,), _with_inputs(kernel, shape)):
                     bare = Plan(exchange, math, blocks, tiles, splits, rows, 1, 0, 0, inputs)
-                    fitted = _fitted(kernel, shape, device, bare)
+                    fitted = _fitted(kernel, shape, device, bare, occupancy)
                     if fitted is not None:
                         yield _predicted(kernel, shape, device, fitted)
 
 
-def in_parts(kernel: str, shape: Shape, device: Device, inputs: bool = False) -> Iterator[Plan]:
+def _scattering(shape: Shape, device: Device, occupancy: Occupancy | None) -> Iterator[Plan]:
+    """Every plan of the backward whose blocks exchange partial sums of dh."""
+    math = math_of(shape)
+    for tiles in range(1, _SCATTER_TILES.get(math, 4) + 1):
+        blocks = max(2, power_of_2(cdiv(_unit_tiles("backward", shape), tiles)))
+        if blocks > costs_of(device).widest:
+            continue
+        for rows in (8, 16) if math in _ON_MATRIX_UNIT and shape.B > _COLUMNS else (8,):
+            bare = Plan("scatter", math, blocks, tiles, scatter_splits(tiles), rows, 1, 0, 0)
+            fitted = _fitted("backward", shape, device, bare, occupancy)
+            if fitted is not None:
+                yield _predicted("backward", shape, device, fitted)
+
+
+def in_parts(
+    kernel: str, shape: Shape, device: Device, inputs: bool = False, occupancy: Occupancy | None = None
+) -> Iterator[Plan]:
     """Every plan in parts, of as few turns as the multiprocessors allow and as large parts as fit."""
     math, most_blocks = math_of(shape), device.multiprocessors // shape.D
     rows, tiles_of_units = 16 if math in _ON_MATRIX_UNIT and not shape.projected else 8, _unit_tiles(kernel, shape)
@@ -374,12 +449,12 @@ def in_parts(kernel: str, shape: Shape, device: Device, inputs: bool = False) ->
             if fit < 1:
                 continue
             part_blocks = cdiv(all_blocks, cdiv(all_blocks, fit))  # of parts that are all of one size
-            fitted = _fitted(kernel, shape, device, replace(bare, part_blocks=part_blocks))
+            fitted = _fitted(kernel, shape, device, replace(bare, part_blocks=part_blocks), occupancy)
             if fitted is not None:
                 yield _predicted(kernel, shape, device, fitted)
 
 
-def _fitted(kernel: str, shape: Shape, device: Device, bare: Plan) -> Plan | None:
+def _fitted(kernel: str, shape: Shape, device: Device, bare: Plan, occupancy: Occupancy | None) -> Plan | None:
     """A plan with as many weights in shared memory and as many groups as fit, or None."""
     stages, alone = products(kernel, shape, bare.math, bare.inputs), needs(kernel, shape, bare)
     if bare.exchange == "cluster" and any(bare.rows * p.row >= _MOST_COUNTED for k, p in stages.items() if k != INPUT):
@@ -391,23 +466,45 @@ def _fitted(kernel: str, shape: Shape, device: Device, bare: Plan) -> Plan | Non
     for k, p in stages.items() if bare.exchange != "parts" else ():
         bytes_of_one = bare.tiles * bare.splits * p.fragment
         kept[k] = min(alone.streamed[k], free // bytes_of_one)
+        if bare.exchange == "scatter":  # of whole tiles
+            kept[k] -= kept[k] % scatter_blocks(bare)
         free -= kept[k] * bytes_of_one
     plan = replace(bare, shared_blocks=kept[0], shared_projection_blocks=kept[1], shared_input_blocks=kept[2])
     taken = needs(kernel, shape, plan)
     plan = replace(plan, shared=taken.shared, streamed=sum(taken.streamed))
-    groups = at_a_time(plan, device) // shape.D
-    if plan.exchange == "cluster":  # those that do not fit wait for others to end
-        groups = max(groups, min(1, at_a_time(plan, device)))
+    at_once = at_a_time(plan, device) if occupancy is None else occupancy(plan)
+    groups = at_once // shape.D
+    if plan.exchange in _IN_CLUSTERS:  # those that do not fit wait for others to end
+        groups = max(groups, min(1, at_once))
     groups = min(groups, cdiv(shape.B, plan.rows))
-    return replace(plan, groups=groups) if groups > 0 else None
+    return replace(plan, groups=groups, at_once=at_once) if groups > 0 else None
 
 
 # What it will take.
 
-_L2_PER_CLOCK, _SHARED_PER_CLOCK, _PEER_PER_CLOCK = 64, 128, 32  # bytes, per multiprocessor
-_MMA_LATENCY = {"bf16": 33, "fp16": 33, "tf32": 25}  # clocks from a matrix instruction to one that needs its result
-_PARTIAL, _CELL = 0.1, 0.15  # microseconds
-_CELL_CLOCKS = 12.0  # for each two elements of a lane and column tile
+_L2_PER_CLOCK, _SHARED_PER_CLOCK = 64, 128  # bytes, per multiprocessor
+_PEER_PER_CLOCK = 14  # the same, from blocks of the cluster: arXiv 2402.13499, of an H100
+
+
+class Path(NamedTuple):
+    """Clocks of a step of a warp with 8 rows, as tests/cuda/sass.py counts them in the machine code; no GPU ran it."""
+
+    before: float  # from what was received to the last that is sent, without the product
+    after: float  # from there to the wait for what others send
+    block: float  # of the product, for a K block whose weights lie in registers
+    shared_block: float  # and for one whose weights lie in shared memory
+    instructions: float
+
+
+PATHS = {
+    "forward": Path(730, 850, 46, 113, 550),
+    "backward": Path(2400, 3000, 60, 113, 1700),
+    "scatter": Path(610, 270, 20, 170, 400),
+}
+_PROJECTED = 800  # more clocks behind what is sent, with a projection
+_COPIED_ROW = 140  # clocks to copy 32 quads of a row of the operand out of L2
+_ROW_OF_X, _X = 230, 350  # clocks to copy as many quads of a row of x, and to wait for x
+_TWO_PARTS, _PART = 130, 110  # clocks of a sum of two parts of K, and for each of more
 _PACK, _GEMM = 3.0, 6.0  # microseconds of a launch before the launch: for one kind of weights, and for one direction
 
 
@@ -415,48 +512,73 @@ def _predicted(kernel: str, shape: Shape, device: Device, p: Plan) -> Plan:
     """The plan with the time of a step and of the launch."""
     costs, clocks = costs_of(device), device.clock * 1e3  # per microsecond
     taken, warps = needs(kernel, shape, p), p.tiles * p.splits
-    running = min(shape.D * p.groups, at_a_time(p, device))
+    running = min(shape.D * p.groups, p.at_once)
     crowd = cdiv(running * p.blocks, device.multiprocessors)  # blocks that share a multiprocessor
     l2 = min(_L2_PER_CLOCK * clocks, device.l2 / min(running * p.blocks, device.multiprocessors))
-    columns = p.rows // _COLUMNS
+    columns, path = p.rows // _COLUMNS, PATHS["scatter" if p.exchange == "scatter" else kernel]
     rate = {"fp32": costs.single, "fp64": costs.double, "tf32": costs.half / 2}.get(p.math, costs.half)
     stages = products(kernel, shape, p.math, p.inputs)
+
+    def blocks(k: int) -> int:
+        """K blocks of one warp."""
+        if p.exchange == "scatter":
+            return scatter_outputs(shape, p)[0] * scatter_blocks(p)
+        return cdiv(stages[k].blocks, p.splits)
 
     def multiplying(k: int) -> float:
         """The product of a stage; x comes out of L2 as well, and so do parts."""
         of = stages[k]
-        block = cdiv(of.blocks, p.splits)  # of one warp
-        from_shared = warps * (block * p.rows * _K_BLOCK + min(p.kept[k], block) * of.fragment)
+        block = blocks(k)
+        operands = scatter_blocks(p) if p.exchange == "scatter" else block
+        from_shared = warps * (operands * p.rows * _K_BLOCK + min(p.kept[k], block) * of.fragment)
         from_l2 = warps * taken.streamed[k] * of.fragment
         from_l2 += p.rows * of.row if k == INPUT or p.exchange == "parts" else 0
-        multiplied = warps * block * 8 * of.segments * (_K_BLOCK // _STORAGE[p.math]) * p.rows
-        return turns(of.tiles, p) * max(
+        in_shared = min(p.kept[k], block) if k != INPUT else block
+        latency = (block - in_shared) * path.block + in_shared * path.shared_block
+        other = max(
             crowd * from_shared / (_SHARED_PER_CLOCK * clocks),
             crowd * from_l2 / l2,
-            crowd * multiplied / (rate * clocks),
-            block * 2 * _MMA_LATENCY.get(p.math, 0) / clocks,
+            latency / clocks if p.math in _ON_MATRIX_UNIT else 0.0,
         )
+        return max(arithmetic(k), turns(of.tiles, p) * other)
+
+    def arithmetic(k: int) -> float:
+        """The multiply-adds of a stage."""
+        of = stages[k]
+        multiplied = warps * blocks(k) * 8 * of.segments * (_K_BLOCK // _STORAGE[p.math]) * p.rows
+        return turns(of.tiles, p) * crowd * multiplied / (rate * clocks)
 
     def exchanging(k: int) -> float:
         operand = p.rows * stages[k].row
         if p.exchange == "parts":
             operand = min(operand, p.rows * p.splits * p.part_blocks * _K_BLOCK)
-        if p.exchange != "cluster":
+        if p.exchange == "scatter":  # parts of dh of the block's units, from every block
+            operand = p.blocks * p.rows * 16 * p.tiles * (8 if p.math == "fp64" else 4)
+        if p.exchange not in _IN_CLUSTERS:
             return costs.grid + crowd * operand / l2
         return costs.cluster + crowd * operand / (_PEER_PER_CLOCK * clocks)
 
-    step = turns(_unit_tiles(kernel, shape), p) * (_CELL + _CELL_CLOCKS * columns * crowd * warps / clocks)
-    of_x = multiplying(INPUT) if p.inputs else 0.0
-    first_turn = of_x / turns(_unit_tiles(kernel, shape), p)
-    step += max(exchanging(RECURRENT), first_turn) + of_x - first_turn + multiplying(RECURRENT)
+    def copying(k: int, each: float) -> float:
+        """By the warps of a block, which share the rows."""
+        return each * cdiv(p.rows, warps) * cdiv(stages[k].row, 32 * _QUAD) / clocks
+
+    n_turns, parts_of_k = turns(_unit_tiles(kernel, shape), p), 2 if shape.projected else 1
+    after = (path.after + (_PROJECTED if shape.projected else 0)) * columns / clocks
+    of_x = multiplying(INPUT) + copying(INPUT, _ROW_OF_X) + _X / clocks if p.inputs else 0.0
+    step = n_turns * path.before * (1 + columns) / 2 / clocks
+    step += max(exchanging(RECURRENT), after + of_x / n_turns) + (n_turns - 1) * (after + of_x / n_turns)
+    step += multiplying(RECURRENT)
     if shape.projected:
         step += exchanging(PROJECTION) + multiplying(PROJECTION)
-    if p.splits > 1:
-        step += _PARTIAL * (2 if shape.projected else 1)
+    if p.exchange not in _IN_CLUSTERS:
+        step += copying(RECURRENT, _COPIED_ROW)
+    if p.splits > 1 and p.exchange != "scatter":
+        step += parts_of_k * (_TWO_PARTS if p.splits == 2 else _PART * p.splits) / clocks
+    step = max(step, n_turns * crowd * path.instructions * columns * warps / 4 / clocks)
     rounds = cdiv(cdiv(shape.B, p.rows), p.groups) * cdiv(shape.D * p.groups, running)
     launch = _PACK * len(stages) + 2 * sum(taken.packed) / device.l2 + shape.T * rounds * step
-    for k, of in stages.items():  # what stays on the chip
-        launch += p.groups * taken.packed[k] * (1 - taken.streamed[k] / cdiv(of.blocks, p.splits)) / device.l2
+    for k in stages:  # what stays on the chip
+        launch += p.groups * taken.packed[k] * (1 - taken.streamed[k] / blocks(k)) / device.l2
     if kernel == "forward" and not p.inputs:
         numbers = shape.D * shape.T * shape.B * 4 * shape.H  # of xg, which are written and read
         everywhere = rate * clocks * device.multiprocessors
@@ -473,8 +595,20 @@ def _described(device: Device) -> str:
     return f"costs {'measured' if COSTS[like].measured else 'estimated'} for {like}"
 
 
+_TWO_LAUNCHES = 5.0  # microseconds of a GEMM and a pointwise kernel, beside the arithmetic
+
+
+def gemm_step(shape: Shape, device: Device) -> float:
+    """Microseconds of a step of the whole batch, of one pass, by a GEMM and a pointwise kernel: an estimate of what
+    torch does where its kernels do not stay on the device. The matrix unit has twice the rate of "mma" there."""
+    rate = 2 * costs_of(device).half / (1 if shape.itemsize == 2 else 2)
+    multiplied = shape.D * shape.B * 4 * shape.H * shape.P
+    return _TWO_LAUNCHES + multiplied / (rate * device.clock * 1e3 * device.multiprocessors)
+
+
 def predictions(device: Device) -> str:
-    """The table of docs/gpu_performance.md: steps of the whole batch, in microseconds."""
+    """The table of docs/gpu_performance.md: steps of the whole batch, in microseconds; with a star where `gemm_step` is
+    less."""
     lines = ["| dtype | H | B | forward | us | backward | us |", "| --- | --- | --- | --- | --- | --- | --- |"]
     for dtype, itemsize in (("bfloat16", 2), ("float32, TF32", 4)):
         for H in (128, 256, 512, 768, 1024, 1536, 2048):
@@ -487,7 +621,8 @@ def predictions(device: Device) -> str:
                         cells += ["does not fit", ""]
                         continue
                     rounds = cdiv(cdiv(B, p.rows), p.groups)
-                    cells += [f"{p.regime}, {p.groups} x {p.blocks}", f"{rounds * p.step:.1f}"]
+                    slower = " \\*" if rounds * p.step > gemm_step(shape, device) else ""
+                    cells += [f"{p.regime}, {p.groups} x {p.blocks}", f"{rounds * p.step:.1f}{slower}"]
                 lines.append(f"| {dtype} | {H} | {B} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -47,9 +47,9 @@ def test_every_plan_fits(pass_, device):
         assert plan.shared == planner.needs(pass_, shape, plan).shared <= device.shared
         # Of every thread 256 registers, at the most; of every block its shared memory and 1 KiB of the driver's.
         each = min(65536 // (256 * plan.threads), (device.shared + 1024) // (plan.shared + 1024))
-        if plan.exchange == "cluster":
+        if plan.exchange in ("cluster", "scatter"):
             assert device.capability >= 90
-            assert plan.blocks in (1, 2, 4, 8, 16)
+            assert plan.blocks in (2, 4, 8, 16)
             assert plan.blocks <= each * device.multiprocessors // COSTS[device.name].gpcs
         else:
             assert shape.D * plan.groups * plan.blocks <= each * device.multiprocessors
@@ -74,6 +74,49 @@ def test_a_cluster_of_16_only_where_it_is_known_to_be_allowed():
     assert max(p.blocks for p in planner.plans("forward", shape, unknown) if p.exchange == "cluster") == 8
 
 
+def test_no_cluster_of_one_block():
+    """What st.async does there is undefined; the second block has no tile."""
+    for kernel, H in itertools.product(planner.PASSES, (1, 8, 16, 30, 64)):
+        found = [p for p in planner.plans(kernel, Shape(4, 8, 5, H, H, 1, 2, "tf32"), H200) if "cluster" in str(p)]
+        assert found
+        assert min(p.blocks for p in found) >= 2
+
+
+def on_an_h100(plan):
+    """Groups at the same time, as such a device reports them: not all of its 132 multiprocessors lie where clusters
+    of 8 or 16 fit."""
+    if plan.exchange in ("cluster", "scatter"):
+        return {2: 66, 4: 32, 8: 15, 16: 7}[plan.blocks]
+    return 132 // plan.blocks
+
+
+@pytest.mark.parametrize("pass_", planner.PASSES)
+@pytest.mark.parametrize("D", [1, 2])
+def test_what_the_device_reports_decides_on_the_groups(pass_, D):
+    for H, B in ((128, 256), (512, 64), (512, 128), (1024, 64)):
+        shape = Shape(128, B, H, H, H, D, 2, "tf32")
+        asked = planner.ranked(pass_, shape, H100, on_an_h100)
+        for plan in asked:
+            assert plan.at_once == on_an_h100(plan)
+            assert D * plan.groups <= max(plan.at_once, D if plan.exchange in ("cluster", "scatter") else 0)
+            waves = cdiv(cdiv(B, plan.rows), plan.groups) * cdiv(D * plan.groups, plan.at_once)
+            assert plan.launch >= shape.T * waves * plan.step
+        assert [p.launch for p in asked] == sorted(p.launch for p in asked)
+
+
+def test_a_plan_of_which_fewer_groups_fit_falls_behind():
+    """Sixteen clusters of eight blocks, of which the estimate says that they fit and the device that fifteen do."""
+    shape = Shape(128, 128, 512, 512, 512, 1, 2, "tf32")
+    of_eight = [
+        next(p for p in ranking if (p.exchange, p.blocks, p.rows, p.inputs) == ("cluster", 8, 8, False))
+        for ranking in (planner.ranked("forward", shape, H100), planner.ranked("forward", shape, H100, on_an_h100))
+    ]
+    assert [p.groups for p in of_eight] == [16, 15]
+    assert of_eight[1].launch > of_eight[0].launch + 0.9 * shape.T * of_eight[0].step  # a second wave
+    with pytest.raises(ValueError, match="has no room for a block"):
+        planner.plan("forward", shape, H100, lambda plan: 0)
+
+
 def test_an_unknown_device_takes_after_the_most_alike():
     device = H200._replace(name="NVIDIA H100 PCIe", multiprocessors=114)
     plan = planner.plan("forward", Shape(128, 8, 512, 512, 512, 1, 2, "tf32"), device)
@@ -92,7 +135,7 @@ def mirrored(cuda_host, shape, plan):
     return sizes, cuda_host.PlanStruct(**dict(zip(names, plan.fields, strict=True)))
 
 
-def variants(plan, pass_):
+def variants(plan, pass_, projected):
     """The plan, and plans that the planner would not choose."""
     yield plan
     for math in MATHS:
@@ -102,6 +145,11 @@ def variants(plan, pass_):
             if exchange == "parts":
                 kept |= {"shared_blocks": 0, "shared_projection_blocks": 0, "part_blocks": 5}
             bare = dataclasses.replace(plan, exchange=exchange, math=math, splits=splits, rows=rows, groups=2, **kept)
+            if exchange == "scatter":
+                if pass_ == "backward" and not projected and (splits < 3 or math != "fp64"):
+                    bare = dataclasses.replace(bare, tiles=splits, splits=planner.scatter_splits(splits), blocks=4)
+                    yield dataclasses.replace(bare, shared_blocks=2 * planner.scatter_blocks(bare))
+                continue
             yield bare
             if pass_ == "forward":
                 yield dataclasses.replace(bare, inputs=True, shared_input_blocks=0 if exchange == "parts" else 4)
@@ -114,7 +162,7 @@ def test_needs_are_those_of_the_kernels(pass_, cuda_host):
     direction = planner.PASSES.index(pass_)
     compared = 0
     for shape in shapes():
-        for plan in variants(next(planner.plans(pass_, shape, H100)), pass_):
+        for plan in variants(next(planner.plans(pass_, shape, H100)), pass_, shape.projected):
             theirs, why = host.needs(direction, *mirrored(cuda_host, shape, plan))
             ours = planner.needs(pass_, shape, plan)
             assert ours.shared == theirs.shared, (shape, plan)
@@ -143,10 +191,10 @@ def test_every_plan_is_valid(device, cuda_host):
 @pytest.mark.parametrize(
     ("H", "B", "itemsize", "precision", "forward", "backward"),
     [
-        (128, 16, 2, "tf32", "cluster, with x", "cluster"),
-        (512, 64, 2, "tf32", "cluster, with x", "cluster"),
-        (256, 64, 4, "tf32", "cluster, with x", "cluster"),
-        (1024, 1, 2, "tf32", "grid, with x", "grid"),
+        (128, 16, 2, "tf32", "cluster", "scatter"),
+        (512, 64, 2, "tf32", "cluster", "scatter"),
+        (256, 64, 4, "tf32", "cluster", "scatter"),
+        (1024, 1, 2, "tf32", "grid", "scatter, streamed"),
         (2048, 256, 2, "tf32", "grid, streamed", "grid, streamed"),
         (4096, 64, 2, "tf32", "grid, streamed", "parts, streamed"),
         (9000, 64, 2, "tf32", "parts, streamed", "parts, streamed"),
@@ -160,14 +208,15 @@ def test_regimes_on_an_h200(H, B, itemsize, precision, forward, backward):
 
 @pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
 def test_the_launch_takes_x_where_that_saves_time(device):
-    """A GEMM before a few steps costs more than w_ih in each of them; before many, with a wide x, it costs less."""
+    """A GEMM before a few steps costs more than w_ih in each of them; before many, or with a wide x, it costs less."""
 
     def chosen(T, I):
         return planner.plan("forward", Shape(T, 64, I, 512, 512, 1, 2, "tf32"), device).inputs
 
     assert chosen(1, 512)
     assert chosen(4, 64)
-    assert chosen(1024, 32)
+    assert chosen(8, 32)
+    assert chosen(1024, 32) == (COSTS[device.name].widest == 0)  # the steps of a cluster are the shortest
     assert not chosen(1024, 4096)
     assert not chosen(64, 4096)
 
@@ -213,6 +262,24 @@ def test_more_work_is_predicted_to_take_longer():
         assert of_h == sorted(of_h)
         of_b = [planner.plan(kernel, Shape(128, B, 512, 512, 512, 1, 2, "tf32"), H200).launch for B in (8, 256, 4096)]
         assert of_b == sorted(of_b)
+
+
+def test_a_gemm_a_step_is_faster_from_some_size_on():
+    """The stars of the table: large layers and batches."""
+
+    def slower(H, B, kernel="forward"):
+        shape = Shape(128, B, H, H, H, 1, 2, "tf32")
+        plan = planner.plan(kernel, shape, H200)
+        return cdiv(cdiv(B, plan.rows), plan.groups) * plan.step > planner.gemm_step(shape, H200)
+
+    assert not slower(512, 64)
+    assert not slower(512, 64, "backward")
+    assert slower(1024, 256)
+    assert slower(2048, 64)
+    assert slower(1024, 64, "backward")
+    table = planner.predictions(H200)
+    assert "| bfloat16 | 512 | 64 | cluster, 8 x 16 | 1.2 |" in table
+    assert re.search(r"\| bfloat16 \| 2048 \| 64 \| [^|]* \| [0-9.]+ \\\* \|", table)
 
 
 def test_a_layer_too_large_for_the_device():

@@ -6,6 +6,8 @@ switch for GEMMs is there without a GPU, too.
 """
 
 import os
+import subprocess
+import sys
 from threading import Event, Thread
 from types import SimpleNamespace
 
@@ -135,21 +137,42 @@ def test_work_goes_to_the_current_stream(backend, H):
     same(got, expected)
 
 
+def two_streams(name, H):
+    """Launches in two streams at the same time, with the results that they have one after the other."""
+    with fusedrnn.use_backend(name):
+        calls = [layer(H, torch.bfloat16)[0] for _ in range(2)]
+        expected = [call() for call in calls]
+        torch.cuda.synchronize()
+        streams = [torch.cuda.Stream() for _ in calls]
+        for _ in range(20):
+            got = []
+            for call, stream in zip(calls, streams, strict=True):
+                with torch.cuda.stream(stream):
+                    got.append(call())
+            torch.cuda.synchronize()
+            for ours, theirs in zip(got, expected, strict=True):
+                same(ours, theirs)
+
+
+def test_a_process_that_hangs_is_ended():
+    """What `in_a_process` is for: a wait inside of a C call, which no signal of Python's interrupts."""
+    with pytest.raises(subprocess.TimeoutExpired):
+        in_a_process("threading.Lock().acquire() and threading.Event().wait()", seconds=2)
+    in_a_process("assert two_streams", seconds=60)
+
+
+def in_a_process(statement, seconds):
+    """Runs a statement in this module, in a process of its own, which is ended after so many seconds."""
+    code = f"import runpy, threading; globals().update(runpy.run_path({__file__!r})); {statement}"
+    subprocess.run([sys.executable, "-c", code], timeout=seconds, check=True)
+
+
 @pytest.mark.parametrize("H", [300, 1024])
 def test_two_streams_at_the_same_time(backend, H):
-    """Blocks that wait for one another have to be on the device together, whoever else is."""
-    calls = [layer(H, torch.bfloat16)[0] for _ in range(2)]
-    expected = [call() for call in calls]
-    torch.cuda.synchronize()
-    streams = [torch.cuda.Stream() for _ in calls]
-    for _ in range(20):
-        got = []
-        for call, stream in zip(calls, streams, strict=True):
-            with torch.cuda.stream(stream):
-                got.append(call())
-        torch.cuda.synchronize()
-        for ours, theirs in zip(got, expected, strict=True):
-            same(ours, theirs)
+    """Blocks that wait for one another have to be on the device together, whoever else is. Were two such launches to
+    hold a part of it each, neither would ever end: in a process of its own, so that this is a failure and not a hang.
+    """
+    in_a_process(f"two_streams({backend!r}, {H})", seconds=90)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

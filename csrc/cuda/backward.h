@@ -5,23 +5,24 @@
 // (t+1 stands for the step after t in the direction's own order.) The weight gradients are matrix products over all
 // steps at once and not part of this: the launch leaves da for them.
 //
-// Blocks exchange da, gathering it, and hold the rows of w_hh^T that give dh of their own units. The other way round, a
-// block would multiply the da of its own units with its own rows of w_hh and hand partial sums of dh to everybody:
-// 4 H numbers of 32 bits for each batch row instead of 4 H of 16, twice the traffic, and a sum over all blocks at the
-// end; with 32-bit operands the traffic is equal. Gathering also makes the backward the forward's exchange and product
-// with another K, and its result the same whatever the plan but for the order of K.
+// Blocks exchange da, gathering it, and hold the rows of w_hh^T that give dh of their own units: the forward's exchange
+// and product with another K, and a result that is the same whatever the plan but for the order of K. The other way
+// round, which scatter.h has inside of clusters, blocks exchange partial sums of dh: a block receives H numbers of 32
+// bits for each batch row in the place of 4 H of the storage dtype.
 //
 // Grid and groups: as in forward.h. A block owns 16 * plan.tiles hidden units, a warp a tile of 16 and a part of K,
 // which is 4H here; a lane ends with dh of two units for two batch rows of each column tile. With a projection, the
 // first warps of the group own a tile of 16 numbers of h as well, and da_{t+1} @ w_hh is for these. Registers: the
 // first K blocks of the warp's weights, dh and dc of the lane's units, and the gates, c, dy and dc of the next step,
-// loaded before the wait for da. Shared memory: further weights, da of all units for the rows of the slice, partial
-// sums of split K, and what is about to be sent. K is in the order of the tiles: 8 units of gate i, of f, of g, of o,
-// and on with the next 8 units. Synchronisation: one exchange of da per step inside a group, with a projection one of
-// dh as well; and, where K is split, one barrier of the warps of a tile. Limits: as in forward.h, with da, which is
-// four times h. In parts there is none here either: in a step, the tiles take turns to send dh, where there is a
-// projection, to get da and send it, and to get dh from da.
+// loaded before the wait for da, in 16 bits as they are stored. Shared memory: further weights, da of all units for the
+// rows of the slice, partial sums of split K, and what is about to be sent. K is in the order of the tiles: 8 units of
+// gate i, of f, of g, of o, and on with the next 8 units. Synchronisation: one exchange of da per step inside a group,
+// with a projection one of dh as well; and, where K is split, one barrier of the warps of a tile. Limits: as in
+// forward.h, with da, which is four times h. In parts there is none here either: in a step, the tiles take turns to
+// send dh, where there is a projection, to get da and send it, and to get dh from da.
 #pragma once
+
+#include <type_traits>
 
 #include "exchange.h"
 #include "geometry.h"
@@ -55,6 +56,15 @@ class Backward {
                   register_blocks(Channel::kExchange, kPass, kStage, kMath, kRows, kProjected), Channel::kInParts>;
   using Recurrent = Multiplier<Stage::kRecurrent>;
   using Projection = Multiplier<Stage::kProjection>;
+  // What a step needs of a cell is held as it is stored, and converted when the step comes, where registers allow it: a
+  // conversion waits for each number where it is loaded.
+  static constexpr bool kRaw = sizeof(S) == 2 && kColumnTiles == 1 && !kProjected && !Channel::kInParts;
+  using Held = std::conditional_t<kRaw, S, A>;
+  // Zero where the step does not exist, and then so is da.
+  template <class Number>
+  struct Numbers {
+    Number gates[kGates], c, c_in, dy, dc;
+  };
   using Results = A[kColumnTiles][kSegments][2];
   static constexpr int kKeptOfDh = kColumnTiles * kSegments * 2;
   using Kept = Turns<A, kept_numbers(kPass, kRows, kProjected)>;
@@ -239,7 +249,8 @@ class Backward {
       lengths_[n][0] = lengths_[n][1] = 0;
       FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) {
         FUSEDRNN_UNROLL for (int j = 0; j < 2; ++j) {
-          loaded_[n][s][j] = Loaded{};
+          held(n, s, j) = {};
+          loaded_[n][s][j] = {};
           dh_[n][s][j] = dc_[n][s][j] = 0;
         }
       }
@@ -281,6 +292,13 @@ class Backward {
   // Whether there is a number of h of that index.
   FUSEDRNN_DEVICE bool is_output(int n, int s, int j) const { return unit(s) < p_.sizes.P && row(n, j) < p_.sizes.B; }
   static FUSEDRNN_DEVICE A number(const void* from, int64_t at) { return to_compute(static_cast<const S*>(from)[at]); }
+  static FUSEDRNN_DEVICE Held stored(const void* from, int64_t at) {
+    if constexpr (kRaw) {
+      return static_cast<const S*>(from)[at];
+    } else {
+      return number(from, at);
+    }
+  }
 
   FUSEDRNN_DEVICE void start(int64_t first_row) {
     find_rows(first_row);
@@ -315,25 +333,25 @@ class Backward {
     const int64_t t = direction_.at(step), H = p_.sizes.H;
     look_at(step);
     for_each_cell([&](int n, int s, int j) {
-      Loaded& loaded = loaded_[n][s][j];
-      loaded = Loaded{};
+      auto& raw = held(n, s, j);
+      raw = {};
       if (!is_unit(n, s, j) || !exists_next_(n, j)) return;
       const int64_t b = row(n, j), gates = direction_.step(t, b, kGates * H) + unit(s);
       FUSEDRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) {
-        loaded.gates[gate] = number(p_.gates, gates + gate * H);
+        raw.gates[gate] = stored(p_.gates, gates + gate * H);
       }
-      loaded.c = number(p_.c, direction_.offset(p_.c_strides, t, b) + unit(s));
+      raw.c = stored(p_.c, direction_.offset(p_.c_strides, t, b) + unit(s));
       if (!cut_next_(n, j)) {
         if (!direction_.is_first(t, lengths_[n][j])) {
-          loaded.c_in = number(p_.c, direction_.offset(p_.c_strides, direction_.before(t), b) + unit(s));
+          raw.c_in = stored(p_.c, direction_.offset(p_.c_strides, direction_.before(t), b) + unit(s));
         } else if (p_.c0 != nullptr) {
-          loaded.c_in = number(p_.c0, direction_.state(b, H) + unit(s));
+          raw.c_in = stored(p_.c0, direction_.state(b, H) + unit(s));
         }
       }
       if (p_.dy != nullptr && is_output(n, s, j)) {
-        loaded.dy = number(p_.dy, direction_.offset(p_.dy_strides, t, b) + unit(s));
+        raw.dy = stored(p_.dy, direction_.offset(p_.dy_strides, t, b) + unit(s));
       }
-      if (p_.dc != nullptr) loaded.dc = number(p_.dc, direction_.offset(p_.dc_strides, t, b) + unit(s));
+      if (p_.dc != nullptr) raw.dc = stored(p_.dc, direction_.offset(p_.dc_strides, t, b) + unit(s));
     });
   }
 
@@ -375,12 +393,29 @@ class Backward {
   FUSEDRNN_DEVICE void next_step() {
     exists_ = exists_next_;
     cut_ = cut_next_;
+    if constexpr (!kRaw) return;
+    for_each_cell([&](int n, int s, int j) {
+      const auto& raw = held(n, s, j);
+      Numbers<A>& loaded = loaded_[n][s][j];
+      FUSEDRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) loaded.gates[gate] = to_compute(raw.gates[gate]);
+      loaded.c = to_compute(raw.c);
+      loaded.c_in = to_compute(raw.c_in);
+      loaded.dy = to_compute(raw.dy);
+      loaded.dc = to_compute(raw.dc);
+    });
+  }
+  FUSEDRNN_DEVICE Numbers<Held>& held(int n, int s, int j) {
+    if constexpr (kRaw) {
+      return raw_[n][s][j];
+    } else {
+      return loaded_[n][s][j];
+    }
   }
 
   // From dm and dc to da, in the place of the gates, and dc of the step before; and m, in the place of c.
   FUSEDRNN_DEVICE void cells(const Results& dm) {
     for_each_cell([&](int n, int s, int j) {
-      Loaded& loaded = loaded_[n][s][j];
+      Numbers<A>& loaded = loaded_[n][s][j];
       if (!exists_(n, j)) return;
       A dc = dc_[n][s][j] + loaded.dc;
       loaded.c = M::Cell::backward(loaded.gates, loaded.c_in, loaded.c, dm[n][s][j], dc);
@@ -434,11 +469,6 @@ class Backward {
     });
   }
 
-  // Zero where the step does not exist, and then so is da.
-  struct Loaded {
-    A gates[kGates], c, c_in, dy, dc;
-  };
-
   const BackwardParams& p_;
   Role& role_;
   Channel da_channel_, dh_channel_;  // the second one only with a projection
@@ -454,7 +484,8 @@ class Backward {
   ColumnMask exists_, cut_, exists_next_, cut_next_;
   A dh_[kColumnTiles][kSegments][2];  // gradients of the state that leaves it
   A dc_[kColumnTiles][kSegments][2];
-  Loaded loaded_[kColumnTiles][kSegments][2];
+  Numbers<A> loaded_[kColumnTiles][kSegments][2];
+  Numbers<Held> raw_[kRaw ? kColumnTiles : 1][kSegments][2];  // of the step that comes
 };
 
 }  // namespace fusedrnn::cuda

@@ -7,9 +7,12 @@
 //   sync_warp(name)
 //   sync_cluster(name)                               sm_90: barrier of the cluster; orders all of its shared memory
 //   shuffle_xor(value, mask)
+//   kept(value)                                      the value, which the compiler keeps instead of computing it again
 //   mma(c, a, b0, b1, kind)                          m16n8k16 of bfloat16 or float16, m16n8k8 of TensorFloat-32
 //   load_streamed(address)                           16 bytes that are read once and by one thread
-//   copy_async(shared, global) wait_copies(name)     16 bytes at a time, past the first-level cache
+//   copy_async(shared, global) wait_copies(name)     16 bytes at a time, past the first-level cache; copy_async_if(c,
+//   ..) commit_copies() wait_copies_but<n>(name)         groups of copies: waits for all but the last n groups
+//   store_global_if(c, address, quad)                16 bytes, for later launches
 //   store_exchanged(address, quad)                   16 bytes that other blocks read through the second-level cache
 //   release_flag(flag, value, name) flag(flag)       release and acquire at the scope of the device
 //   init_mbarrier expect_bytes mbarrier_passed       sm_90: a barrier in shared memory that counts bytes

@@ -40,6 +40,8 @@ inline A shuffle_xor(A value, int mask) {
   return out;
 }
 
+inline int kept(int value) { return value; }
+
 // ---------------------------------------------------------------------------------------------- numbers
 
 template <class To, class From>
@@ -92,6 +94,8 @@ inline float to_tf32(float value) {
 inline float exponential(float x) { return std::exp(x); }
 inline double exponential(double x) { return std::exp(x); }
 inline float quick_exponential(float x) { return std::exp(x); }
+// The result of std::tanh with the error that the instruction may have: cut to 11 bits, which is up to 2^-10.
+inline float rough_tangent(float x) { return bits_as<float>(bits_as<uint32_t>(std::tanh(x)) & ~0x1fffu); }
 inline float quick_divide(float a, float b) { return a / b; }
 inline float hyperbolic_tangent(float x) { return std::tanh(x); }
 inline double hyperbolic_tangent(double x) { return std::tanh(x); }
@@ -164,6 +168,17 @@ inline Quad load_streamed(const Quad* address) { return *address; }
 inline void copy_async(void* shared, const void* global) { host::copy_later(shared, global, sizeof(Quad)); }
 inline void wait_copies(const char* name) {
   if (host::present(name)) host::finish_copies();
+}
+inline void copy_async_if(bool condition, void* shared, const void* global) {
+  if (condition) copy_async(shared, global);
+}
+inline void commit_copies() { host::commit_copies(); }
+template <int kGroups>
+inline void wait_copies_but(const char* name) {
+  if (host::present(name)) host::finish_copies(kGroups);
+}
+inline void store_global_if(bool condition, void* address, const Quad& quad) {
+  if (condition) std::memcpy(address, &quad, sizeof(quad));
 }
 inline void store_exchanged(void* address, const Quad& quad) { host::store_late(address, &quad, sizeof(quad)); }
 // Removed, the flag is still set, but nothing is released.

@@ -51,6 +51,11 @@ FUSEDRNN_DEVICE A shuffle_xor(A value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
+FUSEDRNN_DEVICE int kept(int value) {
+  asm volatile("mov.b32 %0, %0;" : "+r"(value));
+  return value;
+}
+
 // ---------------------------------------------------------------------------------------------- numbers
 
 FUSEDRNN_DEVICE float to_compute(BFloat16 value) { return __uint_as_float(uint32_t{value.bits} << 16); }
@@ -64,11 +69,15 @@ FUSEDRNN_DEVICE S to_storage(A value) {
 }
 template <>
 FUSEDRNN_DEVICE BFloat16 to_storage<BFloat16, float>(float value) {
-  return {__bfloat16_as_ushort(__float2bfloat16_rn(value))};
+  uint32_t pair;  // of which the upper half is another number: a conversion of two is the faster instruction
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(0.0f), "f"(value));
+  return {static_cast<uint16_t>(pair)};
 }
 template <>
 FUSEDRNN_DEVICE Float16 to_storage<Float16, float>(float value) {
-  return {__half_as_ushort(__float2half_rn(value))};
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(0.0f), "f"(value));
+  return {static_cast<uint16_t>(pair)};
 }
 // The nearest number that the matrix unit takes as TensorFloat-32; it would cut the mantissa off otherwise.
 FUSEDRNN_DEVICE float to_tf32(float value) {
@@ -79,7 +88,17 @@ FUSEDRNN_DEVICE float to_tf32(float value) {
 FUSEDRNN_DEVICE float exponential(float x) { return expf(x); }
 FUSEDRNN_DEVICE double exponential(double x) { return exp(x); }
 // Within 2 units in the last place plus the error of x / ln 2; for results that are rounded to less than a float.
-FUSEDRNN_DEVICE float quick_exponential(float x) { return __expf(x); }
+FUSEDRNN_DEVICE float quick_exponential(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * 1.4426950408889634f));
+  return power;
+}
+// A relative error of 2^-11.
+FUSEDRNN_DEVICE float rough_tangent(float x) {
+  float tangent;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(tangent) : "f"(x));
+  return tangent;
+}
 FUSEDRNN_DEVICE float quick_divide(float a, float b) { return __fdividef(a, b); }
 FUSEDRNN_DEVICE float hyperbolic_tangent(float x) { return tanhf(x); }
 FUSEDRNN_DEVICE double hyperbolic_tangent(double x) { return tanh(x); }
@@ -87,6 +106,14 @@ FUSEDRNN_DEVICE double hyperbolic_tangent(double x) { return tanh(x); }
 FUSEDRNN_DEVICE uint32_t as_word(float value) { return __float_as_uint(value); }
 template <class E>
 FUSEDRNN_DEVICE E element(const Quad& quad, int k);
+template <>
+FUSEDRNN_DEVICE BFloat16 element<BFloat16>(const Quad& quad, int k) {
+  return {static_cast<uint16_t>(quad.word[k / 2] >> (k % 2 * 16))};
+}
+template <>
+FUSEDRNN_DEVICE Float16 element<Float16>(const Quad& quad, int k) {
+  return {static_cast<uint16_t>(quad.word[k / 2] >> (k % 2 * 16))};
+}
 template <>
 FUSEDRNN_DEVICE float element<float>(const Quad& quad, int k) {
   return __uint_as_float(quad.word[k]);
@@ -134,7 +161,35 @@ FUSEDRNN_DEVICE void copy_async(void* shared, const void* global) {
                "l"(__cvta_generic_to_global(global))
                : "memory");
 }
+FUSEDRNN_DEVICE void copy_async_if(bool condition, void* shared, const void* global) {
+  asm volatile(
+      "{\n\t"
+      ".reg .pred p;\n\t"
+      "setp.ne.u32 p, %2, 0;\n\t"
+      "@p cp.async.cg.shared.global [%0], [%1], 16;\n\t"
+      "}" ::"r"(shared_address(shared)),
+      "l"(__cvta_generic_to_global(global)), "r"(static_cast<uint32_t>(condition))
+      : "memory");
+}
 FUSEDRNN_DEVICE void wait_copies(const char*) { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// Those copies of this thread that are in no group yet become one, perhaps an empty one.
+FUSEDRNN_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kGroups>
+FUSEDRNN_DEVICE void wait_copies_but(const char*) {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+}
+
+FUSEDRNN_DEVICE void store_global_if(bool condition, void* address, const Quad& quad) {
+  asm volatile(
+      "{\n\t"
+      ".reg .pred p;\n\t"
+      "setp.ne.u32 p, %5, 0;\n\t"
+      "@p st.global.v4.u32 [%0], {%1,%2,%3,%4};\n\t"
+      "}" ::"l"(__cvta_generic_to_global(address)),
+      "r"(quad.word[0]), "r"(quad.word[1]), "r"(quad.word[2]), "r"(quad.word[3]), "r"(static_cast<uint32_t>(condition))
+      : "memory");
+}
 
 FUSEDRNN_DEVICE void store_exchanged(void* address, const Quad& quad) {
   asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(__cvta_generic_to_global(address)), "r"(quad.word[0]),

@@ -55,9 +55,9 @@ class GridExchange {
   static FUSEDRNN_DEVICE void started() {}
 
   // 16 bytes at `byte` of row `row` of the operand, for every `piece` of the warp.
-  template <class F>
-  FUSEDRNN_DEVICE void send(int pieces, const F& piece) {
-    FUSEDRNN_NO_UNROLL for (int k = role_.lane; k < pieces; k += kWarp) {
+  template <int kPieces, class F>
+  FUSEDRNN_DEVICE void send(const F& piece) {
+    FUSEDRNN_NO_UNROLL for (int k = role_.lane; k < kPieces; k += kWarp) {
       int row, byte;
       const Quad quad = piece(k, row, byte);
       store_exchanged(buffer(sent_) + static_cast<int64_t>(row) * row_bytes_ + byte, quad);
@@ -160,7 +160,7 @@ class ClusterExchange {
   FUSEDRNN_DEVICE ClusterExchange(const Role& role, const Sizes&, const Plan& plan, Pass, Stage, const Product& product,
                                   int rows, const Workspace&, char* operand, Mbarrier* barriers)
       : role_(role),
-        stride_(product.operand.stride()),
+        stride_(kept(product.operand.stride())),
         buffer_bytes_(rows * stride_),
         operand_bytes_(rows * product.operand.row_bytes()),
         receivers_(blocks_with(product.tiles, plan)),
@@ -177,15 +177,32 @@ class ClusterExchange {
 
   static FUSEDRNN_DEVICE void started() { sync_cluster("the barriers of the cluster are ready"); }
 
-  template <class F>
-  FUSEDRNN_DEVICE void send(int pieces, const F& piece) {
+  template <int kPieces, class F>
+  FUSEDRNN_DEVICE void send(const F& piece) {
     const int buffer = static_cast<int>(sent_ & 1);
-    for (int k = role_.lane; k < pieces * receivers_; k += kWarp) {
-      int row, byte;
-      const Quad quad = piece(k % pieces, row, byte);
-      int rank = first_receiver_ + k / pieces;  // everybody begins with a different one
+    char* operand = operand_ + buffer * buffer_bytes_;
+    const auto push_to = [&](int receiver, const Quad& quad, int at) {
+      int rank = first_receiver_ + receiver;  // everybody begins with a different one
       if (rank >= receivers_) rank -= receivers_;
-      push(operand_ + buffer * buffer_bytes_ + row * stride_ + byte, barriers_ + buffer, rank, quad);
+      push(operand + at, barriers_ + buffer, rank, quad);
+    };
+    int row, byte;
+    if constexpr (kPieces <= kWarp) {  // a lane has one piece, for every so many-th receiver
+      constexpr int kAtOnce = kWarp / kPieces, kTimes = kMostBlocks / kAtOnce;
+      const Quad quad = piece(role_.lane % kPieces, row, byte);
+      const int first = role_.lane / kPieces, at = row * stride_ + byte;
+      if (receivers_ == kMostBlocks) {  // a straight line
+        FUSEDRNN_UNROLL for (int k = 0; k < kTimes; ++k) push_to(first + k * kAtOnce, quad, at);
+      } else if (receivers_ == kMostBlocks / 2 && kTimes % 2 == 0) {
+        FUSEDRNN_UNROLL for (int k = 0; k < kTimes / 2; ++k) push_to(first + k * kAtOnce, quad, at);
+      } else {
+        FUSEDRNN_NO_UNROLL for (int k = first; k < receivers_; k += kAtOnce) push_to(k, quad, at);
+      }
+    } else {
+      FUSEDRNN_NO_UNROLL for (int k = role_.lane; k < kPieces * receivers_; k += kWarp) {
+        const Quad quad = piece(k % kPieces, row, byte);
+        push_to(k / kPieces, quad, row * stride_ + byte);
+      }
     }
   }
 
@@ -202,6 +219,8 @@ class ClusterExchange {
   }
 
  private:
+  static constexpr int kMostBlocks = 16;
+
   const Role& role_;
   int stride_, buffer_bytes_, operand_bytes_, receivers_, first_receiver_;
   char* operand_;
@@ -216,7 +235,7 @@ template <int kChunkBytes, class Channel>
 FUSEDRNN_DEVICE void send_staged(Channel& channel, const Role& role, const char* staging, int n) {
   constexpr int kQuads = kChunkBytes / static_cast<int>(sizeof(Quad));
   sync_warp("the warp's results are staged");
-  channel.send(kColumns * kQuads, [&](int k, int& row, int& byte) {
+  channel.template send<kColumns * kQuads>([&](int k, int& row, int& byte) {
     row = n * kColumns + k / kQuads;
     byte = role.tile * kChunkBytes + k % kQuads * static_cast<int>(sizeof(Quad));
     return reinterpret_cast<const Quad*>(staging)[k];

@@ -14,16 +14,17 @@
 // tile of 8 units and one of plan.splits parts of K; a lane ends with the four gates of one unit for two batch rows of
 // each column tile. With a projection, the first warps of the group own a tile of 16 outputs as well.
 // Registers: the first K blocks of the warp's weights, c and h of the lane's units (for the whole sequence, c in the
-// compute dtype), and xg of the next step, loaded before the wait for h, or the biases. Shared memory: further weights,
-// h_{t-1} of all units for the rows of the slice, x of this step and the next (inputs.h), partial sums of split K, and
-// what is about to be sent.
-// Synchronisation: one exchange of h per step inside a group (exchange.h), with a projection one of m as well; and,
-// where K is split, one barrier of the warps of a tile, and one of the block's for x. The outputs of a step are stored
-// after the exchange has begun. Limits: 8 or 16 batch rows in a slice; h of all units for these rows fits into shared
-// memory, once (kGrid) or twice (kCluster), and with a projection m, and every tile has a warp. In parts there is
-// neither limit: x, h and m come to shared memory in parts, and the tiles of a warp take turns (turns.h), all of them
-// once for the product with h and, with a projection, again for that with m. Then no weights stay on the chip, c and h
-// of a tile are loaded and stored in its turn, and xg is loaded before the product.
+// compute dtype). Shared memory: further weights, h_{t-1} of all units for the rows of the slice, x of this step and
+// the next (inputs.h), partial sums of split K, what is about to be sent, and for each tile xg of three steps, copied
+// asynchronously two steps ahead, or the biases, and the outputs of a step, which are stored 16 bytes at a time
+// (runs.h; in float64, with a projection and in parts, xg is loaded before the wait for h and outputs are stored one by
+// one). Synchronisation: one exchange of h per step inside a group (exchange.h), with a projection one of m as well;
+// and, where K is split, one barrier of the warps of a tile, and one of the block's for x. The outputs of a step are
+// stored after the exchange has begun. Limits: 8 or 16 batch rows in a slice; h of all units for these rows fits into
+// shared memory, once (kGrid) or twice (kCluster), and with a projection m, and every tile has a warp. In parts there
+// is neither limit: x, h and m come to shared memory in parts, and the tiles of a warp take turns (turns.h), all of
+// them once for the product with h and, with a projection, again for that with m. Then no weights stay on the chip, c
+// and h of a tile are loaded and stored in its turn, and xg is loaded before the product.
 #pragma once
 
 #include <type_traits>
@@ -31,6 +32,7 @@
 #include "exchange.h"
 #include "geometry.h"
 #include "inputs.h"
+#include "runs.h"
 #include "turns.h"
 
 namespace fusedrnn::cuda {
@@ -55,9 +57,9 @@ class Forward {
   static constexpr int kOutputs = kProjected ? 2 : 1;  // numbers of h that a lane owns in each of its columns
   static constexpr int kRows = kColumnTiles * kColumns;
   template <Stage kStage>
-  using Multiplier =
-      WarpProduct<M, segments(kPass, kStage), kColumnTiles,
-                  register_blocks(Channel::kExchange, kPass, kStage, kMath, kRows, kProjected), Channel::kInParts>;
+  using Multiplier = WarpProduct<M, segments(kPass, kStage), kColumnTiles,
+                                 register_blocks(Channel::kExchange, kPass, kStage, kMath, kRows, kProjected),
+                                 Channel::kInParts, kProjected ? 1 : 2>;
   using Recurrent = Multiplier<Stage::kRecurrent>;
   using Projection = Multiplier<Stage::kProjection>;
   using Input = Multiplier<Stage::kInput>;
@@ -65,6 +67,13 @@ class Forward {
   using Outputs = typename Projection::Results;
   static constexpr int kKeptOfC = kColumnTiles * 2;
   using Kept = Turns<A, kept_numbers(kPass, kRows, kProjected)>;
+  // Whether xg is copied, and the outputs are stored, 16 bytes at a time.
+  static constexpr bool kInRuns = moves_in_runs(Channel::kExchange, kMath, kProjected);
+  static constexpr int kXgRow = xg_row(kMath), kXgStep = kColumns * kXgRow, kStoredRow = stored_row(kMath);
+  // Quads of a tile of 8 units and 8 rows: of xg in the compute dtype, and of what is stored; and for each lane.
+  static constexpr int kXgRuns = kInRuns ? sizeof(A) / 2 : 1;
+  static constexpr int kStoredQuads = sizeof(S) / 2;  // of an array of 8 units
+  static constexpr int kStoreRuns = kInRuns ? kStoredQuads + (kStoredQuads + 1) / 2 : 1;
   using X = std::conditional_t<Channel::kInParts, InputsInParts<M, kRows>, Inputs<M, kRows>>;
 
   FUSEDRNN_DEVICE Forward(const ForwardParams& p, Role& role, char* shared, const SharedLayout& layout)
@@ -73,6 +82,8 @@ class Forward {
         h_channel_(channel(p, role, Stage::kRecurrent, shared, layout)),
         m_channel_(channel(p, role, Stage::kProjection, shared, layout)),
         staging_(reinterpret_cast<S*>(shared + layout.staging + role.warp * layout.warp_staging)),
+        is_plain_(p.sequence.lengths == nullptr && p.sequence.reset == nullptr),
+        steps_(shared + layout.steps + role.local_tile * kColumnTiles * step_bytes(kMath)),
         direction_(p.sizes, p.sequence, role.direction),
         x_(p, role, shared + layout.operands[static_cast<int>(Stage::kInput)]) {
     take_tile();
@@ -156,9 +167,16 @@ class Forward {
       send_h();
       announce_h();
       if (takes_x()) x_.copy(direction_.at(0), b);
-      load(0);
+      if constexpr (kInRuns) {
+        start_runs(b);
+        look_at(0);
+        if (is_plain_) cut_next_ = ColumnMask();
+      } else {
+        load(0);
+      }
       FUSEDRNN_NO_UNROLL for (int64_t n = 0; n < T; ++n) {
         Gates z;
+        if constexpr (kInRuns) take_xg();
         if (takes_x()) {
           const char* x = x_.receive();
           if (n + 1 < T) x_.copy(direction_.at(n + 1), b);
@@ -178,9 +196,15 @@ class Forward {
           send_h();
           announce_h();
         }
-        store_h(direction_.at(n));
-        store_cells(direction_.at(n), z);
-        if (n + 1 < T) load(n + 1);
+        if constexpr (kInRuns) {
+          store_step(z);
+          copy_xg(n + 2, next_slot(xg_slot_));
+          if (!is_plain_) look_at(n + 1);
+        } else {
+          store_h(direction_.at(n));
+          store_cells(direction_.at(n), z);
+          if (n + 1 < T) load(n + 1);
+        }
       }
       finish();
     });
@@ -250,6 +274,166 @@ class Forward {
         finish();
       });
     });
+  }
+
+  // ---- xg, copied ahead, and the outputs of a step, 16 bytes at a time.
+
+  // From the first step of a slice on.
+  FUSEDRNN_DEVICE void start_runs(int64_t first_row) {
+    const int64_t H = p_.sizes.H, t = direction_.at(0), forwards = role_.direction == 1 ? -1 : 1;
+    FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
+      const bool mine = has_units_ && role_.owns(n);
+      const int64_t row = first_row + n * kColumns, unit = int64_t{role_.tile} * kUnits;
+      const auto run = [&](const void* base, int bytes, int64_t at, int64_t step, int64_t b, int64_t u) {
+        const bool exists = mine && base != nullptr && b < p_.sizes.B;
+        return Run(static_cast<const char*>(base) + (at + u) * bytes, forwards * step * bytes,
+                   exists ? (H - u) * bytes : 0);
+      };
+      const int bytes = p_.xg_wide != 0 ? sizeof(A) : sizeof(S), quads = bytes / 2;  // of an array of 8 units
+      FUSEDRNN_UNROLL for (int m = 0; m < kXgRuns; ++m) {
+        const int q = role_.lane + m * kWarp, array = q / quads % kGates;
+        const int64_t b = row + q / quads / kGates;
+        const bool exists = !has_inputs() && q / quads < kGates * kColumns;
+        xg_runs_[n][m] = run(exists ? p_.xg : nullptr, bytes, direction_.offset(p_.xg_strides, t, b) + array * H,
+                             p_.xg_strides.t, b, unit + q % quads * (16 / bytes));
+      }
+      FUSEDRNN_UNROLL for (int m = 0; m < kStoreRuns; ++m) {
+        const Stored q = stored(m);
+        const int64_t b = row + q.row;
+        const bool is_gate = q.array < kGates;
+        const Strides& strides = q.array == kGates ? p_.c_strides : p_.y_strides;
+        const void* base = is_gate ? p_.gates : q.array == kGates ? p_.c : p_.y;
+        stores_[n][m] =
+            run(q.row < kColumns ? base : nullptr, sizeof(S),
+                is_gate ? direction_.step(t, b, kGates * H) + q.array * H : direction_.offset(strides, t, b),
+                is_gate ? p_.sizes.B * kGates * H : strides.t, b, unit + q.unit);
+      }
+    }
+    ragged_ = false;
+    FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
+      FUSEDRNN_UNROLL for (int m = 0; m < kXgRuns; ++m) ragged_ |= xg_runs_[n][m].is_ragged();
+      FUSEDRNN_UNROLL for (int m = 0; m < kStoreRuns; ++m) ragged_ |= stores_[n][m].is_ragged();
+    }
+    if (has_inputs()) {
+      keep_biases();
+      return;
+    }
+    xg_slot_ = 0;
+    copy_xg(0, 0);
+    copy_xg(1, 1);
+  }
+
+  // The m-th quad of the outputs of a step that the lane stores: of the gates, and behind them of c and y. In row 8 or
+  // later there is none.
+  struct Stored {
+    int row, array, unit;
+  };
+  FUSEDRNN_DEVICE Stored stored(int m) const {
+    const bool of_gates = m < kStoredQuads;
+    const int arrays = of_gates ? kGates : 2, q = role_.lane + (of_gates ? m : m - kStoredQuads) * kWarp;
+    return {q / (kStoredQuads * arrays), (of_gates ? 0 : kGates) + q / kStoredQuads % arrays,
+            q % kStoredQuads * (8 / kStoredQuads)};
+  }
+
+  static FUSEDRNN_DEVICE int next_slot(int slot) { return slot == kStepsOfXg - 1 ? 0 : slot + 1; }
+  FUSEDRNN_DEVICE char* xg_of(int n, int slot) const { return steps_ + n * step_bytes(kMath) + slot * kXgStep; }
+
+  // Begins to copy xg of the n-th step, if there is one: steps are copied one after the other.
+  FUSEDRNN_DEVICE void copy_xg(int64_t step, int slot) {
+    static_assert(kStepsOfXg == 3);
+    if (has_inputs()) return;
+    if (step < p_.sizes.T) {
+      if (p_.xg_wide != 0) {
+        ragged_ ? copy_xg<A, true>(slot) : copy_xg<A, false>(slot);
+      } else {
+        ragged_ ? copy_xg<S, true>(slot) : copy_xg<S, false>(slot);
+      }
+    }
+    commit_copies();
+  }
+
+  template <class Number, bool kRagged>
+  FUSEDRNN_DEVICE void copy_xg(int slot) {
+    constexpr int kRuns = sizeof(Number) / 2, kQuadsOfRow = kRuns * kGates;
+    FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
+      FUSEDRNN_UNROLL for (int m = 0; m < kRuns; ++m) {
+        const int q = role_.lane + m * kWarp;
+        xg_runs_[n][m].template copy<kRagged>(xg_of(n, slot) + q / kQuadsOfRow * kXgRow +
+                                              q % kQuadsOfRow * static_cast<int>(sizeof(Quad)));
+      }
+    }
+  }
+
+  // xg of the step that comes, or the biases; zero in column tiles that another warp owns.
+  FUSEDRNN_DEVICE void take_xg() {
+    FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
+      FUSEDRNN_UNROLL for (int v = 0; v < 2 * kGates; ++v) xg_[n][v / 2][v % 2] = 0;
+    }
+    if (has_inputs()) {
+      for_each_column([&](int n, int j) {
+        FUSEDRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) xg_[n][gate][j] = biases(n)[gate];
+      });
+      return;
+    }
+    wait_copies_but<1>("the thread's copies of xg");
+    sync_warp("xg of the warp's tile is copied");
+    if (p_.xg_wide != 0) {
+      read_xg<A>();
+    } else {
+      read_xg<S>();
+    }
+    xg_slot_ = next_slot(xg_slot_);
+  }
+  template <class Number>
+  FUSEDRNN_DEVICE void read_xg() {
+    for_each_column([&](int n, int j) {
+      const auto* from = reinterpret_cast<const Number*>(xg_of(n, xg_slot_) + (role_.lane % 4 * 2 + j) * kXgRow);
+      FUSEDRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) {
+        xg_[n][gate][j] = to_compute(from[gate * 8 + role_.lane / 4]);
+      }
+    });
+  }
+
+  // In the place of xg, each lane for itself.
+  FUSEDRNN_DEVICE A* biases(int n) const { return reinterpret_cast<A*>(xg_of(n, 0)) + role_.lane * kGates; }
+  FUSEDRNN_DEVICE void keep_biases() {
+    for_each_column([&](int n, int) {
+      FUSEDRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) {
+        biases(n)[gate] = unit_ < p_.sizes.H ? bias(p_.b_ih, gate) + bias(p_.b_hh, gate) : A(0);
+      }
+    });
+  }
+
+  // Stores the outputs of a step.
+  FUSEDRNN_DEVICE void store_step(const Gates& gates) {
+    FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
+      if (!has_units_ || !role_.owns(n)) continue;
+      char* staged = xg_of(n, kStepsOfXg);
+      FUSEDRNN_UNROLL for (int j = 0; j < 2; ++j) {
+        const bool exists = exists_(n, j);
+        S* to = reinterpret_cast<S*>(staged + (role_.lane % 4 * 2 + j) * kStoredRow) + role_.lane / 4;
+        FUSEDRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) {
+          to[gate * 8] = to_storage<S>(exists ? gates[n][gate][j] : A(0));
+        }
+        to[kGates * 8] = to_storage<S>(exists ? c_[n][j] : A(0));
+        to[(kGates + 1) * 8] = to_storage<S>(exists ? h_[n][0][j] : A(0));
+      }
+      sync_warp("the outputs of the step are staged");
+      Quad quads[kStoreRuns];
+      FUSEDRNN_UNROLL for (int m = 0; m < kStoreRuns; ++m) {
+        const Stored q = this->stored(m);
+        quads[m] = Quad{{0, 0, 0, 0}};
+        if (q.row >= kColumns) continue;
+        quads[m] = *reinterpret_cast<const Quad*>(staged + q.row * kStoredRow +
+                                                  (q.array * 8 + q.unit) * static_cast<int>(sizeof(S)));
+      }
+      ragged_ ? store<true>(stores_[n], quads) : store<false>(stores_[n], quads);
+    }
+  }
+
+  template <bool kRagged>
+  FUSEDRNN_DEVICE void store(Run (&runs)[kStoreRuns], const Quad (&quads)[kStoreRuns]) {
+    FUSEDRNN_UNROLL for (int m = 0; m < kStoreRuns; ++m) runs[m].template store<kRagged>(quads[m]);
   }
 
   // From the n-th step to the next, of h.
@@ -476,6 +660,8 @@ class Forward {
   Role& role_;
   Channel h_channel_, m_channel_;  // the second one only with a projection
   S* staging_;
+  const bool is_plain_;  // whether all steps exist, and no state is cut
+  char* steps_;          // [column tile] of kStepsOfXg steps of xg, and of the outputs of a step
   const Direction direction_;
   X x_;  // only where the launch takes it
   int unit_;
@@ -488,6 +674,9 @@ class Forward {
   // Of the step that comes: xg, or the biases and then x @ w_ih^T on top; zero in column tiles that another warp owns,
   // but for the warp's part of that product.
   Gates xg_;
+  Run xg_runs_[kInRuns ? kColumnTiles : 1][kXgRuns], stores_[kInRuns ? kColumnTiles : 1][kStoreRuns];
+  int xg_slot_ = 0;      // of the step that comes
+  bool ragged_ = false;  // whether any of these is
   A m_[kColumnTiles][2];
   ColumnMask exists_;          // whether that step does
   ColumnMask cut_, cut_next_;  // whether the state that enters it, or the next, is zero

@@ -6,6 +6,7 @@
 #include "backward.h"
 #include "forward.h"
 #include "instances.h"
+#include "scatter.h"
 
 namespace fusedrnn::cuda {
 
@@ -46,12 +47,20 @@ void add_in_parts(Instances& to) {
   add<kMath, PartsExchange, 1, true>(to, Exchange::kParts, 2);
 }
 
+template <Math kMath, int kColumnTiles>
+void add_scatter(Instances& to) {
+  to.kernel[static_cast<int>(Pass::kBackward)][static_cast<int>(Exchange::kScatter)][kColumnTiles - 1] =
+      reinterpret_cast<const void*>(&recurrence<BackwardScatter<kMath, kColumnTiles>, ClusterExchange, BackwardParams>);
+}
+
 template <Math kMath>
 Instances instances() {
   Instances all{};
   add<kMath, GridExchange>(all, Exchange::kGrid);
   add<kMath, ClusterExchange>(all, Exchange::kCluster);
   add_in_parts<kMath>(all);
+  add_scatter<kMath, 1>(all);
+  if constexpr (max_rows(kMath) > kColumns) add_scatter<kMath, 2>(all);
   return all;
 }
 

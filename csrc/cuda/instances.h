@@ -7,7 +7,7 @@
 namespace fusedrnn::cuda {
 
 struct Instances {
-  const void* kernel[2][3][3];  // [pass][exchange][variant]; null where there is none
+  const void* kernel[2][4][3];  // [pass][exchange][variant]; null where there is none
 };
 
 // Which of the kernels of one pass and exchange: 8 rows, 16 rows, or 8 with a projection.

@@ -2,6 +2,9 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <mutex>
+#include <set>
+#include <utility>
 
 #include "instances.h"
 #include "launch.h"
@@ -48,7 +51,7 @@ struct Configuration {
     launch.stream = stream;
     launch.attrs = &attribute;
     launch.numAttrs = 1;
-    if (plan.exchange == Exchange::kCluster) {
+    if (is_cluster(plan)) {
       attribute.id = cudaLaunchAttributeClusterDimension;
       attribute.val.clusterDim.x = static_cast<unsigned>(plan.blocks);
       attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
@@ -60,13 +63,22 @@ struct Configuration {
   Configuration(const Configuration&) = delete;
 };
 
-// Lets a kernel have the shared memory and the cluster that the plan gives it.
-std::string prepare(const void* kernel, const Configuration& configuration, const Plan& plan) {
-  FUSEDRNN_CALL(cudaFuncSetAttribute, kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                static_cast<int>(configuration.launch.dynamicSmemBytes));
-  if (plan.exchange == Exchange::kCluster && plan.blocks > 8) {
+// Lets a kernel have all of the shared memory that a block may have on the current device, and clusters of any size:
+// once for each kernel and device. An attribute set to what one plan needs would be taken away from another thread that
+// is about to launch the same kernel with a larger plan.
+std::string prepare(const void* kernel, const Plan& plan) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> prepared;
+  int device = 0, shared = 0;
+  FUSEDRNN_CALL(cudaGetDevice, &device);
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (prepared.count({kernel, device}) != 0) return {};
+  FUSEDRNN_CALL(cudaDeviceGetAttribute, &shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  FUSEDRNN_CALL(cudaFuncSetAttribute, kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (is_cluster(plan)) {
     FUSEDRNN_CALL(cudaFuncSetAttribute, kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   }
+  prepared.insert({kernel, device});
   return {};
 }
 
@@ -76,7 +88,7 @@ std::string launch(Pass pass, const Params& params, void* stream_) {
   const auto stream = static_cast<cudaStream_t>(stream_);
   const void* kernel = kernel_of(pass, params.sizes, params.plan);
   const Configuration configuration(pass, params.sizes, params.plan, stream);
-  if (std::string failed = prepare(kernel, configuration, params.plan); !failed.empty()) return failed;
+  if (std::string failed = prepare(kernel, params.plan); !failed.empty()) return failed;
   if (const int64_t count = flags(params.sizes, params.plan); count > 0) {
     FUSEDRNN_CALL(cudaMemsetAsync, params.workspace.flags, 0, count * sizeof(uint32_t), stream);
   }
@@ -143,11 +155,11 @@ std::string room(Pass pass, const Sizes& sizes, const Plan& plan, Room* room) {
   FUSEDRNN_CALL(cudaDeviceGetAttribute, &shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   FUSEDRNN_CALL(cudaDeviceGetAttribute, &major, cudaDevAttrComputeCapabilityMajor, device);
   *room = {shared, 0};
-  const bool cluster = plan.exchange == Exchange::kCluster;
+  const bool cluster = is_cluster(plan);
   if (shared_bytes(pass, sizes, plan) > shared || (cluster && major < 9)) return {};
   const void* kernel = kernel_of(pass, sizes, plan);
   const Configuration configuration(pass, sizes, plan, nullptr);
-  if (std::string failed = prepare(kernel, configuration, plan); !failed.empty()) return failed;
+  if (std::string failed = prepare(kernel, plan); !failed.empty()) return failed;
   if (cluster) {
     const cudaError_t error = cudaOccupancyMaxActiveClusters(&room->groups, kernel, &configuration.launch);
     const std::string failed = failure("cudaOccupancyMaxActiveClusters", error);

@@ -32,7 +32,7 @@ struct Room {
   int groups;            // that can run at the same time, of all directions; 0 if not even one fits
 };
 
-// A plan of kGrid needs room for all of its groups, D * plan.groups, since they are launched together; of kCluster for
+// A plan of kGrid needs room for all of its groups, D * plan.groups, since they are launched together; of clusters for
 // one, and further ones start when others end.
 std::string room(Pass pass, const Sizes& sizes, const Plan& plan, Room* room);
 

@@ -18,36 +18,47 @@ namespace fusedrnn::cuda {
 // bfloat16 and float16 (m16n8k16) and TensorFloat-32 (m16n8k8) on the matrix unit, accumulated in float.
 template <Operands kOperands, class S>
 struct MatrixUnit {
-  template <int kSegments>
+  // kChains: 2 to sum either half of the K blocks apart, so that one has not to wait for the other.
+  template <int kSegments, int kChains = 1>
   struct Accumulator {
-    float sum[kSegments / 2][4];
+    float sum[kChains][kSegments / 2][4];
   };
 
-  template <int kSegments>
-  static FUSEDRNN_DEVICE void clear(Accumulator<kSegments>& into) {
-    FUSEDRNN_UNROLL for (int m = 0; m < kSegments / 2; ++m) {
-      FUSEDRNN_UNROLL for (int k = 0; k < 4; ++k) into.sum[m][k] = 0;
+  template <int kSegments, int kChains>
+  static FUSEDRNN_DEVICE void clear(Accumulator<kSegments, kChains>& into) {
+    FUSEDRNN_UNROLL for (int c = 0; c < kChains; ++c) {
+      FUSEDRNN_UNROLL for (int m = 0; m < kSegments / 2; ++m) {
+        FUSEDRNN_UNROLL for (int k = 0; k < 4; ++k) into.sum[c][m][k] = 0;
+      }
     }
   }
 
-  // rows: the operand of eight batch rows at this K block, `stride` bytes apart.
-  template <int kSegments>
-  static FUSEDRNN_DEVICE void add(Accumulator<kSegments>& into, const Quad (&w)[kSegments], const char* rows,
-                                  int stride, int lane) {
-    const Quad b = *reinterpret_cast<const Quad*>(rows + lane / 4 * stride + lane % 4 * sizeof(Quad));
+  // Where a lane begins to read of an operand whose rows are `stride` bytes apart.
+  static FUSEDRNN_DEVICE int first_byte(int stride, int lane) {
+    return lane / 4 * stride + lane % 4 * static_cast<int>(sizeof(Quad));
+  }
+
+  // rows: the operand of eight batch rows at this K block, `stride` bytes apart, from the lane's first byte on.
+  template <int kSegments, int kChains>
+  static FUSEDRNN_DEVICE void add(Accumulator<kSegments, kChains>& into, const Quad (&w)[kSegments], const char* rows,
+                                  int) {
+    const Quad b = *reinterpret_cast<const Quad*>(rows);
     FUSEDRNN_UNROLL for (int half = 0; half < 2; ++half) {
       const int low = 2 * half, high = low + 1;
       FUSEDRNN_UNROLL for (int m = 0; m < kSegments / 2; ++m) {
-        mma<kOperands>(into.sum[m], w[2 * m].word[low], w[2 * m + 1].word[low], w[2 * m].word[high],
+        mma<kOperands>(into.sum[half % kChains][m], w[2 * m].word[low], w[2 * m + 1].word[low], w[2 * m].word[high],
                        w[2 * m + 1].word[high], b.word[low], b.word[high]);
       }
     }
   }
 
-  template <int kSegments>
-  static FUSEDRNN_DEVICE void finish(const Accumulator<kSegments>& from, float (&z)[kSegments][2], int) {
+  template <int kSegments, int kChains>
+  static FUSEDRNN_DEVICE void finish(const Accumulator<kSegments, kChains>& from, float (&z)[kSegments][2], int) {
     FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) {
-      FUSEDRNN_UNROLL for (int j = 0; j < 2; ++j) z[s][j] = from.sum[s / 2][s % 2 * 2 + j];
+      FUSEDRNN_UNROLL for (int j = 0; j < 2; ++j) {
+        z[s][j] = from.sum[0][s / 2][s % 2 * 2 + j];
+        if constexpr (kChains == 2) z[s][j] += from.sum[1][s / 2][s % 2 * 2 + j];
+      }
     }
   }
 };
@@ -58,23 +69,25 @@ template <class A>
 struct ScalarUnit {
   static constexpr int kPerQuad = sizeof(Quad) / sizeof(A);
 
-  template <int kSegments>
+  template <int kSegments, int kChains = 1>
   struct Accumulator {
     A sum[kSegments][kColumns];
   };
 
-  template <int kSegments>
-  static FUSEDRNN_DEVICE void clear(Accumulator<kSegments>& into) {
+  template <int kSegments, int kChains>
+  static FUSEDRNN_DEVICE void clear(Accumulator<kSegments, kChains>& into) {
     FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) {
       FUSEDRNN_UNROLL for (int n = 0; n < kColumns; ++n) into.sum[s][n] = 0;
     }
   }
 
-  template <int kSegments>
-  static FUSEDRNN_DEVICE void add(Accumulator<kSegments>& into, const Quad (&w)[kSegments], const char* rows,
-                                  int stride, int lane) {
+  static FUSEDRNN_DEVICE int first_byte(int, int lane) { return lane % 4 * static_cast<int>(sizeof(Quad)); }
+
+  template <int kSegments, int kChains>
+  static FUSEDRNN_DEVICE void add(Accumulator<kSegments, kChains>& into, const Quad (&w)[kSegments], const char* rows,
+                                  int stride) {
     FUSEDRNN_UNROLL for (int n = 0; n < kColumns; ++n) {
-      const Quad b = *reinterpret_cast<const Quad*>(rows + n * stride + lane % 4 * sizeof(Quad));
+      const Quad b = *reinterpret_cast<const Quad*>(rows + n * stride);
       FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) {
         FUSEDRNN_UNROLL for (int k = 0; k < kPerQuad; ++k) { into.sum[s][n] += element<A>(w[s], k) * element<A>(b, k); }
       }
@@ -82,8 +95,8 @@ struct ScalarUnit {
   }
 
   // Of a pair of lanes, each keeps half of the columns and gives the other half away; twice.
-  template <int kSegments>
-  static FUSEDRNN_DEVICE void finish(const Accumulator<kSegments>& from, A (&z)[kSegments][2], int lane) {
+  template <int kSegments, int kChains>
+  static FUSEDRNN_DEVICE void finish(const Accumulator<kSegments, kChains>& from, A (&z)[kSegments][2], int lane) {
     const bool upper = (lane & 2) != 0, odd = (lane & 1) != 0;
     FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) {
       A four[4];
@@ -102,14 +115,14 @@ struct ScalarUnit {
 template <Math kMath>
 struct Arithmetic;
 
-template <Math kMath_, class S, class A, class Unit_, class Nonlinear>
+template <Math kMath_, class S, class A, class Unit_, class Nonlinear, class BackwardNonlinear = Nonlinear>
 struct ArithmeticOf {
   static constexpr Math kMath = kMath_;
   static_assert(sizeof(S) == storage_bytes(kMath) && sizeof(A) == compute_bytes(kMath));
   using Storage = S;
   using Compute = A;
   using Unit = Unit_;
-  using Cell = LstmCell<A, Nonlinear>;
+  using Cell = LstmCell<A, Nonlinear, BackwardNonlinear>;
 
   // Numbers of storage as the unit takes them.
   static constexpr bool kRoundsOperands = false;
@@ -119,7 +132,7 @@ struct ArithmeticOf {
 
 template <>
 struct Arithmetic<Math::kBFloat16>
-    : ArithmeticOf<Math::kBFloat16, BFloat16, float, MatrixUnit<Operands::kBFloat16, BFloat16>, Quick> {};
+    : ArithmeticOf<Math::kBFloat16, BFloat16, float, MatrixUnit<Operands::kBFloat16, BFloat16>, Rough, Quick> {};
 template <>
 struct Arithmetic<Math::kFloat16>
     : ArithmeticOf<Math::kFloat16, Float16, float, MatrixUnit<Operands::kFloat16, Float16>, Quick> {};

@@ -32,6 +32,7 @@ enum class Exchange : int32_t {
   kGrid,     // through the second-level cache, announced by flags; all blocks of a launch run at the same time
   kCluster,  // a group is a cluster: into the peers' shared memory, announced on their mbarriers; sm_90
   kParts,    // as kGrid, with operands that come in parts and tiles that take turns, and all weights streamed: any H
+  kScatter,  // a group is a cluster, whose blocks exchange partial sums of dh: scatter.h; backward, no projection
 };
 enum class Math : int32_t { kBFloat16, kFloat16, kTf32, kFloat32, kFloat64 };
 
@@ -44,9 +45,10 @@ struct Sizes {
 struct Plan {
   Exchange exchange;
   Math math;
-  int32_t blocks;         // of a group; of a cluster 1, 2, 4, 8 or 16
-  int32_t tiles;          // of a block: warps next to each other along the outputs
-  int32_t splits;         // warps behind each other along K: a block has 32 * tiles * splits threads
+  int32_t blocks;         // of a group; of a cluster 2, 4, 8 or 16
+  int32_t tiles;          // of a block: warps next to each other along the outputs; of kScatter, of its own units
+  int32_t splits;         // warps behind each other along K: a block has 32 * tiles * splits threads; of kScatter none
+                          // is behind another
   int32_t rows;           // batch rows that a group takes at a time, 8 or 16
   int32_t groups;         // of each direction
   int32_t shared_blocks;  // K blocks of each warp's weights that lie in shared memory. Before them register_blocks()
@@ -90,10 +92,32 @@ FUSEDRNN_BOTH constexpr int register_blocks(Exchange exchange, Pass pass, Stage 
   if (stage == Stage::kInput || exchange == Exchange::kParts) return 0;
   if (math == Math::kFloat64) return projected ? 0 : 1;
   if (stage == Stage::kProjection) return 1;
-  if (math == Math::kFloat32) return forward && projected ? 2 : 4;
+  if (math == Math::kFloat32) return projected && !forward ? 4 : 2;
   if (projected) return forward ? 5 : 8;
-  if (forward) return narrow ? 7 : math == Math::kTf32 ? 5 : 6;
-  return narrow ? 12 : 6;
+  if (forward) return math == Math::kTf32 ? (narrow ? 5 : 3) : !narrow ? 4 : exchange == Exchange::kGrid ? 6 : 7;
+  return !narrow ? 4 : math == Math::kTf32 ? 12 : 10;
+}
+
+FUSEDRNN_BOTH constexpr bool is_cluster(const Plan& plan) {
+  return plan.exchange == Exchange::kCluster || plan.exchange == Exchange::kScatter;
+}
+
+// Of kScatter. splits: warps for each tile of 16 units that a block owns.
+constexpr int kStepsCopied = 4, kCopiedArrays = 7;  // ahead of a step; the gates, c, dy and dc
+FUSEDRNN_BOTH constexpr int most_scatter_tiles(Math math) { return math == Math::kFloat64 ? 2 : 4; }
+FUSEDRNN_BOTH constexpr int scatter_splits(int tiles) { return tiles <= 2 ? 4 : 2; }
+// K blocks of da of a block.
+FUSEDRNN_BOTH constexpr int scatter_blocks(Math math, int tiles) { return tiles * storage_bytes(math); }
+// Tiles of dh of which a warp has the weights in registers, 8 registers for each K block.
+FUSEDRNN_BOTH constexpr int scatter_outputs_in_registers(Math math, int rows, int tiles) {
+  const int on_matrix_unit = rows != kColumns ? (math == Math::kTf32 ? 0 : 8) : tiles <= 2 ? 16 : 12;
+  const int blocks = uses_matrix_unit(math) ? on_matrix_unit : math == Math::kFloat32 ? 8 : 0;
+  const int outputs = blocks / scatter_blocks(math, tiles);
+  return outputs < 4 ? outputs : 4;
+}
+// Bytes from row to row of what is copied ahead.
+FUSEDRNN_BOTH constexpr int scatter_copied_row(Math math, int tiles) {
+  return kCopiedArrays * 16 * tiles * storage_bytes(math) + static_cast<int>(sizeof(Quad));
 }
 
 FUSEDRNN_BOTH constexpr int threads(const Plan& plan) { return kWarp * plan.tiles * plan.splits; }
@@ -178,6 +202,13 @@ FUSEDRNN_BOTH constexpr int shared_blocks(Stage stage, const Plan& plan) {
 // fragment_quads() * 16 bytes.
 FUSEDRNN_BOTH constexpr int64_t streamed_blocks(Pass pass, Stage stage, const Sizes& sizes, const Plan& plan) {
   if (!has(stage, sizes, plan)) return 0;
+  if (plan.exchange == Exchange::kScatter) {
+    const int64_t blocks = scatter_blocks(plan.math, plan.tiles);
+    const int64_t outputs = ceil_div(ceil_div(sizes.H, 16), plan.tiles * plan.splits);
+    const int64_t resident =
+        scatter_outputs_in_registers(plan.math, plan.rows, plan.tiles) + plan.shared_blocks / blocks;
+    return outputs > resident ? (outputs - resident) * blocks : 0;
+  }
   const int64_t resident = register_blocks(plan.exchange, pass, stage, plan.math, plan.rows, sizes.projected != 0) +
                            shared_blocks(stage, plan);
   const int64_t all = ceil_div(product(pass, stage, sizes, plan.math).operand.blocks(), plan.splits);
@@ -200,6 +231,20 @@ FUSEDRNN_BOTH constexpr int kept_numbers(Pass pass, int rows, bool projected) {
   return rows / kColumns * (pass == Pass::kBackward ? 8 : projected ? 6 : 4);
 }
 
+// Whether the forward copies xg ahead and stores its outputs 16 bytes at a time. In float64 it would take too many
+// registers.
+FUSEDRNN_BOTH constexpr bool moves_in_runs(Exchange exchange, Math math, bool projected) {
+  return exchange != Exchange::kParts && math != Math::kFloat64 && !projected;
+}
+// Where it does: steps of xg that are on their way or in use, and bytes from row
+// to row of a tile of them, and of what is stored of a step: the gates, c and h, of a tile. Padded, so that lanes meet
+// in no bank.
+constexpr int kStepsOfXg = 3, kStoredArrays = 6;
+FUSEDRNN_BOTH constexpr int xg_row(Math math) { return 4 * 8 * compute_bytes(math) + 16; }
+FUSEDRNN_BOTH constexpr int stored_row(Math math) { return kStoredArrays * 8 * storage_bytes(math) + 16; }
+// Of a tile and eight rows, all of it.
+FUSEDRNN_BOTH constexpr int step_bytes(Math math) { return kColumns * (kStepsOfXg * xg_row(math) + stored_row(math)); }
+
 // Offsets into a block's shared memory, of each stage.
 struct SharedLayout {
   int64_t weights[kStages];   // [warp][K blocks in shared memory][segment][lane] quads
@@ -208,6 +253,7 @@ struct SharedLayout {
   int64_t partial[kStages];   // [tile][split][rows / 8][segment][2][lane] of A, where K is split; none of x
   int64_t staging;            // [warp][8] of the longer chunk
   int64_t warp_staging;       // bytes of it for one warp
+  int64_t steps;              // [tile][rows / 8] of step_bytes(); only of the forward
   int64_t barriers[kStages];  // two Mbarriers; none of x
   int64_t bytes;
 };
@@ -216,6 +262,20 @@ FUSEDRNN_BOTH constexpr SharedLayout shared_layout(Pass pass, const Sizes& sizes
   const int64_t warps = plan.tiles * plan.splits;
   SharedLayout at{};
   int64_t end = 0;
+  if (plan.exchange == Exchange::kScatter) {
+    const int columns = plan.rows / kColumns;
+    at.weights[0] = 0;
+    end += warps * plan.shared_blocks * 2 * kWarp * static_cast<int64_t>(sizeof(Quad));
+    at.operands[0] = end;  // da, twice
+    end += int64_t{2} * plan.rows * row_stride(scatter_blocks(plan.math, plan.tiles));
+    at.partial[0] = end;  // [2][blocks] of dh of the block's units
+    end += int64_t{2} * plan.blocks * plan.tiles * columns * 128 * compute_bytes(plan.math);
+    at.staging = end;  // what is copied ahead
+    end += int64_t{kStepsCopied} * plan.rows * scatter_copied_row(plan.math, plan.tiles);
+    at.barriers[0] = end;
+    at.bytes = end + 2 * static_cast<int64_t>(sizeof(Mbarrier));
+    return at;
+  }
   // Loops of a constant count: on the device, an index that is not known would put `at` into local memory.
   for (int k = 0; k < kStages; ++k) {
     const Stage stage = static_cast<Stage>(k);
@@ -243,6 +303,10 @@ FUSEDRNN_BOTH constexpr SharedLayout shared_layout(Pass pass, const Sizes& sizes
   }
   at.staging = end;
   end += warps * at.warp_staging;
+  at.steps = end;
+  if (pass == Pass::kForward && moves_in_runs(plan.exchange, plan.math, sizes.projected != 0)) {
+    end += plan.tiles * (plan.rows / kColumns) * step_bytes(plan.math);
+  }
   for (int k = 0; k < kStages; ++k) {
     at.barriers[k] = end;
     if (k < exchanges(sizes)) end += 2 * static_cast<int64_t>(sizeof(Mbarrier));
@@ -257,7 +321,7 @@ FUSEDRNN_BOTH constexpr int64_t shared_bytes(Pass pass, const Sizes& sizes, cons
 
 // Of Workspace, for one launch: one exchange after the other, and behind them what threads keep where tiles take turns.
 FUSEDRNN_BOTH constexpr int64_t exchanged_bytes(Pass pass, Stage stage, const Sizes& sizes, const Plan& plan) {
-  if (plan.exchange == Exchange::kCluster || static_cast<int>(stage) >= exchanges(sizes)) return 0;
+  if (is_cluster(plan) || static_cast<int>(stage) >= exchanges(sizes)) return 0;
   return sizes.D * plan.groups * 2 * plan.rows * product(pass, stage, sizes, plan.math).operand.row_bytes();
 }
 FUSEDRNN_BOTH constexpr int64_t exchanged_bytes(Pass pass, const Sizes& sizes, const Plan& plan) {
@@ -272,7 +336,7 @@ FUSEDRNN_BOTH constexpr int64_t workspace_bytes(Pass pass, const Sizes& sizes, c
   return exchanged_bytes(pass, sizes, plan) + kept_bytes(pass, sizes, plan);
 }
 FUSEDRNN_BOTH constexpr int64_t flags(const Sizes& sizes, const Plan& plan) {
-  return plan.exchange == Exchange::kCluster ? 0 : exchanges(sizes) * launched_blocks(sizes, plan);
+  return is_cluster(plan) ? 0 : exchanges(sizes) * launched_blocks(sizes, plan);
 }
 
 // Of the packed weights, all directions.
@@ -315,7 +379,22 @@ FUSEDRNN_BOTH constexpr const char* invalid(Pass pass, const Sizes& sizes, const
   if (plan.part_blocks != 0) return "part_blocks without parts";
   if (int64_t{plan.blocks} * plan.tiles < ceil_div(sizes.H, tile_units(pass))) return "the tiles do not cover H";
   if (plan.exchange == Exchange::kGrid) return nullptr;
-  if (plan.blocks > 16 || (plan.blocks & (plan.blocks - 1)) != 0) return "a cluster has 1, 2, 4, 8 or 16 blocks";
+  // What blocks send to each other is defined for clusters of two or more ("st.async", PTX ISA).
+  if (plan.blocks < 2 || plan.blocks > 16 || (plan.blocks & (plan.blocks - 1)) != 0) {
+    return "a cluster has 2, 4, 8 or 16 blocks";
+  }
+  if (plan.exchange == Exchange::kScatter) {
+    if (pass != Pass::kBackward || sizes.projected != 0) return "only the backward without a projection scatters";
+    if (plan.splits != scatter_splits(plan.tiles)) {
+      return "a block that scatters has 4 warps for each of 1 or 2 tiles, or 2 for each of 3 or 4";
+    }
+    if (plan.tiles > most_scatter_tiles(plan.math))
+      return "a block that scatters has up to 4 tiles, in float64 up to 2";
+    if (plan.shared_blocks % scatter_blocks(plan.math, plan.tiles) != 0) {
+      return "a block that scatters has the weights of whole tiles in shared memory";
+    }
+    return nullptr;
+  }
   for (int k = 0; k < exchanges(sizes); ++k) {  // what a phase of an mbarrier can count
     const Operand operand = product(pass, static_cast<Stage>(k), sizes, plan.math).operand;
     if (plan.rows * operand.row_bytes() >= (1 << 20)) return "the operand is too large for an mbarrier";

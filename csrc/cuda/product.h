@@ -32,15 +32,15 @@ struct Role {
     group = block_index() / plan.blocks;
     direction = group / plan.groups;
     first_slice = group % plan.groups;
-    splits = plan.splits;
+    splits = kept(plan.splits);
     tile = rank * plan.tiles + local_tile;
   }
 
   FUSEDRNN_DEVICE bool owns(int column_tile) const { return column_tile % splits == split; }
 };
 
-// kInParts: the operand comes in parts, and all weights are streamed.
-template <class M, int kSegments, int kColumnTiles, int kRegisterBlocks, bool kInParts>
+// kInParts: the operand comes in parts, and all weights are streamed. kChains: of Unit::Accumulator.
+template <class M, int kSegments, int kColumnTiles, int kRegisterBlocks, bool kInParts, int kChains = 1>
 class WarpProduct {
  public:
   using A = typename M::Compute;
@@ -59,7 +59,8 @@ class WarpProduct {
         partial_(reinterpret_cast<A*>(partial) + role.local_tile * plan.splits * kColumnTiles * kPartial) {
     if (role.tile >= product.tiles) return;
     const int blocks = product.operand.blocks(), begin = first_block(int64_t{blocks}, role.split, plan.splits);
-    first_byte_ = (kInParts ? role.split * part_blocks_ : begin) * kBlockBytes;
+    first_byte_ =
+        kept((kInParts ? role.split * part_blocks_ : begin) * kBlockBytes + Unit::first_byte(stride_, role.lane));
     blocks_ = first_block(int64_t{blocks}, role.split + 1, plan.splits) - begin;
     const Quad* from = static_cast<const Quad*>(packed) + role.direction * product.packed_quads() +
                        (static_cast<int64_t>(role.tile) * blocks + begin) * kFragment + role.lane;
@@ -84,11 +85,20 @@ class WarpProduct {
 
   // The same of all column tiles, and of the warp's part of K alone.
   FUSEDRNN_DEVICE void multiply_part(const char* operand, Results& z) const {
-    typename Unit::template Accumulator<kSegments> sums[kColumnTiles];
+    Sums sums;
     FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) Unit::clear(sums[n]);
     const char* rows = operand + first_byte_;
-    FUSEDRNN_UNROLL for (int k = 0; k < kRegisterBlocks; ++k) {
-      if (k < blocks_) add(sums, registers_[k], rows + k * kBlockBytes);
+    // A straight line for the usual numbers of blocks, where registers allow it.
+    if (kChains > 1 && blocks_ >= kRegisterBlocks) {
+      add_registers<kRegisterBlocks>(sums, rows);
+    } else if (kChains > 1 && kRegisterBlocks > 4 && blocks_ == 4) {
+      add_registers < kRegisterBlocks<4 ? 0 : 4>(sums, rows);
+    } else if (kChains > 1 && kRegisterBlocks > 2 && blocks_ == 2) {
+      add_registers < kRegisterBlocks<2 ? 0 : 2>(sums, rows);
+    } else {
+      FUSEDRNN_UNROLL for (int k = 0; k < kRegisterBlocks; ++k) {
+        if (k < blocks_) add(sums, registers_[k], rows + k * kBlockBytes);
+      }
     }
     rows += in_registers() * kBlockBytes;
     const int in_shared = this->in_shared(), streamed = blocks_ - in_registers() - in_shared;
@@ -116,13 +126,17 @@ class WarpProduct {
 
   // From the parts of all warps of the tile to the sums of the column tiles that this warp owns.
   FUSEDRNN_DEVICE void add_parts(Results& z) const {
-    if (role_.splits > 1) add_partial_sums(z);
+    if (role_.splits == 2) {
+      add_other_half(z);
+    } else if (role_.splits > 1) {
+      add_partial_sums(z);
+    }
   }
 
  private:
   static constexpr int kFragment = kSegments * kWarp;     // quads of a K block
   static constexpr int kPartial = kSegments * 2 * kWarp;  // numbers of a column tile
-  using Sums = typename Unit::template Accumulator<kSegments>[kColumnTiles];
+  using Sums = typename Unit::template Accumulator<kSegments, kChains>[kColumnTiles];
 
   // Of the warp's K blocks, so many; the others are streamed.
   FUSEDRNN_DEVICE int in_registers() const {
@@ -139,8 +153,13 @@ class WarpProduct {
 
   FUSEDRNN_DEVICE void add(Sums& sums, const Quad (&w)[kSegments], const char* rows) const {
     FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
-      Unit::add(sums[n], w, rows + n * kColumns * stride_, stride_, role_.lane);
+      Unit::add(sums[n], w, rows + n * kColumns * stride_, stride_);
     }
+  }
+
+  template <int kBlocks>
+  FUSEDRNN_DEVICE void add_registers(Sums& sums, const char* rows) const {
+    FUSEDRNN_UNROLL for (int k = 0; k < kBlocks; ++k) add(sums, registers_[k], rows + k * kBlockBytes);
   }
 
   FUSEDRNN_DEVICE void add_streamed(Sums& sums, const char* rows, const Quad* from, int streamed) const {
@@ -153,13 +172,27 @@ class WarpProduct {
     }
   }
 
-  FUSEDRNN_DEVICE void add_partial_sums(Results& z) const {
+  FUSEDRNN_DEVICE void share_partial_sums(const Results& z) const {
     FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
       if (role_.owns(n)) continue;
       A* to = partial(n, role_.split);
       FUSEDRNN_UNROLL for (int v = 0; v < 2 * kSegments; ++v) to[v * kWarp] = z[n][v / 2][v % 2];
     }
     sync_threads(barrier_, role_.splits * kWarp, "partial sums");
+  }
+
+  // Of two splits: a sum of two has no order.
+  FUSEDRNN_DEVICE void add_other_half(Results& z) const {
+    share_partial_sums(z);
+    FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
+      if (!role_.owns(n)) continue;
+      const A* from = partial(n, 1 - role_.split);
+      FUSEDRNN_UNROLL for (int v = 0; v < 2 * kSegments; ++v) z[n][v / 2][v % 2] += from[v * kWarp];
+    }
+  }
+
+  FUSEDRNN_DEVICE void add_partial_sums(Results& z) const {
+    share_partial_sums(z);
     FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
       if (!role_.owns(n)) continue;
       A sum[2 * kSegments];

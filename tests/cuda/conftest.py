@@ -31,7 +31,7 @@ SANITIZED = "FUSEDRNN_CUDA_HOST_SANITIZE" in os.environ
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = {"bf16": BF16, "fp16": F16, "tf32": F32, "fp32": F32, "fp64": F64}
 MATHS = ["bf16", "fp64"] if SANITIZED else list(DTYPES)
-EXCHANGES = ["grid", "cluster", "parts"]
+EXCHANGES = ["grid", "cluster", "parts", "scatter"]
 FORWARD, BACKWARD = 0, 1
 
 
@@ -235,8 +235,8 @@ class Host:
         """The plan for a pass, with the counts that follow from the problem."""
         units = 8 if direction == FORWARD else 16
         needed = -(-H // (units * plan.tiles))
-        if plan.exchange == "cluster":
-            needed = 1 << (needed - 1).bit_length()
+        if plan.exchange in ("cluster", "scatter"):
+            needed = max(2, 1 << (needed - 1).bit_length())
         return PlanStruct(
             exchange=EXCHANGES.index(plan.exchange),
             math=list(DTYPES).index(plan.math),

@@ -1,15 +1,21 @@
 """The CUDA kernels compiled by nvcc for every architecture: registers, spills, and the instructions that they hold."""
 
 import hashlib
+import importlib.util
 import json
 import os
 import re
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import pytest
+from fusedrnn.kernels.device import H200, Shape, cdiv
+
+from fusedrnn import cuda_plan as planner
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "csrc" / "cuda"
@@ -39,7 +45,21 @@ pytestmark = [
 ]
 
 
+def load(name):
+    """A module of this folder: with --import-mode=importlib it cannot be imported."""
+    spec = importlib.util.spec_from_file_location(f"fusedrnn_tests_{name}", Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+sass = load("sass")
+
+
 def kernel_name(mangled: str) -> str | None:
+    if found := re.search(r"BackwardScatterILNS0_4MathE(\d)ELi(\d)E", mangled):
+        return f"{MATHS[int(found[1])]} backward scatter rows{8 * int(found[2])}"
     found = re.search(r"(Forward|Backward)ILNS0_4MathE(\d)ENS0_\d+(Grid|Cluster|Parts)ExchangeELi(\d)ELb(\d)E", mangled)
     if found is None:
         return None
@@ -96,16 +116,89 @@ def test_registers_and_spills(objects, capsys):
     """No kernel spills or has a stack, on any architecture; the table of all of them is printed."""
     rows = [row for _, rows in objects.values() for row in rows]
     kernels = sorted({row["kernel"] for row in rows})
-    # Of both passes: two exchanges with 8 or, on the matrix unit, 16 rows, and with a projection; and in parts.
-    assert len(kernels) == 2 * (2 * (3 * 3 + 2 * 2) + 5 * 2)
+    # Of both passes: two exchanges with 8 or, on the matrix unit, 16 rows, and with a projection; and in parts. Of the
+    # backward, with 8 or 16 rows, one more.
+    assert len(kernels) == 2 * (2 * (3 * 3 + 2 * 2) + 5 * 2) + 3 * 2 + 2
     assert len(rows) == len(kernels) * len(ARCHITECTURES)
     with capsys.disabled():
         print(f"\n\n{'registers':40}" + "".join(f"{arch:>8}" for arch in ARCHITECTURES))
         for kernel in kernels:
             used = {row["arch"]: row["registers"] for row in rows if row["kernel"] == kernel}
-            cells = ["-" if arch == "sm_80" and "cluster" in kernel else used[arch] for arch in ARCHITECTURES]
+            cells = [
+                "-" if arch == "sm_80" and re.search("cluster|scatter", kernel) else used[arch]
+                for arch in ARCHITECTURES
+            ]
             print(f"{kernel:40}" + "".join(f"{cell:>8}" for cell in cells))
     assert not [row for row in rows if row["spills"] or row["stack"]]
+
+
+PLANS = [
+    # dtype, H, B, pass, exchange
+    ("bf16", 128, 16, "forward", "cluster"),
+    ("bf16", 128, 16, "backward", "cluster"),
+    ("bf16", 128, 16, "backward", "scatter"),
+    ("bf16", 512, 16, "forward", "cluster"),
+    ("bf16", 512, 16, "backward", "cluster"),
+    ("bf16", 512, 16, "backward", "scatter"),
+    ("bf16", 1024, 16, "forward", "grid"),
+    ("bf16", 1024, 16, "backward", "grid"),
+    ("tf32", 256, 16, "forward", "cluster"),
+    ("tf32", 256, 16, "backward", "cluster"),
+    ("tf32", 256, 16, "backward", "scatter"),
+]
+
+
+@pytest.fixture(scope="module")
+def machine_code(objects, tmp_path_factory):
+    """A function of a dtype: its kernels for sm_90a, by their names, as sass.py reads them."""
+    cuobjdump, nvdisasm = tool("cuobjdump"), tool("nvdisasm")
+    if cuobjdump is None or nvdisasm is None:
+        pytest.skip("cuobjdump and nvdisasm are not here: what nvcc made is not read")
+
+    @cache
+    def kernels(math):
+        folder = tmp_path_factory.mktemp(math)
+        path = objects[f"instances_{math}"][0]
+        subprocess.run([cuobjdump, "-xelf", "sm_90a", str(path)], cwd=folder, capture_output=True, check=True)
+        command = [nvdisasm, "-hex", "-c", str(next(folder.iterdir()))]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return {function.name: function for function in sass.functions(listing)}
+
+    return kernels
+
+
+def test_steps(machine_code, cuda_host, capsys):
+    """Instructions, waits and clocks of a step of the best plan of each kind, by the count of sass.py. The path that
+    is counted is that of the plan."""
+    head = f"{'a step, counted':58}{'us':>6}{'model':>7}{'clocks':>8}{'issue':>7}{'instr.':>8}{'waits':>6}{'waited':>8}"
+    lines = [head]
+    for math, H, B, pass_, exchange in PLANS:
+        for inputs in (False, True) if pass_ == "forward" else (False,):
+            shape = Shape(128, B, H, H, H, 1, 4 if math == "tf32" else 2, "tf32")
+            ranked = (p for p in planner.ranked(pass_, shape, H200) if not p.streamed)
+            plan = next(p for p in ranked if (p.exchange, p.rows, p.inputs) == (exchange, 8, inputs))
+            products = planner.products(pass_, shape, math, inputs)
+            recurrent = products[planner.RECURRENT]
+            received = plan.rows * (recurrent.row if exchange != "scatter" else plan.blocks * 16 * plan.tiles * 4)
+            step = sass.step(machine_code(math), cuda_host, pass_, shape, plan, received)
+            count = step.count
+            blocks = sum(p.blocks // plan.splits for p in products.values())
+            if exchange == "scatter":
+                outputs, _ = planner.scatter_outputs(shape, plan)
+                blocks = outputs * planner.scatter_blocks(plan)
+                assert count.pushes == outputs
+            assert count.mma == blocks * 2 * (recurrent.segments // 2), (math, H, pass_, plan)
+            if exchange == "cluster":
+                quads = 8 * recurrent.chunk // 16 * cdiv(recurrent.tiles, plan.tiles)
+                assert count.pushes == cdiv(quads, 32), (math, H, pass_, plan)
+            what = f"{math} H {H} B {B} {pass_}, {plan.regime}, "
+            what += f"{plan.groups} x {plan.blocks} x {plan.tiles} x {plan.splits}"
+            lines.append(
+                f"{what:58}{step.microseconds:6.2f}{plan.step:7.2f}{count.clocks:8.0f}{step.issue:7.0f}"
+                f"{count.instructions:8.0f}{count.waits:6.0f}{count.waited:8.0f}"
+            )
+    with capsys.disabled():
+        print("\n\n" + "\n".join(lines))
 
 
 @pytest.mark.parametrize(
@@ -126,14 +219,15 @@ def test_instructions(objects, math, instruction):
     command = [cuobjdump, "-sass", "-arch", "sm_90a", str(objects[f"instances_{math}"][0])]
     sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     functions = re.split(r"\n\s*Function : ", sass)[1:]
-    assert len(functions) == (12 if math in ("bf16", "fp16", "tf32") else 8) + 4
+    assert len(functions) == (12 if math in ("bf16", "fp16", "tf32") else 8) + 4 + (2 if math in MATHS[:3] else 1)
     for function in functions:
         assert re.search(instruction, function), kernel_name(function)
-        cluster = "ClusterExchange" in function.split("\n")[0]
+        name = function.split("\n")[0]
+        cluster = "ClusterExchange" in name
         assert bool(re.search(r"\bSTAS", function)) == cluster  # st.async
         assert bool(re.search(r"\bSYNCS", function)) == cluster  # mbarrier
         assert bool(re.search(r"\bLDGSTS", function)) == (
-            not cluster or "Forward" in function.split("\n")[0]
+            not cluster or "Forward" in name or "Scatter" in name
         )  # cp.async
         assert not re.search(r"\b(LDL|STL)\b", function)  # local memory
 

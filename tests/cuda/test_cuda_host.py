@@ -301,6 +301,74 @@ def same_in_every_schedule(one):
             assert torch.equal(value, first[name]), f"{name} with seed {seed}"
 
 
+def scatter(kit, math, tiles=1, **options):
+    """A forward plan, and one of the backward whose blocks exchange partial sums of dh; float64 has 1 or 2 tiles."""
+    tiles = min(tiles, 2) if math == "fp64" else tiles
+    splits = 4 if tiles <= 2 else 2
+    return kit.Plan("grid", math), kit.Plan("scatter", math, tiles=tiles, splits=splits, **options)
+
+
+# In parts of dh: one block with all units and one with none, blocks whose last tile or last units do not exist.
+SCATTERED = {
+    "one-unit": ({"T": 1, "B": 1, "H": 1}, {}),
+    "a-block-without-units": ({"T": 3, "B": 3, "H": 40}, {"blocks": 8}),
+    "eight-blocks": ({"T": 2, "B": 3, "H": 128}, {}),
+    "sixteen-blocks": ({"T": 2, "B": 2, "H": 256}, {}),
+    "two-tiles": ({"T": 7, "B": 9, "H": 72}, {"tiles": 2}),
+    "three-tiles": ({"T": 6, "B": 3, "H": 100}, {"tiles": 3}),
+    "four-tiles": ({"T": 4, "B": 3, "H": 120}, {"tiles": 4}),
+    "not-aligned": ({"T": 6, "B": 5, "H": 37}, {"tiles": 2}),
+    "slices": ({"T": 5, "B": 21, "H": 24}, {"groups": 1}),
+}
+
+
+@pytest.mark.parametrize(("sizes", "options"), SCATTERED.values(), ids=SCATTERED)
+def test_scatter(layer, kit, math, sizes, options):
+    layer(kit.Problem(**sizes), *scatter(kit, math, **options)).check()
+
+
+@pytest.mark.parametrize("options", [o for name, o in OPTIONS.items() if "proj" not in name])
+@pytest.mark.parametrize("H", [16, 19])
+def test_scatter_options(layer, kit, math, options, H):
+    layer(kit.Problem(6, 5, H, **options), *scatter(kit, math)).check()
+
+
+@pytest.mark.parametrize("math", WIDE)
+@pytest.mark.parametrize("tiles", [1, 2, 3, 4])
+def test_scatter_of_sixteen_rows(layer, kit, math, tiles):
+    problem = kit.Problem(5, 19, 100, D=2, lengths=True, reset=True, cell_states=True)
+    layer(problem, *scatter(kit, math, tiles, rows=16, groups=1)).check()
+
+
+@pytest.mark.parametrize("shared", [0, 1, 9], ids=["streamed", "one-shared", "shared"])
+def test_scatter_with_more_weights_than_registers(layer, host, kit, math, shared):
+    """The weights of further tiles of dh in shared memory, or streamed."""
+    bytes_ = 2 if math in ("bf16", "fp16") else 8 if math == "fp64" else 4
+    problem = kit.Problem(2, 2, 16 * 40 if bytes_ < 8 else 16 * 20)
+    tiles = 4 if bytes_ < 8 else 2
+    plans = scatter(kit, math, tiles, blocks=16, shared_blocks=tiles * bytes_ * shared)
+    needs, why = host.needs(kit.BACKWARD, problem.sizes, host.struct(plans[1], kit.BACKWARD, problem.H, problem.B))
+    assert why is None
+    assert (needs.streamed[0] > 0) == (shared < 9)
+    layer(problem, *plans).check()
+
+
+@pytest.mark.parametrize("rows", [8, 16])
+@pytest.mark.parametrize("tiles", [1, 2, 3, 4])
+def test_every_schedule_of_scatter_gives_the_same_bits(layer, kit, math, tiles, rows):
+    if rows > rows_of(math):
+        return
+    problem = kit.Problem(**{**RACE, "H": 20 * tiles, "T": 6})
+    same_in_every_schedule(layer(problem, *scatter(kit, math, tiles, rows=rows, groups=1)))
+
+
+def test_no_synchronisation_of_scatter_can_be_left_out(layer, kit):
+    problem = kit.Problem(**{**RACE, "B": 20, "H": 64, "T": 7})
+    names = every_removal_is_caught([layer(problem, *scatter(kit, "bf16", 1, groups=1))], "backward")
+    assert {"da is staged", "the parts of dh have come", "the first steps are copied"} <= names
+    assert {"the thread's copies of the first steps", "the thread's copies of the step that comes"} <= names
+
+
 def caught(one, direction, name, expected):
     """The first schedule in which the launch without the synchronisations of that name fails, and how."""
     for seed in range(SCHEDULES):
@@ -385,8 +453,9 @@ def test_a_deadlock_is_reported_with_who_waits_where(host, kit):
         ({}, {"rows": 12}, "rows must be 8 or 16"),
         ({}, {"rows": 16, "math": "fp32"}, "rows must be 8"),
         ({}, {"blocks": 1}, "do not cover H"),
-        ({}, {"blocks": 6, "exchange": "cluster"}, "1, 2, 4, 8 or 16"),
-        ({}, {"blocks": 32, "exchange": "cluster"}, "1, 2, 4, 8 or 16"),
+        ({}, {"blocks": 6, "exchange": "cluster"}, "2, 4, 8 or 16"),
+        ({}, {"blocks": 32, "exchange": "cluster"}, "2, 4, 8 or 16"),
+        ({}, {"blocks": 1, "tiles": 8, "exchange": "cluster"}, "2, 4, 8 or 16"),
         ({}, {"shared_blocks": -1}, "counts must be positive"),
         ({"I": 5}, {"shared_input_blocks": -1, "inputs": True}, "counts must be positive"),
         ({}, {"inputs": True}, "I must be 1 to 2^20"),
@@ -404,6 +473,7 @@ def test_a_deadlock_is_reported_with_who_waits_where(host, kit):
             "all weights are streamed",
         ),
         ({}, {"part_blocks": 1}, "part_blocks without parts"),
+        ({}, {"exchange": "scatter", "tiles": 2}, "only the backward"),
         ({"H": 20000, "P": 20000}, {"blocks": 16, "tiles": 160, "exchange": "cluster"}, "too many threads"),
     ],
     ids=str,
@@ -414,6 +484,25 @@ def test_invalid_plans(host, kit, sizes, options, why):
     assert why in host.needs(kit.FORWARD, kit.Sizes(**sizes), plan)[1]
 
 
+@pytest.mark.parametrize(
+    ("sizes", "options", "why"),
+    [
+        ({"P": 20, "projected": 1}, {"tiles": 1, "splits": 4}, "only the backward without a projection"),
+        ({}, {"tiles": 2, "splits": 2}, "4 warps for each of 1 or 2 tiles"),
+        ({}, {"tiles": 5, "splits": 2}, "too many threads"),
+        ({}, {"tiles": 3, "splits": 2, "math": "fp64"}, "in float64 up to 2"),
+        ({}, {"tiles": 2, "splits": 4, "shared_blocks": 3}, "the weights of whole tiles"),
+        ({}, {"tiles": 4, "splits": 2, "blocks": 1}, "2, 4, 8 or 16"),
+        ({"H": 600, "P": 600}, {"tiles": 2, "splits": 4, "blocks": 16}, "do not cover H"),
+    ],
+    ids=str,
+)
+def test_invalid_plans_of_scatter(host, kit, sizes, options, why):
+    sizes = {"T": 3, "B": 4, "H": 40, "P": 40, "D": 1, **sizes}
+    plan = host.struct(kit.Plan("scatter", **options), kit.BACKWARD, sizes["H"], sizes["B"])
+    assert why in host.needs(kit.BACKWARD, kit.Sizes(**sizes), plan)[1]
+
+
 def test_needs(host, kit):
     """Sizes worked out by hand: bfloat16, H 512, a cluster of 8 blocks of 8 tiles, 8 rows."""
     sizes = kit.Sizes(T=9, B=16, H=512, P=512, D=2)
@@ -421,8 +510,10 @@ def test_needs(host, kit):
     needs, why = host.needs(kit.FORWARD, sizes, plan)
     assert why is None
     assert list(needs.streamed) == [0, 0, 0]  # 16 K blocks, 7 of them in registers
-    # 9 K blocks for each of 8 warps, two operands of 8 rows of 16 | 1 K blocks, staging, two barriers.
-    assert needs.shared == 8 * 9 * 2048 + 2 * 8 * 17 * 64 + 8 * 8 * 16 + 16
+    # 9 K blocks for each of 8 warps, two operands of 8 rows of 16 | 1 K blocks, staging, of each tile and row three
+    # steps of xg in float and one of what is stored, all padded, and two barriers.
+    steps = 8 * 8 * (3 * (4 * 8 * 4 + 16) + 6 * 8 * 2 + 16)
+    assert needs.shared == 8 * 9 * 2048 + 2 * 8 * 17 * 64 + 8 * 8 * 16 + steps + 16
     assert (needs.exchanged, needs.flags, needs.blocks) == (0, 0, 2 * 2 * 8)
     assert needs.packed[0] == 2 * 4 * 512 * 512 * 2
     plan.exchange = 0

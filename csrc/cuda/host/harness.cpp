@@ -5,6 +5,7 @@
 #include "../backward.h"
 #include "../forward.h"
 #include "../pack.h"
+#include "../scatter.h"
 #include "runtime.h"
 
 #define FUSEDRNN_EXPORT extern "C" __attribute__((visibility("default")))
@@ -32,6 +33,14 @@ Body<Params> body_of(const Sizes& sizes, const Plan& plan) {
 
 template <template <Math, class, int, bool> class Kernel, class Params, Math kMath>
 Body<Params> body_of(const Sizes& sizes, const Plan& plan) {
+  if constexpr (std::is_same_v<Params, BackwardParams>) {
+    if (plan.exchange == Exchange::kScatter) {
+      if constexpr (uses_matrix_unit(kMath)) {
+        if (plan.rows == 2 * kColumns) return body<BackwardScatter<kMath, 2>, Params>;
+      }
+      return body<BackwardScatter<kMath, 1>, Params>;
+    }
+  }
   if (plan.exchange == Exchange::kParts) {
     constexpr int kColumnTiles = max_rows(kMath) / kColumns;
     return sizes.projected != 0 ? body<Kernel<kMath, PartsExchange, 1, true>, Params>
@@ -76,7 +85,7 @@ int launch(Pass pass, const Params& p, uint64_t seed, const char* remove, Outcom
     return 1;
   }
   const host::Launch shape{static_cast<int>(launched_blocks(p.sizes, p.plan)),
-                           p.plan.exchange == Exchange::kCluster ? p.plan.blocks : 1,
+                           is_cluster(p.plan) ? p.plan.blocks : 1,
                            threads(p.plan),
                            static_cast<size_t>(shared_bytes(pass, p.sizes, p.plan)),
                            seed,

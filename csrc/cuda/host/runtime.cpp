@@ -63,6 +63,7 @@ struct Copy {
   void* to;
   const void* from;
   size_t bytes;
+  uint32_t group;  // of its thread
 };
 
 struct Store {
@@ -88,6 +89,7 @@ struct Thread {
   bool (*ready)(void*) = nullptr;  // polled, unless null: then another thread wakes it
   void* ready_argument = nullptr;
   std::vector<Copy> copies;
+  uint32_t group = 0;  // that copies of now will be in
 };
 
 struct Barrier {
@@ -439,12 +441,24 @@ void wait_until(bool (*ready)(void*), void* argument, const char* name) {
 
 void copy_later(void* to, const void* from, size_t bytes) {
   if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % bytes != 0) fail("a copy is not aligned");
-  machine->current_->copies.push_back({to, from, bytes});
+  if ((machine->random_.next() & 3) == 0) {
+    std::memcpy(to, from, bytes);
+  } else {
+    machine->current_->copies.push_back({to, from, bytes, machine->current_->group});
+  }
 }
 
-void finish_copies() {
-  for (const Copy& copy : machine->current_->copies) std::memcpy(copy.to, copy.from, copy.bytes);
-  machine->current_->copies.clear();
+void commit_copies() { ++machine->current_->group; }
+
+void finish_copies(int but_groups) {
+  Thread& thread = *machine->current_;
+  const auto waits = [&](const Copy& copy) {
+    return but_groups == 0 || static_cast<int32_t>(thread.group - copy.group) > but_groups;
+  };
+  for (const Copy& copy : thread.copies) {
+    if (waits(copy)) std::memcpy(copy.to, copy.from, copy.bytes);
+  }
+  thread.copies.erase(std::remove_if(thread.copies.begin(), thread.copies.end(), waits), thread.copies.end());
 }
 
 void store_late(void* to, const void* value, size_t bytes) {

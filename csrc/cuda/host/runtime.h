@@ -60,10 +60,14 @@ void meet_warp(WarpOperation operation, const void* in, void* out, const char* n
 // Waits until ready(argument), which must not wait.
 void wait_until(bool (*ready)(void*), void* argument, const char* name);
 
-// A copy that this thread may not rely on before finish_copies; never happens without it. Both addresses are multiples
-// of its bytes, a power of two.
+// A copy that this thread may not rely on before finish_copies: it happens there, or at once, as the generator picks,
+// so that both who reads too early and who writes too early are found out. Both addresses are multiples of its bytes, a
+// power of two.
 void copy_later(void* to, const void* from, size_t bytes);
-void finish_copies();
+// Copies since the last call become a group; all groups but the last so many are finished, and copies in no group if
+// that is none.
+void commit_copies();
+void finish_copies(int but_groups = 0);
 
 // A store to global memory that other blocks may see late, but not after its release: by the thread itself, or by one
 // of its block after a barrier.
