@@ -16,6 +16,7 @@ TORCH_INDEX ?=
 JOBS ?= 2
 GRID ?=
 OUT ?=
+ARCHIVE ?=
 GPU ?=
 
 BIN := $(VENV)/bin
@@ -38,7 +39,8 @@ test: $(VENV)/.test
 	$(BIN)/pytest -n $(JOBS) --dist worksteal
 
 OLDEST := 2.10.0
-OLDEST_TESTS := test_autograd.py test_compile.py test_contract.py
+OLDEST_TRITON := 3.6.0
+OLDEST_TESTS := test_autograd.py test_compile.py test_contract.py test_triton.py test_triton_compile.py
 test-oldest:
 	FUSEDRNN_BUILD_CUDA=0 $(MAKE) --no-print-directory VENV=.venv-oldest TORCH=$(OLDEST) TORCH_SPEC=torch==$(OLDEST) .venv-oldest/.test
 	.venv-oldest/bin/python -c "import torch; assert torch.__version__.startswith('$(OLDEST)'), torch.__version__"
@@ -71,20 +73,31 @@ sanitize: $(VENV)/.test
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize/lib FUSEDRNN_EXPECT_SANITIZED=1 \
 	  $(BIN)/pytest tests/test_kernels.py
 
-# make kernels   the GPU kernels compiled for every architecture: registers, spills, instructions; GRID=--quick for fewer
-kernels: $(VENV)/.test
+# make kernels   the GPU kernels compiled for every architecture: registers, spills, instructions; GRID=--quick for fewer.
+# make kernels   Of Triton the oldest release that is supported, over few plans, and the one that is installed
+kernels: $(VENV)/.test build/triton-$(OLDEST_TRITON)
+	@echo "== Triton $(OLDEST_TRITON) =="
+	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(BIN)/python -W ignore -m fusedrnn.kernels.compile --quick
 	@echo "== Triton =="
 	$(BIN)/python -W ignore -m fusedrnn.kernels.compile $(GRID)
 	@echo "== CUDA C++, and what a small grid of Triton kernels has to hold =="
 	$(BIN)/pytest -m compiles -s
 
+build/triton-$(OLDEST_TRITON): $(VENV)/.test
+	rm -rf $@
+	$(BIN)/pip install --no-deps --target $@.partial triton==$(OLDEST_TRITON)
+	mv $@.partial $@
+
 # make gpu-build   on a machine with nvcc, a GPU or none: what make gpu takes along, in fusedrnn/ and in build/
 gpu-build: $(VENV)/.test
 	FUSEDRNN_BUILD_CUDA=1 $(BIN)/pip install --no-build-isolation --no-deps -e .
+	FUSEDRNN_BUILD_CUDA=1 FUSEDRNN_BUILD_CPU=0 FUSEDRNN_CUDA_DEBUG=1 \
+	  $(BIN)/python setup.py -q build_ext --build-lib build/debug
 	$(BIN)/python -m fusedrnn bench gpu --prepare
 
 # make gpu         on a machine with a GPU: everything there is to find out, into OUT; GPU=--resume goes on with it,
-# make gpu         GPU="--only micro" does one part, GPU=--list names them, GPU=--dry-run needs no GPU
+# make gpu         GPU=--smoke does the first 200 seconds of it, GPU="--only micro" one part, GPU=--list names them,
+# make gpu         GPU=--dry-run needs no GPU; ARCHIVE=FILE.tar.gz keeps all in one file too, written as it goes
 #
 # With PYTHON, which has the torch for that GPU, and nothing but that: no network, and no installation, for which a
 # folder of links to this tree stands in. Libraries that are here are taken as they are, others built if they can be.
@@ -93,8 +106,9 @@ gpu:
 	$(if $(wildcard fusedrnn/_*.so),,-$(PYTHON) setup.py -q build_ext --inplace)
 	rm -rf $(LINKS) && mkdir -p $(LINKS)/fusedrnn
 	ln -s $(CURDIR)/fusedrnn/* $(CURDIR)/benchmarks $(CURDIR)/kernels $(LINKS)/fusedrnn
-	cd $(LINKS) && PYTHONPATH=$(CURDIR)/$(LINKS) \
-	  $(PYTHON) -m fusedrnn bench gpu --out $(or $(abspath $(OUT)),$(CURDIR)/out/gpu) $(GPU)
+	cd $(LINKS) && PYTHONPATH=$(CURDIR)/$(LINKS)$${PYTHONPATH:+:$$PYTHONPATH} \
+	  $(PYTHON) -m fusedrnn bench gpu --out $(or $(abspath $(OUT)),$(CURDIR)/out/gpu) \
+	  $(if $(ARCHIVE),--archive $(abspath $(ARCHIVE))) $(GPU)
 
 clean:
 	rm -rf build dist out *.egg-info fusedrnn/*.so fusedrnn/_build.json

@@ -9,7 +9,7 @@ Environment:
                              nvcc does not know 10.0
     CUDA_HOME                where nvcc is, if it is not in PATH
     MAX_JOBS                 kernel sources that are compiled at the same time, by default one for each processor
-    FUSEDRNN_CUDA_DEBUG=1    a CUDA kernel in which a block waits for more than some seconds prints which one and for
+    FUSEDRNN_CUDA_DEBUG=1    a CUDA kernel in which a block waits for more than half a second prints which one and for
                              what, and ends with an error instead of hanging
     FUSEDRNN_SANITIZE=LIST   for instance address,undefined: a build of the CPU library for tests, in which the kernels
                              for AMX run on emulated tiles, as the instruction set amx_emulated
@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -40,6 +41,7 @@ except ImportError:
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "fusedrnn" / "version.py").read_text()).group(1)
+SOURCES = runpy.run_path(str(ROOT / "fusedrnn" / "sources.py"))
 SANITIZE = os.environ.get("FUSEDRNN_SANITIZE", "")
 
 # The oldest torch whose stable ABI has all we use; the library then serves every later torch, and every Python.
@@ -69,8 +71,9 @@ elif SANITIZE:
     ISA_FLAGS["kernels_amx.cpp"] = []
 
 NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
-if os.environ.get("FUSEDRNN_CUDA_DEBUG") == "1":
-    NVCC_FLAGS.append("-DFUSEDRNN_CUDA_TIMEOUT=10000000000LL")  # clock cycles: five seconds at 2 GHz
+DEBUG = os.environ.get("FUSEDRNN_CUDA_DEBUG") == "1"
+if DEBUG:
+    NVCC_FLAGS.append("-DFUSEDRNN_CUDA_TIMEOUT=1000000000LL")  # clock cycles: half a second at 2 GHz
 OLDEST_ARCHITECTURE = 80
 
 
@@ -135,7 +138,8 @@ class BuildNative(BuildExtension):
     def finalize_options(self):
         super().finalize_options()
         # Kept from one build to the next, which an editable install's own temporary folder is not.
-        self.build_temp = str(ROOT / "build" / ("sanitized" if SANITIZE else "objects"))
+        kind = "sanitized" if SANITIZE else "debug-objects" if DEBUG else "objects"
+        self.build_temp = str(ROOT / "build" / kind)
 
     def run(self):
         self.failures, self.info = {}, {}
@@ -145,6 +149,7 @@ class BuildNative(BuildExtension):
             "compiler": self._compiler(),
             "flags": FLAGS,
             "isa": [Path(name).stem.removeprefix("kernels_") for name in ISA_FLAGS],
+            "sources": {name: SOURCES["digest"](ROOT, name) for name in ("cpu", "cuda")},
             **self.info,
         }
         target = Path(self.get_ext_fullpath("fusedrnn._cpu")).parent / "_build.json"

@@ -16,13 +16,16 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
-from statistics import median
+from statistics import linear_regression, median
 from types import SimpleNamespace
 from typing import Any
 
 from fusedrnn.kernels import plan as planner
 from fusedrnn.kernels.device import device_of
+
+from fusedrnn import cuda_plan
 
 from .report import markdown
 from .timing import percentiles
@@ -50,7 +53,7 @@ NAMES = {
     "mma_latency": "matrix instructions that wait for each other",
     "multiply_add": "float32 outside of the matrix unit",
 }
-_TIMEOUT = 60.0  # seconds for all measurements of a name; they take about one
+TIMEOUT = 60.0  # seconds for all measurements of a name; they take about one
 
 
 class UnavailableError(Exception):
@@ -60,7 +63,7 @@ class UnavailableError(Exception):
 def unavailable(host: bool = False) -> str | None:
     """Why there is no program and none can be built, or None."""
     entry = _entry(host)
-    if not entry.is_file():
+    if not (entry.is_file() and DEVICE.is_dir()):
         return f"the sources of the microbenchmarks are not here ({entry.name}): run it in a checkout"
     target = _target(host)
     if target.is_file() or _compiler(host) is not None:
@@ -190,10 +193,11 @@ _IDENTITY = ("name", "variant", "group", "blocks", "threads", "bytes", "iteratio
 COLUMNS = (*_IDENTITY, "unit", "min", "p20", "median", "p80", "clocks", "ghz", "samples", "status", "reason")
 
 
-def run(executable: Path, names: Sequence[str], samples: int) -> Iterator[dict[str, Any]]:
+def run(executable: Path, names: Sequence[str], samples: int, seconds: float | None = None) -> Iterator[dict[str, Any]]:
     """The lines that the program prints, as it prints them: a device, then measurements.
 
-    Every name is a process of its own: a kernel that fails, or does not end, takes no other with it.
+    Every name is a process of its own, with so many seconds, or TIMEOUT: a kernel that fails, or does not end, takes no
+    other with it.
 
     Raises:
         UnavailableError: the program finds no GPU that it can use.
@@ -202,7 +206,7 @@ def run(executable: Path, names: Sequence[str], samples: int) -> Iterator[dict[s
     for name in names:
         host = executable.name.startswith("micro_host")
         command = [str(executable), *([] if host else ["--samples", str(samples)]), name]
-        lines, reason = _lines(command)
+        lines, reason = _lines(command, TIMEOUT if seconds is None else seconds)
         devices = [line for line in lines if "device" in line]
         if not devices:
             raise UnavailableError(reason or f"{executable.name} says nothing")
@@ -213,15 +217,15 @@ def run(executable: Path, names: Sequence[str], samples: int) -> Iterator[dict[s
             yield {"name": name, "error": reason, "ns": [], "cycles": []}
 
 
-def _lines(command: list[str]) -> tuple[list[dict[str, Any]], str | None]:
+def _lines(command: list[str], seconds: float) -> tuple[list[dict[str, Any]], str | None]:
     """What a program printed, and what it said or what became of it if it failed."""
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
-            output, complaint = process.communicate(timeout=_TIMEOUT)
+            output, complaint = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
             process.kill()
             output, _ = process.communicate()
-            complaint = f"it did not end within {_TIMEOUT:.0f} s"
+            complaint = f"it did not end within {seconds:.0f} s"
     lines = [json.loads(line) for line in output.splitlines() if line.endswith("}")]
     failed = complaint.strip() or f"it ended with status {process.returncode}"
     return lines, failed if process.returncode != 0 else None
@@ -293,7 +297,7 @@ def table(measurements: Iterable[Measurement]) -> list[tuple[str, ...]]:
 
 @dataclass(frozen=True)
 class Assumption:
-    """A constant of kernels/plan.py, and how to find it in measurements."""
+    """A constant of kernels/plan.py or of cuda_plan.py, and how to find it in measurements."""
 
     constant: str
     unit: str
@@ -329,6 +333,30 @@ def _l2_of_one(measurements: list[Measurement]) -> float:
     return max(m.clocks or 0.0 for m in measurements if m.name == "l2_bandwidth" and m.blocks == 1 and m.cycles)
 
 
+def _line(name: str, variant: str, measurements: list[Measurement]) -> tuple[float, float]:
+    """Microseconds without a byte, and bytes a microsecond, of the largest group that was measured at several sizes."""
+    some = [m for m in measurements if m.name == name and m.variant.startswith(variant) and m.ns]
+    sizes: dict[int, dict[int, float]] = {}
+    for m in some:
+        sizes.setdefault(m.group, {})[m.bytes] = m.median
+    largest = max(group for group, found in sizes.items() if len(found) > 1)
+    slope, intercept = linear_regression(list(sizes[largest]), list(sizes[largest].values()))
+    return intercept, 1 / slope if slope > 0 else inf
+
+
+def _without_bytes(name: str, variant: str) -> Callable[[list[Measurement]], float]:
+    return lambda all: _line(name, variant, all)[0]
+
+
+def _peer_bytes(measurements: list[Measurement]) -> float:
+    """Bytes a clock that a block receives from its cluster."""
+    return _line("cluster_exchange", "push", measurements)[1] / (1e3 * _clock(measurements))
+
+
+def _chain(operands: str) -> Callable[[list[Measurement]], float]:
+    return lambda all: median([m.clocks for m in _of("mma_latency", operands)(all) if m.clocks is not None])
+
+
 def _clock(measurements: list[Measurement]) -> float:
     return median([m.ghz for m in measurements if m.ghz is not None and m.name != "launch"])
 
@@ -349,11 +377,37 @@ ASSUMPTIONS = (
     Assumption("_RATES['16']", "FMA per clock and SM", lambda _: planner._RATES["16"], _per_clock("mma", "bfloat16")),
     Assumption("_RATES['tf32']", "FMA per clock and SM", lambda _: planner._RATES["tf32"], _per_clock("mma", "tf32")),
     Assumption("_RATES['ieee']", "FMA per clock and SM", lambda _: planner._RATES["ieee"], _per_clock("multiply_add")),
+    Assumption(
+        "cuda_plan: Costs.grid", "us", lambda d: cuda_plan.costs_of(d).grid, _without_bytes("grid_exchange", "flags")
+    ),
+    Assumption(
+        "cuda_plan: Costs.cluster",
+        "us",
+        lambda d: cuda_plan.costs_of(d).cluster,
+        _without_bytes("cluster_exchange", "push"),
+    ),
+    Assumption("cuda_plan: _PEER_PER_CLOCK", "bytes per clock", lambda _: cuda_plan._PEER_PER_CLOCK, _peer_bytes),
+    Assumption(
+        "cuda_plan: Costs.half", "FMA per clock and SM", lambda d: cuda_plan.costs_of(d).half, _per_clock("mma", "bf")
+    ),
+    Assumption(
+        "cuda_plan: Costs.single",
+        "FMA per clock and SM",
+        lambda d: cuda_plan.costs_of(d).single,
+        _per_clock("multiply_add"),
+    ),
+    Assumption(
+        "cuda_plan: _MMA_LATENCY['bf16']", "clocks", lambda _: cuda_plan._MMA_LATENCY["bf16"], _chain("bfloat16")
+    ),
+    Assumption("cuda_plan: _MMA_LATENCY['tf32']", "clocks", lambda _: cuda_plan._MMA_LATENCY["tf32"], _chain("tf32")),
 )
 
 
 def assumptions(device: dict[str, Any], measurements: list[Measurement]) -> list[tuple[str, ...]]:
-    """A head and a line for each constant of kernels/plan.py: assumed, measured, and measured over assumed."""
+    """A head and a line for each constant of the planners: assumed, measured, and measured over assumed.
+
+    Those that no microbenchmark shows, `_CELL`, `_PARTIAL` and `_PACK` among them, have to come from what steps take.
+    """
     lines: list[tuple[str, ...]] = [("constant", "unit", "assumed", "measured", "measured / assumed")]
     assumed_of = _planned(device)
     for assumption in ASSUMPTIONS:
@@ -397,7 +451,9 @@ def write_report(device: dict[str, Any], measurements: list[Measurement], path: 
     assumed, measured = assumptions(device, measurements), table(measurements)
     title = f"# Microbenchmarks: {device.get('device', 'no device')}"
     parts = [title if "capability" in device else f"{title}: its times mean nothing"]
-    parts += ["## What kernels/plan.py assumes", markdown(assumed[0], assumed[1:])]
+    parts += ["## What kernels/plan.py and cuda_plan.py assume", markdown(assumed[0], assumed[1:])]
+    if clusters := device.get("clusters"):
+        parts.append("Clusters with 200 KiB a block that fit: " + ", ".join(f"{n} of {k}" for k, n in clusters.items()))
     if row := device_row(device, measurements):
         parts += ["For the table of devices there:", f"```python\n{row}\n```"]
     parts += ["## Measured", markdown(measured[0], measured[1:])]

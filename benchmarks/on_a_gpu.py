@@ -46,7 +46,9 @@ def add_actions(actions: Any) -> None:
     everything = actions.add_parser("gpu", help=what, description=what)
     add = everything.add_argument
     add("--out", type=Path, metavar="FOLDER", help="where everything goes; by default out/gpu/DATE")
-    add("--budget", type=arguments.seconds, default=540.0, metavar="SECONDS", help="for all of it (%(default)s)")
+    add("--budget", type=arguments.seconds, metavar="SECONDS", help="for all of it (540)")
+    add("--archive", type=Path, metavar="FILE", help="keep the folder in this .tar.gz too; --resume unpacks it")
+    add("--smoke", action="store_true", help="the first parts alone, in 200 seconds unless --budget says otherwise")
     add("--only", action="append", default=[], metavar="PART", help="do this part, done before or not; again for more")
     add("--resume", action="store_true", help="go on in the FOLDER with what is not done")
     add("--list", action="store_true", help="say what the parts are, and what is skipped here")
@@ -69,6 +71,12 @@ def add_actions(actions: Any) -> None:
         type=arguments.whole(1),
         default=30,
         help="launches that are timed of each (%(default)s)",
+    )
+    add(
+        "--seconds",
+        type=arguments.seconds,
+        default=micro.TIMEOUT,
+        help="for all measurements of a NAME (%(default)s)",
     )
     add("--build", action="store_true", help="build the program and print its path; needs nvcc and no GPU")
     add("--report", type=Path, metavar="FILE", help="measure nothing, and write micro.md anew from this micro.jsonl")
@@ -107,7 +115,9 @@ def _micro(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     measurements: list[micro.Measurement] = []
     interrupted = False
     try:
-        for line in micro.run(program, list(dict.fromkeys(options.names)) or all_names, options.samples):
+        for line in micro.run(
+            program, list(dict.fromkeys(options.names)) or all_names, options.samples, options.seconds
+        ):
             if "device" in line:
                 device = line
                 writer.device(line)
@@ -192,7 +202,7 @@ def _gpu(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if not (options.dry_run or options.list) and "cuda" not in testing.devices():
         parser.error("gpu needs a GPU, and torch finds none; --dry-run goes through the same steps on the CPU")
     folder = arguments.folder(options.out, "gpu").absolute()
-    todo = session.parts(folder, options.dry_run)
+    todo = [part for part in session.parts(folder, options.dry_run) if part.smoke or not options.smoke]
     names = [part.name for part in todo]
     if unknown := [name for name in options.only if name not in names]:
         parser.error(f"argument --only: unknown {', '.join(unknown)}: expected some of {', '.join(names)}")
@@ -203,13 +213,18 @@ def _gpu(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     before: list[session.Outcome] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        archive = None if options.archive is None else options.archive.absolute()
+        if archive is not None:
+            archive.parent.mkdir(parents=True, exist_ok=True)
+            if options.resume and archive.is_file() and not (folder / "session.json").is_file():
+                session.unpack(archive, folder)
         if (folder / "session.json").is_file():
             if not (options.resume or options.only):
                 parser.error(f"argument --out: {folder} has a session: add --resume, or name another")
             before, was_dry = session.read(folder)
             if was_dry != options.dry_run:
                 parser.error(f"argument --out: the session in {folder} is {'' if was_dry else 'not '}a dry run")
-        made = session.Session(folder, todo, options.dry_run, before)
+        made = session.Session(folder, todo, options.dry_run, before, archive)
     except (OSError, ValueError) as error:
         parser.error(f"argument --out: {error}")
 
@@ -219,10 +234,10 @@ def _gpu(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     signal.signal(signal.SIGTERM, interrupt)
     interrupted = False
     try:
-        made.run(options.budget, options.only)
+        made.run(options.budget or (200.0 if options.smoke else 540.0), options.only)
     except KeyboardInterrupt:
         interrupted = True
     for outcome in made.outcomes.values():
         print(f"{outcome.name:18} {outcome.status:12} {outcome.seconds:5.0f} s  {outcome.reason}".rstrip())
-    print(f"summary: {folder / 'summary.md'}")
+    print(f"summary: {folder / 'summary.md'}\n\n{made.digest()}")
     return arguments.INTERRUPTED if interrupted else 1 if made.failed else 0

@@ -169,6 +169,11 @@ _FORCES: dict[str, Callable[..., AbstractContextManager[None]]] = {
 }
 
 
+def forcing(backend: str, forward: Any, backward: Any) -> AbstractContextManager[None]:
+    """A backend takes these plans, whatever the problem."""
+    return _FORCES[backend](forward, backward)
+
+
 def attempt(trial: Trial) -> Row:
     """The outcome of a trial, as a row of results without a time; its `ran` is the plan."""
     case = trial.cell.case
@@ -176,9 +181,9 @@ def attempt(trial: Trial) -> Row:
     row.device, row.dtype, row.variant = trial.cell.device, trial.cell.dtype, trial.cell.variant
     row.T, row.B, row.I, row.H, row.L, row.D = case.T, case.B, case.I, case.H, case.layers, trial.cell.D
     contender = entered([trial.backend], [])[-1]
-    forcing = _FORCES[trial.backend](*trial.forced) if trial.forced else nullcontext()
+    forced = forcing(trial.backend, *trial.forced) if trial.forced else nullcontext()
     try:
-        with forcing:
+        with forced:
             row.excess = worst_error(trial.cell, contender, case.module(contender.build, trial.cell.device))
     except WrongError as error:
         row.status, row.reason, row.excess = "wrong", str(error), error.excess

@@ -85,6 +85,8 @@ def _digest() -> str:
 
 
 def _version(package: str) -> str:
+    if package == "torch":
+        return str(torch.__version__)  # with its build, +cu130 or +cpu, which the name of its package may be without
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -1,29 +1,34 @@
 """Everything there is to find out on a machine with a GPU, in order of importance, within a time.
 
 A session is a list of parts. Each is a command of its own in a process of its own, with a log and a budget of seconds;
-one that overruns it is killed, and the next begins. What was measured is in the folder as soon as it was, and
+one that overruns it is killed, and the next begins. The first of them are a smoke test: whether anything hangs or is
+wrong, and what a step takes. What was measured is in the folder as soon as it was, and in an archive soon after;
 session.json says of every part what became of it, also if the session itself is cut off: resumed, it goes on with the
-parts that have no outcome, and `plans` and `grid` go on where they were.
+parts that have no outcome, and `plans` and `grid` go on where they were. `Session.digest` is what is printed last.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
+import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import fusedrnn
+from fusedrnn import ops
 
-from . import micro, plans, predict, provenance
+from . import micro, plans, predict, provenance, smoke
 from .report import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,6 +37,9 @@ _UNFINISHED = ("timed out", "cut off", "running", "not reached")
 _LEAST = 5.0  # seconds: with less no part is begun
 _GRACE = 8.0  # seconds that a part has to end by itself after it was interrupted
 _RESERVE = 20.0  # seconds of the session that are kept for the report
+_ARCHIVED_EVERY = 15.0  # seconds
+DIGEST = 8000  # characters
+DEBUG = ROOT / "build" / "debug" / "fusedrnn" / "_cuda.abi3.so"
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,7 @@ class Part:
     environment: dict[str, str] = field(default_factory=dict)
     last: bool = False  # after all others, every time, with time kept for it
     needs: Path | None = None  # that another part leaves
+    smoke: bool = False  # whether it is of the smoke test
 
 
 @dataclass
@@ -75,49 +84,88 @@ torch.cuda.synchronize()
 
 
 def parts(folder: Path, dry: bool) -> list[Part]:
-    """Every part, in order of importance.
+    """Every part, in order of importance: the smoke test, then the C++ kernels, the grid, Triton, and tests.
 
     Args:
         folder: where the results go.
         dry: the same parts in tiny sizes on the CPU, with the Triton kernels interpreted.
     """
-    device = "cpu" if dry else "cuda"
-    bench = ("-m", "fusedrnn", "bench")
-    backends = _backends(dry)
-
-    def check(name: str, skip: str = "", environment: dict[str, str] | None = None) -> Part:
-        command = ["-m", "fusedrnn", "check", "--quick", "--device", device, "--backend", name]
-        # Kernels that are compiled at their first call take longer than there is: from all over, as far as it gets.
-        command += ["--record", str(folder / f"check-{name}.jsonl"), "--limit", "4" if dry else "1000"]
-        what = f"gradcheck, gradgradcheck and comparison with nn.LSTM, quick, of {name}"
-        return Part(f"check-{name}", what, 75, tuple(command), skip, environment or {})
-
-    found = [Part("info", "versions, devices, backends and their reasons", 30, ("-m", "fusedrnn", "info", "--json"))]
-    found += [check(name, skip, environment) for name, (skip, environment) in backends.items()]
-    measuring = (*bench, "micro", "--out", str(folder / "micro"), *(("--host",) if dry else ()))
-    skip = micro.unavailable(host=dry) or ""
-    found.append(Part("micro", "microbenchmarks of what the planners assume", 75, measuring, skip))
-    for name, (skip, environment) in backends.items():
-        trying = (*bench, "plans", "--backend", name, "--device", device, "--out", str(folder / f"plans-{name}"))
-        sizes = ("--shrink", "32", "--limit", "3") if dry else ()
-        what = f"every plan of {name} against float64, forward and backward"
-        found.append(Part(f"plans-{name}", what, 90, (*trying, *sizes), skip, environment))
-    found.append(_grid(folder, backends, dry))
+    bench, backends = ("-m", "fusedrnn", "bench"), _backends(dry)
+    found = _smoke_test(folder, backends, dry)
     results = folder / "grid" / "results.csv"
+    first, *others = backends.items()
+    found += _of_backend(folder, *first, dry)
+    found.append(_grid(folder, backends, dry))
     predicting = (*bench, "predict", str(results), *(("--device", predict.planner.H200.name) if dry else ()))
     what = "what the planners predicted next to what was measured"
     found.append(Part("predictions", what, 20, predicting, last=True, needs=results))
+    found += [part for other in others for part in _of_backend(folder, *other, dry)]
+    found += [_check(folder, name, dry) for name in ("aten", "reference")]
+    for kind in ("memcheck", "synccheck"):
+        found += [_sanitized(kind, name, skip, environment, dry) for name, (skip, environment) in backends.items()]
+    # Its test of two launches at once comes last, as what is promised of that is written nowhere.
     found += _tests(folder, dry, [] if dry else [name for name, (skip, _) in backends.items() if not skip])
-    found += [check(name) for name in ("aten", "reference")]
-    tool = micro.cuda_tool("compute-sanitizer")
-    missing = "compute-sanitizer is not installed" if tool is None else "it watches a GPU" if dry else ""
-    for kind in ("memcheck", "racecheck", "synccheck"):
-        watched = (tool or "compute-sanitizer", "--tool", kind, "--error-exitcode", "9", sys.executable, "-c", _SMALL)
-        for name, (skip, environment) in backends.items():
-            what = f"small cases of {name} under compute-sanitizer"
-            found.append(Part(f"{kind}-{name}", what, 90, (*watched, name), skip or missing, environment))
     drawing = (*bench, "plot", str(results))
     return [*found, Part("report", "tables and pictures of the grid", 30, drawing, last=True, needs=results)]
+
+
+def _smoke_test(folder: Path, backends: dict[str, tuple[str, dict[str, str]]], dry: bool) -> list[Part]:
+    """What takes 200 seconds, and says whether the rest is worth its time."""
+    device = ("--device", "cpu" if dry else "cuda")
+    program = ("-m", "fusedrnn.benchmarks.smoke")
+    info = ("-m", "fusedrnn", "info", "--json")
+    found = [Part("info", "versions, devices, backends and their reasons", 15, info, smoke=True)]
+    for name in ("triton",) if dry else ("cuda",):
+        skip, environment = backends.get(name, ("there is no such backend here", {}))
+        if name == "cuda" and DEBUG.is_file():
+            environment = {**environment, ops.CUDA_LIBRARY_VARIABLE: str(DEBUG)}
+        for kind in smoke.KINDS[name]:
+            what = f"{name}: small layers that exchange by {kind}, in the build that names what it waits for"
+            command = (*program, "exchange", name, kind, *device)
+            found.append(Part(f"exchange-{name}-{kind}", what, 15, command, skip, environment, smoke=True))
+    measuring = ("-m", "fusedrnn", "bench", "micro", "--out", str(folder / "micro"), "--samples", "10")
+    measuring += ("--seconds", "30" if dry else "8", *(("--host",) if dry else ()))
+    skip = micro.unavailable(host=dry) or ""
+    found.append(Part("micro", "microbenchmarks of what the planners assume", 40, measuring, skip, smoke=True))
+    timed = [name for name, (skip, _) in backends.items() if not skip and name in smoke.KINDS]
+    environment = {k: v for name in timed for k, v in backends[name][1].items()}
+    command = (*program, "steps", *timed, *device, "--out", str(folder / "smoke"))
+    what = "microseconds of a step by slope: measured, predicted, cuDNN"
+    skip = "" if timed else "no backend with a model is available"
+    return [*found, Part("steps", what, 60, command, skip, environment, smoke=True)]
+
+
+def _of_backend(folder: Path, name: str, state: tuple[str, dict[str, str]], dry: bool) -> list[Part]:
+    """Its plans, a look at its launches, races, and the check."""
+    skip, environment = state
+    device = "cpu" if dry else "cuda"
+    trying = ("-m", "fusedrnn", "bench", "plans", "--backend", name, "--device", device)
+    trying += ("--out", str(folder / f"plans-{name}"), *(("--shrink", "32", "--limit", "3") if dry else ()))
+    what = f"every plan of {name} against float64, forward and backward"
+    found = [Part(f"plans-{name}", what, 60, trying, skip, environment)]
+    profiler = micro.cuda_tool("ncu")
+    missing = skip or ("it looks at a GPU" if dry else "" if profiler else "ncu is not installed")
+    looking = (profiler or "ncu", "--clock-control", "none", "--kernel-name", "regex:recurrence|lstm_")
+    looking += ("--launch-count", "2", "--set", "full", sys.executable, "-m", "fusedrnn.benchmarks.smoke", "once", name)
+    what = f"one forward and one backward launch of {name} under Nsight Compute"
+    found.append(Part(f"ncu-{name}", what, 30, looking, missing, environment))
+    found.append(_sanitized("racecheck", name, skip, environment, dry))
+    return [*found, _check(folder, name, dry, skip, environment)]
+
+
+def _check(folder: Path, name: str, dry: bool, skip: str = "", environment: dict[str, str] | None = None) -> Part:
+    command = ["-m", "fusedrnn", "check", "--quick", "--device", "cpu" if dry else "cuda", "--backend", name]
+    # Kernels that are compiled at their first call take longer than there is: from all over, as far as it gets.
+    command += ["--record", str(folder / f"check-{name}.jsonl"), "--limit", "4" if dry else "1000"]
+    what = f"gradcheck, gradgradcheck and comparison with nn.LSTM, quick, of {name}"
+    return Part(f"check-{name}", what, 45, tuple(command), skip, environment or {})
+
+
+def _sanitized(kind: str, name: str, skip: str, environment: dict[str, str], dry: bool) -> Part:
+    tool = micro.cuda_tool("compute-sanitizer")
+    missing = skip or ("it watches a GPU" if dry else "" if tool else "compute-sanitizer is not installed")
+    watched = (tool or "compute-sanitizer", "--tool", kind, "--error-exitcode", "9", sys.executable, "-c", _SMALL, name)
+    return Part(f"{kind}-{name}", f"small cases of {name} under compute-sanitizer", 45, watched, missing, environment)
 
 
 def _backends(dry: bool) -> dict[str, tuple[str, dict[str, str]]]:
@@ -142,7 +190,7 @@ def _grid(folder: Path, backends: dict[str, tuple[str, dict[str, str]]], dry: bo
     else:
         command += ["--device", "cuda", "--rounds", "10", "--time-budget", "1"]
     skip = "" if usable else "no backend with kernels is available"
-    return Part("grid", "the grid of sizes and dtypes against nn.LSTM", 200, tuple(command), skip, environment)
+    return Part("grid", "the grid of sizes and dtypes against nn.LSTM", 120, tuple(command), skip, environment)
 
 
 # What some tests need beside pytest; the others are run without it.
@@ -151,10 +199,10 @@ _NEEDED = {"tests/test_torch_samples.py": "expecttest", "tests/test_hypothesis.p
 
 def _tests(folder: Path, dry: bool, expected: list[str]) -> list[Part]:
     chosen = {
-        "tests-gpu": ("CUDA graphs, streams, determinism", "tests/test_gpu.py", ""),
         "tests-torch": ("torch's samples of nn.LSTM, with their derivatives", "tests/test_torch_samples.py", "cuda"),
         "tests-triton": ("the tests of the Triton kernels", "tests/test_triton.py", ""),
         "tests": ("all tests that compute on a GPU", "tests", "cuda and not host"),
+        "tests-gpu": ("CUDA graphs, determinism, two streams at once", "tests/test_gpu.py", ""),
     }
     found = []
     for name, (what, path, words) in chosen.items():
@@ -188,16 +236,25 @@ class Session:
         todo: all parts.
         dry: as in `parts`.
         before: what `read` returns for a session to go on with.
+        archive: a file that the folder is packed into, every 15 seconds and at the end, or None.
     """
 
-    def __init__(self, folder: Path, todo: Sequence[Part], dry: bool, before: Sequence[Outcome] = ()) -> None:
-        self.folder, self.parts, self._dry = folder, list(todo), dry
+    def __init__(
+        self,
+        folder: Path,
+        todo: Sequence[Part],
+        dry: bool,
+        before: Sequence[Outcome] = (),
+        archive: Path | None = None,
+    ) -> None:
+        self.folder, self.parts, self._dry, self._archive = folder, list(todo), dry, archive
         earlier = {outcome.name: outcome for outcome in before}
         self.outcomes = {part.name: earlier.get(part.name, Outcome(part.name)) for part in todo}
         for outcome in self.outcomes.values():
             if outcome.status == "running":
                 outcome.status, outcome.reason = "cut off", "the session ended while it ran"
         self._facts = provenance.collect("cpu" if dry else "cuda")
+        self._stale = [why for name in ("cpu", "cuda") if (why := ops.stale(name)) is not None]
         (folder / "logs").mkdir(exist_ok=True)
 
     @property
@@ -215,6 +272,10 @@ class Session:
             budget: seconds for all of it.
             only: do these, whatever became of them before.
         """
+        with _archived(self.folder, self._archive):
+            self._run_all(budget, only)
+
+    def _run_all(self, budget: float, only: Sequence[str]) -> None:
         end = time.monotonic() + budget
         ordinary = [part for part in self.parts if not part.last and (not only or part.name in only)]
         fresh = [p for p in ordinary if only or self.outcomes[p.name].times == 0]
@@ -288,14 +349,38 @@ class Session:
         return ("passed", "") if status == 0 else ("failed", f"exit status {status}: {self._complaint(part)}")
 
     def _complaint(self, part: Part) -> str:
-        text = (self.folder / "logs" / f"{part.name}.log").read_text(encoding="utf-8", errors="replace")
-        return next((line.strip()[:200] for line in reversed(text.splitlines()) if line.strip()), "")
+        return next((line.strip()[:200] for line in self._last_lines(part.name, 1)), "")
+
+    def digest(self) -> str:
+        """What to read first, in at most DIGEST characters: failures, then what steps take, then what was assumed."""
+        told = [f"STALE LIBRARY: {why}" for why in self._stale]
+        wrong = [o for o in self.outcomes.values() if o.status in ("failed", "timed out", "cut off")]
+        for outcome in wrong:
+            told.append(f"{outcome.status.upper()} {outcome.name}: {outcome.reason}"[:300])
+            told += [f"    {line[:160]}" for line in self._last_lines(outcome.name, 6 if len(wrong) < 8 else 2)]
+        pieces = ["\n".join(told)[: DIGEST // 2] or "nothing failed"]
+        for status in ("passed", "skipped", "not reached"):
+            names = [outcome.name for outcome in self.outcomes.values() if outcome.status == status]
+            pieces.append(f"{status}: {', '.join(names) or '-'}"[:600])
+        if steps := smoke.table(self.folder / "smoke" / "steps.jsonl"):
+            pieces.append("microseconds a step, bfloat16\n" + "\n".join(steps))
+        with suppress(OSError, ValueError):
+            device, measured = micro.read(self.folder / "micro" / "micro.jsonl")
+            pieces.append(f"clusters with 200 KiB that fit, by size: {device.get('clusters', '-')}")
+            pieces.append("\n".join("  ".join(line) for line in micro.assumptions(device, measured)))
+        return "\n\n".join(pieces)[:DIGEST]
+
+    def _last_lines(self, name: str, most: int) -> list[str]:
+        path = self.folder / "logs" / f"{name}.log"
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        return [line for line in text.splitlines() if line.strip()][-most:]
 
     def write(self) -> None:
         """session.json, which a later session reads, and summary.md, which people do."""
         state = {"dry": self._dry, "provenance": self._facts, "parts": [asdict(o) for o in self.outcomes.values()]}
         _replace(self.folder / "session.json", json.dumps(state, indent=1) + "\n")
         _replace(self.folder / "summary.md", self._summary())
+        _replace(self.folder / "digest.txt", self.digest() + "\n")
 
     def _summary(self) -> str:
         lines = []
@@ -308,6 +393,57 @@ class Session:
         files = ["micro/micro.md", "grid/report.md", "grid/predictions.md"]
         there = [f"- [{name}]({name})" for name in files if (self.folder / name).is_file()]
         return "\n\n".join([*pieces, *(["## Reports", "\n".join(there)] if there else [])]) + "\n"
+
+
+@contextmanager
+def _archived(folder: Path, archive: Path | None) -> Iterator[None]:
+    """Inside, and once more at the end, the folder is packed into the archive."""
+    if archive is None:
+        yield
+        return
+    over = threading.Event()
+
+    def keep_packing() -> None:
+        while not over.wait(_ARCHIVED_EVERY):
+            pack(folder, archive)
+
+    thread = threading.Thread(target=keep_packing, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        pack(folder, archive)
+
+
+def pack(folder: Path, archive: Path) -> None:
+    """Packs what is in the folder at this moment; the archive is whole at every moment."""
+    partial = archive.with_name(f"{archive.name}.partial")
+    with tarfile.open(partial, "w:gz") as tar:
+        for path in sorted(folder.rglob("*")):
+            if not path.is_file() or path in (archive, partial):
+                continue
+            with suppress(FileNotFoundError):  # a file that is replaced just now
+                content = path.read_bytes()
+                member = tarfile.TarInfo(path.relative_to(folder).as_posix())
+                member.size, member.mtime = len(content), int(time.time())
+                tar.addfile(member, io.BytesIO(content))
+    partial.replace(archive)
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """The inverse of `pack`.
+
+    Raises:
+        OSError: the archive cannot be read.
+        ValueError: it is something else.
+    """
+    try:
+        with tarfile.open(archive) as tar:
+            tar.extractall(folder, filter="data")
+    except tarfile.TarError as error:
+        raise ValueError(f"{archive} is not the archive of a session: {error}") from error
 
 
 def read(folder: Path) -> tuple[list[Outcome], bool]:

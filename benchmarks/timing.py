@@ -74,6 +74,23 @@ class CudaClock:
         return begin.elapsed_time(end) / 1e3 / calls
 
 
+def mark(clock: Clock) -> Any:
+    """This moment on the clock of a device, for `between`."""
+    if isinstance(clock, CpuClock):
+        return clock.now()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def between(begin: Any, end: Any) -> float:
+    """Seconds from one `mark` to another; waits for the second."""
+    if isinstance(begin, float):
+        return float(end - begin)
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3
+
+
 def clock(device: str) -> Clock:
     """The clock of "cpu" or "cuda"."""
     return CudaClock() if device == "cuda" else CpuClock()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -255,9 +256,25 @@ def select(problem: Problem) -> str:
         return asked
     for name in _order(problem):
         if supports(name, problem) is None:
+            if name == "reference":
+                _warn_of_the_reference(problem)
             return name
     reasons = "; ".join(f"{name}: {supports(name, problem)}" for name in TABLE)
     raise RuntimeError(f"no backend can compute this: {reasons}")
+
+
+def _warn_of_the_reference(problem: Problem) -> None:
+    """Tells whoever has a GPU, and asked for what nn.LSTM does not have, that a Python loop computes it."""
+    if problem.device != "cuda" or torch.compiler.is_compiling():
+        return
+    kernels = [name for name in TABLE if name not in ("cpu", "aten", "reference")]
+    reasons = "; ".join(f"{name}: {supports(name, problem)}" for name in kernels)
+    warnings.warn(
+        f"lengths, reset and return_states are computed by a Python loop over the time steps on {problem.device}, "
+        f"which is slow. What else there is: {reasons}. fusedrnn.use_backend or FUSEDRNN_BACKEND asks by name",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def _order(problem: Problem) -> tuple[str, ...]:

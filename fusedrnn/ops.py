@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import gpu, onnx, reference
+from . import gpu, onnx, reference, sources
 from .layout import split_directions
 
 NAMESPACE = "fusedrnn"
@@ -197,7 +198,7 @@ _library.impl("reference_forward", _reference_forward, "CompositeExplicitAutogra
 _library.impl("reference_backward", _reference_backward, "CompositeExplicitAutograd")
 
 
-def _launches(backend: str) -> ModuleType:
+def launches(backend: str) -> ModuleType:
     """The module that gpu.py computes a backend with."""
     if backend == "cuda":
         from . import cuda as launch
@@ -214,11 +215,11 @@ def _define_gpu(backend: str) -> None:
 
     @torch.no_grad()
     def forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        return gpu.forward(_launches(backend), x, *arguments)
+        return gpu.forward(launches(backend), x, *arguments)
 
     @torch.no_grad()
     def backward(dy: Tensor | None, *arguments: Any) -> tuple[Any, ...]:
-        return _each_gradient(*gpu.backward(_launches(backend), dy, *arguments))
+        return _each_gradient(*gpu.backward(launches(backend), dy, *arguments))
 
     def forward_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         y, hn, cn, c, gates = _forward_fake(x, *arguments)
@@ -238,7 +239,7 @@ def gpu_plans(
     Raises:
         ValueError: there is none that fits the GPU; or FUSEDRNN_FP32 is unknown, or not what the backend can do.
     """
-    launch = _launches(backend)
+    launch = launches(backend)
     shape = launch.Shape(T, B, I, H, P, D, dtype.itemsize, gpu.fp32_precision(), ragged)
     return {kernel: launch.plan_for(kernel, shape, torch.device(device)) for kernel in ("forward", "backward")}
 
@@ -297,12 +298,22 @@ def _triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def _c_compiler() -> str | None:
+    """The C compiler that Triton would build its launcher with, looked for as Triton does."""
+    return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+
+
 @constant
 def triton_unavailable() -> str | None:
     """Why the Triton kernels cannot run here, or None. Does not load Triton."""
     if not _triton_installed():
         return "Triton is not installed (pip install triton)"
-    return None if triton_interpreted() else _no_gpu()
+    if triton_interpreted():
+        return None
+    missing = _no_gpu()
+    if missing is None and _c_compiler() is None:
+        return "Triton needs a C compiler at its first launch: neither CC is set, nor are gcc or clang in PATH"
+    return missing
 
 
 _define_gpu("cuda")
@@ -343,10 +354,29 @@ def build_info() -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
+def stale(name: str) -> str | None:
+    """Why the library "cpu" or "cuda" is not of the sources that lie beside it in a checkout, or None; None also where
+    there is no library, or there are no sources."""
+    root, folder = Path(__file__).resolve().parents[1], Path(__file__).parent
+    built = build_info().get("sources", {}).get(name)
+    if not (root / "csrc" / name).is_dir() or not any(folder.glob(f"_{name}*.so")) or built is None:
+        return None
+    if built == sources.digest(root, name):
+        return None
+    return f"fusedrnn/_{name} was built from other sources than those in csrc: build it again"
+
+
+CUDA_LIBRARY_VARIABLE = "FUSEDRNN_CUDA_LIBRARY"
+
+
 def _load(name: str) -> str | None:
-    """Loads the native library `name`; returns None, or why it cannot be loaded."""
+    """Loads the native library `name`; returns None, or why it cannot be loaded.
+
+    The environment's FUSEDRNN_CUDA_LIBRARY names another one for "cuda": the build that shows where a kernel hangs.
+    """
     folder = Path(__file__).parent
-    candidates = sorted(folder.glob(f"_{name}*.so"))
+    named = os.environ.get(CUDA_LIBRARY_VARIABLE, "") if name == "cuda" else ""
+    candidates = [Path(named)] if named else sorted(folder.glob(f"_{name}*.so"))
     if not candidates:
         why = build_info().get("failures", {}).get(name, "it was not built")
         compiler = {"cpu": "a C++ compiler", "cuda": "nvcc"}[name]

@@ -20,7 +20,7 @@ by one that lies outside of the sequence.
 import triton
 import triton.language as tl
 
-from .affine import load_weights, multiply
+from .affine import load_weights, multiply, round_to_tf32
 from .cell import cell_backward
 from .grid import arrive, wait
 
@@ -104,11 +104,11 @@ def lstm_backward(
             kept_hh = ()
             for k in tl.static_range(4):
                 kept_hh = kept_hh + load_weights(
-                    w_hh + tl.cast(k * H, tl.int64) * P, o_p.to(tl.int64), m_p, P, H, 1, CHUNK, 1
+                    w_hh + tl.cast(k * H, tl.int64) * P, o_p.to(tl.int64), m_p, P, H, 1, CHUNK, 1, PRECISION
                 )
         else:
-            kept_hh = load_weights(w_hh, o_p.to(tl.int64), m_p, P, 4 * H, RESIDENT, CHUNK, SPLIT)
-        kept_hr = load_weights(w_hr, o_u.to(tl.int64), m_u, H, P, RESIDENT_HR, CHUNK, SPLIT)
+            kept_hh = load_weights(w_hh, o_p.to(tl.int64), m_p, P, 4 * H, RESIDENT, CHUNK, SPLIT, PRECISION)
+        kept_hr = load_weights(w_hr, o_u.to(tl.int64), m_u, H, P, RESIDENT_HR, CHUNK, SPLIT, PRECISION)
 
         # 64-bit: where the item's rows begin in [B, ...] and in [D, B, ...]; what is added to that is small.
         b0 = tl.cast(item // D, tl.int64) * BATCH
@@ -184,7 +184,7 @@ def lstm_backward(
                 else:
                     wait(counter, arrivals, MEET)
                     b_dm = multiply(
-                        da + ((d * T + after) * B + b0) * (4 * H) + o_b * (4 * H), passes, 4 * H,
+                        da + ((d * T + after) * B + b0) * (4 * H) + o_b * (4 * H), passes, None, None, 4 * H,
                         kept_hh, w_hh, o_p.to(tl.int64), m_p, P,
                         BATCH, OUTPUTS, RESIDENT, STREAMED, CHUNK, SPLIT, AHEAD, PRECISION,
                     )  # fmt: skip
@@ -203,7 +203,7 @@ def lstm_backward(
                 if COLUMNS:
                     wait(counter, arrivals, MEET)
                     b_dm = multiply(
-                        dh_out + ((d * T + t) * B + b0) * P + o_b * P, exists, P,
+                        dh_out + ((d * T + t) * B + b0) * P + o_b * P, exists, None, None, P,
                         kept_hr, w_hr, o_u.to(tl.int64), m_u, H,
                         BATCH, UNITS, RESIDENT_HR, STREAMED, CHUNK, SPLIT, AHEAD, PRECISION,
                     )  # fmt: skip
@@ -219,10 +219,10 @@ def lstm_backward(
                 tl.store(da + p_gates + 2 * H, da_g, mask=m_store)
                 tl.store(da + p_gates + 3 * H, da_o, mask=m_store)
                 if CARRIED:
-                    dh_in = tl.dot(da_i, kept_hh[0], input_precision=PRECISION)
-                    dh_in = tl.dot(da_f, kept_hh[1], dh_in, input_precision=PRECISION)
-                    dh_in = tl.dot(da_g, kept_hh[2], dh_in, input_precision=PRECISION)
-                    dh_in = tl.dot(da_o, kept_hh[3], dh_in, input_precision=PRECISION)
+                    dh_in = tl.dot(round_to_tf32(da_i, PRECISION), kept_hh[0], input_precision=PRECISION)
+                    dh_in = tl.dot(round_to_tf32(da_f, PRECISION), kept_hh[1], dh_in, input_precision=PRECISION)
+                    dh_in = tl.dot(round_to_tf32(da_g, PRECISION), kept_hh[2], dh_in, input_precision=PRECISION)
+                    dh_in = tl.dot(round_to_tf32(da_o, PRECISION), kept_hh[3], dh_in, input_precision=PRECISION)
                     b_dh = tl.where(exists[:, None], tl.where(kept[:, None], dh_in, 0.0), b_dh)
                 else:
                     arrive(counter, MEET)

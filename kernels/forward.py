@@ -26,7 +26,7 @@ from `begin` to `end` and one PHASE of them, and c goes from launch to launch in
 import triton
 import triton.language as tl
 
-from .affine import load_weights, multiply
+from .affine import load_weights, multiply, round_to_tf32
 from .cell import cell
 from .grid import arrive, wait
 
@@ -137,11 +137,13 @@ def lstm_forward(
         if CARRIED:
             kept_hh = ()
             for k in tl.static_range(4):
-                kept_hh = kept_hh + load_weights(w_hh, (k * H + o_u).to(tl.int64) * P, m_u, 1, P, 1, CHUNK, 1)
+                kept_hh = kept_hh + load_weights(
+                    w_hh, (k * H + o_u).to(tl.int64) * P, m_u, 1, P, 1, CHUNK, 1, PRECISION
+                )
         else:
-            kept_hh = load_weights(w_hh, o_gate.to(tl.int64) * P, m_gate, 1, P, RESIDENT, CHUNK, SPLIT)
-        kept_ih = load_weights(w_ih, o_gate.to(tl.int64) * I, m_gate, 1, I, INPUTS, CHUNK, SPLIT)
-        kept_hr = load_weights(w_hr, o_p.to(tl.int64) * H, m_p, 1, H, RESIDENT_HR, CHUNK, SPLIT)
+            kept_hh = load_weights(w_hh, o_gate.to(tl.int64) * P, m_gate, 1, P, RESIDENT, CHUNK, SPLIT, PRECISION)
+        kept_ih = load_weights(w_ih, o_gate.to(tl.int64) * I, m_gate, 1, I, INPUTS, CHUNK, SPLIT, PRECISION)
+        kept_hr = load_weights(w_hr, o_p.to(tl.int64) * H, m_p, 1, H, RESIDENT_HR, CHUNK, SPLIT, PRECISION)
         bias = tl.zeros((N,), tl.float32)
         if INPUTS and b_ih0 is not None:
             bias = tl.load(b_ih + o_gate, mask=m_gate, other=0.0).to(tl.float32)
@@ -202,7 +204,7 @@ def lstm_forward(
                 p_gates = ((d * T + t) * B + b0) * (4 * H) + o_gates
                 if INPUTS:
                     acc = multiply(
-                        x + (t * B + b0) * I + o_b * I, exists, I, kept_ih, w_ih, o_gate, m_gate, 1,
+                        x + (t * B + b0) * I + o_b * I, exists, None, None, I, kept_ih, w_ih, o_gate, m_gate, 1,
                         BATCH, N, INPUTS, False, CHUNK, SPLIT, AHEAD, PRECISION,
                     )  # fmt: skip
                     a_i, a_f, a_g, a_o = split_gates(acc + bias[None, :], BATCH, UNITS)
@@ -213,21 +215,27 @@ def lstm_forward(
                     a_o = tl.load(xg + p_gates + 3 * H, mask=m_tile, other=0.0).to(tl.float32)
 
                 if CARRIED:
-                    h_in = tl.where(enters[:, None], b_h, 0.0).to(dtype)
+                    h_in = round_to_tf32(tl.where(enters[:, None], b_h, 0.0).to(dtype), PRECISION)
                     a_i = tl.dot(h_in, kept_hh[0], a_i, input_precision=PRECISION)
                     a_f = tl.dot(h_in, kept_hh[1], a_f, input_precision=PRECISION)
                     a_g = tl.dot(h_in, kept_hh[2], a_g, input_precision=PRECISION)
                     a_o = tl.dot(h_in, kept_hh[3], a_o, input_precision=PRECISION)
                 else:
                     wait(counter, arrivals, MEET)
-                    p_rows = y + ((before * B + b0) * D + d) * P + o_b * (D * P)
+                    p_before = y + ((before * B + b0) * D + d) * P
+                    p_rows = p_before + o_b * (D * P)
                     m_rows = enters
-                    if h0 is not None:
-                        p_rows = tl.where(zero + t == first, h0 + row0 * P + o_b * P, p_rows)
-                    else:
+                    p_others = None
+                    m_others = None
+                    if h0 is None:
                         m_rows = enters & (zero + t != first)
+                    elif lengths is None:  # all rows begin at the same step
+                        p_rows = tl.where(t == first, h0 + row0 * P, p_before) + o_b * tl.where(t == first, P, D * P)
+                    else:
+                        p_others = h0 + row0 * P + o_b * P
+                        m_others = zero + t == first
                     acc = multiply(
-                        p_rows, m_rows, P, kept_hh, w_hh, o_gate.to(tl.int64) * P, m_gate, 1,
+                        p_rows, m_rows, p_others, m_others, P, kept_hh, w_hh, o_gate.to(tl.int64) * P, m_gate, 1,
                         BATCH, N, RESIDENT, STREAMED, CHUNK, SPLIT, AHEAD, PRECISION,
                     )  # fmt: skip
                     r_i, r_f, r_g, r_o = split_gates(acc, BATCH, UNITS)
@@ -264,7 +272,7 @@ def lstm_forward(
             if COLUMNS and PHASE != CELL:
                 wait(counter, arrivals, MEET)
                 acc = multiply(
-                    m + row0 * H + o_b * H, exists, H, kept_hr, w_hr, o_p.to(tl.int64) * H, m_p, 1,
+                    m + row0 * H + o_b * H, exists, None, None, H, kept_hr, w_hr, o_p.to(tl.int64) * H, m_p, 1,
                     BATCH, COLUMNS, RESIDENT_HR, STREAMED, CHUNK, SPLIT, AHEAD, PRECISION,
                 )  # fmt: skip
                 tl.store(y + ((t * B + b0) * D + d) * P + o_y, acc, mask=m_h)

@@ -22,17 +22,20 @@ def arrive(counter, MEET: tl.constexpr):
 
 @triton.jit
 def wait(counter, target, MEET: tl.constexpr):
-    """Returns when `target` arrivals have been counted; what those programs had stored can then be read past L1."""
+    """Returns when `target` arrivals have been counted; what those programs had stored can then be read."""
     if MEET:
-        while _seen(counter) - target < 0:
-            pass
-    else:
-        tl.debug_barrier()  # the stores of this program's other threads
+        # One thread looks and acquires, and the barrier hands on to the others what it has seen. If every warp looked,
+        # each would empty the L1, and all would queue for one line.
+        thread = tl.inline_asm_elementwise("mov.u32 $0, %tid.x;", "=r", [], dtype=tl.int32, is_pure=True, pack=1)
+        if thread == 0:
+            while _seen(counter) - target < 0:
+                pass
+    tl.debug_barrier()  # also for the stores of this program's other threads
 
 
 @triton.jit
 def _seen(counter):
-    # Every thread looks for itself, and so acquires for itself. An atomic operation would queue up behind the arrivals.
+    # An atomic operation would queue up behind the arrivals.
     return tl.inline_asm_elementwise(
         "ld.acquire.gpu.global.s32 $0, [$1];", "=r,l", [counter], dtype=tl.int32, is_pure=False, pack=1
     )

@@ -106,6 +106,8 @@ def _launch(
     grid = (plan.groups * plan.programs,)
     function = _KERNELS[kernel]
     constants = {**sizes, "D": D, **plan.constants(kernel)}
+    if INTERPRETED:
+        constants["PRECISION"] = "ieee"  # what it multiplies float32 in
     counters = torch.zeros(plan.groups, 32, dtype=torch.int32, device=like.device)
     if not INTERPRETED:
         with torch.cuda.device_of(like):

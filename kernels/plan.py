@@ -6,13 +6,14 @@ Pure arithmetic on what device.py says: no Triton, no GPU. Times are microsecond
 
 The model of one step of one program:
 
-    step = meeting + latency + max(states, weights, arithmetic) + cell
+    step = meeting + latency + max(states, weights, arithmetic, pipeline) + cell
 
     meeting      all programs of a group pass the counter, once, or twice with a projection
     latency      the first of the states arrives from L2
     states       BATCH rows of what the group exchanged, out of L2
     weights      resident: out of shared memory; streamed: out of L2, which all programs share
     arithmetic   the matrix instruction over the padded tile
+    pipeline     streamed: the chunks one after another, of which `stages` - 1 are on their way at a time
     cell         everything elementwise, and the loads and stores that belong to it
 
 A launch takes steps * items / groups of them, where an item is a direction and BATCH rows, and groups run side by side.
@@ -37,6 +38,7 @@ INTERPRETER = H200._replace(name="Triton's interpreter", multiprocessors=16)
 
 
 _STATE_LATENCY = 0.5  # microseconds from the end of a meeting to the first state in a register
+_CHUNK_LATENCY = 0.3  # microseconds that a chunk takes from L2 into shared memory, where nothing else is in the way
 _L2_PER_CLOCK, _SHARED_PER_CLOCK = 64, 128  # bytes, per multiprocessor
 _CELL_CLOCKS = 0.4  # for each element of a tile
 # Multiply-adds per clock and multiprocessor, by what operands are multiplied in.
@@ -107,6 +109,7 @@ class Plan:
             "num_warps": WARPS,
             "num_stages": self.stages,
             "maxnreg": 255,
+            "enable_fp_fusion": True,  # which Triton 3.10 turns off
             "launch_cooperative_grid": self.programs > 1,
         }
 
@@ -134,8 +137,8 @@ class _Tile(NamedTuple):
     stages: int  # of the pipeline that streams weights, or 1 where they are resident
 
 
-def _tiles(kernel: str, shape: Shape) -> Iterator[_Tile]:
-    """The tiles that spill no registers, as compile.py shows.
+def _tiles(kernel: str, shape: Shape, device: Device) -> Iterator[_Tile]:
+    """The tiles that spill no registers with any release of Triton from 3.6 on, as compile.py shows.
 
     Lengths and resets take registers for masks, and rows that are no multiples of 16 an address for every element.
     The states that meet resident weights are all on their way at the same time: `held` bytes of them at most.
@@ -145,7 +148,9 @@ def _tiles(kernel: str, shape: Shape) -> Iterator[_Tile]:
     longest = max(shape.P, shape.H if shape.projected else 0) if kernel == "forward" else 4 * shape.H
     for batch, split, chunk in ((16, 8, 128), (32, 4, 64)):
         for units in (8, 16, 32) if shape.aligned and not shape.projected else (8, 16):
-            held = (64 if units < 32 else 48) * 1024 // masks if shape.aligned else 8 * 1024
+            most = 64 if units <= (16 if device.capability < 100 else 8) else 48
+            most = 24 if batch == 32 and units > 8 else most
+            held = most * 1024 // masks if shape.aligned else 8 * 1024
             if batch * cdiv(longest, chunk) * chunk * shape.kept <= held:
                 yield _Tile(batch, units, split, chunk, 3, 1)
     batches, widest, elements = ((16, 32, 64), 128, 2048) if shape.aligned else ((16,), 32, 512)
@@ -155,7 +160,9 @@ def _tiles(kernel: str, shape: Shape) -> Iterator[_Tile]:
     for batch in batches:
         for units in (8, 16, 32, 64, 128):
             if units <= widest and batch * units <= elements:
-                yield _Tile(batch, units, 1, 32 if shape.aligned and units <= 32 and not plain else 16, 0, 3)
+                wide = shape.aligned and units <= 32 and not plain
+                chunk = (64 if shape.projected else 128) // shape.itemsize
+                yield _Tile(batch, units, 1, chunk if wide else 16, 0, 4)
 
 
 def _most_carried(shape: Shape) -> int:
@@ -193,7 +200,7 @@ def plans(kernel: str, shape: Shape, device: Device) -> Iterator[Plan]:
     """Every plan that `plan` chooses from; some need more shared memory than there is."""
     if not shape.projected:
         yield from _carried(kernel, shape, device)
-    for tile in _tiles(kernel, shape):
+    for tile in _tiles(kernel, shape, device):
         yield from _shared(kernel, shape, device, tile)
 
 
@@ -253,8 +260,7 @@ def _shared(kernel: str, shape: Shape, device: Device, tile: _Tile) -> Iterator[
     streamed = tile.stages > 1
     widest = max(hh[0], hr[0] if columns else 0)
     groups = min(shape.D * cdiv(shape.B, tile.batch), device.multiprocessors // programs)
-    # In float32, x in the launch takes the registers that a tile of more units has left.
-    alone = streamed or (shape.itemsize == 4 and units > 8)
+    alone = streamed or units > 8  # x in the launch takes the registers that a tile of more units has left
     for inputs in (0,) if alone else _inputs(kernel, shape, tile.chunk):
         kept = inputs * tile.chunk * 4 * units + (0 if streamed else weights)
         step = _Step(device, shape, tile.batch, units, groups * programs, meetings=2 if columns else 1)
@@ -281,6 +287,7 @@ def _shared(kernel: str, shape: Shape, device: Device, tile: _Tile) -> Iterator[
                     resident=kept,
                     streamed=weights if streamed else 0,
                     products=kept + (weights if streamed else 0),
+                    pipeline=(chunks + chunks_hr) / (tile.stages - 1) if streamed else 0.0,
                 ),
                 launch=0.0,
             ),
@@ -317,13 +324,14 @@ class _Step:
     active: int  # programs that run at the same time
     meetings: int
 
-    def time(self, states: int, resident: int, streamed: int, products: int) -> float:
+    def time(self, states: int, resident: int, streamed: int, products: int, pipeline: float = 0.0) -> float:
         """Microseconds.
 
         Args:
             states: elements of a row that come from other programs.
             resident, streamed: elements of weights that come from shared memory, and from L2.
             products: elements of weights that are multiplied with `batch` rows.
+            pipeline: chunks that are waited for, one after another.
         """
         device, clocks = self.device, self.device.clock * 1e3  # per microsecond
         meeting = self.meetings * (device.meeting + _STATE_LATENCY) if states else 0.0
@@ -333,7 +341,7 @@ class _Step:
         arithmetic = max(16, self.batch) * products / (self.shape.rate * clocks)
         elements = self.batch * self.units
         cell = 0.15 + _CELL_CLOCKS * elements / clocks
-        return meeting + max(weights, arithmetic, loads) + cell
+        return meeting + max(weights, arithmetic, loads, pipeline * _CHUNK_LATENCY) + cell
 
 
 def _finish(p: Plan, kernel: str, shape: Shape, device: Device) -> Plan:

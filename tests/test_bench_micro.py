@@ -186,7 +186,7 @@ OK_LINE = """echo '{"name":"flag","ns":[1000],"cycles":[2000]}'"""
 
 
 def test_a_kernel_that_hangs_or_fails_takes_no_other_with_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(micro, "_TIMEOUT", 0.5)
+    monkeypatch.setattr(micro, "TIMEOUT", 0.5)
     body = f"{DEVICE_LINE}\n[ $3 = push ] && exec sleep 60\n[ $3 = mma ] && echo cudaErrorX >&2 && exit 1\n{OK_LINE}"
     lines = list(micro.run(stub(tmp_path / "micro", body), ["push", "mma", "flag"], 5))
     assert [line.get("device") for line in lines] == ["NVIDIA H200", None, None, None]
@@ -265,3 +265,43 @@ def test_command_with_a_name_that_there_is_not(capsys):
         cli.main(["bench", "micro", "warp"])
     assert exit.value.code == 2
     assert "unknown warp: expected some of launch, grid_barrier" in " ".join(capsys.readouterr().err.split())
+
+
+def line_of(name, variant, group, size, us):
+    return Measurement(name, variant, group=group, blocks=128, bytes=size, ns=(us * 1e3,), cycles=(us * 1.8e3,))
+
+
+def test_constants_of_the_cuda_planner_are_taken_from_the_largest_group(capsys):
+    """A time is one without a byte, and one for each: 0.6 us, and 20 bytes a clock at 1.8 GHz."""
+    measured = [
+        line_of("cluster_exchange", "push to all", group, size, 0.3 * (1 + (group == 16)) + size / (20 * 1.8e3))
+        for group in (2, 16)
+        for size in (4096, 16384, 32768)
+    ]
+    measured += [line_of("grid_exchange", "flags", 64, size, 1.1 + size / 9e4) for size in (4096, 16384)]
+    measured += [Measurement("mma_latency", "tf32", ns=(10.0,), cycles=(18.0,), blocks=132)]
+    found = {line[0]: line[3] for line in micro.assumptions({}, measured)[1:]}
+    assert found["cuda_plan: Costs.cluster"] == "0.6"
+    assert found["cuda_plan: _PEER_PER_CLOCK"] == "20"
+    assert found["cuda_plan: Costs.grid"] == "1.1"
+    assert found["cuda_plan: _MMA_LATENCY['tf32']"] == "18"
+    assert found["cuda_plan: _MMA_LATENCY['bf16']"] == "-"
+
+
+def test_clusters_that_fit_are_reported(tmp_path):
+    device = {"device": "NVIDIA H200", "capability": 90, "multiprocessors": 132, "shared": 232448, "clock_khz": 1980000}
+    micro.write_report({**device, "clusters": {"2": 66, "16": 7}}, [], tmp_path / "micro.md")
+    assert "Clusters with 200 KiB a block that fit: 66 of 2, 7 of 16" in (tmp_path / "micro.md").read_text()
+
+
+def test_a_wheel_has_kernels_to_measure_and_not_what_they_include(tmp_path, monkeypatch, capsys):
+    shutil.copytree(micro.SOURCES, tmp_path / "benchmarks" / "cuda")
+    for name, folder in (("ROOT", ""), ("SOURCES", "benchmarks/cuda"), ("DEVICE", "csrc/cuda")):
+        monkeypatch.setattr(micro, name, tmp_path / folder)
+    for arguments in (["micro"], ["gpu", "--prepare"]):
+        with pytest.raises(SystemExit) as exit:
+            cli.main(["bench", *arguments])
+        assert exit.value.code == 2
+        assert "micro.cu): run it in a checkout" in " ".join(capsys.readouterr().err.split())
+    assert cli.main(["bench", "gpu", "--list", "--dry-run"]) == 0
+    assert "micro_host.cpp): run it in a checkout" in capsys.readouterr().out

@@ -201,22 +201,97 @@ def gpu(*arguments):
 def test_parts_stand_in_order_of_importance(capsys):
     assert gpu("--list") == 0
     names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    wanted = ["info", "check-cuda", "check-triton", "micro", "plans-cuda", "grid", "predictions", "tests-gpu", "report"]
+    wanted = ["info", "exchange-cuda-grid", "exchange-cuda-cluster", "exchange-cuda-parts", "micro", "steps"]
+    wanted += ["plans-cuda", "ncu-cuda", "racecheck-cuda", "check-cuda", "grid", "predictions", "plans-triton"]
+    wanted += ["racecheck-triton", "check-triton", "tests-gpu", "report"]
     assert [name for name in names if name in wanted] == wanted
     assert {f"{tool}-{name}" for tool in ("memcheck", "racecheck", "synccheck") for name in ("cuda", "triton")} <= set(
         names
     )
 
 
+def test_there_is_time_for_the_smoke_test_and_for_all_up_to_the_grid(tmp_path, monkeypatch):
+    monkeypatch.undo()  # of the short waits
+    found = session.parts(tmp_path, dry=False)
+    first = [part for part in found if part.smoke]
+    assert found[: len(first)] == first
+    assert sum(part.seconds for part in first) <= 200 - session._LEAST
+    grid = [part.name for part in found].index("grid")
+    assert sum(part.seconds for part in found[: grid + 1]) <= 540 - session._RESERVE - session._LEAST
+
+
+def test_the_debug_build_is_what_exchanges_are_tried_with(tmp_path, monkeypatch):
+    library = tmp_path / "_cuda.abi3.so"
+    library.touch()
+    monkeypatch.setattr(session, "DEBUG", library)
+    tried = {part.name: part for part in session.parts(tmp_path, dry=False)}
+    assert tried["exchange-cuda-cluster"].environment["FUSEDRNN_CUDA_LIBRARY"] == str(library)
+    assert "FUSEDRNN_CUDA_LIBRARY" not in tried["plans-cuda"].environment
+
+
+def test_the_digest_tells_failures_first_and_fits(tmp_path):
+    hangs = "for k in range(2000): print('block 3 waits for the flags of the group', k)\nraise SystemExit(1)"
+    todo = [python("good", ""), *(python(f"bad-{k}", hangs) for k in range(12)), python("absent", "", skip="no GPU")]
+    made = Session(tmp_path, todo, dry=True)
+    made.run(100)
+    (tmp_path / "smoke").mkdir()
+    ours = {"call": [2.0, 4.0], "launch": [1.5, 3.5], "predicted": [1.2, 2.0], "plans": ["1 x 8", "1 x 16"]}
+    row = {"H": 512, "B": 16, "nn.LSTM": {"float16": {"call": [2.1, 3.1]}, "bfloat16": {"call": [9.0, 9.9]}}}
+    lines = [json.dumps({**row, "cuda": ours}), json.dumps({**row, "cuda": {"error": "RuntimeError: trapped"}})]
+    (tmp_path / "smoke" / "steps.jsonl").write_text("\n".join([*lines, '{"H": 51']))
+    digest = made.digest()
+    assert digest.startswith("FAILED bad-0: exit status 1")
+    assert len(digest) <= session.DIGEST
+    assert "block 3 waits for the flags of the group 1999" in digest
+    assert "passed: good" in digest
+    assert (
+        " 512  16 cuda       1.50    1.20    2.00    2.10    9.00 |    3.50    2.00    4.00    3.10    9.90" in digest
+    )
+    assert "FAILED RuntimeError: trapped" in digest
+
+
+def test_everything_is_in_one_archive_as_it_goes(tmp_path, monkeypatch):
+    monkeypatch.setattr(session, "_ARCHIVED_EVERY", 0.05)
+    folder, archive = tmp_path / "session", tmp_path / "back" / "results.tar.gz"
+    folder.mkdir()
+    archive.parent.mkdir()
+    waits = f"import os, time\nwhile not os.path.exists({str(archive)!r}): time.sleep(0.01)\nprint('it is there')"
+    made = Session(folder, [python("one", waits)], True, archive=archive)
+    made.run(60)
+    assert statuses(made) == {"one": "passed"}
+    assert [path.name for path in archive.parent.iterdir()] == ["results.tar.gz"]
+    again = tmp_path / "again"
+    session.unpack(archive, again)
+    assert session.read(again) == (list(made.outcomes.values()), True)
+    assert "it is there" in (again / "logs" / "one.log").read_text()
+    (tmp_path / "other").write_text("something else")
+    with pytest.raises(ValueError, match="is not the archive of a session"):
+        session.unpack(tmp_path / "other", again)
+
+
+def test_a_session_goes_on_from_its_archive(tmp_path, capsys, monkeypatch):
+    archive = tmp_path / "results.tar.gz"
+    monkeypatch.setattr(session, "parts", lambda folder, dry: [counting(tmp_path, name) for name in ("one", "two")])
+    assert gpu("--dry-run", "--out", tmp_path / "first", "--archive", archive, "--only", "one") == 0
+    assert gpu("--dry-run", "--out", tmp_path / "second", "--archive", archive, "--resume") == 0
+    assert (tmp_path / "order").read_text().split() == ["one", "two"]
+
+
+def test_a_library_of_other_sources_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(session.ops, "stale", lambda name: f"fusedrnn/_{name} was built from other sources")
+    made = Session(tmp_path, [python("good", "")], dry=True)
+    assert made.digest().startswith("STALE LIBRARY: fusedrnn/_cpu was built from other sources")
+
+
 def test_a_short_dry_run(tmp_path, capsys, monkeypatch):
     """The same steps on the CPU: every part that was asked for has passed, or says why not."""
     monkeypatch.setattr(session, "_backends", lambda dry: {"cpu": ("", {}), "warp": ("there is no such backend", {})})
-    asked = ["info", "check-cpu", "plans-cpu", "plans-warp", "grid", "predictions", "memcheck-cpu", "report"]
+    asked = ["info", "steps", "check-cpu", "plans-cpu", "plans-warp", "grid", "predictions", "memcheck-cpu", "report"]
     arguments = ["--dry-run", "--out", tmp_path]
     assert gpu(*arguments, *(f"--only={name}" for name in asked)) == 0, capsys.readouterr().out
     outcomes = {outcome.name: outcome for outcome in session.read(tmp_path)[0]}
     assert {name: outcomes[name].status for name in asked} == {
-        name: "skipped" if name in ("plans-warp", "memcheck-cpu") else "passed" for name in asked
+        name: "skipped" if name in ("steps", "plans-warp", "memcheck-cpu") else "passed" for name in asked
     }
     assert outcomes["plans-warp"].reason == "there is no such backend"
     for name in ("check-cpu.jsonl", "plans-cpu/results.csv", "grid/report.md", "grid/predictions.md", "summary.md"):

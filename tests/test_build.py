@@ -72,6 +72,34 @@ def test_build_information_names_what_it_was_built_with():
     assert info["torch"].startswith("2.")
 
 
+def test_a_library_of_other_sources_is_noticed(checkout, monkeypatch):
+    """By what the build noted of them. A library that was installed, without sources beside it, is never old."""
+    package = checkout / "fusedrnn"
+    (package / "_cuda.abi3.so").touch()
+    monkeypatch.setattr(ops, "__file__", str(package / "ops.py"))
+
+    def noted(digest):
+        monkeypatch.setattr(ops, "build_info", lambda: {"sources": {"cuda": digest}})
+
+    noted(ops.sources.digest(checkout, "cuda"))
+    assert ops.stale("cuda") is None
+    assert ops.stale("cpu") is None  # of which there is no library
+    header = checkout / "csrc" / "cuda" / "cell.h"
+    header.write_text(header.read_text() + "// changed\n")
+    assert "_cuda was built from other sources" in ops.stale("cuda")
+    (checkout / "csrc" / "cpu" / "cell.h").touch()
+    noted(ops.sources.digest(checkout, "cuda"))
+    (checkout / "csrc" / "cpu_ops.cpp").write_text("")
+    assert ops.stale("cuda") is None  # it is not made of that
+    shutil.rmtree(checkout / "csrc")
+    assert ops.stale("cuda") is None
+
+
+def test_another_library_can_be_named(tmp_path, monkeypatch):
+    monkeypatch.setenv(ops.CUDA_LIBRARY_VARIABLE, str(tmp_path / "debug.so"))
+    assert "debug.so cannot be loaded" in ops._load("cuda")
+
+
 def test_without_torch_the_message_says_what_to_do(checkout, tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError")
     result = setup(checkout, "build", PYTHONPATH=str(tmp_path))
@@ -193,6 +221,7 @@ def test_the_cuda_library(checkout):
     result = build(checkout, timeout=850, FUSEDRNN_BUILD_CUDA="1", TORCH_CUDA_ARCH_LIST="7.5 9.0a+PTX")
     assert result.returncode == 0, result.stderr
     info = json.loads((checkout / "lib" / "fusedrnn" / "_build.json").read_text())
+    assert info["sources"] == {name: ops.sources.digest(ROOT, name) for name in ("cpu", "cuda")}
     assert info["cuda"]["architectures"] == ["90a+PTX"]
     (library,) = (checkout / "lib" / "fusedrnn").glob("_cuda*.so")
     assert library.name == "_cuda.abi3.so"

@@ -727,3 +727,17 @@ def test_inference_of_layers_that_do_not_fit_each_other():
         ops.cpu_infer(torch.randn(2, 3), [*weights[:4], *weights[:4]], 1, True, None, None)
     with pytest.raises(ValueError, match="must have shape"):
         functional.lstm(torch.randn(4, 2, 3), weights, num_layers=2)
+
+
+@pytest.mark.parametrize("extra", ["lengths", "reset", "states"])
+def test_a_python_loop_on_a_gpu_is_warned_of(extra):
+    problem = Problem("cuda", torch.float32, 4, 2, 3, 4, 4, 1, **{extra: True})
+    with pytest.warns(RuntimeWarning, match=r"Python loop over the time steps on cuda.*triton: .*FUSEDRNN_BACKEND"):
+        assert dispatch.select(problem) == "reference"
+
+
+@pytest.mark.parametrize(("device", "asked"), [("cpu", "auto"), ("cuda", "reference")])
+def test_nobody_is_warned_of_what_was_asked_for_or_is_not_on_a_gpu(device, asked, recwarn):
+    with fusedrnn.use_backend(asked):
+        dispatch.select(Problem(device, torch.float32, 4, 2, 3, 4, 4, 1, lengths=True))
+    assert not recwarn.list

@@ -55,16 +55,36 @@ import json
 from fusedrnn.kernels import compile as ahead
 from fusedrnn.kernels.forward import lstm_forward
 from fusedrnn.kernels.backward import lstm_backward
-from fusedrnn.kernels.plan import H200, Shape, plan
+from fusedrnn.kernels.plan import H200, Shape, plan, plans
 out = {}
+def compiled(name, kernel, shape, regime, states=False):
+    chosen = plan(kernel, shape, H200)
+    if chosen.regime != regime:
+        chosen = min((p for p in plans(kernel, shape, H200) if p.regime == regime), key=lambda p: p.launch)
+    dtype = "bf16" if shape.itemsize == 2 else "fp32"
+    has = (shape.D, shape.projected, shape.ragged, states, True)
+    resources = ahead.compile(ahead.Variant(kernel, 90, dtype, *has, chosen))
+    out[name] = {"ttgir": resources.ttgir, "ptx": resources.ptx, "resident": chosen.resident}
 for kernel in ("forward", "backward"):
-    chosen = plan(kernel, Shape(128, 16, 5000, 512, 512, 1, 2, "tf32"), H200)
-    assert chosen.regime == "resident", chosen
-    resources = ahead.compile(ahead.Variant(kernel, 90, "bf16", 1, False, False, True, chosen))
-    out[kernel] = {"ttgir": resources.ttgir, "ptx": resources.ptx, "resident": chosen.resident}
+    plain = Shape(128, 16, 5000, 512, 512, 1, 2, "tf32")
+    compiled(kernel, kernel, plain, "resident")
+    compiled(kernel + "-states", kernel, plain, "resident", True)
+    compiled(kernel + "-streamed", kernel, plain._replace(B=64), "streamed")
+    compiled(kernel + "-tf32", kernel, Shape(128, 16, 5000, 256, 256, 1, 4, "tf32"), "resident")
+compiled("forward-ragged", "forward", plain._replace(D=2, ragged=True), "resident", True)
 out["free"] = [[p.name for p in k.params if p.do_not_specialize] for k in (lstm_forward, lstm_backward)]
 print(json.dumps(out))
 """
+RESIDENT = [
+    "forward",
+    "forward-states",
+    "forward-ragged",
+    "forward-tf32",
+    "backward",
+    "backward-states",
+    "backward-tf32",
+]
+STREAMED = ["forward-streamed", "backward-streamed"]
 
 
 @pytest.fixture(scope="module")
@@ -88,12 +108,98 @@ def test_resident_weights_are_loaded_before_the_loop_over_time(representations, 
     assert ttgir.count(" = tt.dot ") == chunks
 
 
-@pytest.mark.parametrize("pass_", ["forward", "backward"])
-def test_programs_meet_by_release_and_acquire(representations, pass_):
-    ptx = representations[pass_]["ptx"]
-    assert re.search(r"(red|atom)\S*\.release\.gpu|(atom|red)\.global\.gpu\.release", ptx)
-    assert "ld.acquire.gpu.global.s32" in ptx
-    assert "mma.sync" in ptx or "wgmma" in ptx
+RELEASE = r"(?:red|atom)\S*\.release\.gpu\S*|(?:atom|red)\.global\.gpu\.release\S*"
+ACQUIRE = r"ld\.acquire\.gpu\.global\.s32"
+STATES = r"ld\.global\S*\.cg\S*|cp\.async\.c[ga]\S*"
+
+
+BARRIER = r"bar\.sync|barrier\.sync\S*"
+BRANCH = re.compile(r"(@\S+\s+)?bra(?:\.uni)?\s+(\$\w+)")
+
+
+class Code:
+    """Lines of PTX, and where control goes from each."""
+
+    def __init__(self, ptx):
+        self.lines = [line.split("//")[0].strip() for line in ptx.splitlines()]
+        self.labels = {line[:-1]: k for k, line in enumerate(self.lines) if re.fullmatch(r"\$\w+:", line)}
+
+    def places(self, pattern):
+        """The numbers of the lines where an instruction stands."""
+        return [k for k, line in enumerate(self.lines) if re.match(rf"(?:@\S+\s+)?(?:{pattern})\s", line)]
+
+    def reached(self, start, without):
+        """The lines that may run after `start`, on ways on which none of the lines `without` lies before."""
+        todo, seen = self._after(start), set()
+        while todo:
+            line = todo.pop()
+            if line not in seen:
+                seen.add(line)
+                todo += [] if line in without else self._after(line)
+        return seen
+
+    def _after(self, k):
+        branch = BRANCH.match(self.lines[k])
+        if branch is None:
+            return [] if self.lines[k].startswith("ret") else [k + 1] if k + 1 < len(self.lines) else []
+        target = self.labels[branch[2]]
+        return [target, k + 1] if branch[1] else [target]
+
+
+@pytest.fixture
+def code(representations, request):
+    return Code(representations[request.node.callspec.params["name"]]["ptx"])
+
+
+@pytest.mark.parametrize("name", [*RESIDENT, *STREAMED])
+def test_states_are_read_after_the_acquire_and_published_before_the_release(code, name):
+    """On all ways: from a release to a state past the wait; from a wait to a state, and from a store to a release, past
+    a barrier."""
+    (acquire,), (release,) = code.places(ACQUIRE), code.places(RELEASE)
+    states, barriers = set(code.places(STATES)), set(code.places(BARRIER))
+    guard = max(k for k in range(acquire) if BRANCH.match(code.lines[k]))  # over which all but one thread jump
+    assert states
+    assert states <= code.reached(guard, set())
+    assert not states & code.reached(release, {guard})
+    assert not states & code.reached(guard, barriers)
+    assert not states & code.reached(acquire, barriers)
+    published = {k for k in code.places(r"st\.global\S*") if release in code.reached(k, {guard})}
+    assert published
+    assert not [store for store in published if release in code.reached(store, barriers)]
+
+
+@pytest.mark.parametrize("name", [*RESIDENT, *STREAMED])
+def test_one_thread_looks_at_the_counter(representations, code, name):
+    """The load that acquires stands in a loop, which all but one thread jump over."""
+    (acquire,) = code.places(ACQUIRE)
+    guard = max(k for k in range(acquire) if BRANCH.match(code.lines[k]))
+    assert code.lines[guard].startswith("@")
+    assert acquire in code.reached(acquire, set(code.places(BARRIER)))
+    assert "%tid.x" in representations[name]["ttgir"]
+
+
+@pytest.mark.parametrize("name", RESIDENT)
+def test_states_are_loaded_16_bytes_at_a_time(representations, name):
+    loads = re.findall(r"ld\.global\S*\.cg\S*", representations[name]["ptx"])
+    assert loads
+    assert {load.partition(".cg")[2] for load in loads} == {".v4.b32"}
+
+
+@pytest.mark.parametrize("name", STREAMED)
+def test_what_is_streamed_is_on_its_way_before_it_is_used(representations, name):
+    ptx = representations[name]["ptx"]
+    assert re.search(r"cp\.async\.c[ga]\.shared\.global", ptx)
+    assert re.search(r"cp\.async\.wait_group\s+(0x)?[2-9]", ptx)
+
+
+@pytest.mark.parametrize("name", [*RESIDENT, *STREAMED])
+def test_operands_in_tf32_are_rounded_and_others_are_not(representations, name):
+    assert ("cvt.rna.tf32.f32" in representations[name]["ptx"]) == name.endswith("tf32")
+
+
+@pytest.mark.parametrize("name", [*RESIDENT, *STREAMED])
+def test_products_are_of_the_matrix_unit(representations, name):
+    assert "mma.sync" in representations[name]["ptx"] or "wgmma" in representations[name]["ptx"]
 
 
 def test_lengths_and_batches_do_not_recompile(representations):

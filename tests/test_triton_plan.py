@@ -149,3 +149,13 @@ def test_limits_of_h_that_the_readme_states(itemsize, precision, aligned, odd):
         above = limit + (16 if largest == aligned else 1)
         with pytest.raises(ValueError, match="does not fit"):
             planner.plan("forward", Shape(128, 16, above, above, above, 1, itemsize, precision, True), H200)
+
+
+def test_products_are_fused_with_sums_whatever_triton_does_by_itself():
+    assert planner.plan("forward", Shape(128, 16, 64, 512, 512, 1, 2, "tf32"), H200).options["enable_fp_fusion"]
+
+
+def test_a_streamed_step_takes_as_long_as_its_chunks_one_after_another():
+    shape = Shape(128, 64, 1024, 1024, 1024, 1, 2, "tf32")
+    plan = min((p for p in planner.plans("backward", shape, H200) if p.streamed), key=lambda p: p.launch)
+    assert plan.step >= cdiv(4 * shape.H, plan.chunk) * planner._CHUNK_LATENCY / (plan.stages - 1)

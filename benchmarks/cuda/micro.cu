@@ -196,6 +196,25 @@ std::string time_launches(const DeviceRunner& runner) {
   return {};
 }
 
+// How many clusters of `blocks` with 200 KiB each run at the same time; 0 where the device has no such clusters.
+std::string count_clusters(int blocks, int& count) {
+  const auto kernel = reinterpret_cast<const void*>(&measured<ClusterBarrier<true>>);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(blocks);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t launch{};
+  launch.gridDim = dim3(static_cast<unsigned>(blocks));
+  launch.blockDim = dim3(256);
+  launch.dynamicSmemBytes = 200 * 1024;
+  launch.attrs = &attribute;
+  launch.numAttrs = 1;
+  FUSEDRNN_CALL(cudaFuncSetAttribute, kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 200 * 1024);
+  FUSEDRNN_CALL(cudaFuncSetAttribute, kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  FUSEDRNN_CALL(cudaOccupancyMaxActiveClusters, &count, kernel, &launch);
+  return {};
+}
+
 std::string look(DeviceRunner& runner) {
   cudaDeviceProp properties;
   int driver = 0, clock = 0;
@@ -204,11 +223,18 @@ std::string look(DeviceRunner& runner) {
   FUSEDRNN_CALL(cudaDeviceGetAttribute, &clock, cudaDevAttrClockRate, 0);
   runner.machine = {properties.multiProcessorCount, properties.major >= 9 ? 16 : 0,
                     static_cast<int64_t>(properties.sharedMemPerBlockOptin), 1};
+  std::string clusters;
+  for (const int blocks : {2, 4, 8, 16}) {
+    int count = 0;
+    if (runner.machine.cluster < blocks) continue;
+    if (std::string error = count_clusters(blocks, count); !error.empty()) return error;
+    clusters += (clusters.empty() ? "\"" : ",\"") + std::to_string(blocks) + "\":" + std::to_string(count);
+  }
   std::printf(
       "{\"device\":%s,\"capability\":%d,\"multiprocessors\":%d,\"shared\":%zu,\"l2_bytes\":%d,\"clock_khz\":%d,"
-      "\"cuda_driver\":%d,\"cuda_runtime\":%d}\n",
+      "\"cuda_driver\":%d,\"cuda_runtime\":%d,\"clusters\":{%s}}\n",
       quoted(properties.name).c_str(), 10 * properties.major + properties.minor, properties.multiProcessorCount,
-      properties.sharedMemPerBlockOptin, properties.l2CacheSize, clock, driver, CUDART_VERSION);
+      properties.sharedMemPerBlockOptin, properties.l2CacheSize, clock, driver, CUDART_VERSION, clusters.c_str());
   std::fflush(stdout);
   return {};
 }

@@ -1,0 +1,308 @@
+"""What one wants to know of a GPU first, each a process of `bench gpu` (session.py), a line for each result:
+
+    python -m fusedrnn.benchmarks.smoke exchange BACKEND KIND   small layers by plans of one kind of exchange
+    python -m fusedrnn.benchmarks.smoke steps --out FOLDER      microseconds of a step: measured, predicted, and cuDNN's
+    python -m fusedrnn.benchmarks.smoke once BACKEND            one training step, for a profiler to look at
+
+`exchange` is where a kernel hangs if it ever does. It is one process for each kind, and the session runs the C++
+kernels in the debug build, whose waits name themselves and end the launch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from fusedrnn.kernels import plan as planner
+from fusedrnn.kernels.device import cdiv
+from torch import nn
+
+import fusedrnn
+from fusedrnn import cuda_plan, gpu, ops, testing
+from fusedrnn.testing import Case
+
+from . import plans, timing
+
+# By backend: the kinds of exchange that its plans have.
+KINDS = {"cuda": cuda_plan.EXCHANGES, "triton": ("rows", "resident", "streamed")}
+_PASSES = ("forward", "backward")
+_MATHS = {"bfloat16": (torch.bfloat16, "tf32"), "tf32": (torch.float32, "tf32"), "float32": (torch.float32, "ieee")}
+
+
+# ------------------------------------------------------------------------------------------------ exchanges
+
+
+class Chosen(NamedTuple):
+    """The plans that one layer is computed with."""
+
+    H: int
+    size: int  # blocks, or programs, that exchange
+    plans: dict[str, Any]  # by pass
+
+
+def _kind(plan: Any) -> str:
+    return plan.exchange if hasattr(plan, "exchange") else plan.regime
+
+
+def _size(plan: Any) -> int:
+    return plan.blocks if hasattr(plan, "exchange") else plan.programs
+
+
+def _fitting(backend: str, kernel: str, shape: Any, device: str) -> list[Any]:
+    """The plans that the device has room for, the best first."""
+    if backend == "cuda":
+        from fusedrnn import cuda
+
+        return list(cuda.fitting(kernel, shape, cuda.device_for(torch.device(device))))
+    from fusedrnn.kernels import launch
+
+    there = planner.INTERPRETER if launch.INTERPRETED else launch._device(torch.cuda.current_device())
+    found = [plan for plan in planner.plans(kernel, shape, there) if plan.shared <= there.shared]
+    return sorted(found, key=lambda plan: plan.launch)
+
+
+def chosen(
+    backend: str, kind: str, math: str, device: str, sizes: Sequence[int], hidden: Sequence[int]
+) -> list[Chosen]:
+    """For each number of blocks that exchange the smallest layer that has such a plan, in both passes where it can."""
+    dtype, precision = _MATHS[math]
+    found: dict[int, Chosen] = {}
+    for H in hidden:
+        shape = planner.Shape(128, 20, 9, H, H, 1, dtype.itemsize, precision)
+        try:
+            fit = {kernel: _fitting(backend, kernel, shape, device) for kernel in _PASSES}
+        except ValueError:
+            continue  # a layer that nothing fits, or arithmetic that the backend does not have
+        for size in sizes:
+            alike = {k: [p for p in fit[k] if _kind(p) == kind and size in (_size(p), 0)] for k in _PASSES}
+            if size not in found and any(alike.values()):
+                best = {k: (alike[k] or fit[k])[0] for k in _PASSES}
+                found[size] = Chosen(H, size or max(map(_size, best.values())), best)
+    return list(found.values())
+
+
+def exchange(backend: str, kind: str, device: str) -> int:
+    """Holds small layers to the rule of fusedrnn/testing.py, three times each, which have to give the same bits."""
+    dry = device == "cpu"
+    sizes = {"cluster": (2, 4, 8, 16), "scatter": (2, 4, 8, 16), "grid": (2, 32, 64, 128)}.get(kind, (0,))
+    if backend == "triton" and kind != "rows":
+        sizes = (4,) if dry else (16, 32, 64, 128)
+    hidden = (16, 64, 128, 256, 512, 1024, 2048)
+    failed = 0
+    for math in ("bfloat16",) if dry else _MATHS:
+        dtype, precision = _MATHS[math]
+        with _precision(precision):
+            for choice in chosen(backend, kind, math, device, (0,) if dry else sizes, hidden[:2] if dry else hidden):
+                for T in (3,) if dry else (3, 40):
+                    case = Case(T, 3 if dry else 20, 9, choice.H, dtype)
+                    label = f"{kind} of {choice.size}, {math}, H {choice.H}, T {T}"
+                    try:
+                        with plans.forcing(backend, *choice.plans.values()):
+                            print(f"ok     {_worst(backend, case, device):5.2f}  {label}", flush=True)
+                    except Exception as error:
+                        failed += 1
+                        print(f"FAILED {label}: {type(error).__name__}: {str(error)[:300]}", flush=True)
+                        if isinstance(error, RuntimeError) and not dry:
+                            print("the device answers no longer: what would have followed was not tried", flush=True)
+                            return 1
+    return 1 if failed else 0
+
+
+def _worst(backend: str, case: Case, device: str) -> float:
+    """The largest error over what is allowed.
+
+    Raises:
+        AssertionError: something is wrong, or differs from one time to the next.
+    """
+    expected = testing.answers(case, device)
+    first: dict[str, Any] = {}
+    worst = 0.0
+    for _ in range(3):
+        with fusedrnn.use_backend(backend), testing.poisoned():
+            ours = testing.evaluate(testing.call, fusedrnn.LSTM, case, device)
+        for name, answer in expected.items():
+            worst = max(worst, testing.assert_as_exact_as(name, ours[name], *answer))
+            if not torch.equal(first.setdefault(name, ours[name]), ours[name]):
+                raise AssertionError(f"{name} differs from one time to the next")
+    return worst
+
+
+@contextmanager
+def _precision(wanted: str) -> Iterator[None]:
+    """What float32 is multiplied in, by nn.LSTM and by ours."""
+    rnn: Any = torch.backends.cudnn.rnn
+    before, rnn.fp32_precision = rnn.fp32_precision, wanted
+    try:
+        yield
+    finally:
+        rnn.fp32_precision = before
+
+
+# ------------------------------------------------------------------------------------------------ steps
+
+
+def steps(backends: Sequence[str], device: str, out: Path) -> int:
+    """Times cells, by the slope between two lengths, so without what is constant; appends each to `out`/steps.jsonl."""
+    dry = device == "cpu"
+    lengths = (2, 4) if dry else (128, 1024)
+    hidden, batches = ((16,), (1, 3)) if dry else ((128, 256, 512, 1024), (1, 16, 64))
+    clock = timing.clock(device)
+    failed = False
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "steps.jsonl").open("a", encoding="utf-8") as file:
+        for H in hidden:
+            for B in batches:
+                size = (H, B, lengths, clock, device)
+                row: dict[str, Any] = {"H": H, "B": B, "nn.LSTM": {}}
+                for dtype in (torch.bfloat16,) if dry else (torch.bfloat16, torch.float16):
+                    name = str(dtype).removeprefix("torch.")
+                    row["nn.LSTM"][name] = _slopes(nn.LSTM, dtype, *size)
+                for backend in backends:
+                    try:
+                        row[backend] = _ours(backend, *size)
+                    except Exception as error:  # the other backend and the other cells are still to be timed
+                        failed = True
+                        row[backend] = {"error": f"{type(error).__name__}: {str(error)[:200]}"}
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                print(json.dumps(row), flush=True)
+    return 1 if failed else 0
+
+
+def _ours(backend: str, H: int, B: int, lengths: tuple[int, int], clock: timing.Clock, device: str) -> dict[str, Any]:
+    """Microseconds of a step, of whole calls and of their launches alone, with one plan for both lengths."""
+    shape = planner.Shape(lengths[1], B, H, H, H, 1, 2, gpu.fp32_precision())
+    module = ops.launches(backend)
+    with fusedrnn.use_backend(backend):
+        found = {kernel: module.plan_for(kernel, shape, torch.device(device)) for kernel in _PASSES}
+        with plans.forcing(backend, *found.values()):
+            calls = _slopes(fusedrnn.LSTM, torch.bfloat16, H, B, lengths, clock, device, module)
+    predicted = [found[kernel].step * _rounds(found[kernel], B) for kernel in _PASSES]
+    return {**calls, "predicted": predicted, "plans": [str(found[kernel]) for kernel in _PASSES]}
+
+
+def _rounds(plan: Any, B: int) -> int:
+    rows = plan.rows if hasattr(plan, "exchange") else plan.batch
+    return cdiv(cdiv(B, rows), plan.groups)
+
+
+def _slopes(
+    build: Callable[[int, int], nn.Module],
+    dtype: torch.dtype,
+    H: int,
+    B: int,
+    lengths: tuple[int, int],
+    clock: timing.Clock,
+    device: str,
+    module: Any = None,
+) -> dict[str, list[float]]:
+    """ "call": microseconds a step of forward and of backward; "launch": those of the launches of `module` in them."""
+    lstm = build(H, H).to(device, dtype)
+    at: dict[str, list[list[float]]] = {"call": [], "launch": []}
+    for T in lengths:
+        x = torch.randn(T, B, H, dtype=dtype, device=device, requires_grad=True)
+        dy = torch.randn(T, B, H, dtype=dtype, device=device)
+        samples: dict[str, list[list[float]]] = {"call": [], "launch": []}
+        for k in range(4):
+            with _launches_timed(module, clock) as launches:
+                kept: list[torch.Tensor] = []
+                forward = clock.sample(lambda: kept.append(lstm(x)[0]), 1)  # noqa: B023 - called at once
+                backward = clock.sample(lambda: torch.autograd.grad(kept[0], [x, *lstm.parameters()], dy), 1)  # noqa: B023
+            if k > 0:  # the first compiles
+                samples["call"].append([forward * 1e6, backward * 1e6])
+                samples["launch"].append([launches.get(kernel, 0.0) * 1e6 for kernel in _PASSES])
+        for what, those in samples.items():
+            at[what].append([median(column) for column in zip(*those, strict=True)])
+    steps = lengths[1] - lengths[0]
+    return {what: [(long - short) / steps for short, long in zip(*two, strict=True)] for what, two in at.items()}
+
+
+@contextmanager
+def _launches_timed(module: Any, clock: timing.Clock) -> Iterator[dict[str, float]]:
+    """Seconds of the last launch of each pass of a backend."""
+    found: dict[str, float] = {}
+    if module is None:
+        yield found
+        return
+    before = {kernel: getattr(module, kernel) for kernel in _PASSES}
+    events: dict[str, Callable[[], float]] = {}
+
+    def timed(kernel: str) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            begin = timing.mark(clock)
+            result = before[kernel](*arguments)
+            end = timing.mark(clock)
+            events[kernel] = lambda: timing.between(begin, end)
+            return result
+
+        return run
+
+    for kernel in _PASSES:
+        setattr(module, kernel, timed(kernel))
+    try:
+        yield found
+        found.update({kernel: seconds() for kernel, seconds in events.items()})
+    finally:
+        for kernel, original in before.items():
+            setattr(module, kernel, original)
+
+
+def table(path: Path) -> list[str]:
+    """steps.jsonl as people read it: a line for each cell and backend."""
+    if not path.is_file():
+        return []
+    text = path.read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    lines = ["   H   B backend   forward: launch predicted  call  cuDNN16 cuDNNbf | backward: the same | plans"]
+    for row in rows:
+        theirs = row["nn.LSTM"]
+        for backend in (name for name in row if name in KINDS):
+            ours, start = row[backend], f"{row['H']:4} {row['B']:3} {backend:7}"
+            if "error" in ours:
+                lines.append(f"{start} FAILED {ours['error']}")
+                continue
+            both = []
+            for k in range(2):
+                figures = [ours["launch"][k], ours["predicted"][k], ours["call"][k]]
+                figures += [theirs[name]["call"][k] for name in ("float16", "bfloat16") if name in theirs]
+                both.append(" ".join(f"{figure:7.2f}" for figure in figures))
+            lines.append(f"{start} {' | '.join(both)} | {' / '.join(plan[:24] for plan in ours['plans'])}")
+    return lines
+
+
+# ------------------------------------------------------------------------------------------------ one step
+
+
+def once(backend: str, device: str) -> int:
+    """One training step at H 512, B 16, T 64 in bfloat16."""
+    lstm = fusedrnn.LSTM(512, 512).to(device, torch.bfloat16)
+    x = torch.randn(64, 16, 512, device=device, dtype=torch.bfloat16, requires_grad=True)
+    with fusedrnn.use_backend(backend):
+        lstm(x)[0].float().square().mean().backward()
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; see the top of this file."""
+    parser = argparse.ArgumentParser(prog="python -m fusedrnn.benchmarks.smoke", description=__doc__)
+    parser.add_argument("what", choices=("exchange", "steps", "once"))
+    parser.add_argument("names", nargs="*", help="a backend, and of exchange a kind; of steps the backends")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--out", type=Path, default=Path("smoke"))
+    options = parser.parse_args(argv)
+    if options.what == "steps":
+        return steps(options.names, options.device, options.out)
+    if options.what == "once":
+        return once(options.names[0], options.device)
+    return exchange(options.names[0], options.names[1], options.device)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,15 @@
+"""Which sources a native library is made of. setup.py runs this file by itself: it imports nothing of the package."""
+
+import hashlib
+from pathlib import Path
+
+
+def digest(root: Path, name: str) -> str:
+    """Of all that the library "cpu" or "cuda" is compiled from, in a checkout at `root`."""
+    kernels = [path for path in (root / "csrc" / name).rglob("*") if path.suffix in (".h", ".cuh", ".cpp", ".cu")]
+    sources = [path for path in kernels if "host" not in path.relative_to(root).parts]  # which is for tests
+    sources += (root / "csrc").glob(f"{name}_*")
+    found = hashlib.sha256()
+    for path in sorted(sources):
+        found.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return found.hexdigest()
