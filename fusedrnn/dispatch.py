@@ -25,7 +25,6 @@ from .tuning import choice
 from .tuning.profile import Key, Ratio
 
 ENVIRONMENT_VARIABLE = "FUSEDRNN_BACKEND"
-_MEASURED = ("cpu", "cuda")  # types of devices that there may be profiles of
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -107,9 +106,15 @@ def _unproven(name: str, problem: Problem) -> str | None:
 
 
 @ops.constant
+def _is_measured(device: str) -> bool:
+    """Whether there may be profiles of a type of device here."""
+    return device == "cpu" or (device == "cuda" and torch.cuda.is_available())
+
+
+@ops.constant
 def _is_verified(name: str, device: str, dtype: torch.dtype) -> bool:
     """Whether a profile in use has verified a backend on this machine, or found it wrong."""
-    if device not in _MEASURED:
+    if not _is_measured(device):
         return False
     return choice.table(device, choice.which(device)).verdict(name, _dtype_name(device, dtype))[0]
 
@@ -121,7 +126,7 @@ def _distrusted(name: str, problem: Problem) -> str | None:
 
 @ops.constant
 def _fault(name: str, device: str, dtype: torch.dtype) -> str | None:
-    if device not in _MEASURED:
+    if not _is_measured(device):
         return None
     reason = choice.table(device, choice.which(device)).verdict(name, _dtype_name(device, dtype))[1]
     return None if reason is None else f"it failed verification on this machine: {reason}"
@@ -282,7 +287,7 @@ def _order(problem: Problem) -> tuple[str, ...]:
 
     What is recorded will be run with other shapes, and on a CPU torch's own LSTM cannot be recorded for all of them.
     """
-    if problem.device not in _MEASURED:
+    if not _is_measured(problem.device):
         return _NAMES
     if not is_eager():
         return _NAMES if problem.device == "cpu" else _order_for_any_shape(problem.device, problem.dtype)
@@ -486,7 +491,7 @@ def explain(
     reasons = {name: reason for name in TABLE if (reason := supports(name, problem)) is not None}
     chosen = None
     asked = forced()
-    made = _choice(problem) if asked == "auto" and problem.device in _MEASURED and is_eager() else None
+    made = _choice(problem) if asked == "auto" and _is_measured(problem.device) and is_eager() else None
     if asked != "auto":
         _check_name(asked)
         reasons |= {name: f"{asked} was asked for" for name in TABLE if name != asked and name not in reasons}
