@@ -99,6 +99,7 @@ def parts(folder: Path, dry: bool) -> list[Part]:
     predicting = (*bench, "predict", str(results), *(("--device", predict.planner.H200.name) if dry else ()))
     what = "what the planners predicted next to what was measured"
     found.append(Part("predictions", what, 20, predicting, last=True, needs=results))
+    found.append(_profile(folder, backends, dry))
     found += [part for other in others for part in _of_backend(folder, *other, dry)]
     found += [_check(folder, name, dry) for name in ("aten", "reference")]
     for kind in ("memcheck", "synccheck"):
@@ -191,6 +192,16 @@ def _grid(folder: Path, backends: dict[str, tuple[str, dict[str, str]]], dry: bo
         command += ["--device", "cuda", "--rounds", "10", "--time-budget", "1"]
     skip = "" if usable else "no backend with kernels is available"
     return Part("grid", "the grid of sizes and dtypes against nn.LSTM", 120, tuple(command), skip, environment)
+
+
+def _profile(folder: Path, backends: dict[str, tuple[str, dict[str, str]]], dry: bool) -> Part:
+    usable = [name for name, (skip, variables) in backends.items() if not skip and not variables]
+    command = ["-m", "fusedrnn", "tune", "--out", str(folder / "profile.json"), "--resume"]
+    command += [argument for name in usable for argument in ("--backend", name)]
+    small = ("--device", "cpu", "--shape", "3,2,4,5", "--dtype", "float32")
+    command += small if dry else ("--device", "cuda", "--seconds", "80")
+    skip = "" if usable else "no backend with kernels is available"
+    return Part("profile", "a profile by which `auto` chooses on such a GPU", 90, tuple(command), skip)
 
 
 # What some tests need beside pytest; the others are run without it.

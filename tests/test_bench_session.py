@@ -202,8 +202,8 @@ def test_parts_stand_in_order_of_importance(capsys):
     assert gpu("--list") == 0
     names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     wanted = ["info", "exchange-cuda-grid", "exchange-cuda-cluster", "exchange-cuda-parts", "micro", "steps"]
-    wanted += ["plans-cuda", "ncu-cuda", "racecheck-cuda", "check-cuda", "grid", "predictions", "plans-triton"]
-    wanted += ["racecheck-triton", "check-triton", "tests-gpu", "report"]
+    wanted += ["plans-cuda", "ncu-cuda", "racecheck-cuda", "check-cuda", "grid", "predictions", "profile"]
+    wanted += ["plans-triton", "racecheck-triton", "check-triton", "tests-gpu", "report"]
     assert [name for name in names if name in wanted] == wanted
     assert {f"{tool}-{name}" for tool in ("memcheck", "racecheck", "synccheck") for name in ("cuda", "triton")} <= set(
         names
@@ -286,7 +286,18 @@ def test_a_library_of_other_sources_is_told(tmp_path, monkeypatch):
 def test_a_short_dry_run(tmp_path, capsys, monkeypatch):
     """The same steps on the CPU: every part that was asked for has passed, or says why not."""
     monkeypatch.setattr(session, "_backends", lambda dry: {"cpu": ("", {}), "warp": ("there is no such backend", {})})
-    asked = ["info", "steps", "check-cpu", "plans-cpu", "plans-warp", "grid", "predictions", "memcheck-cpu", "report"]
+    asked = [
+        "info",
+        "steps",
+        "check-cpu",
+        "plans-cpu",
+        "plans-warp",
+        "grid",
+        "predictions",
+        "profile",
+        "memcheck-cpu",
+        "report",
+    ]
     arguments = ["--dry-run", "--out", tmp_path]
     assert gpu(*arguments, *(f"--only={name}" for name in asked)) == 0, capsys.readouterr().out
     outcomes = {outcome.name: outcome for outcome in session.read(tmp_path)[0]}
@@ -294,7 +305,14 @@ def test_a_short_dry_run(tmp_path, capsys, monkeypatch):
         name: "skipped" if name in ("steps", "plans-warp", "memcheck-cpu") else "passed" for name in asked
     }
     assert outcomes["plans-warp"].reason == "there is no such backend"
-    for name in ("check-cpu.jsonl", "plans-cpu/results.csv", "grid/report.md", "grid/predictions.md", "summary.md"):
+    for name in (
+        "check-cpu.jsonl",
+        "plans-cpu/results.csv",
+        "grid/report.md",
+        "grid/predictions.md",
+        "profile.json",
+        "summary.md",
+    ):
         assert (tmp_path / name).stat().st_size > 0, name
     assert json.loads((tmp_path / "logs" / "info.log").read_text().split("\n", 1)[1])["backends"]
     assert "[grid/report.md](grid/report.md)" in (tmp_path / "summary.md").read_text()
