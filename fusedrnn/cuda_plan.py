@@ -229,7 +229,7 @@ def register_blocks(exchange: str, kernel: str, stage: int, math: str, rows: int
     if stage == PROJECTION:
         return 1
     if math == "fp32":
-        return 4 if projected and not forward else 2
+        return 2
     if projected:
         return 5 if forward else 8
     if forward:
@@ -241,7 +241,12 @@ def register_blocks(exchange: str, kernel: str, stage: int, math: str, rows: int
 
 # Of "scatter".
 
-_SCATTER_TILES = {"fp64": 2}  # that a block may have, if not 4
+
+def most_scatter_tiles(math: str, rows: int) -> int:
+    """That a block may have."""
+    return 2 if math == "fp64" or (math == "tf32" and rows > _COLUMNS) else 4
+
+
 _STEPS_COPIED, _COPIED_ARRAYS = 4, 7
 
 
@@ -421,11 +426,13 @@ def whole(kernel: str, shape: Shape, device: Device, occupancy: Occupancy | None
 def _scattering(shape: Shape, device: Device, occupancy: Occupancy | None) -> Iterator[Plan]:
     """Every plan of the backward whose blocks exchange partial sums of dh."""
     math = math_of(shape)
-    for tiles in range(1, _SCATTER_TILES.get(math, 4) + 1):
+    for tiles in range(1, 5):
         blocks = max(2, power_of_2(cdiv(_unit_tiles("backward", shape), tiles)))
         if blocks > costs_of(device).widest:
             continue
         for rows in (8, 16) if math in _ON_MATRIX_UNIT and shape.B > _COLUMNS else (8,):
+            if tiles > most_scatter_tiles(math, rows):
+                continue
             bare = Plan("scatter", math, blocks, tiles, scatter_splits(tiles), rows, 1, 0, 0)
             fitted = _fitted("backward", shape, device, bare, occupancy)
             if fitted is not None:

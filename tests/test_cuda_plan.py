@@ -146,7 +146,7 @@ def variants(plan, pass_, projected):
                 kept |= {"shared_blocks": 0, "shared_projection_blocks": 0, "part_blocks": 5}
             bare = dataclasses.replace(plan, exchange=exchange, math=math, splits=splits, rows=rows, groups=2, **kept)
             if exchange == "scatter":
-                if pass_ == "backward" and not projected and (splits < 3 or math != "fp64"):
+                if pass_ == "backward" and not projected and splits <= planner.most_scatter_tiles(math, rows):
                     bare = dataclasses.replace(bare, tiles=splits, splits=planner.scatter_splits(splits), blocks=4)
                     yield dataclasses.replace(bare, shared_blocks=2 * planner.scatter_blocks(bare))
                 continue

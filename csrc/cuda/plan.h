@@ -92,7 +92,7 @@ FUSEDRNN_BOTH constexpr int register_blocks(Exchange exchange, Pass pass, Stage 
   if (stage == Stage::kInput || exchange == Exchange::kParts) return 0;
   if (math == Math::kFloat64) return projected ? 0 : 1;
   if (stage == Stage::kProjection) return 1;
-  if (math == Math::kFloat32) return projected && !forward ? 4 : 2;
+  if (math == Math::kFloat32) return 2;
   if (projected) return forward ? 5 : 8;
   if (forward) return math == Math::kTf32 ? (narrow ? 5 : 3) : !narrow ? 4 : exchange == Exchange::kGrid ? 6 : 7;
   return !narrow ? 4 : math == Math::kTf32 ? 12 : 10;
@@ -104,7 +104,9 @@ FUSEDRNN_BOTH constexpr bool is_cluster(const Plan& plan) {
 
 // Of kScatter. splits: warps for each tile of 16 units that a block owns.
 constexpr int kStepsCopied = 4, kCopiedArrays = 7;  // ahead of a step; the gates, c, dy and dc
-FUSEDRNN_BOTH constexpr int most_scatter_tiles(Math math) { return math == Math::kFloat64 ? 2 : 4; }
+FUSEDRNN_BOTH constexpr int most_scatter_tiles(Math math, int rows) {
+  return math == Math::kFloat64 || (math == Math::kTf32 && rows != kColumns) ? 2 : 4;
+}
 FUSEDRNN_BOTH constexpr int scatter_splits(int tiles) { return tiles <= 2 ? 4 : 2; }
 // K blocks of da of a block.
 FUSEDRNN_BOTH constexpr int scatter_blocks(Math math, int tiles) { return tiles * storage_bytes(math); }
@@ -388,8 +390,8 @@ FUSEDRNN_BOTH constexpr const char* invalid(Pass pass, const Sizes& sizes, const
     if (plan.splits != scatter_splits(plan.tiles)) {
       return "a block that scatters has 4 warps for each of 1 or 2 tiles, or 2 for each of 3 or 4";
     }
-    if (plan.tiles > most_scatter_tiles(plan.math))
-      return "a block that scatters has up to 4 tiles, in float64 up to 2";
+    if (plan.tiles > most_scatter_tiles(plan.math, plan.rows))
+      return "a block that scatters has up to 4 tiles, in float64 and in TF32 with 16 rows up to 2";
     if (plan.shared_blocks % scatter_blocks(plan.math, plan.tiles) != 0) {
       return "a block that scatters has the weights of whole tiles in shared memory";
     }

@@ -19,7 +19,7 @@
 // every warp here has pushed, or with which it has passed the barrier, after it had read that buffer. da is staged in
 // the buffer of two steps before, which everybody has read before the barrier between. Step n's copies take the place
 // of those of step n + 4, whose cells are before the barrier of that step. Limits: no projection; 1 to 4 tiles, in
-// float64 1 or 2; a cluster of at least two blocks.
+// float64 and in TF32 with 16 rows 1 or 2; a cluster of at least two blocks.
 #pragma once
 
 #include "geometry.h"
@@ -457,7 +457,7 @@ class BackwardScatter {
       case 2: return ScatterTiles<kMath, kColumnTiles, 2>(p, shared).run();
       default: break;
     }
-    if constexpr (most_scatter_tiles(kMath) > 2) {
+    if constexpr (most_scatter_tiles(kMath, kColumnTiles * kColumns) > 2) {
       if (p.plan.tiles == 3) return ScatterTiles<kMath, kColumnTiles, 3>(p, shared).run();
       return ScatterTiles<kMath, kColumnTiles, 4>(p, shared).run();
     }

@@ -628,7 +628,8 @@ def step(kernels: dict[str, Function], structs: Any, pass_: str, shape: Any, pla
         Warp(function, bytes(_parameters(structs, pass_, shape, plan, T)), 0, 0, cluster, operand).run()
         for T in (_STEPS, 2 * _STEPS)
     )
-    count = long.minus(short, _STEPS)
+    slices = -(-shape.B // (plan.rows * plan.groups))  # that a group takes one after another
+    count = long.minus(short, _STEPS * slices)
     return Step(count, count.instructions * max(1.0, plan.threads / 128))
 
 

@@ -302,8 +302,9 @@ def same_in_every_schedule(one):
 
 
 def scatter(kit, math, tiles=1, **options):
-    """A forward plan, and one of the backward whose blocks exchange partial sums of dh; float64 has 1 or 2 tiles."""
-    tiles = min(tiles, 2) if math == "fp64" else tiles
+    """A forward plan, and one of the backward whose blocks exchange partial sums of dh, of as many tiles as can be."""
+    few = math == "fp64" or (math == "tf32" and options.get("rows") == 16)
+    tiles = min(tiles, 2) if few else tiles
     splits = 4 if tiles <= 2 else 2
     return kit.Plan("grid", math), kit.Plan("scatter", math, tiles=tiles, splits=splits, **options)
 
@@ -490,7 +491,7 @@ def test_invalid_plans(host, kit, sizes, options, why):
         ({"P": 20, "projected": 1}, {"tiles": 1, "splits": 4}, "only the backward without a projection"),
         ({}, {"tiles": 2, "splits": 2}, "4 warps for each of 1 or 2 tiles"),
         ({}, {"tiles": 5, "splits": 2}, "too many threads"),
-        ({}, {"tiles": 3, "splits": 2, "math": "fp64"}, "in float64 up to 2"),
+        ({}, {"tiles": 3, "splits": 2, "math": "fp64"}, "in float64 and in TF32"),
         ({}, {"tiles": 2, "splits": 4, "shared_blocks": 3}, "the weights of whole tiles"),
         ({}, {"tiles": 4, "splits": 2, "blocks": 1}, "2, 4, 8 or 16"),
         ({"H": 600, "P": 600}, {"tiles": 2, "splits": 4, "blocks": 16}, "do not cover H"),
