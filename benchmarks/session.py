@@ -205,7 +205,11 @@ def _profile(folder: Path, backends: dict[str, tuple[str, dict[str, str]]], dry:
 
 
 # What some tests need beside pytest; the others are run without it.
-_NEEDED = {"tests/test_torch_samples.py": "expecttest", "tests/test_hypothesis.py": "hypothesis"}
+_NEEDED = {
+    "tests/test_torch_samples.py": "expecttest",
+    "tests/test_hypothesis.py": "hypothesis",
+    "tests/test_onnx.py": "onnx",
+}
 
 
 def _tests(folder: Path, dry: bool, expected: list[str]) -> list[Part]:
