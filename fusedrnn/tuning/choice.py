@@ -18,7 +18,7 @@ import torch
 
 from ..version import __version__
 from . import machine, profile
-from .profile import BASELINE, Key, Measurement, Ratio, Source
+from .profile import AHEAD, BASELINE, Key, Measurement, Ratio, Source
 
 # How much a size counts when it is twice another.
 _WEIGHTS = {"T": 0.25, "B": 1.0, "I": 0.5, "H": 1.0, "L": 0.25, "D": 1.0}
@@ -119,7 +119,7 @@ class Table:
                     continue
                 if "cpu" in measurement.failures:
                     return -1
-                lost = "cpu" in measurement.ratios and measurement.ratios["cpu"].low < 1
+                lost = "cpu" in measurement.ratios and measurement.ratios["cpu"].low < AHEAD
                 if lost and (key.train, key.step) == (train, step):
                     limit = min(limit, key.T * key.B * key.I // _SMALLER)
         return limit
@@ -172,7 +172,7 @@ def _leads(name: str, near: Sequence[tuple[float, Known]]) -> bool:
     lead = 0.0
     for weight, (measurement, _) in near:
         ratio = measurement.ratios.get(name)
-        lead += weight * (-_ENOUGH if ratio is None else min(max(math.log(ratio.low), -_ENOUGH), _ENOUGH))
+        lead += weight * (-_ENOUGH if ratio is None else min(max(math.log(ratio.low / AHEAD), -_ENOUGH), _ENOUGH))
     return lead >= 0
 
 

@@ -16,7 +16,7 @@ from ..benchmarks.cases import DTYPES, parse_shape
 from . import choice, grid, profile, report, session, worker
 from .profile import Key
 
-_QUICK_SECONDS = 50.0
+_QUICK_SECONDS = 40.0
 
 
 def main(argv: Sequence[str]) -> int:

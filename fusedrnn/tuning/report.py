@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from .profile import BASELINE, Key, Measurement, Ratio
+from .profile import AHEAD, BASELINE, Key, Measurement, Ratio
 
 _MOST_ROWS = 60  # of single measurements; of more there is a summary
 
 
 def winner(measurement: Measurement) -> str:
     """The backend that a call exactly like this one gets."""
-    ahead = {name: ratio.median for name, ratio in measurement.ratios.items() if ratio.low >= 1}
+    ahead = {name: ratio.median for name, ratio in measurement.ratios.items() if ratio.low >= AHEAD}
     return max(ahead, key=lambda name: ahead[name]) if ahead else BASELINE
 
 
