@@ -353,10 +353,6 @@ def _peer_bytes(measurements: list[Measurement]) -> float:
     return _line("cluster_exchange", "push", measurements)[1] / (1e3 * _clock(measurements))
 
 
-def _chain(operands: str) -> Callable[[list[Measurement]], float]:
-    return lambda all: median([m.clocks for m in _of("mma_latency", operands)(all) if m.clocks is not None])
-
-
 def _clock(measurements: list[Measurement]) -> float:
     return median([m.ghz for m in measurements if m.ghz is not None and m.name != "launch"])
 
@@ -396,10 +392,6 @@ ASSUMPTIONS = (
         lambda d: cuda_plan.costs_of(d).single,
         _per_clock("multiply_add"),
     ),
-    Assumption(
-        "cuda_plan: _MMA_LATENCY['bf16']", "clocks", lambda _: cuda_plan._MMA_LATENCY["bf16"], _chain("bfloat16")
-    ),
-    Assumption("cuda_plan: _MMA_LATENCY['tf32']", "clocks", lambda _: cuda_plan._MMA_LATENCY["tf32"], _chain("tf32")),
 )
 
 

@@ -229,7 +229,8 @@ class _FiniteProducts(TorchDispatchMode):
 
 @pytest.fixture
 def assert_padding_is_not_read() -> Callable[..., None]:
-    """Holds a pair of operators (see ops.FORWARD_SCHEMA, ops.BACKWARD_SCHEMA) to what they make of NaN in padding.
+    """Holds a pair of operators (see ops.FORWARD_SCHEMA, ops.BACKWARD_SCHEMA), or of gpu.py's functions, whose
+    gradients of the weights are in a list, to what they make of NaN in padding.
 
     It is in x, dy and dc where no step exists, and in the state of a sequence without a step. No product is given it,
     and all results are what they are with zeros there.
@@ -254,8 +255,8 @@ def assert_padding_is_not_read() -> Callable[..., None]:
             ph0, pc0, pdhn, pdcn = (state.where(steps[0], padding) for state in (h0, c0, dhn, dcn))
             given, needs = (px, True, ph0, pc0, lengths, reset), [True] * (3 + len(weights))
             y, hn, cn, c, reserve = forward(*given, True, True, *weights)
-            grads = backward(pdy, pdhn, pdcn, pdc, *given, y, c, reserve, needs, *weights)
-            dx, dh0, dc0, *dweights = grads[: len(needs)]
+            dx, dh0, dc0, *dweights = backward(pdy, pdhn, pdcn, pdc, *given, y, c, reserve, needs, *weights)
+            dweights = dweights[0] if isinstance(dweights[0], list) else dweights[: len(weights)]
             states = [state.where(steps[0], 0.0) for state in (hn, cn, dh0, dc0)]
             return [y, c, dx, *states, *dweights]
 

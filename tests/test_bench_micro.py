@@ -279,13 +279,11 @@ def test_constants_of_the_cuda_planner_are_taken_from_the_largest_group(capsys):
         for size in (4096, 16384, 32768)
     ]
     measured += [line_of("grid_exchange", "flags", 64, size, 1.1 + size / 9e4) for size in (4096, 16384)]
-    measured += [Measurement("mma_latency", "tf32", ns=(10.0,), cycles=(18.0,), blocks=132)]
     found = {line[0]: line[3] for line in micro.assumptions({}, measured)[1:]}
     assert found["cuda_plan: Costs.cluster"] == "0.6"
     assert found["cuda_plan: _PEER_PER_CLOCK"] == "20"
     assert found["cuda_plan: Costs.grid"] == "1.1"
-    assert found["cuda_plan: _MMA_LATENCY['tf32']"] == "18"
-    assert found["cuda_plan: _MMA_LATENCY['bf16']"] == "-"
+    assert found["cuda_plan: Costs.half"] == "-"
 
 
 def test_clusters_that_fit_are_reported(tmp_path):

@@ -413,6 +413,7 @@ def test_what_a_profile_has_verified_on_a_gpu_runs_there(monkeypatch):
     )
     monkeypatch.setattr(dispatch.choice, "table", lambda *_: made)
     monkeypatch.setattr(dispatch.choice, "which", lambda _: 0)
+    monkeypatch.setattr(dispatch, "_is_measured", lambda _: True)
     problem = dispatch.Problem("cuda", torch.float32, 64, 16, 256, 256, 256, 1)
     assert dispatch._unproven("triton", problem) is None
     assert "crashed: the process ended with signal 11" in dispatch._unproven("cuda", problem)
