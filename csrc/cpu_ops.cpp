@@ -113,11 +113,11 @@ class Biases {
 void forward_sequence(const Layer& layer, ForwardParams& params, const OptionalTensor& gates) {
   const Sizes& s = layer.sizes;
   const Kernels& kernels = layer.kernels;
-  const bool is_short = s.N <= kUnpackedRows;
+  const bool unpacked = is_short(s, kernels, gates.has_value());
   // The gates take the place of their affine maps where both are kept, in one dtype.
   const bool in_place = gates.has_value() && layer.x.scalar_type() == layer.compute;
   const SharedPanels panels =
-      is_short            ? std::make_shared<Panels>(Panels{std::nullopt, std::nullopt, packed_projection(layer)})
+      unpacked            ? std::make_shared<Panels>(Panels{std::nullopt, std::nullopt, packed_projection(layer)})
       : gates.has_value() ? packed_weights(layer, in_place)  // of training: other ones at the next call
                           : kept_weights(layer);
   params.panel_hh = pointer(panels->w_hh);
@@ -129,7 +129,7 @@ void forward_sequence(const Layer& layer, ForwardParams& params, const OptionalT
     const Lines lines(params.team, s, kernels);
     launch(params.team, [&](int worker) { kernels.forward(params, worker); });
   };
-  if (is_short) return run(0, s.T);
+  if (unpacked) return run(0, s.T);
 
   const OptionalTensor padded = padded_rows(kernels, layer.x);
   const Tensor x = padded.has_value() ? *padded : kernels.take_pairs() ? layer.x : as(layer.x, layer.compute);
@@ -219,7 +219,7 @@ void forward(const Layer& layer, Outputs& out) {
   params.c_state = c_state;
   params.m = s.projected ? c_state + c_size : nullptr;
   params.x = layer.x.const_data_ptr();
-  if (s.T == 1) {
+  if (s.T == 1 && is_short(s, layer.kernels, out.gates.has_value())) {
     forward_step(layer, params);
   } else {
     forward_sequence(layer, params, out.gates);
@@ -551,7 +551,7 @@ std::string cpu_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int6
   const Dtype dtype = float64 ? Dtype::kFloat64 : Dtype::kFloat32;
   const Kernels& kernels = (*isa().kernels)[static_cast<size_t>(dtype)];
   const std::string name = std::string(isa().name) + ", ";
-  if (T == 1) return name + "one step, weights read as they lie";
+  if (T == 1 && is_short(s, kernels, false)) return name + "one step, weights read as they lie";
   const Team team = plan_team(s, kernels, float64, torch::stable::get_num_threads());
   return name + std::to_string(team.workers) + (team.workers == 1 ? " thread" : " threads") + " by " +
          (team.split == Team::Split::kRows ? "batch rows, no synchronisation" : "hidden units, meeting at every step");

@@ -12,7 +12,15 @@ constexpr double kSerialFlops = 5e5;        // below this a parallel region cost
 constexpr int64_t kSerialStep = 10000;      // multiply-adds of a step, below which it takes less than to meet after it
 constexpr int64_t kCacheBytes = 512 << 10;  // what a core keeps of the weights from one step to the next
 constexpr int64_t kChunkBytes = 8 << 20;    // of the input's affine maps, where they need not be kept
-constexpr int64_t kUnpackedRows = 16;  // steps times batch rows, up to which packing weights costs more than it brings
+// Steps times batch rows, up to which packing weights costs more than it brings.
+constexpr int64_t kUnpackedRows = 16;
+// The same for pairs, where dot products of numbers have no instruction: in inference packed weights are kept.
+constexpr int64_t kUnpackedTrainedPairs = 15, kUnpackedPairs = 3;
+
+// Whether the weights are read as they lie, and nothing is packed but a projection.
+inline bool is_short(const Sizes& s, const Kernels& kernels, bool training) {
+  return s.N <= (!kernels.take_pairs() ? kUnpackedRows : training ? kUnpackedTrainedPairs : kUnpackedPairs);
+}
 
 // Whether the input's affine maps belong into the launch: tiles that are full there would be no faster before it, and
 // the maps would have to be written and read.
