@@ -40,7 +40,7 @@ test: $(VENV)/.test
 
 OLDEST := 2.10.0
 OLDEST_TRITON := 3.6.0
-OLDEST_TESTS := test_autograd.py test_compile.py test_contract.py test_triton.py test_triton_compile.py
+OLDEST_TESTS := test_autograd.py test_compile.py test_contract.py test_inputs.py test_triton.py test_triton_compile.py
 test-oldest:
 	FUSEDRNN_BUILD_CUDA=0 $(MAKE) --no-print-directory VENV=.venv-oldest TORCH=$(OLDEST) TORCH_SPEC=torch==$(OLDEST) .venv-oldest/.test
 	.venv-oldest/bin/python -c "import torch; assert torch.__version__.startswith('$(OLDEST)'), torch.__version__"

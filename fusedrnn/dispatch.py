@@ -25,6 +25,8 @@ from .tuning import choice
 from .tuning.profile import Key, Ratio
 
 ENVIRONMENT_VARIABLE = "FUSEDRNN_BACKEND"
+# Before torch 2.12, autocast leaves the state of sequences of one length wide where they are packed, as of several.
+EQUAL_PACKED_IS_WIDE = torch.__version__ < "2.12"  # as versions, not as texts
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -517,8 +519,9 @@ def problem_of(
     cell = isinstance(module, nn.LSTMCell)
     if not cell and getattr(module, "mode", None) != "LSTM":
         raise TypeError(f"module must be an LSTM or an LSTMCell, got {type(module).__name__}")
-    packed = False
+    packed = is_wide = False
     if isinstance(input, PackedSequence) and not cell:
+        is_wide = EQUAL_PACKED_IS_WIDE
         data, sizes = input.data, input.batch_sizes.tolist()
         T, B, packed = len(sizes), sizes[0], sizes[-1] < sizes[0]
     elif isinstance(input, Tensor):
@@ -527,7 +530,7 @@ def problem_of(
     else:
         expected = "a Tensor" if cell else "a Tensor or a PackedSequence"
         raise TypeError(f"input must be {expected}, got {type(input).__name__}")
-    wide = cell or packed or bool(getattr(module, "proj_size", 0))
+    wide = cell or packed or is_wide or bool(getattr(module, "proj_size", 0))
     cast = autocast_dtype(data, None if hx is None else hx[1], wide=wide)
     H = int(module.hidden_size)  # type: ignore[arg-type]
     leaves = (data, *(s for s in hx or () if isinstance(s, Tensor)), *module.parameters())

@@ -94,7 +94,8 @@ def lstm(
     _check_options(weights, num_layers, D, dropout)
     h_dtype = None  # of what autocast makes narrower than c: the output of a projection is that of a matrix product
     projected = len(weights) // (num_layers * D) in (3, 5)
-    dtype = dispatch.autocast_dtype(input, c0, wide=form.batch_sizes is not None or projected)
+    is_wide = form.batch_sizes is not None or projected or (form.rows and dispatch.EQUAL_PACKED_IS_WIDE)
+    dtype = dispatch.autocast_dtype(input, c0, wide=is_wide)
     if dtype is not None:
         h_dtype = dispatch.autocast_dtype(input) if projected else None
         input, h0, c0 = _cast(dtype, input, h0, c0)
@@ -135,6 +136,8 @@ def lstm(
         raise quick
     dropout = dropout if training else 0.0
     if backend == "aten":
+        if form.rows and dispatch.EQUAL_PACKED_IS_WIDE:
+            form = form._replace(batch_sizes=batch_sizes)
         y, hn, cn = _aten(input, form, weights, h0, c0, num_layers, dropout, bidirectional)
         return y, _squeezed(hn, cn, form)
     if not dispatch.TABLE[backend].takes_packed:
