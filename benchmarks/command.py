@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from . import (
     models,
     on_a_gpu,
     plot,
+    progress,
     provenance,
     report,
     results,
@@ -247,7 +248,7 @@ def _measure(
         (suite, cell) for suite, cell in _cells(options, device) if (cell.id, cell.mode, cell.device) not in done
     ]
     whole = [("models", task) for task in models.tasks(options.shrink)] if "models" in (options.suite or []) else []
-    for suite, item in _progress([*cells, *whole]):
+    for suite, item in progress.shown([*cells, *whole], "cell", _label):
         if isinstance(item, Cell):
             keep(run.measure(suite, item, entered, ticking, ceilings, settings))
         else:
@@ -256,20 +257,9 @@ def _measure(
             keep(made)
 
 
-def _progress(items: list[Any]) -> Iterable[Any]:
-    """The items, with a bar that says what is measured and the time left, where there is a terminal and tqdm."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return items
-    bar = tqdm(items, file=sys.stderr, disable=None, leave=False, unit="cell", smoothing=0)
-
-    def described() -> Iterable[Any]:
-        for suite, item in bar:
-            bar.set_description_str(f"{item.id} {item.mode}" if isinstance(item, Cell) else item.name)
-            yield suite, item
-
-    return described()
+def _label(entry: tuple[str, Any]) -> str:
+    _, item = entry
+    return f"{item.id} {item.mode}" if isinstance(item, Cell) else item.name
 
 
 def _write_curves(path: Path, curves: Sequence[training.Curve]) -> None:

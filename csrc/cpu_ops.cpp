@@ -62,7 +62,7 @@ class Lines {
 
 // ---------------------------------------------------------------------------------------------- forward
 
-// One time step: nothing is packed, and both affine maps happen in the kernel.
+// One time step of a few rows: nothing is packed, and both affine maps happen in the kernel.
 void forward_step(const Layer& layer, ForwardParams& params) {
   const Sizes& s = layer.sizes;
   const auto grain = [](int64_t flops) {

@@ -264,7 +264,7 @@ def _short_way(
         h0, c0 = hx
     x = input.transpose(0, 1) if batch_first else input
     try:
-        train = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h0, c0, *weights))
+        train = _wants_gradient(x, h0, c0, *weights)
         if input.numel() > choice.small[train][dims == 2] and dispatch.is_torchs_faster(
             input, weights, num_layers, batch_first, bidirectional, train
         ):

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedrnn
 from fusedrnn import dispatch, functional, testing
+from fusedrnn.tuning import choice, profile
 
 
 def _interpret_triton() -> None:
@@ -214,6 +215,18 @@ def assert_twins(assert_same: Any, gradients: Any) -> Callable[..., None]:
         assert_same(grads, expected_grads)
 
     return check
+
+
+@pytest.fixture
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """The folder of profiles in an empty cache folder, which counts: nothing is pinned, and none is shipped."""
+    monkeypatch.delenv("FUSEDRNN_PROFILE", raising=False)
+    monkeypatch.setenv("FUSEDRNN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(profile, "SHIPPED", tmp_path / "shipped")
+    choice.forget()
+    yield tmp_path / "profiles"
+    monkeypatch.undo()
+    choice.forget()
 
 
 class _FiniteProducts(TorchDispatchMode):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -43,18 +44,6 @@ worker.main()
 def forgotten():
     """What a test has measured counts for no other."""
     yield
-    choice.forget()
-
-
-@pytest.fixture
-def cache(monkeypatch, tmp_path):
-    """An empty cache folder, which counts: nothing is pinned."""
-    monkeypatch.delenv("FUSEDRNN_PROFILE", raising=False)
-    monkeypatch.setenv("FUSEDRNN_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(profile, "SHIPPED", tmp_path / "shipped")
-    choice.forget()
-    yield tmp_path / "profiles"
-    monkeypatch.undo()
     choice.forget()
 
 
@@ -245,7 +234,10 @@ def test_interrupting_keeps_what_was_measured(tmp_path):
     path = tmp_path / "p.json"
     shapes = [part for H in range(5, 60) for part in ("--shape", f"3,2,4,{H}")]
     command = [sys.executable, "-m", "fusedrnn", "tune", "--device", "cpu", "--dtype", "float32", "--out", str(path)]
-    with subprocess.Popen([*command, *shapes], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # A shell without job control has what it puts into the background, and all its children, ignore the signal.
+    heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen([*command, *shapes], **streams, preexec_fn=heeding) as process:
         end = time.monotonic() + 120
         while time.monotonic() < end and not (path.exists() and '"cell"' in path.read_text()):
             time.sleep(0.1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fusedrnn
-from fusedrnn.tuning import choice, machine, profile
+from fusedrnn.tuning import machine, profile
 from fusedrnn.tuning.profile import Key, Measurement, Profile, ProfileError, Ratio
 
 VERSIONS = {"fusedrnn": fusedrnn.__version__, "torch": torch.__version__}
@@ -24,18 +24,6 @@ KEYS = [
 def made(*keys, **changes):
     measurements = [Measurement(key, {"aten": 2.0, "cpu": 1.0}, {"cpu": Ratio(1.5, 2.0)}, {}, 9) for key in keys]
     return Profile(changes.pop("here", HERE), changes.pop("threads", 2), VERSIONS | changes).with_added(measurements)
-
-
-@pytest.fixture
-def cache(monkeypatch, tmp_path):
-    """An empty cache folder, which counts: nothing is pinned."""
-    monkeypatch.delenv("FUSEDRNN_PROFILE", raising=False)
-    monkeypatch.setenv("FUSEDRNN_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(profile, "SHIPPED", tmp_path / "shipped")
-    choice.forget()
-    yield tmp_path / "profiles"
-    monkeypatch.undo()
-    choice.forget()
 
 
 def find(threads=2):

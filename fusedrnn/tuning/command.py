@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from .. import testing
-from ..benchmarks import arguments
+from ..benchmarks import arguments, progress
 from ..benchmarks.cases import DTYPES, parse_shape
 from . import choice, grid, profile, report, session, worker
 from .profile import Key
@@ -136,7 +136,9 @@ def _tune(
     settings = session.Settings(options.rounds, budget, options.time_limit)
     interrupted = False
     try:
-        session.measure(_progress(keys), device, backends, keeper.keep, settings, until)
+        session.measure(
+            progress.shown(keys, "size", lambda key: key.label), device, backends, keeper.keep, settings, until
+        )
     except KeyboardInterrupt:
         interrupted = True
     choice.forget()
@@ -151,19 +153,3 @@ def _tune(
         print("interrupted: what is above was measured before, and is kept", file=sys.stderr)
         return arguments.INTERRUPTED
     return 1 if any(m.failures for m in made) or (keys and not made and until is None) else 0
-
-
-def _progress(keys: list[Key]) -> Iterable[Key]:
-    """The keys, with a bar that says what is measured and the time left, where there is a terminal and tqdm."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return keys
-    bar = tqdm(keys, file=sys.stderr, disable=None, leave=False, unit="size", smoothing=0)
-
-    def described() -> Iterable[Key]:
-        for key in bar:
-            bar.set_description_str(key.label)
-            yield key
-
-    return described()
