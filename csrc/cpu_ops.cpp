@@ -16,6 +16,10 @@
 namespace fusedrnn {
 namespace {
 
+void check_cell(const std::string& cell) {
+  STD_TORCH_CHECK(cell == "lstm", "the cpu backend has no kernel for the cell ", cell);
+}
+
 // ---------------------------------------------------------------------------------------------- launching
 
 Team plan_team(const Layer& layer) {
@@ -227,9 +231,10 @@ void forward(const Layer& layer, Outputs& out) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_forward(
-    Tensor x, bool bidirectional, OptionalTensor h0, OptionalTensor c0, OptionalTensor lengths, OptionalTensor reset,
-    bool cell_states, bool reserve, Tensor w0, Tensor w1, OptionalTensor w2, OptionalTensor w3, OptionalTensor w4,
-    OptionalTensor w5, OptionalTensor w6, OptionalTensor w7, OptionalTensor w8, OptionalTensor w9) {
+    std::string cell, Tensor x, bool bidirectional, OptionalTensor h0, OptionalTensor c0, OptionalTensor lengths,
+    OptionalTensor reset, bool cell_states, bool reserve, Tensor w0, Tensor w1, OptionalTensor w2, OptionalTensor w3,
+    OptionalTensor w4, OptionalTensor w5, OptionalTensor w6, OptionalTensor w7, OptionalTensor w8, OptionalTensor w9) {
+  check_cell(cell);
   const NoGrad no_grad;
   const Tensors flat = listed(w0, w1, {&w2, &w3, &w4, &w5, &w6, &w7, &w8, &w9});
   const Layer layer(x, flat, bidirectional, h0, c0, lengths, reset);
@@ -247,8 +252,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_forward(
 
 // torch moves the weights out of the list that it is called with. It is for functional.py alone, whose list is made for
 // the call, and is never recorded in a program.
-std::tuple<Tensor, Tensor, Tensor> cpu_infer(Tensor x, Tensors flat, int64_t layers, bool bidirectional,
-                                             OptionalTensor h0, OptionalTensor c0) {
+std::tuple<Tensor, Tensor, Tensor> cpu_infer(std::string cell, Tensor x, Tensors flat, int64_t layers,
+                                             bool bidirectional, OptionalTensor h0, OptionalTensor c0) {
+  check_cell(cell);
   const NoGrad no_grad;
   const int64_t all = static_cast<int64_t>(flat.size());
   STD_TORCH_CHECK(layers > 0 && all % layers == 0, "weights must be as many for each of ", layers, " layers");
@@ -473,11 +479,12 @@ Gradients gradients_of(Tensor dx, Tensor dh0, Tensor dc0, Tensors dweights) {
   return std::tuple_cat(std::array{std::move(dx), std::move(dh0), std::move(dc0)}, std::move(each));
 }
 
-Gradients cpu_backward(OptionalTensor dy, OptionalTensor dhn, OptionalTensor dcn, OptionalTensor dc, Tensor x,
-                       bool bidirectional, OptionalTensor h0, OptionalTensor c0, OptionalTensor lengths,
+Gradients cpu_backward(std::string cell, OptionalTensor dy, OptionalTensor dhn, OptionalTensor dcn, OptionalTensor dc,
+                       Tensor x, bool bidirectional, OptionalTensor h0, OptionalTensor c0, OptionalTensor lengths,
                        OptionalTensor reset, Tensor y, Tensor c, Tensor reserve, std::vector<bool> needs, Tensor w0,
                        Tensor w1, OptionalTensor w2, OptionalTensor w3, OptionalTensor w4, OptionalTensor w5,
                        OptionalTensor w6, OptionalTensor w7, OptionalTensor w8, OptionalTensor w9) {
+  check_cell(cell);
   const NoGrad no_grad;
   const Tensors flat = listed(w0, w1, {&w2, &w3, &w4, &w5, &w6, &w7, &w8, &w9});
   const Layer layer(x, flat, bidirectional, h0, c0, lengths, reset);
@@ -546,7 +553,8 @@ std::string cpu_isa(std::optional<std::string> select) {
   return isa().name;
 }
 
-std::string cpu_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int64_t D, bool float64) {
+std::string cpu_plan(std::string cell, int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int64_t D, bool float64) {
+  check_cell(cell);
   const Sizes s{T, B, T * B, I, H, P, D, P != H};
   const Dtype dtype = float64 ? Dtype::kFloat64 : Dtype::kFloat32;
   const Kernels& kernels = (*isa().kernels)[static_cast<size_t>(dtype)];

@@ -15,15 +15,18 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
+from .cells import CELLS
+from .layout import split_directions
 
-# The fixed arguments of LSTMFunction.apply before the weights, and the first of them that can need a gradient.
-_FIXED = ("backend", "bidirectional", "cell_states", "x", "h0", "c0", "lengths", "reset")
+# The fixed arguments of LayerFunction.apply before the weights, and the first of them that can need a gradient.
+_FIXED = ("backend", "cell", "bidirectional", "cell_states", "x", "h0", "c0", "lengths", "reset")
 _X, _LENGTHS = _FIXED.index("x"), _FIXED.index("lengths")
 _WEIGHTS = len(_FIXED)
 
 
-def lstm_layer(
+def layer(
     backend: str,
+    cell: str,
     x: Tensor,
     weights: Sequence[Tensor],
     bidirectional: bool,
@@ -36,7 +39,7 @@ def lstm_layer(
     """One layer, differentiable where it has to be; the arguments are those of `ops.FORWARD_SCHEMA`.
 
     Returns:
-        y [T, B, D*P], hn [D, B, P], cn [D, B, H], c [T, B, D*H] (meaningful with cell_states only); of packed rows
+        y [T, B, D*P], hn [D, B, P], cn [D, B, C], c [T, B, D*C] (meaningful with cell_states only); of packed rows
         y and c are [N, ...].
 
     Raises:
@@ -48,29 +51,29 @@ def lstm_layer(
         needs_grad = False  # what is recorded will be run and not trained: it should reserve nothing
     with _autocast_off(x.device):
         if needs_grad or _is_transformed():
-            y, hn, cn, c, _ = _apply(backend, bidirectional, cell_states, x, h0, c0, lengths, reset, *weights)
+            y, hn, cn, c, _ = _apply(backend, cell, bidirectional, cell_states, x, h0, c0, lengths, reset, *weights)
         else:
             y, hn, cn, c, _ = ops.forward_op(backend)(
-                x, bidirectional, h0, c0, lengths, reset, cell_states, False, *weights
+                cell, x, bidirectional, h0, c0, lengths, reset, cell_states, False, *weights
             )
     return y, hn, cn, c
 
 
-def lstm_step(
-    backend: str, x: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None
+def step(
+    backend: str, cell: str, x: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """One time step of one direction, differentiable, outside of autocast: x [B, I], h0 [B, P], c0 [B, H] -> hn, cn."""
-    _, hn, cn, _, _ = _apply(backend, False, False, x, h0, c0, None, None, *weights)
+    """One time step of one direction, differentiable, outside of autocast: x [B, I], h0 [B, P], c0 [B, C] -> hn, cn."""
+    _, hn, cn, _, _ = _apply(backend, cell, False, False, x, h0, c0, None, None, *weights)
     return hn, cn
 
 
 def _apply(*arguments: Any) -> tuple[Tensor, ...]:
-    """LSTMFunction.apply, or of the same what is quickest where nothing is transformed or traced."""
+    """LayerFunction.apply, or of the same what is quickest where nothing is transformed or traced."""
     if torch._C._are_functorch_transforms_active():
         return _apply_transformed(*arguments)
     if torch.compiler.is_compiling():
         return ops.layer(ops.revision(), *arguments[:_WEIGHTS], arguments[_WEIGHTS:])
-    return _EagerLSTMFunction.apply(*arguments)
+    return _EagerLayerFunction.apply(*arguments)
 
 
 def _apply_transformed(*arguments: Any) -> tuple[Tensor, ...]:
@@ -78,8 +81,8 @@ def _apply_transformed(*arguments: Any) -> tuple[Tensor, ...]:
     here, so that one is left for the call."""
     interpreter: Any = torch._functorch.pyfunctorch.retrieve_current_functorch_interpreter()
     if interpreter.key() != torch._C._functorch.TransformType.Functionalize:
-        y, *others = LSTMFunction.apply(*arguments)
-        return y.clone(), *others  # which may be changed in place; see _EagerLSTMFunction
+        y, *others = LayerFunction.apply(*arguments)
+        return y.clone(), *others  # which may be changed in place; see _EagerLayerFunction
     api = torch._subclasses.functional_tensor.FunctorchFunctionalizeAPI(interpreter)
     with api.redispatch_to_next():
         results: Any = _apply(*api.unwrap_tensors(arguments))
@@ -100,13 +103,13 @@ def _is_transformed() -> bool:
 
 def _refuse_vmap(*_: Any) -> NoReturn:
     raise NotImplementedError(
-        "the forward of fusedrnn's LSTM cannot be batched by torch.func.vmap, neither over sequences nor over weights: "
-        "give the sequences a batch dimension, and call the module once for each set of weights. Its backward can be "
+        "the forward of fusedrnn's layers cannot be batched by torch.func.vmap, neither over sequences nor over weights"
+        ": give the sequences a batch dimension, and call the module once for each set of weights. Its backward can be "
         "(torch.func.jacrev)"
     )
 
 
-class LSTMFunction(torch.autograd.Function):
+class LayerFunction(torch.autograd.Function):
     """forward: (*_FIXED, *weights) -> y, hn, cn, c, reserve. See docs/lstm_math.md for both directions.
 
     Of a single step without lengths x, h0, c0, hn and cn may be without their first dimension: views made outside would
@@ -116,6 +119,7 @@ class LSTMFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         backend: str,
+        cell: str,
         bidirectional: bool,
         cell_states: bool,
         x: Tensor,
@@ -127,15 +131,15 @@ class LSTMFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         forward = ops.forward_op(backend)
         if not _is_step(x, lengths):
-            return forward(x, bidirectional, h0, c0, lengths, reset, cell_states, True, *weights)
+            return forward(cell, x, bidirectional, h0, c0, lengths, reset, cell_states, True, *weights)
         x, h0, c0 = unsqueezed(x, h0, c0)
-        y, hn, cn, c, reserve = forward(x, bidirectional, h0, c0, lengths, reset, cell_states, True, *weights)
+        y, hn, cn, c, reserve = forward(cell, x, bidirectional, h0, c0, lengths, reset, cell_states, True, *weights)
         # Not squeezed: a view that is made here may not be changed in place.
         return y, hn.resize_(hn.shape[1:]), cn.resize_(cn.shape[1:]), c, reserve
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.backend, ctx.bidirectional = inputs[:2]
+        ctx.backend, ctx.cell, ctx.bidirectional = inputs[:3]
         y, _, _, c, reserve = output
         ctx.y_version = None
         ctx.set_materialize_grads(False)
@@ -153,22 +157,22 @@ class LSTMFunction(torch.autograd.Function):
         if ctx.y_version is not None and ctx.y_version.has_changed():
             with torch.no_grad(), _autocast_off(x.device):
                 forward = ops.forward_op(ctx.backend)
-                y = forward(x, ctx.bidirectional, h0, c0, lengths, reset, False, True, *weights)[0]
+                y = forward(ctx.cell, x, ctx.bidirectional, h0, c0, lengths, reset, False, True, *weights)[0]
         needed = ctx.needs_input_grad
         needs = [*needed[_X : _X + 3], *needed[_WEIGHTS:]]
         arguments = (dy, dhn, dcn, dc, x, h0, c0, lengths, reset, y, c, reserve, *weights)
         with _autocast_off(x.device):
             if torch.compiler.is_compiling():
-                grads: Sequence[Tensor] = _run_backward(ctx.backend, ctx.bidirectional, needs, *arguments)
+                grads: Sequence[Tensor] = _run_backward(ctx.backend, ctx.cell, ctx.bidirectional, needs, *arguments)
             elif torch.is_grad_enabled() or _is_transformed():
-                apply = partial(LSTMBackwardFunction.apply, ctx.backend, ctx.bidirectional, needs)
+                apply = partial(LayerBackwardFunction.apply, ctx.backend, ctx.cell, ctx.bidirectional, needs)
                 grads = _for_each(apply, arguments)
             else:
-                grads = _for_each(partial(_run_backward, ctx.backend, ctx.bidirectional, needs), arguments)
+                grads = _for_each(partial(_run_backward, ctx.backend, ctx.cell, ctx.bidirectional, needs), arguments)
         dx, dh0, dc0, *dweights = (grad if need else None for grad, need in zip(grads, needs, strict=True))
         if is_step:
             dx, dh0, dc0 = (None if grad is None else grad.squeeze(0) for grad in (dx, dh0, dc0))
-        return None, None, None, dx, dh0, dc0, None, None, *dweights
+        return None, None, None, None, dx, dh0, dc0, None, None, *dweights
 
     vmap = staticmethod(_refuse_vmap)
 
@@ -190,8 +194,8 @@ class _Version:
         return self._counter._version != self._seen
 
 
-class _EagerLSTMFunction(torch.autograd.Function):
-    """LSTMFunction where nothing is transformed or traced.
+class _EagerLayerFunction(torch.autograd.Function):
+    """LayerFunction where nothing is transformed or traced.
 
     With a setup_context, `apply` reads and binds the signature of `forward` at every call, which takes 30 us. And y may
     be changed in place before the backward, which computes it again then.
@@ -199,18 +203,18 @@ class _EagerLSTMFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        output = LSTMFunction.forward(*arguments)
+        output = LayerFunction.forward(*arguments)
         y, *others = output
         returns_y = type(y) is Tensor and not _is_step(arguments[_X], arguments[_LENGTHS])
         # y.data has a version of its own, which nobody changes.
-        LSTMFunction.setup_context(ctx, arguments, (y.data, *others) if returns_y else output)
+        LayerFunction.setup_context(ctx, arguments, (y.data, *others) if returns_y else output)
         ctx.y_version = _Version(y) if returns_y else None
         return output
 
-    backward = staticmethod(LSTMFunction.backward)
+    backward = staticmethod(LayerFunction.backward)
 
 
-ops.implement_layer(lambda *arguments: _EagerLSTMFunction.apply(*arguments[:_WEIGHTS], *arguments[_WEIGHTS]))
+ops.implement_layer(lambda *arguments: _EagerLayerFunction.apply(*arguments[:_WEIGHTS], *arguments[_WEIGHTS]))
 
 
 def _is_step(x: Tensor, lengths: Tensor | None) -> bool:
@@ -224,6 +228,7 @@ def unsqueezed(*tensors: Tensor | None) -> list[Any]:
 
 def _run_backward(
     backend: str,
+    cell: str,
     bidirectional: bool,
     needs: list[bool],
     dy: Tensor | None,
@@ -241,12 +246,12 @@ def _run_backward(
     *weights: Tensor,
 ) -> tuple[Tensor, ...]:
     grads = ops.backward_op(backend)(
-        dy, dhn, dcn, dc, x, bidirectional, h0, c0, lengths, reset, y, c, reserve, needs, *weights
+        cell, dy, dhn, dcn, dc, x, bidirectional, h0, c0, lengths, reset, y, c, reserve, needs, *weights
     )
     return grads[: len(needs)]
 
 
-class LSTMBackwardFunction(torch.autograd.Function):
+class LayerBackwardFunction(torch.autograd.Function):
     """The backward as a function of its own, so that it has a derivative: recomputed through the reference.
 
     Used only where a graph of the backward is asked for (create_graph); the first derivative still comes from the
@@ -254,32 +259,33 @@ class LSTMBackwardFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(backend: str, bidirectional: bool, needs: list[bool], *arguments: Any) -> tuple[Tensor, ...]:
-        return _run_backward(backend, bidirectional, needs, *arguments)
+    def forward(backend: str, cell: str, bidirectional: bool, needs: list[bool], *arguments: Any) -> tuple[Tensor, ...]:
+        return _run_backward(backend, cell, bidirectional, needs, *arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _, ctx.bidirectional, ctx.needs, *arguments = inputs
+        _, ctx.cell, ctx.bidirectional, ctx.needs, *arguments = inputs
         ctx.mark_non_differentiable(*(grad for grad, need in zip(output, ctx.needs, strict=True) if not need))
         ctx.save_for_backward(*arguments)
 
     @staticmethod
     def backward(ctx: Any, *ddgrads: Tensor) -> tuple[Tensor | None, ...]:
         dy, dhn, dcn, dc, x, h0, c0, lengths, reset, y, c, _, *weights = ctx.saved_tensors
-        B, D = reference.batch_size(x, lengths), 2 if ctx.bidirectional else 1
-        H, P = weights[1].shape[0] // 4, weights[1].shape[1]
-        zeros = [y.new_zeros(size) for size in (y.shape, (D, B, P), (D, B, H), c.shape)]
+        directions = split_directions(weights, ctx.bidirectional)
+        cell, B, D = CELLS[ctx.cell], reference.batch_size(x, lengths), len(directions)
+        C, P = cell.cell_size(directions[0].hidden_size), directions[0].w_hh.shape[1]
+        zeros = [y.new_zeros(size) for size in (y.shape, (D, B, P), (D, B, C), c.shape)]
         grad_outputs = tuple(zero if d is None else d for d, zero in zip((dy, dhn, dcn, dc), zeros, strict=True))
         states = (
             x.new_zeros(D, B, P) if h0 is None else h0,
-            x.new_zeros(D, B, H) if c0 is None else c0,
+            x.new_zeros(D, B, C) if c0 is None else c0,
         )
 
         def gradients(x: Tensor, h0: Tensor, c0: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
             *grad_outputs, weights = *rest[:4], rest[4:]
 
             def outputs(x: Tensor, h0: Tensor, c0: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-                return reference.layer(x, weights, ctx.bidirectional, h0, c0, lengths, reset)[:4]
+                return reference.layer(cell, x, weights, ctx.bidirectional, h0, c0, lengths, reset)[:4]
 
             return torch.func.vjp(outputs, x, h0, c0, *weights)[1](tuple(grad_outputs))
 
@@ -293,6 +299,7 @@ class LSTMBackwardFunction(torch.autograd.Function):
         g_outputs, g_weights = rest[:4], rest[4:]
         ddouts = [g if d is not None else None for g, d in zip(g_outputs, (dy, dhn, dcn, dc), strict=True)]
         return (
+            None,
             None,
             None,
             None,
@@ -310,15 +317,22 @@ class LSTMBackwardFunction(torch.autograd.Function):
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[Any, ...], backend: str, bidirectional: bool, needs: list[bool], *arguments: Any
+        info: Any,
+        in_dims: tuple[Any, ...],
+        backend: str,
+        cell: str,
+        bidirectional: bool,
+        needs: list[bool],
+        *arguments: Any,
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         """One after another: every element has gradients of the weights of its own."""
         results = [
-            LSTMBackwardFunction.apply(
+            LayerBackwardFunction.apply(
                 backend,
+                cell,
                 bidirectional,
                 needs,
-                *(t if dim is None else t.select(dim, k) for t, dim in zip(arguments, in_dims[3:], strict=True)),
+                *(t if dim is None else t.select(dim, k) for t, dim in zip(arguments, in_dims[4:], strict=True)),
             )
             for k in range(info.batch_size)
         ]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import gpu, ops
+from .cells import CELLS, LSTM
 from .tuning import choice
 from .tuning.profile import Key, Ratio
 
@@ -45,10 +46,11 @@ class Problem(NamedTuple):
     reset: bool = False
     states: bool = False
     packed: bool = False  # a PackedSequence of sequences that are not all as long
+    cell: str = LSTM.name
     # What decides how fast it is, and not whether it can be computed:
     train: bool = False  # a gradient may be asked for
     L: int = 1
-    step: bool = False  # an LSTMCell
+    step: bool = False  # a module for one time step, such as an LSTMCell
 
 
 class Backend(NamedTuple):
@@ -59,6 +61,7 @@ class Backend(NamedTuple):
     unsupported: Callable[[Problem], str | None]  # the same
     plan: Callable[[Problem], str]
     takes_packed: bool = False  # the rows of a PackedSequence as they lie, which else are padded for it
+    cells: frozenset[str] = frozenset(CELLS)
 
 
 def _cpu_unsupported(problem: Problem) -> str | None:
@@ -156,15 +159,17 @@ def _gpu_plans(name: str, problem: Problem) -> dict[str, Any]:
 
 def _cpu_plan(problem: Problem) -> str:
     p = problem
-    return torch.ops.fusedrnn.cpu_plan(p.T, p.B, p.I, p.H, p.P, p.D, p.dtype == torch.float64)
+    return torch.ops.fusedrnn.cpu_plan(p.cell, p.T, p.B, p.I, p.H, p.P, p.D, p.dtype == torch.float64)
 
+
+_LSTM_ALONE = frozenset({LSTM.name})
 
 TABLE = {
     backend.name: backend
     for backend in (
-        Backend("cuda", ops.cuda_unavailable, _cuda_unsupported, partial(_gpu_plan, "cuda")),
-        Backend("triton", ops.triton_unavailable, _triton_unsupported, partial(_gpu_plan, "triton")),
-        Backend("cpu", lambda: ops.cpu_unavailable, _cpu_unsupported, _cpu_plan, takes_packed=True),
+        Backend("cuda", ops.cuda_unavailable, _cuda_unsupported, partial(_gpu_plan, "cuda"), cells=_LSTM_ALONE),
+        Backend("triton", ops.triton_unavailable, _triton_unsupported, partial(_gpu_plan, "triton"), cells=_LSTM_ALONE),
+        Backend("cpu", lambda: ops.cpu_unavailable, _cpu_unsupported, _cpu_plan, True, _LSTM_ALONE),
         Backend("aten", lambda: None, _aten_unsupported, lambda _: "torch's own LSTM for this device"),
         Backend("reference", lambda: None, _dtype_unsupported, lambda _: "a Python loop over the time steps"),
     )
@@ -244,7 +249,10 @@ def _check_name(name: str) -> None:
 def supports(name: str, problem: Problem) -> str | None:
     """Why backend `name` cannot compute `problem`, or None if it can."""
     backend = TABLE[name]
-    return backend.unavailable() or backend.unsupported(problem)
+    reason = backend.unavailable()
+    if reason is None and problem.cell not in backend.cells:
+        reason = f"it has no kernel for the cell {problem.cell}"
+    return reason or backend.unsupported(problem)
 
 
 def select(problem: Problem) -> str:
@@ -309,7 +317,7 @@ def _choice(problem: Problem) -> choice.Choice:
 def key_of(p: Problem) -> Key:
     """What a profile calls a problem; of an empty batch, that of one sequence."""
     name, projected = _dtype_name(p.device, p.dtype), p.P != p.H
-    return Key(name, p.train, p.T, max(p.B, 1), max(p.I, 1), p.H, p.L, p.D, p.step, p.packed, projected)
+    return Key(name, p.train, p.T, max(p.B, 1), max(p.I, 1), p.H, p.L, p.D, p.step, p.packed, projected, p.cell)
 
 
 def _dtype_name(device: str, dtype: torch.dtype) -> str:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from . import dispatch, ops
-from .autograd import lstm_layer, lstm_step, unsqueezed
+from . import autograd, dispatch, ops
+from .autograd import unsqueezed
 from .packing import Packing
 from .tuning import choice
 
@@ -130,7 +130,9 @@ def lstm(
 
     packed, extras = form.batch_sizes is not None, (lengths is not None, reset is not None, return_states)
     train = _wants_gradient(input, h0, c0, *weights)
-    problem = dispatch.Problem(input.device.type, input.dtype, T, B, I, H, P, D, *extras, packed, train, num_layers)
+    problem = dispatch.Problem(
+        input.device.type, input.dtype, T, B, I, H, P, D, *extras, packed, "lstm", train, num_layers
+    )
     backend = dispatch.select(problem)
     if isinstance(quick, Exception) and backend == "cpu":
         raise quick
@@ -235,7 +237,7 @@ def lstm_cell(
         hn, cn = _VF.lstm_cell(input, (h, c), *weights)
     else:
         x, h, c = unsqueezed(input, h, c)
-        _, hn, cn, _ = lstm_layer(backend, x, weights, False, h, c, None, None, False)
+        _, hn, cn, _ = autograd.layer(backend, "lstm", x, weights, False, h, c, None, None, False)
         hn, cn = hn.squeeze(0), cn.squeeze(0)
     return (hn, cn) if batched else (hn.squeeze(0), cn.squeeze(0))
 
@@ -275,7 +277,7 @@ def _short_way(
             if not all(t is None or t.is_cpu for t in (h0, c0, *weights)):  # meta tensors have an operator, too
                 return None
             if dims == 2:
-                hn, cn = lstm_step("cpu", x, weights, h0, c0)
+                hn, cn = autograd.step("cpu", "lstm", x, weights, h0, c0)
                 return hn, (hn, cn)
             states = num_layers * (2 if bidirectional else 1)
             if not (h0 is None or c0 is None or len(h0) == len(c0) == states):
@@ -283,7 +285,7 @@ def _short_way(
             x = x.contiguous()
             y, hn, cn, *_ = _stack("cpu", x, weights, h0, c0, num_layers, 0.0, bidirectional, None, None, False)
         else:
-            y, hn, cn = ops.cpu_infer(x, weights, num_layers, bidirectional, h0, c0)
+            y, hn, cn = ops.cpu_infer("lstm", x, weights, num_layers, bidirectional, h0, c0)
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         return error
     return y.transpose(0, 1) if batch_first else y, (hn, cn)
@@ -436,7 +438,7 @@ def _stack(
     Of packed rows x is [N, I], and so are y, h and c.
     """
     if num_layers == 1:
-        y, hn, cn, c = lstm_layer(backend, x, weights, bidirectional, h0, c0, lengths, reset, cell_states)
+        y, hn, cn, c = autograd.layer(backend, "lstm", x, weights, bidirectional, h0, c0, lengths, reset, cell_states)
         return y, hn, cn, [y], [c]
     count, D = len(weights) // num_layers, 2 if bidirectional else 1
     h0s, c0s = ([None] * num_layers if s is None else s.split(D) for s in (h0, c0))
@@ -445,7 +447,9 @@ def _stack(
         if k > 0 and dropout > 0:
             y = torch.nn.functional.dropout(y, dropout)
         own = weights[k * count : (k + 1) * count]
-        y, hn, cn, c = lstm_layer(backend, y, own, bidirectional, h0s[k], c0s[k], lengths, reset, cell_states)
+        y, hn, cn, c = autograd.layer(
+            backend, "lstm", y, own, bidirectional, h0s[k], c0s[k], lengths, reset, cell_states
+        )
         hns.append(hn)
         cns.append(cn)
         hs.append(y)

@@ -83,6 +83,11 @@ def _gemms_in(precision: str, x: Tensor) -> Iterator[None]:
             matmul.fp32_precision = before
 
 
+def _check_cell(cell: str) -> None:
+    if cell != "lstm":
+        raise NotImplementedError(f"the GPU backends have no kernel for the cell {cell}")
+
+
 def _shape(launch: ModuleType, x: Tensor, directions: Sequence[DirectionWeights], ragged: bool) -> Any:
     T, B, I = x.shape
     P, H = _sizes(directions)
@@ -91,6 +96,7 @@ def _shape(launch: ModuleType, x: Tensor, directions: Sequence[DirectionWeights]
 
 def forward(
     launch: ModuleType,
+    cell: str,
     x: Tensor,
     bidirectional: bool,
     h0: Tensor | None,
@@ -102,6 +108,7 @@ def forward(
     *weights: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`ops.FORWARD_SCHEMA` by one launch; reserved are the gates [D, T, B, 4H], or nothing: see `reserve`."""
+    _check_cell(cell)
     keep_gates = for_backward and reserve() == "gates"
     x, h0, c0, lengths, reset, *flat = _contiguous(x, h0, c0, lengths, reset, *weights)
     directions = split_directions(flat, bidirectional)
@@ -126,6 +133,7 @@ def forward(
 
 def backward(
     launch: ModuleType,
+    cell: str,
     dy: Tensor | None,
     dhn: Tensor | None,
     dcn: Tensor | None,
@@ -143,6 +151,7 @@ def backward(
     *weights: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """`ops.BACKWARD_SCHEMA` by one launch, and GEMMs over what it leaves."""
+    _check_cell(cell)
     dy, dhn, dcn, dc, x, h0, c0, lengths, reset, *flat = _contiguous(
         dy, dhn, dcn, dc, x, h0, c0, lengths, reset, *weights
     )

@@ -1,8 +1,8 @@
 """ONNX: what an exported model has in place of our operators, for both of torch's exporters.
 
-A layer becomes one LSTM node of ONNX. That node has no projection, no reset and no c_t of every step, and ONNX Runtime
-computes it in float32 only: a layer that needs such a thing becomes a Scan node whose body is one time step. bfloat16
-and float16 are cast to float32 around the LSTM node, which is how the kernels compute them too.
+A layer becomes one LSTM, GRU or RNN node of ONNX. Such a node has no projection, no reset and no c_t of every step, and
+ONNX Runtime computes it in float32 only: a layer that needs such a thing becomes a Scan node whose body is one time
+step. bfloat16 and float16 are cast to float32 around the node, which is how the kernels compute them too.
 
 `torch.onnx.export(..., dynamo=True)` records the program with ProxyTorchDispatchMode, which asks `_record` what to do
 with our operators. The TorchScript exporter (dynamo=False) looks for a symbolic function, `_symbolic`; it has no Scan.
@@ -14,17 +14,41 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 
 from . import reference
-from .layout import GATES, DirectionWeights, onnx_order, split_directions
+from .cells import CELLS, Cell
+from .layout import DirectionWeights, split_directions
 
 _OPSET = 9  # of the symbolic function: what it writes is the same in every later one
 _FLOAT, _INT32 = 1, 6  # of onnx.TensorProto
+
+
+class _Node(NamedTuple):
+    """What ONNX calls a cell."""
+
+    name: str
+    gates: tuple[int, ...]  # ours, in its order
+    activation: str | None = None  # of each direction
+    attributes: dict[str, int] = {}  # noqa: RUF012 - nobody changes it
+
+
+_NODES = {
+    "lstm": _Node("LSTM", (0, 3, 1, 2)),  # i, o, f, c
+    "gru": _Node("GRU", (1, 0, 2), attributes={"linear_before_reset": 1}),  # z, r, h
+    "rnn_tanh": _Node("RNN", (0,), "Tanh"),
+    "rnn_relu": _Node("RNN", (0,), "Relu"),
+}
+
+
+def _ordered(node: _Node, weight: Tensor) -> Tensor:
+    """A weight or bias [G*H, ...] with its gates in the order of ONNX."""
+    gates = weight.chunk(len(node.gates))
+    return torch.cat([gates[k] for k in node.gates])
 
 
 def is_exporting() -> bool:
@@ -53,6 +77,7 @@ def _record(mode: Any, op: Any, types: Any, args: tuple[Any, ...], kwargs: dict[
 
 
 def layer(
+    cell: str,
     x: Tensor,
     bidirectional: bool,
     h0: Tensor | None,
@@ -73,22 +98,23 @@ def layer(
     directions = split_directions(weights, bidirectional)
     D, B = len(directions), x.shape[1]
     h0 = x.new_zeros(D, B, directions[0].w_hh.shape[1]) if h0 is None else h0
-    c0 = x.new_zeros(D, B, directions[0].hidden_size) if c0 is None else c0
+    c0 = x.new_zeros(D, B, CELLS[cell].cell_size(directions[0].hidden_size)) if c0 is None else c0
+    cell_states = cell_states and CELLS[cell].has_cell_state
     empty = x.new_empty(0)
-    if _beyond_lstm(directions, x.dtype == torch.float64, reset is not None, cell_states):
-        y, hn, cn, c = _scan_layer(x, directions, h0, c0, lengths, reset)
+    if _beyond_node(directions, x.dtype == torch.float64, reset is not None, cell_states):
+        y, hn, cn, c = _scan_layer(CELLS[cell], x, directions, h0, c0, lengths, reset)
         return y, hn, cn, c if cell_states else empty, empty.clone()
-    return *_lstm_layer(x, directions, h0, c0, lengths), empty, empty.clone()
+    return *_node_layer(CELLS[cell], x, directions, h0, c0, lengths), empty, empty.clone()
 
 
 _PACKED = (
-    "ONNX has no PackedSequence: give fusedrnn's LSTM padded input and lengths=... instead, which has the same results "
-    "and can be exported for any T and B"
+    "ONNX has no PackedSequence: give fusedrnn's modules padded input and lengths=... instead, which has the same "
+    "results and can be exported for any T and B"
 )
 
 
-def _beyond_lstm(directions: Sequence[DirectionWeights], float64: bool, reset: bool, cell_states: bool) -> list[str]:
-    """What of a layer ONNX's LSTM node, as ONNX Runtime computes it, cannot say."""
+def _beyond_node(directions: Sequence[DirectionWeights], float64: bool, reset: bool, cell_states: bool) -> list[str]:
+    """What of a layer a node of ONNX, as ONNX Runtime computes it, cannot say."""
     found = {
         "a projection (proj_size)": directions[0].w_hr is not None,
         "float64": float64,
@@ -98,14 +124,22 @@ def _beyond_lstm(directions: Sequence[DirectionWeights], float64: bool, reset: b
     return [what for what, there in found.items() if there]
 
 
-def _lstm_layer(
-    x: Tensor, directions: Sequence[DirectionWeights], h0: Tensor, c0: Tensor, lengths: Tensor | None
+def _node_layer(
+    cell: Cell,
+    x: Tensor,
+    directions: Sequence[DirectionWeights],
+    h0: Tensor,
+    c0: Tensor,
+    lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, hn, cn by one LSTM node; see _symbolic, which says the same to the other exporter."""
+    """y, hn, cn by one node; see _symbolic, which says the same to the other exporter."""
     (T, B, _), D, H = x.shape, len(directions), directions[0].hidden_size
+    node = _NODES[cell.name]
 
     def stacked(*weights: Tensor | None) -> Tensor | None:
-        return None if weights[0] is None else torch.stack([onnx_order(w.float()) for w in weights if w is not None])
+        return (
+            None if weights[0] is None else torch.stack([_ordered(node, w.float()) for w in weights if w is not None])
+        )
 
     b_ih, b_hh = (stacked(*(getattr(w, name) for w in directions)) for name in ("b_ih", "b_hh"))
     inputs = (
@@ -115,16 +149,21 @@ def _lstm_layer(
         None if b_ih is None or b_hh is None else torch.cat([b_ih, b_hh], dim=1),
         None if lengths is None else lengths.to(torch.int32),
         h0.float(),
-        c0.float(),
+        *([c0.float()] if cell.has_cell_state else []),
     )
-    y, hn, cn = torch.onnx.ops.symbolic_multi_out(
-        "LSTM",
+    states = [(D, B, H)] * (2 if cell.has_cell_state else 1)
+    attributes: dict[str, Any] = {"hidden_size": H, "direction": "bidirectional" if D == 2 else "forward"}
+    if node.activation is not None:
+        attributes["activations"] = [node.activation] * D
+    y, hn, *rest = torch.onnx.ops.symbolic_multi_out(
+        node.name,
         inputs,
-        {"hidden_size": H, "direction": "bidirectional" if D == 2 else "forward"},
-        dtypes=[torch.float32] * 3,
-        shapes=[(T, D, B, H), (D, B, H), (D, B, H)],
+        {**attributes, **node.attributes},
+        dtypes=[torch.float32] * (1 + len(states)),
+        shapes=[(T, D, B, H), *states],
     )
-    y, hn, cn = y.transpose(1, 2).flatten(2).to(x.dtype), hn.to(x.dtype), cn.to(x.dtype)
+    y, hn = y.transpose(1, 2).flatten(2).to(x.dtype), hn.to(x.dtype)
+    cn = rest[0].to(x.dtype) if rest else c0
     if lengths is not None:  # of a sequence without a step, ONNX does not say what the last states are
         begun = (lengths > 0).unsqueeze(-1)
         hn, cn = hn.where(begun, h0), cn.where(begun, c0)
@@ -132,6 +171,7 @@ def _lstm_layer(
 
 
 def _scan_layer(
+    cell: Cell,
     x: Tensor,
     directions: Sequence[DirectionWeights],
     h0: Tensor,
@@ -139,36 +179,40 @@ def _scan_layer(
     lengths: Tensor | None,
     reset: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, hn, cn and every c by a Scan node for each direction, whose body is `reference.cell`."""
+    """y, hn, cn and every c by a Scan node for each direction, whose body is `reference.step`."""
     dtype = reference.compute_dtype(x.dtype)
     exists, keep = reference.existing(x.shape[0], lengths), None if reset is None else ~reset.unsqueeze(-1)
+    count = 2 if cell.has_cell_state else 1  # states: of a GRU the carry is h, and no cell rounds it here
     ys, hns, cns, cs = [], [], [], []
     for d, weights in enumerate(directions):
         given = [None if w is None else w.to(dtype) for w in weights]
         masks = [mask for mask in (exists, keep) if mask is not None]
 
-        def body(h: Tensor, c: Tensor, x_t: Tensor, *rest: Tensor, given: Any = given) -> list[Tensor]:
-            own = iter(rest)
+        def body(*arguments: Tensor, given: Any = given) -> list[Tensor]:
+            states, x_t, own = arguments[:count], arguments[count], iter(arguments[count + 1 :])
             exists_t = None if exists is None else next(own)
             keep_t = None if keep is None else next(own)
             w = DirectionWeights._make(None if g is None else next(own) for g in given)
-            h_in, c_in = (s if keep_t is None else s.where(keep_t, 0.0) for s in (h, c))
-            h_out, c_out, _ = reference.cell(x_t, h_in, c_in, w)
+            h_in, *c_in = (s if keep_t is None else s.where(keep_t, 0.0) for s in states)
+            carry = c_in[0] if c_in else h_in
+            h_out, carry, _ = reference.step(cell, x_t, h_in, carry, w)
+            left = [h_out, carry][:count]
             if exists_t is None:
-                return [h_out, c_out, h_out.clone(), c_out.clone()]
-            left = [h_out.where(exists_t, h), c_out.where(exists_t, c)]
-            return [*left, h_out.where(exists_t, 0.0), c_out.where(exists_t, 0.0)]
+                return [*left, *(s.clone() for s in left)]
+            kept = [s.where(exists_t, before) for s, before in zip(left, states, strict=True)]
+            return [*kept, *(s.where(exists_t, 0.0) for s in left)]
 
         sequences = [x.to(dtype), *masks]
         if d == 1:
             sequences = [s.flip(0) for s in sequences]
-        init = [h0[d].to(dtype).clone(), c0[d].to(dtype).clone()]
+        init = [s[d].to(dtype).clone() for s in (h0, c0)[:count]]
         additional = tuple(g for g in given if g is not None)
-        hn, cn, y, c = torch.ops.higher_order.scan(body, init, sequences, additional)
-        ys.append(y.flip(0) if d == 1 else y)
-        cs.append(c.flip(0) if d == 1 else c)
-        hns.append(hn)
-        cns.append(cn)
+        results = torch.ops.higher_order.scan(body, init, sequences, additional)
+        hns.append(results[0])
+        cns.append(results[1] if count == 2 else c0[d])
+        y, *every_c = (every.flip(0) if d == 1 else every for every in results[count:])
+        ys.append(y)
+        cs.append(every_c[0] if every_c else y[..., :0])
     y, c = (torch.cat(s, dim=-1).to(x.dtype) for s in (ys, cs))
     hn, cn = (torch.stack(s).to(x.dtype) for s in (hns, cns))
     return y, hn, cn, c
@@ -176,6 +220,7 @@ def _scan_layer(
 
 def _symbolic(
     g: Any,
+    cell: Any,
     x: Any,
     bidirectional: Any,
     h0: Any,
@@ -191,6 +236,8 @@ def _symbolic(
 
     symbolic_helper: Any = torch.onnx.symbolic_helper
 
+    cell = CELLS[symbolic_helper._get_const(cell, "s", "cell")]
+    node = _NODES[cell.name]
     bidirectional, cell_states = (
         symbolic_helper._get_const(flag, "b", "flag") for flag in (bidirectional, cell_states)
     )
@@ -201,11 +248,13 @@ def _symbolic(
         raise NotImplementedError(_PACKED)
     dtype = JitScalarType.from_value(x)
     directions = split_directions([w for w in given if w is not None], bidirectional)
-    beyond = _beyond_lstm(directions, dtype == JitScalarType.DOUBLE, reset is not None, cell_states)
+    beyond = _beyond_node(
+        directions, dtype == JitScalarType.DOUBLE, reset is not None, cell_states and cell.has_cell_state
+    )
     if beyond:
         raise NotImplementedError(
-            f"ONNX's LSTM, as ONNX Runtime has it, cannot say {' and '.join(beyond)}: use torch.onnx.export(..., "
-            "dynamo=True), which writes such a layer as a Scan; the TorchScript exporter (dynamo=False) cannot"
+            f"ONNX's {node.name}, as ONNX Runtime has it, cannot say {' and '.join(beyond)}: use torch.onnx.export("
+            "..., dynamo=True), which writes such a layer as a Scan; the TorchScript exporter (dynamo=False) cannot"
         )
     half, D = dtype in (JitScalarType.HALF, JitScalarType.BFLOAT16), len(directions)
     I, H = (symbolic_helper._get_tensor_sizes(weight)[1] for weight in (directions[0].w_ih, directions[0].w_hh))
@@ -219,7 +268,7 @@ def _symbolic(
         return absent if value is None else g.op("Cast", value, to_i=to) if half else value
 
     def ordered(weight: Any) -> Any:
-        rows = onnx_order(torch.arange(len(GATES) * H))
+        rows = _ordered(node, torch.arange(len(node.gates) * H))
         return g.op("Gather", cast(weight), g.op("Constant", value_t=rows), axis_i=0)
 
     def stacked(*values: Any) -> Any:
@@ -233,14 +282,25 @@ def _symbolic(
         b = stacked(*((g.op("Concat", ordered(d.b_ih), ordered(d.b_hh), axis_i=0),) for d in directions))
     sequence_lens = absent if lengths is None else g.op("Cast", lengths, to_i=_INT32)
     direction = "bidirectional" if D == 2 else "forward"
-    y, hn, cn = g.op(
-        "LSTM", cast(x), w, r, b, sequence_lens, cast(h0), cast(c0), hidden_size_i=H, direction_s=direction, outputs=3
+    states = [h0, c0][: 2 if cell.has_cell_state else 1]
+    attributes: dict[str, Any] = {f"{name}_i": value for name, value in node.attributes.items()}
+    if node.activation is not None:
+        attributes["activations_s"] = [node.activation] * D
+    y, *last = g.op(
+        node.name,
+        *(cast(x), w, r, b, sequence_lens),
+        *map(cast, states),
+        hidden_size_i=H,
+        direction_s=direction,
+        **attributes,
+        outputs=1 + len(states),
     )
     y = g.op("Reshape", g.op("Transpose", y, perm_i=[0, 2, 1, 3]), integers(0, 0, -1))
-    y, hn, cn = (cast(value, dtype.onnx_type()) for value in (y, hn, cn))
+    y, *last = (cast(value, dtype.onnx_type()) for value in (y, *last))
     if lengths is not None:
         begun = g.op("Reshape", g.op("Greater", lengths, integers(0)), integers(1, -1, 1))
         zero = g.op("Constant", value_t=torch.zeros(1, dtype=dtype.dtype()))
-        hn, cn = (g.op("Where", begun, s, zero if s0 is None else s0) for s, s0 in ((hn, h0), (cn, c0)))
+        last = [g.op("Where", begun, s, zero if s0 is None else s0) for s, s0 in zip(last, states, strict=True)]
     empty = g.op("Constant", value_t=torch.empty(0))
+    hn, cn = last if len(last) == 2 else (last[0], empty)
     return y, hn, cn, empty, empty

@@ -23,23 +23,25 @@ import torch
 from torch import Tensor
 
 from . import gpu, onnx, reference, sources
+from .cells import CELLS
 from .layout import split_directions
 
 NAMESPACE = "fusedrnn"
 
-# y [T, B, D*P], hn [D, B, P], cn [D, B, H], c [T, B, D*H] (empty unless cell_states or reserve), and what backward
-# needs besides (empty unless reserve; its meaning is the backend's own). Some backends, see dispatch.TABLE, also take
+# cell is a name in cells.CELLS. y [T, B, D*P], hn [D, B, P], cn [D, B, C], c [T, B, D*C] (empty unless cell_states or
+# reserve), and what backward needs besides (empty unless reserve; its meaning is the backend's own). C is H for a cell
+# with a cell state; for others it is 0, and c0, dcn and dc are None. Some backends, see dispatch.TABLE, also take
 # [N, I], the rows of a PackedSequence as they lie, for x [T, B, I]: what has [T, B, ...] then has [N, ...], but for
 # reset, and lengths, which never grow and begin with T, say where the rows of each step are.
 _FORWARD_FORM = (
-    "(Tensor x, {listed}bool bidirectional, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset, bool cell_states, "
-    "bool reserve{each}) -> (Tensor y, Tensor hn, Tensor cn, Tensor c, Tensor reserve)"
+    "(str cell, Tensor x, {listed}bool bidirectional, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset, "
+    "bool cell_states, bool reserve{each}) -> (Tensor y, Tensor hn, Tensor cn, Tensor c, Tensor reserve)"
 )
 # needs: x, h0, c0, then each weight. A gradient that is not needed comes back as an empty tensor, that of a weight that
 # is not given as None.
 _BACKWARD_FORM = (
-    "(Tensor? dy, Tensor? dhn, Tensor? dcn, Tensor? dc, Tensor x, {listed}bool bidirectional, Tensor? h0, Tensor? c0, "
-    "Tensor? lengths, Tensor? reset, Tensor y, Tensor c, Tensor reserve, bool[] needs{each}) "
+    "(str cell, Tensor? dy, Tensor? dhn, Tensor? dcn, Tensor? dc, Tensor x, {listed}bool bidirectional, Tensor? h0, "
+    "Tensor? c0, Tensor? lengths, Tensor? reset, Tensor y, Tensor c, Tensor reserve, bool[] needs{each}) "
     "-> (Tensor dx, Tensor dh0, Tensor dc0, {gradients})"
 )
 # Each of the weights, 2 to 5 of a direction (layout.split_directions), is an argument: torch moves the tensors out of a
@@ -57,8 +59,8 @@ _ops = getattr(torch.ops, NAMESPACE)
 
 def _define(backend: str, forward_fake: Callable[..., Any] | None = None) -> None:
     for name, schema, fake, position in (
-        (f"{backend}_forward", _FORWARD_FORM, forward_fake or _forward_fake, 1),
-        (f"{backend}_backward", _BACKWARD_FORM, _backward_fake, 5),
+        (f"{backend}_forward", _FORWARD_FORM, forward_fake or _forward_fake, 2),
+        (f"{backend}_backward", _BACKWARD_FORM, _backward_fake, 6),
     ):
         flat = schema.format(listed="", each=_EACH, gradients=_EACH_GRADIENT)
         _library.define(name + flat, tags=(torch.Tag.pt2_compliant_tag,))
@@ -90,8 +92,9 @@ def _each_gradient(dx: Tensor, dh0: Tensor, dc0: Tensor, dweights: Sequence[Tens
 # lost second derivatives. AOTAutograd sees what this operator is made of, the pair of the backend. Its cache on disk
 # goes by what Dynamo saw, so `revision` is an argument: another version of this package is not served from the cache.
 _library.define(
-    "layer(str revision, str backend, bool bidirectional, bool cell_states, Tensor x, Tensor? h0, Tensor? c0, "
-    "Tensor? lengths, Tensor? reset, Tensor[] weights) -> (Tensor y, Tensor hn, Tensor cn, Tensor c, Tensor reserve)",
+    "layer(str revision, str backend, str cell, bool bidirectional, bool cell_states, Tensor x, Tensor? h0, "
+    "Tensor? c0, Tensor? lengths, Tensor? reset, Tensor[] weights) "
+    "-> (Tensor y, Tensor hn, Tensor cn, Tensor c, Tensor reserve)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -102,6 +105,7 @@ def implement_layer(function: Callable[..., Any]) -> None:
 
 
 def _forward_fake(
+    cell: str,
     x: Tensor,
     bidirectional: bool,
     h0: Tensor | None,
@@ -115,16 +119,18 @@ def _forward_fake(
     steps, B = x.shape[:-1], reference.batch_size(x, lengths)
     directions = split_directions(weights, bidirectional)
     D, H, P = len(directions), directions[0].hidden_size, directions[0].w_hh.shape[1]
+    C, S = CELLS[cell].cell_size(H), len(CELLS[cell].saved)
     return (
         x.new_empty(*steps, D * P),
         x.new_empty(D, B, P),
-        x.new_empty(D, B, H),
-        x.new_empty(*steps, D * H) if cell_states or reserve else x.new_empty(0),
-        x.new_empty(D, *steps, 4 * H) if reserve else x.new_empty(0),
+        x.new_empty(D, B, C),
+        x.new_empty(*steps, D * C) if cell_states or reserve else x.new_empty(0),
+        x.new_empty(D, *steps, S * H) if reserve else x.new_empty(0),
     )
 
 
 def _backward_fake(
+    cell: str,
     dy: Tensor | None,
     dhn: Tensor | None,
     dcn: Tensor | None,
@@ -143,8 +149,8 @@ def _backward_fake(
 ) -> tuple[Any, ...]:
     directions = split_directions(weights, bidirectional)
     D, H, P = len(directions), directions[0].hidden_size, directions[0].w_hh.shape[1]
-    B = reference.batch_size(x, lengths)
-    shapes = [x.shape, (D, B, P), (D, B, H), *(weight.shape for weight in weights)]
+    B, C = reference.batch_size(x, lengths), CELLS[cell].cell_size(H)
+    shapes = [x.shape, (D, B, P), (D, B, C), *(weight.shape for weight in weights)]
     dx, dh0, dc0, *dweights = (
         x.new_empty(shape) if need else x.new_empty(0) for shape, need in zip(shapes, needs, strict=True)
     )
@@ -152,6 +158,7 @@ def _backward_fake(
 
 
 def _reference_forward(
+    cell: str,
     x: Tensor,
     bidirectional: bool,
     h0: Tensor | None,
@@ -162,12 +169,13 @@ def _reference_forward(
     reserve: bool,
     *weights: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    y, hn, cn, c, gates = reference.layer(x, weights, bidirectional, h0, c0, lengths, reset)
+    y, hn, cn, c, saved = reference.layer(CELLS[cell], x, weights, bidirectional, h0, c0, lengths, reset)
     empty = x.new_empty(0)
-    return y, hn, cn, c if cell_states or reserve else empty, gates if reserve else empty.clone()
+    return y, hn, cn, c if cell_states or reserve else empty, saved if reserve else empty.clone()
 
 
 def _reference_backward(
+    cell: str,
     dy: Tensor | None,
     dhn: Tensor | None,
     dcn: Tensor | None,
@@ -185,7 +193,7 @@ def _reference_backward(
     *weights: Tensor,
 ) -> tuple[Any, ...]:
     *states, dweights = reference.layer_backward(
-        dy, dhn, dcn, dc, x, weights, bidirectional, h0, c0, lengths, reset, y, c, reserve
+        CELLS[cell], dy, dhn, dcn, dc, x, weights, bidirectional, h0, c0, lengths, reset, y, c, reserve
     )
     dx, dh0, dc0, *dweights = (
         grad.clone() if need else x.new_empty(0) for grad, need in zip([*states, *dweights], needs, strict=True)
@@ -214,16 +222,16 @@ def _define_gpu(backend: str) -> None:
     """
 
     @torch.no_grad()
-    def forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        return gpu.forward(launches(backend), x, *arguments)
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return gpu.forward(launches(backend), *arguments)
 
     @torch.no_grad()
-    def backward(dy: Tensor | None, *arguments: Any) -> tuple[Any, ...]:
-        return _each_gradient(*gpu.backward(launches(backend), dy, *arguments))
+    def backward(*arguments: Any) -> tuple[Any, ...]:
+        return _each_gradient(*gpu.backward(launches(backend), *arguments))
 
-    def forward_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        y, hn, cn, c, gates = _forward_fake(x, *arguments)
-        return y, hn, cn, c, gates if gpu.reserve() == "gates" else x.new_empty(0)
+    def forward_fake(cell: str, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        y, hn, cn, c, saved = _forward_fake(cell, x, *arguments)
+        return y, hn, cn, c, saved if gpu.reserve() == "gates" else x.new_empty(0)
 
     _define(backend, forward_fake)
     for key in ("CUDA", "CPU"):
@@ -272,7 +280,8 @@ def revision() -> str:
 
 @cache
 def _revision() -> str:
-    sources = sorted(Path(__file__).parent.glob("*.py"))
+    folder = Path(__file__).parent
+    sources = sorted((*folder.glob("*.py"), *folder.glob("cells/*.py")))
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 
@@ -337,7 +346,7 @@ _define("cpu")
 # cn are those of all layers; or x, h0, c0, hn and cn are those of a cell, [B, ...]. It is never traced; without a fake
 # kernel, a meta tensor among its arguments is an error.
 _library.define(
-    "cpu_infer(Tensor x, Tensor[] weights, int layers, bool bidirectional, Tensor? h0, Tensor? c0) "
+    "cpu_infer(str cell, Tensor x, Tensor[] weights, int layers, bool bidirectional, Tensor? h0, Tensor? c0) "
     "-> (Tensor y, Tensor hn, Tensor cn)"
 )
 _library.define("cpu_isa(str? select=None) -> str")
@@ -345,7 +354,7 @@ _library.define("cpu_isa(str? select=None) -> str")
 _library.define("cpu_keep(int? limit=None) -> (int limit, int weights, int memory)")
 # Whether memory is filled with NaN before it is worked in or returned, for tests.
 _library.define("cpu_poison(bool on) -> ()")
-_library.define("cpu_plan(int T, int B, int I, int H, int P, int D, bool float64) -> str")
+_library.define("cpu_plan(str cell, int T, int B, int I, int H, int P, int D, bool float64) -> str")
 
 
 def build_info() -> dict[str, Any]:

@@ -1,12 +1,17 @@
 """The definition of the layer in plain Python, and its backward written by hand.
 
 Everything else in this project is measured against this file. It favours being obviously right over being fast: one
-direction is a loop over time around `cell`. `layer` is differentiable by autograd, to any order; `layer_backward` is
+direction is a loop over time around `step`, and a step is a product of each kind and the pointwise function of a cell
+(fusedrnn/cells). `layer` is differentiable by autograd, to any order; `layer_backward` is
 the same derivative by hand, so that a wrong kernel and wrong mathematics can be told apart. The derivation is in
 docs/lstm_math.md, in the same letters.
 
-Precision: bfloat16 and float16 are computed in float32. h_t is rounded to the dtype of x before it is fed back, so
-that the state a step reads is the state that was returned; c_t stays in float32 over the whole sequence.
+Precision: bfloat16 and float16 are computed in float32. h_t is rounded to the dtype of x before it is multiplied, so
+that the state a product reads is the state that was returned; a cell's carry (c_t of an LSTM, h_t of a GRU) stays in
+float32 over the whole sequence.
+
+Letters beside those of layout.py: C is H for a cell with a cell state and 0 for others; a layer of one takes None for
+c0 and returns cn and c without elements. S is how many values of a unit the cell saves for backward.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .cells import Cell
 from .layout import DirectionWeights, split_directions
 from .packing import Packing
 
@@ -26,9 +32,9 @@ class Trace(NamedTuple):
 
     y: Tensor  # [T, B, P], zero where the sequence has ended
     hn: Tensor  # [B, P]
-    cn: Tensor  # [B, H]
-    c: Tensor  # [T, B, H], zero where the sequence has ended
-    gates: Tensor  # [T, B, 4H] after the nonlinearities, zero where the sequence has ended
+    cn: Tensor  # [B, C]
+    c: Tensor  # [T, B, C], zero where the sequence has ended
+    saved: Tensor  # [T, B, S*H], zero where the sequence has ended
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -36,25 +42,22 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
-def cell(x: Tensor, h: Tensor, c: Tensor, w: DirectionWeights) -> tuple[Tensor, Tensor, Tensor]:
-    """One time step: x [B, I], h [B, P], c [B, H] -> h' [B, P], c' [B, H] and the gates [B, 4H].
+def step(cell: Cell, x: Tensor, h: Tensor, carry: Tensor, w: DirectionWeights) -> tuple[Tensor, Tensor, Tensor]:
+    """One time step: x [B, I], h [B, P] and the carry [B, H], or [B, 0] -> h', the carry' and what is saved [B, S*H].
 
-    Hochreiter and Schmidhuber 1997 with the forget gate of Gers et al. 2000 and, where w_hr is given, the recurrent
-    projection of Sak et al. 2014 (arXiv 1402.1128).
+    Where w_hr is given, h' is projected: Sak et al. 2014 (arXiv 1402.1128).
     """
-    a = x @ w.w_ih.T + h @ w.w_hh.T
+    a = cell.maps_of(x @ w.w_ih.T, cell.input) + cell.maps_of(h @ w.w_hh.T, cell.recurrent)
     if w.b_ih is not None and w.b_hh is not None:
-        a = a + w.b_ih + w.b_hh
-    i, f, g, o = a.chunk(4, dim=-1)
-    i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
-    c = f * c + i * g
-    h = o * c.tanh()
+        a = a + cell.maps_of(w.b_ih, cell.input) + cell.maps_of(w.b_hh, cell.recurrent)
+    h, carry, saved = cell.step(a, carry)
     if w.w_hr is not None:
         h = h @ w.w_hr.T
-    return h, c, torch.cat([i, f, g, o], dim=-1)
+    return h, carry, saved
 
 
 def layer(
+    cell: Cell,
     x: Tensor,
     weights: Sequence[Tensor],
     bidirectional: bool = False,
@@ -66,26 +69,34 @@ def layer(
     """One layer over a whole sequence, both directions, differentiable by autograd.
 
     Args:
+        cell: what is computed at each step.
         x: [T, B, I]; or [N, I], the rows of a PackedSequence, with lengths that never grow, of which the first is T.
-            Then y, c and gates have [N, ...] for [T, B, ...].
-        weights: the layer's weights in nn.LSTM's order and layout, direction after direction.
+            Then y, c and what is saved have [N, ...] for [T, B, ...].
+        weights: the layer's weights in torch's order and layout, direction after direction.
         bidirectional: whether `weights` holds a reverse direction as well.
         h0: [D, B, P] or None for zeros.
-        c0: [D, B, H] or None for zeros.
+        c0: [D, B, C] or None for zeros.
         lengths: [B] int64; step t of sequence b exists where t < lengths[b]. The reverse direction starts at the
             last step that exists. x is not read where no step exists, and y is zero there.
         reset: [T, B] bool; where true the state that enters step t is zero, in both directions.
 
     Returns:
-        y [T, B, D*P], hn [D, B, P], cn [D, B, H], c [T, B, D*H] (every c_t), gates [D, T, B, 4H] (i, f, g, o).
+        y [T, B, D*P], hn [D, B, P], cn [D, B, C], c [T, B, D*C] (every c_t), saved [D, T, B, S*H].
     """
     if x.dim() == 2:
         packing = _packing(lengths)
-        y, hn, cn, c, gates = layer(packing.padded(x), weights, bidirectional, h0, c0, lengths, reset)
-        return packing.packed(y), hn, cn, packing.packed(c), packing.packed(gates)
+        y, hn, cn, c, saved = layer(cell, packing.padded(x), weights, bidirectional, h0, c0, lengths, reset)
+        return packing.packed(y), hn, cn, packing.packed(c), packing.packed(saved)
     traces = [
         _direction(
-            x, w, h0[d] if h0 is not None else None, c0[d] if c0 is not None else None, lengths, reset, reverse=d == 1
+            cell,
+            x,
+            w,
+            h0[d] if h0 is not None else None,
+            c0[d] if c0 is not None else None,
+            lengths,
+            reset,
+            reverse=d == 1,
         )
         for d, w in enumerate(split_directions(weights, bidirectional))
     ]
@@ -93,11 +104,12 @@ def layer(
     c = torch.cat([trace.c for trace in traces], dim=-1).to(x.dtype)
     hn = torch.stack([trace.hn for trace in traces]).to(x.dtype)
     cn = torch.stack([trace.cn for trace in traces]).to(x.dtype)
-    gates = torch.stack([trace.gates for trace in traces]).to(x.dtype)
-    return y, hn, cn, c, gates
+    saved = torch.stack([trace.saved for trace in traces]).to(x.dtype)
+    return y, hn, cn, c, saved
 
 
 def _direction(
+    cell: Cell,
     x: Tensor,
     w: DirectionWeights,
     h0: Tensor | None,
@@ -113,23 +125,27 @@ def _direction(
     enters = _state_enters(exists, reset)
     xs = where_exists(x.to(dtype), exists)
     h = h0.to(dtype) if h0 is not None else xs.new_zeros(B, w.w_hh.shape[1])
-    c = c0.to(dtype) if c0 is not None else xs.new_zeros(B, w.hidden_size)
+    c = c0.to(dtype) if c0 is not None else xs.new_zeros(B, cell.cell_size(w.hidden_size))
+    carry = h if cell.carry == "hidden" else c
 
-    steps: list[tuple[Tensor, Tensor, Tensor]] = [(h, c, c)] * T
+    steps: list[tuple[Tensor, Tensor, Tensor]] = [(h, carry, carry)] * T
     for t in reversed(range(T)) if reverse else range(T):
-        h_in, c_in = (h, c) if enters is None else (h.where(enters[t], 0.0), c.where(enters[t], 0.0))
-        h_out, c_out, gates = cell(xs[t], h_in, c_in, w)
+        h_in, carry_in = (h, carry) if enters is None else (h.where(enters[t], 0.0), carry.where(enters[t], 0.0))
+        h_out, carry_out, saved = step(cell, xs[t], h_in, carry_in, w)
         h_out = h_out.to(x.dtype).to(dtype)
         if exists is None:
-            h, c = h_out, c_out
+            h, carry = h_out, carry_out
         else:
-            h, c = h_out.where(exists[t], h), c_out.where(exists[t], c)
-        steps[t] = (h_out, c_out, gates)
-    y, cs, gates = (where_exists(torch.stack(parts), exists) for parts in zip(*steps, strict=True))
-    return Trace(y.to(x.dtype), h, c, cs, gates)
+            h, carry = h_out.where(exists[t], h), carry_out.where(exists[t], carry)
+        steps[t] = (h_out, carry_out, saved)
+    y, carries, saved = (where_exists(torch.stack(parts), exists) for parts in zip(*steps, strict=True))
+    if cell.carry == "hidden":
+        return Trace(y.to(x.dtype), h, c, xs.new_zeros(T, B, 0), saved)
+    return Trace(y.to(x.dtype), h, carry, carries, saved)
 
 
 def layer_backward(
+    cell: Cell,
     dy: Tensor | None,
     dhn: Tensor | None,
     dcn: Tensor | None,
@@ -143,24 +159,24 @@ def layer_backward(
     reset: Tensor | None,
     y: Tensor,
     c: Tensor,
-    gates: Tensor,
+    saved: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """The derivative of `layer` by hand: backpropagation through time.
 
     Args:
-        dy: gradient of y, [T, B, D*P], or None for zeros; so dhn [D, B, P], dcn [D, B, H], dc [T, B, D*H].
-        x, weights, bidirectional, h0, c0, lengths, reset: as given to `layer`.
-        y, c, gates: as `layer` returned them.
+        dy: gradient of y, [T, B, D*P], or None for zeros; so dhn [D, B, P], dcn [D, B, C], dc [T, B, D*C].
+        cell, x, weights, bidirectional, h0, c0, lengths, reset: as given to `layer`.
+        y, c, saved: as `layer` returned them.
 
     Returns:
-        dx [T, B, I], dh0 [D, B, P], dc0 [D, B, H], and a gradient for each of `weights`.
+        dx [T, B, I], dh0 [D, B, P], dc0 [D, B, C], and a gradient for each of `weights`.
     """
     if x.dim() == 2:
         packing = _packing(lengths)
         dy, dc = (None if rows is None else packing.padded(rows) for rows in (dy, dc))
-        x, y, c, gates = (packing.padded(rows) for rows in (x, y, c, gates))
+        x, y, c, saved = (packing.padded(rows) for rows in (x, y, c, saved))
         dx, dh0, dc0, dweights = layer_backward(
-            dy, dhn, dcn, dc, x, weights, bidirectional, h0, c0, lengths, reset, y, c, gates
+            cell, dy, dhn, dcn, dc, x, weights, bidirectional, h0, c0, lengths, reset, y, c, saved
         )
         return packing.packed(dx), dh0, dc0, dweights
     T, B, I = x.shape
@@ -172,49 +188,44 @@ def layer_backward(
     for d, weights_d in enumerate(split_directions(weights, bidirectional)):
         w = _cast_weights(weights_d, dtype)
         H, P = w.hidden_size, w.w_hh.shape[1]
-        y_d, c_d = y[..., d * P : (d + 1) * P].to(dtype), c[..., d * H : (d + 1) * H].to(dtype)
+        C = cell.cell_size(H)
+        y_d, c_d = y[..., d * P : (d + 1) * P].to(dtype), c[..., d * C : (d + 1) * C].to(dtype)
         dy_d = dy[..., d * P : (d + 1) * P].to(dtype) if dy is not None else None
-        dc_d = dc[..., d * H : (d + 1) * H].to(dtype) if dc is not None else None
+        dc_d = dc[..., d * C : (d + 1) * C].to(dtype) if dc is not None else None
         h = h0[d].to(dtype) if h0 is not None else xs.new_zeros(B, P)
-        c_first = c0[d].to(dtype) if c0 is not None else xs.new_zeros(B, H)
+        c_first = c0[d].to(dtype) if c0 is not None else xs.new_zeros(B, C)
         h_in, c_in = entering(y_d, h, exists, reset, d == 1), entering(c_d, c_first, exists, reset, d == 1)
+        carry, carry_in = (y_d, h_in) if cell.carry == "hidden" else (c_d, c_in)
 
         dh = dhn[d].to(dtype) if dhn is not None else xs.new_zeros(B, P)  # gradient of the state that leaves step t
-        dcell = dcn[d].to(dtype) if dcn is not None else xs.new_zeros(B, H)
-        da, dh_out, m = xs.new_zeros(T, B, 4 * H), xs.new_zeros(T, B, P), xs.new_zeros(T, B, H)
+        dcarry = dcn[d].to(dtype) if dcn is not None else torch.zeros_like(carry[0])
+        da, dh_out, m = xs.new_zeros(T, B, len(cell.maps) * H), xs.new_zeros(T, B, P), xs.new_zeros(T, B, H)
         for t in range(T) if d == 1 else reversed(range(T)):
-            i, f, g, o = gates[d, t].to(dtype).chunk(4, dim=-1)
             dh_t = dh if dy_d is None else dh + dy_d[t]
-            dc_t = dcell if dc_d is None else dcell + dc_d[t]
-            if exists is not None:  # the gates are zero there as well: so is all that follows from them
-                dh_t, dc_t = dh_t.where(exists[t], 0.0), dc_t.where(exists[t], 0.0)
-            tanh_c = c_d[t].tanh()
-            m[t] = o * tanh_c
+            dcarry_t = dcarry if dc_d is None else dcarry + dc_d[t]
+            if exists is not None:  # what is saved is zero there as well: so is all that follows from it
+                dh_t, dcarry_t = dh_t.where(exists[t], 0.0), dcarry_t.where(exists[t], 0.0)
             dh_out[t] = dh_t
             dm = dh_t if w.w_hr is None else dh_t @ w.w_hr
-            dc_t = dc_t + dm * o * (1 - tanh_c * tanh_c)
-            da_i = dc_t * g * i * (1 - i)
-            da_f = dc_t * c_in[t] * f * (1 - f)
-            da_g = dc_t * i * (1 - g * g)
-            da_o = dm * tanh_c * o * (1 - o)
-            da[t] = torch.cat([da_i, da_f, da_g, da_o], dim=-1)
-            dh_in, dc_in = da[t] @ w.w_hh, dc_t * f
+            da[t], dcarry_in, m[t] = cell.step_backward(saved[d, t].to(dtype), carry_in[t], carry[t], dm, dcarry_t)
+            dh_in = cell.rows_of(da[t], cell.recurrent) @ w.w_hh
             if enters is not None:
-                dh_in, dc_in = dh_in.where(enters[t], 0.0), dc_in.where(enters[t], 0.0)
+                dh_in, dcarry_in = dh_in.where(enters[t], 0.0), dcarry_in.where(enters[t], 0.0)
             if exists is not None:  # a step that does not exist hands the gradient through
-                dh_in, dc_in = dh_in.where(exists[t], dh), dc_in.where(exists[t], dcell)
-            dh, dcell = dh_in, dc_in
+                dh_in, dcarry_in = dh_in.where(exists[t], dh), dcarry_in.where(exists[t], dcarry)
+            dh, dcarry = dh_in, dcarry_in
 
         da = da.flatten(0, 1)
-        dx += (da @ w.w_ih).view(T, B, I)
-        dw = [da.T @ xs.flatten(0, 1), da.T @ h_in.flatten(0, 1)]
+        of_input, of_state = cell.rows_of(da, cell.input), cell.rows_of(da, cell.recurrent)
+        dx += (of_input @ w.w_ih).view(T, B, I)
+        dw = [of_input.T @ xs.flatten(0, 1), of_state.T @ h_in.flatten(0, 1)]
         if w.b_ih is not None:
-            dw += [da.sum(0), da.sum(0)]
+            dw += [of_input.sum(0), of_state.sum(0)]
         if w.w_hr is not None:
             dw += [dh_out.flatten(0, 1).T @ m.flatten(0, 1)]
         dweights += [grad.to(x.dtype) for grad in dw]
-        dh0s.append(dh)
-        dc0s.append(dcell)
+        dh0s.append(dh + dcarry if cell.carry == "hidden" else dh)
+        dc0s.append(dcarry if cell.has_cell_state else c_first)
     return dx.to(x.dtype), torch.stack(dh0s).to(x.dtype), torch.stack(dc0s).to(x.dtype), dweights
 
 

@@ -267,8 +267,8 @@ def assert_padding_is_not_read() -> Callable[..., None]:
             px, pdy, pdc = (rows.where(steps, padding) for rows in (x, dy, dc))
             ph0, pc0, pdhn, pdcn = (state.where(steps[0], padding) for state in (h0, c0, dhn, dcn))
             given, needs = (px, True, ph0, pc0, lengths, reset), [True] * (3 + len(weights))
-            y, hn, cn, c, reserve = forward(*given, True, True, *weights)
-            dx, dh0, dc0, *dweights = backward(pdy, pdhn, pdcn, pdc, *given, y, c, reserve, needs, *weights)
+            y, hn, cn, c, reserve = forward("lstm", *given, True, True, *weights)
+            dx, dh0, dc0, *dweights = backward("lstm", pdy, pdhn, pdcn, pdc, *given, y, c, reserve, needs, *weights)
             dweights = dweights[0] if isinstance(dweights[0], list) else dweights[: len(weights)]
             states = [state.where(steps[0], 0.0) for state in (hn, cn, dh0, dc0)]
             return [y, c, dx, *states, *dweights]

@@ -16,23 +16,28 @@ NATIVE = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in ("
 
 # Each module of the package and the siblings that it may import. A new module has to be given its place here.
 BELOW = {
+    "cells.spec": set(),
+    "cells.gru": {"cells.spec"},
+    "cells.lstm": {"cells.spec"},
+    "cells.rnn": {"cells.spec"},
+    "cells": {"cells.spec", "cells.gru", "cells.lstm", "cells.rnn"},
     "layout": set(),
     "packing": set(),
-    "reference": {"layout", "packing"},
+    "reference": {"cells", "layout", "packing"},
     "gpu": {"reference", "layout"},
     "cuda_plan": {"kernels"},
     "cuda": {"cuda_plan", "kernels"},
-    "onnx": {"reference", "layout"},
+    "onnx": {"cells", "reference", "layout"},
     "sources": set(),
-    "ops": {"gpu", "cuda", "onnx", "reference", "kernels", "layout", "sources"},
+    "ops": {"cells", "gpu", "cuda", "onnx", "reference", "kernels", "layout", "sources"},
     "testing": {"ops", "layout"},
-    "autograd": {"ops", "reference", "layout"},
+    "autograd": {"cells", "ops", "reference", "layout"},
     "version": set(),
     "tuning": set(),
     "tuning.machine": {"ops"},
     "tuning.profile": {"tuning.machine"},
     "tuning.choice": {"tuning.machine", "tuning.profile", "version"},
-    "dispatch": {"gpu", "ops", "tuning.choice", "tuning.profile"},
+    "dispatch": {"cells", "gpu", "ops", "tuning.choice", "tuning.profile"},
     "functional": {"autograd", "dispatch", "layout", "ops", "packing", "tuning.choice"},
     "module": {"dispatch", "functional", "ops"},
     "convert": {"module"},
@@ -52,8 +57,14 @@ BELOW["__init__"] = {"convert", "dispatch", "functional", "module", "tuning.api"
 
 
 def place(path):
-    """The name in BELOW of a file: of those in tuning/ with the package, which is called as such itself."""
-    return path.stem if path.parent.name != "tuning" else "tuning" if path.stem == "__init__" else f"tuning.{path.stem}"
+    """The name in BELOW of a file: of those in a package inside of this one with its name, which it has itself."""
+    package = path.parent.name
+    return path.stem if package == "fusedrnn" else package if path.stem == "__init__" else f"{package}.{path.stem}"
+
+
+def package_of(path):
+    """The full name of the package that a file is in."""
+    return "fusedrnn" if path.parent.name == "fusedrnn" else f"fusedrnn.{path.parent.name}"
 
 
 def imported(source, package):
@@ -68,7 +79,7 @@ def imported(source, package):
         elif isinstance(node, ast.ImportFrom):
             above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             base = ".".join([*above, *([node.module] if node.module else [])])
-            of_packages = base in ("fusedrnn", "fusedrnn.tuning")
+            of_packages = base in ("fusedrnn", "fusedrnn.cells", "fusedrnn.tuning")
             names |= {f"{base}.{alias.name}" for alias in node.names} if of_packages else {base}
     return names
 
@@ -114,8 +125,7 @@ def test_every_module_has_its_place():
 
 @pytest.mark.parametrize("path", PACKAGE, ids=place)
 def test_imports_go_down(path):
-    package = "fusedrnn.tuning" if path.parent.name == "tuning" else "fusedrnn"
-    assert siblings(path.read_text(), package) <= BELOW[place(path)]
+    assert siblings(path.read_text(), package_of(path)) <= BELOW[place(path)]
 
 
 def test_the_table_has_no_way_back_up():
@@ -131,8 +141,7 @@ def test_the_table_has_no_way_back_up():
     ids=lambda path: place(path),
 )
 def test_all_but_the_command_line_needs_only_torch(path):
-    package = "fusedrnn.tuning" if path.parent.name == "tuning" else "fusedrnn"
-    external = {name.split(".")[0] for name in imported(path.read_text(), package)} - {"fusedrnn"}
+    external = {name.split(".")[0] for name in imported(path.read_text(), package_of(path))} - {"fusedrnn"}
     assert external - sys.stdlib_module_names <= {"torch"}
 
 

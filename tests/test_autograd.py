@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fusedrnn
 from fusedrnn import dispatch, ops, reference
+from fusedrnn.cells import LSTM
 
 T, B, I, H = 5, 3, 4, 6
 
@@ -111,7 +112,7 @@ def test_third_derivatives(ragged, assert_same):
     weights = list(lstm.parameters())
     y, (hn, cn) = lstm(x, (h0, c0), lengths=lengths, reset=reset)
     results = []
-    for outputs in ([y, hn, cn], reference.layer(x, weights, True, h0, c0, lengths, reset)[:3]):
+    for outputs in ([y, hn, cn], reference.layer(LSTM, x, weights, True, h0, c0, lengths, reset)[:3]):
         leaves, orders = [x, h0, c0, *weights], []
         for _ in range(3):
             outputs = grad(sums(outputs), leaves, create_graph=True)
@@ -199,8 +200,8 @@ def test_outputs_that_nobody_uses(kernel, assert_same, used, create_graph):
     lstm = build(kernel, I, H, 2)
     x = random(T, B, I, device=kernel.device, requires_grad=True)
     weights = list(lstm.parameters())
-    h_l0, hn_l0, cn_l0, c_l0, _ = reference.layer(x, weights[:4])
-    h_l1, hn_l1, cn_l1, c_l1, _ = reference.layer(h_l0, weights[4:])
+    h_l0, hn_l0, cn_l0, c_l0, _ = reference.layer(LSTM, x, weights[:4])
+    h_l1, hn_l1, cn_l1, c_l1, _ = reference.layer(LSTM, h_l0, weights[4:])
     expected = [h_l1, torch.cat([hn_l0, hn_l1]), torch.cat([cn_l0, cn_l1]), h_l0, h_l1, c_l0, c_l1]
     results = []
     for outputs in (expected, flat(lstm(x, return_states=True))):

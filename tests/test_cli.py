@@ -126,12 +126,12 @@ def test_a_gradient_that_is_off_fails_and_is_named(capsys, small, monkeypatch):
 
 
 def test_a_second_derivative_that_is_off_fails(capsys, small, monkeypatch):
-    right = fusedrnn.autograd.LSTMBackwardFunction.backward
+    right = fusedrnn.autograd.LayerBackwardFunction.backward
 
     def wrong(ctx, *ddgrads):
         return tuple(None if grad is None else grad * (1 + 1e-3) for grad in right(ctx, *ddgrads))
 
-    monkeypatch.setattr(fusedrnn.autograd.LSTMBackwardFunction, "backward", staticmethod(wrong))
+    monkeypatch.setattr(fusedrnn.autograd.LayerBackwardFunction, "backward", staticmethod(wrong))
     assert cli.main(["check", "--quick", "--backend", "reference", "--device", "cpu"]) == 1
     out = capsys.readouterr().out
     assert rows(out)["gradcheck", "float64", "reference"] == (2, 0, 0)

@@ -520,7 +520,7 @@ def forward_arguments(device, cell_states, reserve, bias=True, bidirectional=Fal
     x = random(T, B, I)
     if extras.get("packed"):
         x, lengths = random(7, I), torch.tensor([4, 2, 1], device=device)
-    return x, bidirectional, h0, c0, lengths, reset, cell_states, reserve, *weights
+    return "lstm", x, bidirectional, h0, c0, lengths, reset, cell_states, reserve, *weights
 
 
 def skip_packed(kernel, layer):
@@ -534,9 +534,9 @@ def test_opcheck_forward(kernel, layer, cell_states, reserve):
     skip_packed(kernel, layer)
     arguments = forward_arguments(kernel.device, cell_states, reserve, **LAYERS[layer])
     torch.library.opcheck(ops.forward_op(kernel.backend), arguments)
-    x, *options = arguments[:8]
+    cell, x, *options = arguments[:9]
     listed = getattr(torch.ops.fusedrnn, f"{kernel.backend}_forward").list
-    for a, b in zip(ops.forward_op(kernel.backend)(*arguments), listed(x, arguments[8:], *options), strict=True):
+    for a, b in zip(ops.forward_op(kernel.backend)(*arguments), listed(cell, x, arguments[9:], *options), strict=True):
         assert torch.equal(a, b)
 
 
@@ -545,8 +545,8 @@ def test_opcheck_inference(layer):
     if fusedrnn.backends()["cpu"] is not None:
         pytest.skip(fusedrnn.backends()["cpu"])
     arguments = forward_arguments("cpu", False, False, **LAYERS[layer])
-    x, bidirectional, h0, c0 = arguments[:4]
-    shorter = (x, arguments[8:], 1, bidirectional, h0, c0)
+    cell, x, bidirectional, h0, c0 = arguments[:5]
+    shorter = (cell, x, arguments[9:], 1, bidirectional, h0, c0)
     torch.library.opcheck(ops.cpu_infer, shorter, test_utils=("test_schema", "test_autograd_registration"))
     whole = ops.forward_op("cpu")(*arguments)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(ops.cpu_infer(*shorter), whole[:3], strict=True))
@@ -564,7 +564,7 @@ NEEDS = ["all", "x", "weights"]
 def test_opcheck_backward(kernel, layer, given, needs):
     skip_packed(kernel, layer)
     arguments = forward_arguments(kernel.device, True, True, **LAYERS[layer])
-    x, bidirectional, h0, c0, lengths, reset, _, _, *weights = arguments
+    cell, x, bidirectional, h0, c0, lengths, reset, _, _, *weights = arguments
     y, hn, cn, c, reserve = ops.forward_op(kernel.backend)(*arguments)
     douts = [
         torch.randn_like(t) if given == "all" or name in given.split(" and ") else None
@@ -573,11 +573,11 @@ def test_opcheck_backward(kernel, layer, given, needs):
     wanted = [needs in ("all", "x")] + [needs == "all"] * 2 + [needs in ("all", "weights")] * len(weights)
     torch.library.opcheck(
         ops.backward_op(kernel.backend),
-        (*douts, x, bidirectional, h0, c0, lengths, reset, y, c, reserve, wanted, *weights),
+        (cell, *douts, x, bidirectional, h0, c0, lengths, reset, y, c, reserve, wanted, *weights),
     )
     listed = getattr(torch.ops.fusedrnn, f"{kernel.backend}_backward").list
     grads, (*states, dweights) = (
-        op(*douts, x, *first, bidirectional, h0, c0, lengths, reset, y, c, reserve, wanted, *last)
+        op(cell, *douts, x, *first, bidirectional, h0, c0, lengths, reset, y, c, reserve, wanted, *last)
         for op, first, last in ((ops.backward_op(kernel.backend), [], weights), (listed, [weights], []))
     )
     assert all(grad is None for grad in grads[len(wanted) :])
@@ -588,8 +588,8 @@ def test_opcheck_backward(kernel, layer, given, needs):
 def test_opcheck_of_a_differentiable_layer(kernel):
     """Made of the pair above: what is left of opcheck are schema and traces."""
     arguments = forward_arguments(kernel.device, True, True)
-    x, bidirectional, h0, c0, lengths, reset, cell_states, _, *weights = arguments
-    arguments = ("", kernel.backend, bidirectional, cell_states, x, h0, c0, lengths, reset, weights)
+    cell, x, bidirectional, h0, c0, lengths, reset, cell_states, _, *weights = arguments
+    arguments = ("", kernel.backend, cell, bidirectional, cell_states, x, h0, c0, lengths, reset, weights)
     torch.library.opcheck(ops.layer, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -600,7 +600,7 @@ def test_opcheck_of_what_computes_no_tensor():
         torch.library.opcheck(torch.ops.fusedrnn.cpu_isa.default, (None,), test_utils=utils)
         torch.library.opcheck(torch.ops.fusedrnn.cpu_keep.default, (None,), test_utils=utils)
         torch.library.opcheck(torch.ops.fusedrnn.cpu_poison.default, (False,), test_utils=utils)
-        torch.library.opcheck(torch.ops.fusedrnn.cpu_plan.default, (4, 3, I, H, H, 1, False), test_utils=utils)
+        torch.library.opcheck(torch.ops.fusedrnn.cpu_plan.default, ("lstm", 4, 3, I, H, H, 1, False), test_utils=utils)
     names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("fusedrnn::")}
     pairs = {
         f"{backend}_{way}{overload}"

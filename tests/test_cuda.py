@@ -383,7 +383,7 @@ def test_a_backward_takes_what_its_forward_left(monkeypatch):
 def test_unknown_reserve(monkeypatch):
     monkeypatch.setenv("FUSEDRNN_RESERVE", "everything")
     with pytest.raises(ValueError, match="FUSEDRNN_RESERVE must be one of gates, recompute, got 'everything'"):
-        torch.ops.fusedrnn.cuda_forward(*operator_arguments())
+        torch.ops.fusedrnn.cuda_forward("lstm", *operator_arguments())
 
 
 @gpu_only
@@ -414,12 +414,12 @@ def operator_arguments(T=3, B=2, I=5, H=4, D=2):
 def test_operators_pass_opcheck():
     x, weights, *options = operator_arguments()
     op, tests, given = torch.ops.fusedrnn, ("test_schema", "test_faketensor"), (x, *options[:5])
-    torch.library.opcheck(op.cuda_forward.default, (x, *options, *weights), test_utils=tests)
-    y, hn, cn, c, reserve = op.cuda_forward(x, *options, *weights)
+    torch.library.opcheck(op.cuda_forward.default, ("lstm", x, *options, *weights), test_utils=tests)
+    y, hn, cn, c, reserve = op.cuda_forward("lstm", x, *options, *weights)
     needs = [True] * (3 + len(weights))
-    backward = (y, hn, cn, c, *given, y, c, reserve, needs, *weights)
+    backward = ("lstm", y, hn, cn, c, *given, y, c, reserve, needs, *weights)
     torch.library.opcheck(op.cuda_backward.default, backward, test_utils=tests)
-    fewer = (y, None, None, None, *given, y, c, reserve, [k % 2 == 0 for k in range(len(needs))], *weights)
+    fewer = ("lstm", y, None, None, None, *given, y, c, reserve, [k % 2 == 0 for k in range(len(needs))], *weights)
     torch.library.opcheck(op.cuda_backward.default, fewer, test_utils=tests)
 
 
@@ -427,7 +427,7 @@ def test_operator_clamps_lengths():
     x, weights, two, h0, c0, _, reset, *flags = operator_arguments()
     run = torch.ops.fusedrnn.cuda_forward
     wild, tame = (
-        run(x, weights, two, h0, c0, torch.tensor(n, device=DEVICE), reset, *flags) for n in ([-5, 99], [0, 3])
+        run("lstm", x, weights, two, h0, c0, torch.tensor(n, device=DEVICE), reset, *flags) for n in ([-5, 99], [0, 3])
     )
     for a, b in zip(wild, tame, strict=True):
         assert torch.equal(a, b)

@@ -450,7 +450,7 @@ def test_explain_names_the_reason_of_a_backend_that_was_asked_for():
 def test_plan_of_the_cpu_backend_is_the_kernels_own():
     lstm, x = lstm_and_input(bidirectional=True)
     with fusedrnn.use_backend("cpu"):
-        assert fusedrnn.explain(lstm, x).plan == torch.ops.fusedrnn.cpu_plan(4, 2, 3, 5, 5, 2, True) != ""
+        assert fusedrnn.explain(lstm, x).plan == torch.ops.fusedrnn.cpu_plan("lstm", 4, 2, 3, 5, 5, 2, True) != ""
 
 
 def test_explain_under_autocast():
@@ -519,7 +519,7 @@ print(json.dumps([attempt(run), attempt(explain), attempt(inside), list(fusedrnn
 @pytest.mark.parametrize(("value", "ours"), [("reference", True), ("aten", False)], ids=["reference", "aten"])
 def test_environment_names_the_backend(report, tmp_path, value, ours):
     ran, explained, inside, _ = report(FIRST_USE, tmp_path, FUSEDRNN_BACKEND=value)
-    assert ("LSTMFunction" in ran) == ours
+    assert ("LayerFunction" in ran) == ours
     assert explained == value
     assert inside == "aten"
 
@@ -716,15 +716,15 @@ def test_inference_of_layers_that_do_not_fit_each_other():
     small, large = nn.LSTM(3, 5, 1), nn.LSTM(5, 7, 1)
     weights = [*small._flat_weights, *large._flat_weights]
     with pytest.raises(RuntimeError, match="one size"):
-        ops.cpu_infer(torch.randn(4, 2, 3), weights, 2, False, None, None)
+        ops.cpu_infer("lstm", torch.randn(4, 2, 3), weights, 2, False, None, None)
     with pytest.raises(RuntimeError, match="as many for each of 3 layers"):
-        ops.cpu_infer(torch.randn(4, 2, 3), weights, 3, False, None, None)
+        ops.cpu_infer("lstm", torch.randn(4, 2, 3), weights, 3, False, None, None)
     with pytest.raises(RuntimeError, match="h0"):
-        ops.cpu_infer(torch.randn(4, 2, 3), weights[:4], 1, False, torch.randn(2, 2, 5), None)
+        ops.cpu_infer("lstm", torch.randn(4, 2, 3), weights[:4], 1, False, torch.randn(2, 2, 5), None)
     with pytest.raises(RuntimeError, match="c0"):
-        ops.cpu_infer(torch.randn(2, 3), weights[:4], 1, False, None, torch.randn(1, 2, 5))
+        ops.cpu_infer("lstm", torch.randn(2, 3), weights[:4], 1, False, None, torch.randn(1, 2, 5))
     with pytest.raises(RuntimeError, match="3 and 2 dimensions"):
-        ops.cpu_infer(torch.randn(2, 3), [*weights[:4], *weights[:4]], 1, True, None, None)
+        ops.cpu_infer("lstm", torch.randn(2, 3), [*weights[:4], *weights[:4]], 1, True, None, None)
     with pytest.raises(ValueError, match="must have shape"):
         functional.lstm(torch.randn(4, 2, 3), weights, num_layers=2)
 

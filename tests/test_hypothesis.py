@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fusedrnn
 from fusedrnn import reference
+from fusedrnn.cells import LSTM
 
 # The fixtures of these tests are the same for every example: a backend, and functions.
 EXAMPLES = settings(
@@ -121,7 +122,7 @@ def by_definition(module, x, hx, lengths, reset, batch_first):
         rows = slice(layer * D, (layer + 1) * D)
         weights = [getattr(module, name) for names in module._all_weights[rows] for name in names]
         h0, c0 = (None, None) if hx is None else (state[rows] for state in hx)
-        y, hn, cn, c, _ = reference.layer(y, weights, D == 2, h0, c0, lengths, reset)
+        y, hn, cn, c, _ = reference.layer(LSTM, y, weights, D == 2, h0, c0, lengths, reset)
         last.append((hn, cn))
         hs.append(y.transpose(0, 1) if batch_first else y)
         cs.append(c.transpose(0, 1) if batch_first else c)

@@ -259,7 +259,7 @@ SHARED_ROWS = [
 def test_shared_units(isa, threads, case):
     threads(2)
     D = 2 if case.bidirectional else 1
-    plan = torch.ops.fusedrnn.cpu_plan(case.T, case.B, case.I, case.H, case.proj_size or case.H, D, False)
+    plan = torch.ops.fusedrnn.cpu_plan("lstm", case.T, case.B, case.I, case.H, case.proj_size or case.H, D, False)
     assert "hidden units" in plan
     check(case)
 
@@ -281,14 +281,14 @@ def test_shared_units(isa, threads, case):
 )
 def test_what_is_shared(isa, threads, H, B, count, expected):
     threads(count)
-    assert expected in torch.ops.fusedrnn.cpu_plan(64, B, H, H, H, 1, False)
+    assert expected in torch.ops.fusedrnn.cpu_plan("lstm", 64, B, H, H, H, 1, False)
 
 
 @pytest.mark.parametrize("case", SHARED_ROWS, ids=lambda case: case.id)
 def test_short_sequences_with_shared_rows(isa, threads, case):
     threads(2)
     D = 2 if case.bidirectional else 1
-    plan = torch.ops.fusedrnn.cpu_plan(case.T, case.B, case.I, case.H, case.H, D, False)
+    plan = torch.ops.fusedrnn.cpu_plan("lstm", case.T, case.B, case.I, case.H, case.H, D, False)
     assert "2 threads by batch rows" in plan
     check(case)
 
@@ -386,7 +386,7 @@ def activations(values):
     weights = [values.new_zeros(4 * N, 1), values.new_zeros(4 * N, 1), values.repeat(4), values.new_zeros(4 * N)]
     weights.append(values.new_zeros(1, N))
     x = values.new_zeros(1, 1, 1)
-    gates = torch.ops.fusedrnn.cpu_forward(x, weights, False, None, None, None, None, True, True)[4].view(4, N)
+    gates = torch.ops.fusedrnn.cpu_forward("lstm", x, weights, False, None, None, None, None, True, True)[4].view(4, N)
     torch.testing.assert_close(gates[[1, 3]], gates[[0, 0]], rtol=0, atol=0, equal_nan=True)
     return gates[0, :given], gates[2, :given]
 
@@ -442,7 +442,7 @@ def test_narrow_numbers_are_stored_as_torch_stores_them(isa, dtype):
     x, lengths = torch.zeros(2, 1, 1, dtype=dtype), torch.tensor([0])
     weights = [torch.zeros(4 * H, 1, dtype=dtype), torch.zeros(4 * H, 1, dtype=dtype), torch.zeros(1, H, dtype=dtype)]
     h0, c0 = torch.zeros(1, 1, 1, dtype=dtype), numbers.view(1, 1, H)
-    cn = torch.ops.fusedrnn.cpu_forward(x, weights, False, h0, c0, lengths, None, False, False)[2].view(H)
+    cn = torch.ops.fusedrnn.cpu_forward("lstm", x, weights, False, h0, c0, lengths, None, False, False)[2].view(H)
     assert torch.equal(cn.isnan(), numbers.isnan())
     finite = ~numbers.isnan()
     assert torch.equal(cn[finite].view(torch.int16), numbers[finite].view(torch.int16))
@@ -457,7 +457,7 @@ def test_rounding_is_to_nearest_even(isa, dtype):
     weights = [torch.zeros(4 * H, 1, dtype=dtype), torch.zeros(4 * H, 1, dtype=dtype), torch.zeros(1, H, dtype=dtype)]
     x = torch.zeros(1, 1, 1, dtype=dtype)
     cn = torch.ops.fusedrnn.cpu_forward(
-        x, weights, False, torch.zeros(1, 1, 1, dtype=dtype), c0.view(1, 1, H), None, None, False, False
+        "lstm", x, weights, False, torch.zeros(1, 1, 1, dtype=dtype), c0.view(1, 1, H), None, None, False, False
     )[2]
     assert torch.equal(cn.view(H), (c0.float() * 0.5).to(dtype))  # all gates are sigmoid(0) = 1/2, g is 0
 
@@ -607,7 +607,16 @@ def test_operator_refuses_what_it_would_read_out_of_bounds(change):
     given = {"lengths": None, "reset": None, **arguments(), **change}
     with pytest.raises(RuntimeError):
         torch.ops.fusedrnn.cpu_forward(
-            given["x"], given["weights"], False, given["h0"], given["c0"], given["lengths"], given["reset"], True, True
+            "lstm",
+            given["x"],
+            given["weights"],
+            False,
+            given["h0"],
+            given["c0"],
+            given["lengths"],
+            given["reset"],
+            True,
+            True,
         )
 
 
@@ -633,6 +642,7 @@ def test_operator_refuses_lengths_that_do_not_fit_packed_rows(lengths, change):
     given = {"reset": None, **arguments(), "x": torch.ones(5, 5), **change}
     with pytest.raises(RuntimeError):
         torch.ops.fusedrnn.cpu_forward(
+            "lstm",
             given["x"],
             given["weights"],
             False,
@@ -654,8 +664,8 @@ def test_packed_rows_of_one_length_are_padded_ones(isa, threads, T, B):
     for x in (given["x"], given["x"].flatten(0, 1)):
         with testing.poisoned():
             forward, weights = (x, False, given["h0"], given["c0"], lengths, None), given["weights"]
-            y, hn, cn, c, reserve = ops.forward_op("cpu")(*forward, True, True, *weights)
-            backward = ops.backward_op("cpu")(y, hn, cn, c, *forward, y, c, reserve, [True] * 7, *weights)
+            y, hn, cn, c, reserve = ops.forward_op("cpu")("lstm", *forward, True, True, *weights)
+            backward = ops.backward_op("cpu")("lstm", y, hn, cn, c, *forward, y, c, reserve, [True] * 7, *weights)
         results.append([t.flatten() for t in (y, hn, cn, c, reserve, *backward[:7])])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -665,7 +675,7 @@ def test_operator_clamps_lengths():
     given = arguments()
     run = torch.ops.fusedrnn.cpu_forward
     wild, tame = (
-        run(given["x"], given["weights"], False, given["h0"], given["c0"], torch.tensor(n), None, True, True)
+        run("lstm", given["x"], given["weights"], False, given["h0"], given["c0"], torch.tensor(n), None, True, True)
         for n in ([-5, 99], [0, 3])
     )
     for a, b in zip(wild, tame, strict=True):

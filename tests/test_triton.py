@@ -223,7 +223,7 @@ def activations(a, through):
     weights = [weight, torch.zeros(gates.numel(), 2 * count), bias.flatten(), torch.zeros(gates.numel())]
     moved = [t.contiguous().to(DEVICE) for t in (rows, c0, *weights)]
     x, c0, *weights = moved
-    h, _, cn, *_ = torch.ops.fusedrnn.triton_forward(x, weights, False, None, c0, None, None, False, False)
+    h, _, cn, *_ = torch.ops.fusedrnn.triton_forward("lstm", x, weights, False, None, c0, None, None, False, False)
     return h[0, :, :count].flatten().cpu(), cn[0, :, count:].flatten().cpu()
 
 
@@ -271,12 +271,12 @@ def operator_arguments(T=3, B=2, I=5, H=4, D=2, device=DEVICE):
 def test_operators_pass_opcheck():
     x, weights, *options = operator_arguments()
     op, tests, given = torch.ops.fusedrnn, ("test_schema", "test_faketensor"), (x, *options[:5])
-    torch.library.opcheck(op.triton_forward.default, (x, *options, *weights), test_utils=tests)
-    y, hn, cn, c, reserve = op.triton_forward(x, *options, *weights)
+    torch.library.opcheck(op.triton_forward.default, ("lstm", x, *options, *weights), test_utils=tests)
+    y, hn, cn, c, reserve = op.triton_forward("lstm", x, *options, *weights)
     needs = [True] * (3 + len(weights))
-    backward = (y, hn, cn, c, *given, y, c, reserve, needs, *weights)
+    backward = ("lstm", y, hn, cn, c, *given, y, c, reserve, needs, *weights)
     torch.library.opcheck(op.triton_backward.default, backward, test_utils=tests)
-    fewer = (y, None, None, None, *given, y, c, reserve, [k % 2 == 0 for k in range(len(needs))], *weights)
+    fewer = ("lstm", y, None, None, None, *given, y, c, reserve, [k % 2 == 0 for k in range(len(needs))], *weights)
     torch.library.opcheck(op.triton_backward.default, fewer, test_utils=tests)
 
 

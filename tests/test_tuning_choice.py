@@ -233,8 +233,8 @@ def ran(monkeypatch):
     own, layers = torch._VF.lstm, functional.ops.cpu_infer
     monkeypatch.setattr(torch._VF, "lstm", lambda *args: found.append("aten") or own(*args))
     monkeypatch.setattr(functional.ops, "cpu_infer", lambda *args: found.append("cpu") or layers(*args))
-    layer = functional.lstm_layer
-    monkeypatch.setattr(functional, "lstm_layer", lambda name, *args: found.append(name) or layer(name, *args))
+    layer = functional.autograd.layer
+    monkeypatch.setattr(functional.autograd, "layer", lambda name, *args: found.append(name) or layer(name, *args))
     return found
 
 

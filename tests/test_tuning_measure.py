@@ -34,8 +34,8 @@ def misbehave(results, H):
     if H == 5:
         {behaviour}
     return results
-ops._FORWARD["cpu"] = lambda x, *rest: misbehave(forward(x, *rest), rest[-3].shape[-1])
-ops.cpu_infer = lambda x, weights, *rest: misbehave(infer(x, weights, *rest), weights[1].shape[1])
+ops._FORWARD["cpu"] = lambda *rest: misbehave(forward(*rest), rest[-3].shape[-1])
+ops.cpu_infer = lambda cell, x, weights, *rest: misbehave(infer(cell, x, weights, *rest), weights[1].shape[1])
 worker.main()
 """
 

@@ -20,6 +20,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from fusedrnn import reference, testing
+from fusedrnn.cells import LSTM
 from fusedrnn.layout import DirectionWeights, split_directions
 
 ROOT = Path(__file__).parents[2]
@@ -341,9 +342,11 @@ def by_reference(problem: Problem, given: dict[str, Any]) -> dict[str, Tensor]:
     """Outputs and gradients by fusedrnn.reference, in the dtype of what is given."""
     forward = [given[name] for name in ("h0", "c0", "lengths", "reset")]
     both = problem.D == 2
-    y, hn, cn, c, gates = reference.layer(given["x"], given["weights"], both, *forward)
+    y, hn, cn, c, gates = reference.layer(LSTM, given["x"], given["weights"], both, *forward)
     douts = [given[name] for name in ("dy", "dhn", "dcn", "dc")]
-    dx, dh0, dc0, dweights = reference.layer_backward(*douts, given["x"], given["weights"], both, *forward, y, c, gates)
+    dx, dh0, dc0, dweights = reference.layer_backward(
+        LSTM, *douts, given["x"], given["weights"], both, *forward, y, c, gates
+    )
     named = {f"dweight{k}": dw for k, dw in enumerate(dweights)}
     return {"y": y, "hn": hn, "cn": cn, "c": c, "gates": gates, "dx": dx, "dh0": dh0, "dc0": dc0, **named}
 

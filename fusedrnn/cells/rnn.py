@@ -1,0 +1,38 @@
+"""The plain recurrent cell of Elman 1990, as nn.RNN has it: h = tanh(a), or relu(a)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from .spec import Cell
+
+
+def _rnn(name: str, function: Callable[[Tensor], Tensor], derivative: Callable[[Tensor], Tensor]) -> Cell:
+    """derivative: that of `function`, of the value of `function`."""
+
+    def step(a: Tensor, carry: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        h = function(a)
+        return h, carry, h
+
+    def step_backward(
+        saved: Tensor, carry_in: Tensor, carry: Tensor, dm: Tensor, dcarry: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return dm * derivative(saved), dcarry, saved
+
+    return Cell(
+        name=name,
+        gates=("h",),
+        maps=("h",),
+        input=(0,),
+        recurrent=(0,),
+        saved=("h",),
+        carry=None,
+        step=step,
+        step_backward=step_backward,
+    )
+
+
+RNN_TANH = _rnn("rnn_tanh", Tensor.tanh, lambda h: 1 - h * h)
+RNN_RELU = _rnn("rnn_relu", Tensor.relu, lambda h: (h > 0).to(h.dtype))

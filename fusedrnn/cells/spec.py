@@ -1,0 +1,74 @@
+"""What makes a cell: the affine maps it reads, the state it carries, its pointwise function and the derivative of it.
+
+Everything else about a recurrent layer (products, time steps, lengths, resets, layers, directions, dtypes) is the same
+for all cells, and asks a `Cell` for what it has to know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Blocks = tuple[int | None, ...]
+Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+StepBackward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """A cell of H hidden units.
+
+    A weight or bias has a block of H rows for each of the G gates. The pointwise function reads M maps: a map is a
+    gate's affine map of the input, of the state that enters, or the sum of both. It keeps S values of each unit for
+    its derivative.
+
+    Attributes:
+        name: in operators, profiles and messages; `mode` of torch's own module in lower case.
+        gates: G names, in torch's order of the rows.
+        maps: M names.
+        input: for each map, the gate whose affine map of the input is in it; None for none.
+        recurrent: the same of the state that enters.
+        saved: S names.
+        carry: what goes from step to step besides h and is not rounded to the dtype of x: "cell", a state of its own
+            with H numbers (c); "hidden", h itself; or None.
+        step: (a [..., M*H], carry [..., H]) -> m [..., H], the new carry, saved [..., S*H]. m is the new hidden state,
+            or what a projection makes it of. Where there is no carry, it is [..., 0].
+        step_backward: (saved, the carry that entered, the carry that left, dm, dcarry) -> da [..., M*H], the gradient
+            of the carry that entered, and m. dcarry is the gradient of the carry that left by all ways but m.
+    """
+
+    name: str
+    gates: tuple[str, ...]
+    maps: tuple[str, ...]
+    input: Blocks
+    recurrent: Blocks
+    saved: tuple[str, ...]
+    carry: Literal["cell", "hidden"] | None
+    step: Step
+    step_backward: StepBackward
+
+    @property
+    def has_cell_state(self) -> bool:
+        return self.carry == "cell"
+
+    def cell_size(self, hidden_size: int) -> int:
+        """How many numbers c has: H, or 0 for a cell without."""
+        return hidden_size if self.has_cell_state else 0
+
+    def maps_of(self, rows: Tensor, blocks: Blocks) -> Tensor:
+        """Affine maps [..., G*H] where the pointwise function reads them, [..., M*H]; zeros in maps that have none."""
+        if blocks == tuple(range(len(self.gates))):
+            return rows
+        each = rows.chunk(len(self.gates), dim=-1)
+        return torch.cat([torch.zeros_like(each[0]) if gate is None else each[gate] for gate in blocks], dim=-1)
+
+    def rows_of(self, da: Tensor, blocks: Blocks) -> Tensor:
+        """The inverse of `maps_of`: of gradients [..., M*H], those of the gates' affine maps, [..., G*H]."""
+        if blocks == tuple(range(len(self.gates))):
+            return da
+        each = da.chunk(len(self.maps), dim=-1)
+        return torch.cat([each[blocks.index(gate)] for gate in range(len(self.gates))], dim=-1)
