@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from . import autograd, dispatch, ops
 from .autograd import unsqueezed
 from .packing import Packing
+from .second_derivative import differentiable_twice
 from .tuning import choice
 
 _VF = torch._VF  # the functions behind nn.LSTM: torch's own path, our `aten` backend
@@ -474,19 +476,37 @@ def _aten(
     """
     rows = num_layers * (2 if bidirectional else 1)
     count, P, H = len(weights) // rows, weights[1].shape[1], weights[1].shape[0] // 4
-    hx = tuple(input.new_zeros(rows, form.B, n) if s is None else s for s, n in ((h0, P), (c0, H)))
-    options = (
-        hx,
-        list(weights),
-        count >= 4,
-        num_layers,
-        float(dropout),
-        dropout > 0 or (torch.is_grad_enabled() and not torch.jit.is_tracing()),
-        bidirectional,
-    )
-    if form.batch_sizes is not None:
-        return _VF.lstm(input, form.batch_sizes, *options)
-    y, hn, cn = _VF.lstm(_laid_in(input, form), *options, False)
+    h0, c0 = (input.new_zeros(rows, form.B, n) if s is None else s for s, n in ((h0, P), (c0, H)))
+    training = dropout > 0 or (torch.is_grad_enabled() and not torch.jit.is_tracing())
+
+    def torchs(input: Tensor, h0: Tensor, c0: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        options = ((h0, c0), list(weights), count >= 4, num_layers, float(dropout), training, bidirectional)
+        if form.batch_sizes is not None:
+            return _VF.lstm(input, form.batch_sizes, *options)
+        y, hn, cn = _VF.lstm(_laid_in(input, form), *options, False)
+        return _laid_out(y, form), hn, cn
+
+    tensors = (input, h0, c0, *weights)
+    random = dropout > 0 and num_layers > 1  # what cuDNN dropped cannot be dropped again
+    wanted = dispatch.is_eager() and not random and _wants_gradient(*tensors)
+    if not (wanted and _lacks_second_derivative(input)):
+        return torchs(*tensors)
+    return differentiable_twice(torchs, partial(_by_reference, form, num_layers, bidirectional), tensors)
+
+
+def _lacks_second_derivative(input: Tensor) -> bool:
+    """Whether torch's own LSTM has none here: cuDNN's has not."""
+    return input.is_cuda
+
+
+def _by_reference(
+    form: _Form, num_layers: int, bidirectional: bool, input: Tensor, h0: Tensor, c0: Tensor, *weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `_aten` computes, without dropout, by operators that have derivatives of every order."""
+    form = form._replace(padded=True)
+    h0_in, c0_in, lengths, _ = _in_order(h0, c0, None, None, form, input.device)
+    x = _laid_in(input, form)
+    y, hn, cn, *_ = _stack("reference", x, weights, h0_in, c0_in, num_layers, 0.0, bidirectional, lengths, None, False)
     return _laid_out(y, form), hn, cn
 
 
