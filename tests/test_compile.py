@@ -132,7 +132,7 @@ def test_inference_reserves_nothing(kernel, assert_same):
         assert_same(run(x), model(x))
     (forward,) = graphs.forward
     calls = graphs.operators(forward)[f"{kernel.backend}_forward"]
-    assert [args[6:8] for args in calls] == [(False, False), (False, False)]  # cell_states, reserve
+    assert [args[7:9] for args in calls] == [(False, False), (False, False)]  # cell_states, reserve
     assert graphs.backward == []
 
 
@@ -312,7 +312,7 @@ def test_export(kernel, assert_same, strict, more):
     for exported in (program, torch.export.load(file)):
         calls = Graphs.operators(exported.graph)
         assert list(calls) == [f"{kernel.backend}_forward"]
-        assert [args[7] for args in calls[f"{kernel.backend}_forward"]] == [False, False]  # reserve
+        assert [args[8] for args in calls[f"{kernel.backend}_forward"]] == [False, False]  # reserve
         for sizes in [*SIZES, (1, 1)]:
             x = batch(*sizes, kernel.device, dims=())
             kwargs = extras(*sizes, kernel.device) if more else {}
