@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fusedrnn import testing
+from fusedrnn.cells import CELLS, LSTM
 
 MODES = ("infer", "forward", "train")  # without autograd; recorded by it; forward and backward
 DTYPES = {
@@ -24,7 +25,7 @@ VARIANTS = ("plain", "packed", "lengths", "reset")
 
 @dataclass(frozen=True)
 class Sequences(testing.Case):
-    """A case as nn.LSTM can be given it: where sequences end at different steps, each has at least one."""
+    """A case as torch's own layer can be given it: where sequences end at different steps, each has at least one."""
 
     def inputs(self, device: str = "cpu", dtype: torch.dtype | None = None) -> testing.Inputs:
         if self.lengths:  # those of the packed twin, because pack_padded_sequence refuses a length of zero
@@ -62,9 +63,10 @@ class Cell:
 
     @property
     def id(self) -> str:
-        """Sizes, variant and dtype, without the mode."""
+        """The cell if it is no LSTM, sizes, variant and dtype, without the mode."""
         case = self.case
-        parts = [f"T{case.T}", f"B{case.B}", f"I{case.I}", f"H{case.H}"]
+        parts = [] if case.cell == LSTM.name else [case.cell]
+        parts += [f"T{case.T}", f"B{case.B}", f"I{case.I}", f"H{case.H}"]
         parts += [f"L{case.layers}"] if case.layers > 1 else []
         parts += ["D2"] if case.bidirectional else []
         parts += [] if self.variant == "plain" else [self.variant]
@@ -80,10 +82,15 @@ class Cell:
         return int(lengths.sum())
 
     @property
+    def gates(self) -> int:
+        """How many rows of the weights there are for each hidden unit."""
+        return len(CELLS[self.case.cell].gates)
+
+    @property
     def flops(self) -> float:
         """Of the matrix products; a backward has two for each of the forward."""
         case, inputs = self.case, [self.case.I, *[self.D * self.case.H] * (self.case.layers - 1)]
-        forward = sum(2 * self.steps * self.D * 4 * case.H * (I + case.H) for I in inputs)
+        forward = sum(2 * self.steps * self.D * self.gates * case.H * (I + case.H) for I in inputs)
         return forward * (3 if self.mode == "train" else 1)
 
     @property
@@ -94,17 +101,26 @@ class Cell:
         out, because an implementation may compute it again.
         """
         case, inputs = self.case, [self.case.I, *[self.D * self.case.H] * (self.case.layers - 1)]
-        weights = sum(self.D * 4 * case.H * (I + case.H + 2) for I in inputs)
+        weights = sum(self.D * self.gates * case.H * (I + case.H + 2) for I in inputs)
         size = torch.empty(0, dtype=case.dtype).element_size()
         return size * (weights + self.steps * (case.I + self.D * case.H)) * (3 if self.mode == "train" else 1)
 
 
 def cell(
-    shape: tuple[int, ...], mode: str, dtype: str = "float32", variant: str = "plain", device: str = "cpu"
+    shape: tuple[int, ...],
+    mode: str,
+    dtype: str = "float32",
+    variant: str = "plain",
+    device: str = "cpu",
+    kind: str = LSTM.name,
 ) -> Cell:
-    """A cell of sizes (T, B, I, H) or (T, B, I, H, L, D), with zeros for initial states unless it is streaming."""
+    """A cell of sizes (T, B, I, H) or (T, B, I, H, L, D), with zeros for initial states unless it is streaming.
+
+    Args:
+        kind: a name of `fusedrnn.cells.CELLS`.
+    """
     T, B, I, H, L, D = (*shape, 1, 1)[:6]
-    case = Sequences(T, B, I, H, DTYPES[dtype], L, D == 2, hx=False)
+    case = Sequences(T, B, I, H, DTYPES[dtype], L, D == 2, hx=False, cell=kind)
     if variant != "plain":
         options: dict[str, Any] = {variant: True}
         case = replace(case, **options)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fusedrnn import dispatch, testing
+from fusedrnn.cells import CELLS, LSTM
 
 from . import (
     arguments,
@@ -82,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_choice(parser, "--mode", cases.MODES, "instead of those of the suite; for a --shape, all")
     _add_choice(parser, "--dtype", tuple(cases.DTYPES), "instead of those of the suite; for a --shape, float32")
+    _add_choice(parser, "--cell", tuple(CELLS), "which cells' layers; the LSTM's by default")
     _add_choice(parser, "--variant", cases.VARIANTS, "what a --shape is given as input; plain by default")
     add(
         "--backend",
@@ -153,6 +155,11 @@ def _add_choice(parser: argparse.ArgumentParser, name: str, known: tuple[str, ..
 
 def _cells(options: argparse.Namespace, device: str) -> list[tuple[str, Cell]]:
     """Suite and cell, in order; what was asked for by --mode and --dtype takes the place of what a suite has."""
+    return [entry for kind in options.cell or [LSTM.name] for entry in _cells_of(kind, options, device)]
+
+
+def _cells_of(kind: str, options: argparse.Namespace, device: str) -> list[tuple[str, Cell]]:
+    """Those of a cell's layers."""
     found = []
     suites = options.suite or ([] if options.shape else ["quick"])
     for name in suites:
@@ -161,12 +168,12 @@ def _cells(options: argparse.Namespace, device: str) -> list[tuple[str, Cell]]:
             shape = (case.T, case.B, case.I, case.H, case.layers, cell.D)
             for dtype in options.dtype or [cell.dtype]:
                 for mode in options.mode or [cell.mode]:
-                    found.append((name, cases.cell(shape, mode, dtype, cell.variant, device)))
+                    found.append((name, cases.cell(shape, mode, dtype, cell.variant, device, kind)))
     for shape in options.shape:
         for variant in options.variant or ["plain"]:
             for dtype in options.dtype or ["float32"]:
                 for mode in options.mode or cases.MODES:
-                    found.append(("shape", cases.cell(shape, mode, dtype, variant, device)))
+                    found.append(("shape", cases.cell(shape, mode, dtype, variant, device, kind)))
     if options.shrink > 1:
         found = [(name, cases.shrunk(cell, options.shrink)) for name, cell in found]
     seen = {cell: name for name, cell in reversed(found)}
@@ -238,9 +245,11 @@ def _measure(
     computing: Callable[[], AbstractContextManager[None]] | None,
 ) -> None:
     """Measures all cells but those that are `done`: case, mode and device; with `computing` in that context as well."""
-    entered = contenders.entered(options.backend, options.baseline)
+    kinds = dict.fromkeys([*(options.cell or [LSTM.name]), LSTM.name])
+    entered = {kind: contenders.entered(options.backend, options.baseline, kind) for kind in kinds}
     if not done:
-        keep([Row("", c.name, "unavailable", c.unavailable) for c in entered if c.unavailable is not None])
+        everyone = {c.name: c for kind in options.cell or [LSTM.name] for c in entered[kind]}.values()
+        keep([Row("", c.name, "unavailable", c.unavailable) for c in everyone if c.unavailable is not None])
     settings = run.Settings(options.rounds, options.time_budget, options.time_wrong, computing)
     ticking = clock(device)
     ceilings = Ceilings(ticking)
@@ -250,9 +259,9 @@ def _measure(
     whole = [("models", task) for task in models.tasks(options.shrink)] if "models" in (options.suite or []) else []
     for suite, item in progress.shown([*cells, *whole], "cell", _label):
         if isinstance(item, Cell):
-            keep(run.measure(suite, item, entered, ticking, ceilings, settings))
+            keep(run.measure(suite, item, entered[item.case.cell], ticking, ceilings, settings))
         else:
-            made, losses = training.measure(item, entered, device, ticking, settings, options.steps)
+            made, losses = training.measure(item, entered[LSTM.name], device, ticking, settings, options.steps)
             curves += losses
             keep(made)
 

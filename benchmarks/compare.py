@@ -1,8 +1,8 @@
 """Two files of results against each other: what became faster or slower by more than the noise.
 
 A time has changed if its middle part, from the 20th to the 80th percentile, no longer overlaps the old one, and its
-median moved by more than a threshold. `relative` compares each time over nn.LSTM's in the same run instead, which is
-what to look at if the machine itself was slower or faster, as the rows of nn.LSTM tell.
+median moved by more than a threshold. `relative` compares each time over that of torch's own layer in the same run
+instead, which is what to look at if the machine itself was slower or faster, as the rows of that one tell.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .contender import BASELINE
+from .contender import TORCHS
 from .results import Row
 
 WORDS = ("slower", "faster", "same", "lost", "gained", "only in A", "only in B")
@@ -22,7 +22,7 @@ class Change:
 
     row: Row  # of B, or of A where B has none
     word: str  # one of WORDS; lost: it had a time and was tried and has none now
-    before: float | None = None  # medians, in ms or relative to nn.LSTM
+    before: float | None = None  # medians, in ms or relative to torch's own layer
     after: float | None = None
 
     @property
@@ -54,7 +54,8 @@ def _spread(row: Row | None, rows: dict[tuple[str, ...], Row], relative: bool) -
     times = row.p20_ms, row.median_ms, row.p80_ms
     if not relative:
         return times
-    base = _spread(rows.get((*row.key[:-1], BASELINE)), rows, relative=False)
+    torchs = (rows.get((*row.key[:-1], name)) for name in dict.fromkeys(TORCHS.values()))
+    base = _spread(next((row for row in torchs if row is not None), None), rows, relative=False)
     return (times[0] / base[2], times[1] / base[1], times[2] / base[0]) if base else None
 
 

@@ -1,4 +1,5 @@
-"""What a contender is: a class with nn.LSTM's constructor, parameters and forward, so that one rule checks them all.
+"""What a contender is: a class with the constructor, parameters and forward of torch's own layer, so that one rule
+checks them all.
 
 It may be unavailable here, or unable to do what a cell asks for: both are reasons to be told, never silence.
 """
@@ -15,6 +16,8 @@ from torch import nn
 from .cases import Cell
 
 BASELINE = "nn.LSTM"
+# torch's own layer of each cell, which the others are set against.
+TORCHS = {"lstm": BASELINE, "gru": "nn.GRU", "rnn_tanh": "nn.RNN", "rnn_relu": "nn.RNN"}
 OURS = "fusedrnn "  # and the name of a backend
 
 
@@ -24,10 +27,10 @@ def _always(_: Cell) -> None:
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to compute an LSTM."""
+    """One way to compute the layers of one cell."""
 
     name: str
-    build: Callable[..., nn.Module]  # takes nn.LSTM's arguments
+    build: Callable[..., nn.Module]  # takes the arguments of torch's own layer
     ran: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], str]  # what computes module(*args, **options)
     unavailable: str | None = None
     unsupported: Callable[[Cell], str | None] = _always

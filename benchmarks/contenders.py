@@ -1,4 +1,4 @@
-"""Who is measured: nn.LSTM, nn.LSTM compiled, a loop over LSTMCell, the peers, and the backends of fusedrnn."""
+"""Who is measured: torch's own layer, also compiled, a loop over LSTMCell, the peers, and the backends of fusedrnn."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 import fusedrnn
 from fusedrnn import dispatch
+from fusedrnn.cells import LSTM
 
 from . import peers
 from .cases import Cell
-from .contender import BASELINE, OURS, Contender
+from .contender import BASELINE, OURS, TORCHS, Contender
 
 
-class TorchLSTM(nn.LSTM):
-    """nn.LSTM, with what a user has to write around it for `lengths` and `reset`."""
+class _AsWritten(nn.RNNBase):
+    """What a user has to write around torch's own layer for `lengths` and `reset`."""
 
     def forward(  # type: ignore[override]
         self,
         input: Tensor | PackedSequence,
-        hx: tuple[Tensor, Tensor] | None = None,
+        hx: Any = None,
         *,
         lengths: Tensor | None = None,
         reset: Tensor | None = None,
@@ -37,12 +38,30 @@ class TorchLSTM(nn.LSTM):
         if reset is None:
             return super().forward(input, hx)
         assert isinstance(input, Tensor)
-        state = hx or _zeros(self, input)
+        h, c = _zeros(self, input)
+        state: Any = hx if hx is not None else (h, c) if isinstance(self, nn.LSTM) else h
         outputs = []
         for x, keep in zip(input.unsqueeze(1), (~reset).unsqueeze(-1).to(input.dtype), strict=True):
-            y, state = super().forward(x, (state[0] * keep, state[1] * keep))
+            state = state * keep if isinstance(state, Tensor) else tuple(s * keep for s in state)
+            y, state = super().forward(x, state)
             outputs.append(y)
         return torch.cat(outputs), state
+
+
+class TorchLSTM(_AsWritten, nn.LSTM):
+    """nn.LSTM."""
+
+
+class TorchGRU(_AsWritten, nn.GRU):
+    """nn.GRU."""
+
+
+class TorchRNN(_AsWritten, nn.RNN):
+    """nn.RNN."""
+
+
+_TORCH_LAYERS = {"lstm": TorchLSTM, "gru": TorchGRU, "rnn_tanh": TorchRNN, "rnn_relu": TorchRNN}
+_OUR_LAYERS = {"lstm": fusedrnn.LSTM, "gru": fusedrnn.GRU, "rnn_tanh": fusedrnn.RNN, "rnn_relu": fusedrnn.RNN}
 
 
 class CompiledLSTM(nn.LSTM):
@@ -85,18 +104,22 @@ class CellLoop(nn.LSTM):
         return torch.stack(list(layer)), (hn, cn)
 
 
-def _zeros(module: nn.LSTM, input: Tensor) -> tuple[Tensor, Tensor]:
+def _zeros(module: nn.RNNBase, input: Tensor) -> tuple[Tensor, Tensor]:
     shape = module.num_layers * (2 if module.bidirectional else 1), input.shape[1], module.hidden_size
     return input.new_zeros(shape), input.new_zeros(shape)
 
 
-def entered(backends: Sequence[str] | None = None, baselines: Sequence[str] | None = None) -> list[Contender]:
-    """The contenders in the order of the table: nn.LSTM first and always, unavailable ones included.
+def entered(
+    backends: Sequence[str] | None = None, baselines: Sequence[str] | None = None, kind: str = LSTM.name
+) -> list[Contender]:
+    """The contenders in the order of the table: torch's own layer first and always, unavailable ones included.
 
     Args:
         backends: the backends of fusedrnn, and "auto" for what it chooses; by default those with kernels, that is all
             but `aten` and `reference`, or those two where there is nothing else.
         baselines: names of `BASELINES`, by default all.
+        kind: which cell it is about, a name of `fusedrnn.cells.CELLS`. Of others than the LSTM there are torch's own
+            layer and ONNX Runtime among the baselines.
     """
     reasons = dispatch.backends()
     if backends is None:
@@ -104,11 +127,15 @@ def entered(backends: Sequence[str] | None = None, baselines: Sequence[str] | No
         usable = [name for name in kernels if reasons[name] is None]
         backends = kernels if usable else list(reasons)
     chosen = [name for name in BASELINES if baselines is None or name in (BASELINE, *baselines)]
-    return [*(BASELINES[name]() for name in chosen), *(_backend(name, reasons.get(name)) for name in backends)]
+    if kind == LSTM.name:
+        others = [BASELINES[name]() for name in chosen]
+    else:
+        others = [_torchs(kind), *([peers.onnxruntime(kind)] if "onnxruntime" in chosen else [])]
+    return [*others, *(_backend(name, reasons.get(name), kind) for name in backends)]
 
 
-def _nn_lstm() -> Contender:
-    return Contender(BASELINE, TorchLSTM, _torch_ran, unsupported=_baseline_unsupported)
+def _torchs(kind: str = LSTM.name) -> Contender:
+    return Contender(TORCHS[kind], _TORCH_LAYERS[kind], _torch_ran, unsupported=_baseline_unsupported)
 
 
 def _torch_compile() -> Contender:
@@ -120,7 +147,7 @@ def _lstm_cell() -> Contender:
 
 
 BASELINES: dict[str, Callable[[], Contender]] = {
-    BASELINE: _nn_lstm,
+    BASELINE: _torchs,
     "torch.compile": _torch_compile,
     "LSTMCell": _lstm_cell,
     "onnxruntime": peers.onnxruntime,
@@ -129,7 +156,7 @@ BASELINES: dict[str, Callable[[], Contender]] = {
 }
 
 
-def _backend(name: str, unavailable: str | None) -> Contender:
+def _backend(name: str, unavailable: str | None, kind: str) -> Contender:
     def ran(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> str:
         explanation = fusedrnn.explain(module, *args, **options)
         return f"{explanation.backend}: {explanation.plan}" if explanation.plan else str(explanation.backend)
@@ -138,13 +165,13 @@ def _backend(name: str, unavailable: str | None) -> Contender:
         if name == "auto":
             return None
         case = cell.case
-        extras = {"lengths": case.lengths, "reset": case.reset, "packed": case.packed}
+        extras = {"lengths": case.lengths, "reset": case.reset, "packed": case.packed, "cell": kind}
         sizes = (case.T, case.B, case.I, case.H, case.H, cell.D)
         with fusedrnn.use_backend(name):  # as it is measured: some run only where they are asked for
             return dispatch.supports(name, dispatch.Problem(cell.device, case.dtype, *sizes, **extras))
 
     return Contender(
-        OURS + name, fusedrnn.LSTM, ran, unavailable, unsupported, active=lambda: fusedrnn.use_backend(name)
+        OURS + name, _OUR_LAYERS[kind], ran, unavailable, unsupported, active=lambda: fusedrnn.use_backend(name)
     )
 
 
@@ -156,7 +183,7 @@ def _torch_ran(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]
 
 def _baseline_unsupported(cell: Cell) -> str | None:
     if cell.case.reset and cell.case.bidirectional:
-        return "nn.LSTM has no resets, and stepping it can only go one way"
+        return f"{TORCHS[cell.case.cell]} has no resets, and stepping it can only go one way"
     return None
 
 

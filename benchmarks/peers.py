@@ -1,14 +1,14 @@
 """Other people's LSTMs, where they are installed, behind the parameters and the forward of nn.LSTM.
 
 FlashRNN (github.com/NX-AI/flashrnn) and haste (github.com/lmnt-com/haste) compute one layer in one direction on a GPU;
-ONNX Runtime runs its LSTM operator on the CPU.
+ONNX Runtime runs its LSTM, GRU or RNN operator on the CPU.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +33,24 @@ def _version(package: str) -> str:
     return f"{package} {getattr(importlib.import_module(package), '__version__', 'of unknown version')}"
 
 
-def onnxruntime() -> Contender:
-    """ONNX Runtime's LSTM operator on the CPU, with as many threads as torch has."""
+class _Operator(NamedTuple):
+    """What ONNX has for a cell."""
+
+    name: str
+    gates: tuple[int, ...]  # torch's, in its order
+    attributes: dict[str, Any]
+
+
+_OPERATORS = {
+    "lstm": _Operator("LSTM", (0, 3, 1, 2), {}),  # i o f g
+    "gru": _Operator("GRU", (1, 0, 2), {"linear_before_reset": 1}),  # z r n
+    "rnn_tanh": _Operator("RNN", (0,), {"activations": ["Tanh"]}),
+    "rnn_relu": _Operator("RNN", (0,), {"activations": ["Relu"]}),
+}
+
+
+def onnxruntime(kind: str = "lstm") -> Contender:
+    """ONNX Runtime's operator for a cell on the CPU, with as many threads as torch has."""
 
     def unsupported(cell: Cell) -> str | None:
         if cell.device != "cpu":
@@ -42,14 +58,14 @@ def onnxruntime() -> Contender:
         if cell.mode != "infer":
             return "it only infers"
         if cell.dtype != "float32":
-            return "its LSTM computes float32"
+            return "its operators compute float32"
         if cell.variant in ("packed", "reset"):
-            return f"its LSTM has no {cell.variant} input"
+            return f"its operators have no {cell.variant} input"
         return None
 
     return Contender(
         "onnxruntime",
-        OnnxRuntimeLSTM,
+        {"lstm": OnnxRuntimeLSTM, "gru": OnnxRuntimeGRU}.get(kind, OnnxRuntimeRNN),
         lambda *_: _version("onnxruntime"),
         _missing("onnx", "onnxruntime"),
         unsupported,
@@ -58,17 +74,17 @@ def onnxruntime() -> Contender:
     )
 
 
-class OnnxRuntimeLSTM(nn.LSTM):
-    """A session over one LSTM operator per layer, made of the weights at the first call."""
+class _Session(nn.RNNBase):
+    """A session over one operator per layer, made of the weights at the first call."""
 
     session: Any = None
 
     def forward(  # type: ignore[override]
-        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None, *, lengths: Tensor | None = None
+        self, input: Tensor, hx: Any = None, *, lengths: Tensor | None = None
     ) -> Any:
         feeds = self.feeds(input, hx, lengths)
-        y, hn, cn = map(torch.from_numpy, self.session.run(None, feeds))
-        return y, (hn, cn)
+        y, *last = map(torch.from_numpy, self.session.run(None, feeds))
+        return y, tuple(last) if len(last) == 2 else last[0]
 
     def feeds(self, input: Tensor, hx: Any, lengths: Tensor | None) -> dict[str, Any]:
         """What the session is run on; makes the session if there is none yet."""
@@ -76,33 +92,51 @@ class OnnxRuntimeLSTM(nn.LSTM):
             self.session = _session(self, states=hx is not None, lengths=lengths is not None)
         feeds = {"x": input.numpy()}
         if hx is not None:
-            feeds |= {"h0": hx[0].numpy(), "c0": hx[1].numpy()}
+            feeds |= {name: s.numpy() for name, s in zip(("h0", "c0"), _states(hx), strict=False)}
         if lengths is not None:
             feeds["lengths"] = lengths.to(torch.int32).numpy()
         return feeds
 
 
+class OnnxRuntimeLSTM(_Session, nn.LSTM):
+    """Of LSTM operators."""
+
+
+class OnnxRuntimeGRU(_Session, nn.GRU):
+    """Of GRU operators."""
+
+
+class OnnxRuntimeRNN(_Session, nn.RNN):
+    """Of RNN operators."""
+
+
+def _states(hx: Any) -> tuple[Tensor, ...]:
+    return (hx,) if isinstance(hx, Tensor) else tuple(hx)
+
+
 def _run_session(
-    module: OnnxRuntimeLSTM, x: Tensor, hx: Any, options: dict[str, Any], streaming: bool
+    module: _Session, x: Tensor, hx: Any, options: dict[str, Any], streaming: bool
 ) -> Callable[[], object]:
     """Calls of the session alone, on arrays, as it is served: turning them into tensors and back is not its time."""
     feeds = module.feeds(x, hx, options.get("lengths"))
 
     def run() -> object:
-        y, hn, cn = module.session.run(None, feeds)
+        y, *last = module.session.run(None, feeds)
         if streaming:
-            feeds["h0"], feeds["c0"] = hn, cn
+            feeds.update(zip(("h0", "c0"), last, strict=False))
         return y
 
     return run
 
 
-def _session(module: nn.LSTM, states: bool, lengths: bool) -> Any:
+def _session(module: nn.RNNBase, states: bool, lengths: bool) -> Any:
     import onnx
     import onnxruntime  # type: ignore[import-untyped]
     from onnx import TensorProto, helper, numpy_helper
 
     L, D, H = module.num_layers, 2 if module.bidirectional else 1, module.hidden_size
+    operator = _OPERATORS[module.mode.lower()]
+    names = ("h", "c") if isinstance(module, nn.LSTM) else ("h",)
     nodes, constants = [], []
 
     def node(operator: str, inputs: list[str], outputs: list[str], **attributes: Any) -> None:
@@ -112,16 +146,16 @@ def _session(module: nn.LSTM, states: bool, lengths: bool) -> Any:
         constants.append(numpy_helper.from_array(values.detach().contiguous().numpy(), name))
         return name
 
-    def gates(values: Tensor) -> Tensor:  # torch has i f g o, ONNX i o f c
-        i, f, g, o = values.chunk(4)
-        return torch.cat([i, o, f, g])
+    def gates(values: Tensor) -> Tensor:
+        own = values.chunk(len(operator.gates))
+        return torch.cat([own[k] for k in operator.gates])
 
     def stacked(name: str, rows: range) -> list[Tensor]:
         suffixes = [f"l{row // D}" + ("_reverse" if row % D else "") for row in rows]
         return [gates(getattr(module, f"{name}_{suffix}")) for suffix in suffixes]
 
     constant("merged", torch.tensor([0, 0, -1]))
-    for state in ("h", "c") if states else ():
+    for state in names if states else ():
         node("Split", [f"{state}0"], [f"{state}0_{k}" for k in range(L)], axis=0, num_outputs=L)
     below = "x"
     for k in range(L):
@@ -133,25 +167,30 @@ def _session(module: nn.LSTM, states: bool, lengths: bool) -> Any:
             constant(f"r{k}", torch.stack(stacked("weight_hh", rows))),
             constant(f"b{k}", torch.stack([torch.cat(pair) for pair in biases])),
             "lengths" if lengths else "",
-            *([f"h0_{k}", f"c0_{k}"] if states else []),
+            *([f"{name}0_{k}" for name in names] if states else []),
         ]
         direction = "bidirectional" if D == 2 else "forward"
-        node("LSTM", operands, [f"raw{k}", f"hn{k}", f"cn{k}"], hidden_size=H, direction=direction)
+        attributes = {"hidden_size": H, "direction": direction, **operator.attributes}
+        if "activations" in attributes:
+            attributes["activations"] = attributes["activations"] * D
+        node(operator.name, operands, [f"raw{k}", *(f"{name}n{k}" for name in names)], **attributes)
         node("Transpose", [f"raw{k}"], [f"rows{k}"], perm=[0, 2, 1, 3])  # [T, D, B, H] -> [T, B, D, H]
         below = "y" if k == L - 1 else f"y{k}"
         node("Reshape", [f"rows{k}", "merged"], [below])
-    for state in ("hn", "cn"):
-        node("Concat", [f"{state}{k}" for k in range(L)], [state], axis=0)
+    for state in names:
+        node("Concat", [f"{state}n{k}" for k in range(L)], [f"{state}n"], axis=0)
 
     def value(name: str, kind: int, *shape: Any) -> Any:
         return helper.make_tensor_value_info(name, kind, list(shape))
 
     inputs = [value("x", TensorProto.FLOAT, "T", "B", module.input_size)]
-    inputs += [value(name, TensorProto.FLOAT, L * D, "B", H) for name in (("h0", "c0") if states else ())]
+    inputs += [
+        value(name, TensorProto.FLOAT, L * D, "B", H) for name in ([f"{name}0" for name in names] if states else [])
+    ]
     inputs += [value("lengths", TensorProto.INT32, "B")] if lengths else []
     outputs = [value("y", TensorProto.FLOAT, "T", "B", D * H)]
-    outputs += [value(name, TensorProto.FLOAT, L * D, "B", H) for name in ("hn", "cn")]
-    graph = helper.make_graph(nodes, "lstm", inputs, outputs, constants)
+    outputs += [value(name, TensorProto.FLOAT, L * D, "B", H) for name in (f"{name}n" for name in names)]
+    graph = helper.make_graph(nodes, "layers", inputs, outputs, constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     onnx.checker.check_model(model)
 

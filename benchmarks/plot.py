@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .contender import BASELINE
 from .results import Row
 
 _PANELS = 9  # in one picture at most: those with the most points
@@ -84,7 +83,7 @@ def _heat_maps(rows: Sequence[Row], contender: str, mode: str, footer: str, fold
         axes.set(xlabel="H, hidden size", ylabel="B, batch", title=f"{dtype}, T {T}")
     bar = figure.colorbar(image, ax=panels, ticks=range(-3, 4), shrink=0.7, aspect=30, extend="both")
     bar.ax.set_yticklabels(["1/8x", "1/4x", "1/2x", "1x", "2x", "4x", "8x"])
-    figure.suptitle(f"{contender}, {_WORDS[mode]}: how many times as fast as {BASELINE}\n{footer}", fontsize=11)
+    figure.suptitle(f"{contender}, {_WORDS[mode]}: how many times as fast as torch's own layer\n{footer}", fontsize=11)
     return [_save(figure, folder / f"ratio_{contender.replace(' ', '_')}_{mode}.png")]
 
 

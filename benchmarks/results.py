@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import Any, NamedTuple
 
-from .contender import BASELINE, OURS
+from .contender import BASELINE, OURS, TORCHS
 
 STATUSES = ("ok", "wrong", "out of memory", "failed", "unsupported", "unavailable")
 BUSY_GOAL = 2.5  # times its quiet time that a cell of ours may take while another process has one core busy
@@ -42,7 +42,7 @@ class Row:
     p80_ms: float | None = None
     samples: int | None = None
     calls: int | None = None  # in each sample
-    ratio: float | None = None  # nn.LSTM's median over this one
+    ratio: float | None = None  # the median of torch's own layer over this one
     unit: str = "step"
     unit_us: float | None = None  # microseconds per unit: a time step of the batch; a character, word, ... of a model
     peak_mib: float | None = None  # that a call adds to the memory in use
@@ -217,7 +217,7 @@ def table(rows: Sequence[Row]) -> list[str]:
 
 
 class Mean(NamedTuple):
-    """The geometric mean of a contender's ratios to nn.LSTM."""
+    """The geometric mean of a contender's ratios to torch's own layer."""
 
     mode: str
     contender: str
@@ -226,11 +226,18 @@ class Mean(NamedTuple):
     cells: int
 
 
+def baselines(rows: Sequence[Row]) -> str:
+    """The names of torch's own layers among the contenders."""
+    return ", ".join(dict.fromkeys(row.contender for row in rows if row.contender in TORCHS.values())) or BASELINE
+
+
 def geometric_means(rows: Sequence[Row]) -> list[Mean]:
-    """For each mode and contender with ratios to nn.LSTM; whole models are not among them."""
+    """For each mode and contender with ratios to torch's own layer; whole models are not among them."""
     groups: dict[tuple[str, str], list[tuple[float, float | None]]] = {}
     for row in rows:
-        if row.status == "ok" and row.ratio is not None and row.contender != BASELINE and row.suite != "models":
+        if row.contender in TORCHS.values() or row.suite == "models":
+            continue
+        if row.status == "ok" and row.ratio is not None:
             highest = row.ratio / row.limit_share if row.limit_share else None
             groups.setdefault((row.mode, row.contender), []).append((row.ratio, highest))
     means = []
@@ -294,7 +301,7 @@ def summary(rows: Sequence[Row]) -> list[str]:
         lines += [f"  {row.case}, {row.mode}, {row.contender}: {rate}" for row, rate in models]
     if means := geometric_means(rows):
         width = max(len(mean.contender) for mean in means)
-        lines += ["", f"geometric mean of the ratios to {BASELINE}:"]
+        lines += ["", f"geometric mean of the ratios to {baselines(rows)}:"]
         lines += [
             f"  {mean.mode:8} {mean.contender:{width}}  {mean.ratio:.2f}x over {mean.cells}"
             + (f", at most {mean.at_most:.2f}x" if mean.at_most else "")

@@ -15,7 +15,7 @@ from fusedrnn import testing
 
 from .cases import Cell
 from .ceilings import Ceilings, Limit
-from .contender import BASELINE, Contender
+from .contender import TORCHS, Contender
 from .memory import peak_bytes
 from .results import Row
 from .timing import Clock, Lane, percentiles, take_turns
@@ -173,8 +173,8 @@ def _fill_limit(row: Row, cell: Cell, limit: Limit | None) -> None:
 
 
 def fill_ratios(rows: Sequence[Row]) -> None:
-    """Sets every row of a cell against nn.LSTM's, if that one has a time."""
-    baseline = next((row.median_ms for row in rows if row.contender == BASELINE), None)
+    """Sets every row of a cell against that of torch's own layer, if that one has a time."""
+    baseline = next((row.median_ms for row in rows if row.contender in TORCHS.values()), None)
     for row in rows:
         if baseline and row.median_ms:
             row.ratio = baseline / row.median_ms

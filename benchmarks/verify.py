@@ -112,5 +112,5 @@ def _answers(case: Sequences, tf32: bool, device: str) -> dict[str, Answer]:
     def torchs(module: Any, case: testing.Case, inputs: Inputs) -> Any:
         return _call_in_tf32(module, case, inputs, testing.call_torch)
 
-    narrow = testing.evaluate(torchs, nn.LSTM, case, device)
+    narrow = testing.evaluate(torchs, testing.LAYERS[case.cell], case, device)
     return {name: Answer(narrow[name], answer.exact, answer.rounding * _TF32) for name, answer in answers.items()}
