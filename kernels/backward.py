@@ -171,9 +171,9 @@ def layer_backward(
                 p_saved = ((d * T + t) * B + b0) * (SAVED * H) + o_saved
                 for k in tl.static_range(SAVED):
                     b_saved = b_saved + (tl.load(saved + p_saved + k * H, mask=m_tile, other=0.0).to(tl.float32),)
-                b_c = None
-                c_in = None
-                dc_t = None
+                b_c = b_dc  # zeros, if there is no carry
+                c_in = b_dc
+                dc_t = b_dc
                 if CARRY is not None:
                     p_t = ((t * B + b0) * D + d) * H + o_c
                     b_c = tl.load(c + p_t, mask=m_tile, other=0.0).to(tl.float32)
@@ -183,7 +183,6 @@ def layer_backward(
                     if c0 is not None:
                         m_first = (kept & (zero + t == first))[:, None] & m_u[None, :]
                         c_in += tl.load(c0 + p_c, mask=m_first, other=0.0).to(tl.float32)
-                    dc_t = b_dc
                     if dc is not None:
                         dc_t += tl.load(dc + p_t, mask=m_tile, other=0.0).to(tl.float32)
 

@@ -43,13 +43,15 @@ def rows_of(o_map, first, o_unit, H, BLOCKS: tl.constexpr):
     Column n is that of map o_map[n] and unit first + o_unit[n]; BLOCKS has the gate of each map, or None.
     """
     o_gate = o_map
+    for k in tl.static_range(len(BLOCKS)):
+        if BLOCKS[k] is not None and BLOCKS[k] != k:
+            o_gate = tl.where(o_map == k, BLOCKS[k], o_gate)
+    o_row = o_gate * H + first + o_unit
     m_row = first + o_unit < H
     for k in tl.static_range(len(BLOCKS)):
         if BLOCKS[k] is None:
             m_row = m_row & (o_map != k)
-        elif BLOCKS[k] != k:
-            o_gate = tl.where(o_map == k, BLOCKS[k], o_gate)
-    return o_gate * H + first + o_unit, m_row
+    return o_row, m_row
 
 
 @triton.jit
@@ -179,10 +181,10 @@ def layer_forward(
         if INPUTS and b_ih0 is not None:
             bias = tl.load(b_ih + o_ih, mask=m_ih, other=0.0).to(tl.float32)
             bias += tl.load(b_hh + o_hh, mask=m_hh, other=0.0).to(tl.float32)
-        biases = ()  # of the maps, where they are not in xg
+        biases = ()  # of each map: b_hh, where it is not in xg
         for k in tl.static_range(MAPS):
             if INPUTS or INPUT[k] is not None:
-                biases = biases + (None,)
+                biases = biases + (0,)  # not used
             elif b_hh0 is None:
                 biases = biases + (tl.zeros((BATCH, UNITS), tl.float32),)
             else:
@@ -291,7 +293,7 @@ def layer_forward(
                         else:
                             with_h = with_h + (a[k] + of_h[k],)
 
-                c_in = None
+                c_in = b_c
                 if CARRY is not None:
                     c_in = tl.where(enters[:, None], b_c, 0.0)
                 b_m, c_out, b_saved = STEP(with_h, c_in)

@@ -4,7 +4,7 @@
     step_backward(saved, the carry that entered, the carry that left, dm, dcarry) -> da, the gradient of the carry
 
 fusedrnn/cells says what these are, and what else makes a cell. Here a and da are tuples of M tiles, one for each map,
-and saved is one of S. All tiles are float32 and of one shape; a cell without a carry gets None. The kernels are the
+and saved is one of S. All tiles are float32 and of one shape; a cell without a carry gets zeros. The kernels are the
 same for all cells, and take these functions as constants.
 """
 
