@@ -277,7 +277,14 @@ CUDA_LINK = ["-Wl,--exclude-libs,ALL", "-lcudart_static", "-ldl", "-lrt", "-lpth
 setup(
     version=VERSION,
     # Named one by one: the Triton kernels lie in kernels/ and are installed as fusedrnn.kernels.
-    packages=["fusedrnn", "fusedrnn.benchmarks", "fusedrnn.cells", "fusedrnn.kernels", "fusedrnn.tuning"],
+    packages=[
+        "fusedrnn",
+        "fusedrnn.benchmarks",
+        "fusedrnn.cells",
+        "fusedrnn.kernels",
+        "fusedrnn.kernels.cells",
+        "fusedrnn.tuning",
+    ],
     package_dir={"fusedrnn.benchmarks": "benchmarks", "fusedrnn.kernels": "kernels"},
     package_data={"fusedrnn": ["py.typed"], "fusedrnn.tuning": ["profiles/*.json"]},
     ext_modules=[extension("cpu"), extension("cuda")],

@@ -17,7 +17,9 @@ from torch import Tensor
 from .cuda_plan import MATHS, PASSES, Plan, ranked
 from .kernels.device import H200, Device, Shape, cdiv, device_of, power_of_2
 
-__all__ = ["Plan", "Shape", "backward", "forward", "plan_for"]
+__all__ = ["CELLS", "Plan", "Shape", "backward", "forward", "plan_for"]
+
+CELLS = frozenset({"lstm"})
 
 _ops: Any = torch.ops.fusedrnn
 

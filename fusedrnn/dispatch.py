@@ -154,7 +154,9 @@ def _gpu_plan(name: str, problem: Problem) -> str:
 
 def _gpu_plans(name: str, problem: Problem) -> dict[str, Any]:
     p = problem
-    return ops.gpu_plans(name, p.T, p.B, p.I, p.H, p.P, p.D, p.dtype, p.lengths or p.reset or p.packed, p.device)
+    return ops.gpu_plans(
+        name, p.cell, p.T, p.B, p.I, p.H, p.P, p.D, p.dtype, p.lengths or p.reset or p.packed, p.device
+    )
 
 
 def _cpu_plan(problem: Problem) -> str:
@@ -168,7 +170,7 @@ TABLE = {
     backend.name: backend
     for backend in (
         Backend("cuda", ops.cuda_unavailable, _cuda_unsupported, partial(_gpu_plan, "cuda"), cells=_LSTM_ALONE),
-        Backend("triton", ops.triton_unavailable, _triton_unsupported, partial(_gpu_plan, "triton"), cells=_LSTM_ALONE),
+        Backend("triton", ops.triton_unavailable, _triton_unsupported, partial(_gpu_plan, "triton")),
         Backend("cpu", lambda: ops.cpu_unavailable, _cpu_unsupported, _cpu_plan, True, _LSTM_ALONE),
         Backend("aten", lambda: None, _aten_unsupported, lambda _: "torch's own LSTM for this device"),
         Backend("reference", lambda: None, _dtype_unsupported, lambda _: "a Python loop over the time steps"),

@@ -1,9 +1,13 @@
 """What a GPU backend does around its launch: the GEMMs over all time steps, and what makes tensors fit the kernels.
 
 A backend's module supplies `Shape`, `plan_for`, `forward` and `backward`: kernels/launch.py for Triton, cuda.py for the
-kernels in C++. Its launch computes the recurrence: from the input's affine maps xg to the states, and backward from the
-states' gradients to da, those of the gates' affine maps. Everything that has no recurrence in it is a GEMM before or
-after, by torch.
+kernels in C++; and `CELLS`, the names of the cells that it has. Its launch computes the recurrence: from the input's
+affine maps xg to the states, and backward from the states' gradients to da, those of the maps that the cell reads.
+Everything that has no recurrence in it is a GEMM before or after, by torch.
+
+The columns of xg [D, T, B, G*H] are in the order of the weights' rows. b_hh is a part of xg where a gate's two affine
+maps are summed; the launch adds it to the others. What a launch takes as c0, cn and c is the cell's carry: the cell
+state; for a cell whose carry is h, h0 and y stand for c0 and c; for a cell without one, nothing.
 """
 
 from __future__ import annotations
@@ -18,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .cells import CELLS, Cell
+from .cells.spec import Blocks
 from .layout import DirectionWeights, split_directions
 from .reference import entering, existing, where_exists
 
@@ -50,9 +56,9 @@ def fp32_precision() -> str:
 def reserve() -> str:
     """What a forward keeps for its backward, beside its input, its output and c, in the environment's FUSEDRNN_RESERVE.
 
-    "gates", where it is not set: 4H numbers a step and direction. "recompute": none; the backward computes the gates
-    again, by one GEMM over all steps. A backward takes what its forward left, whatever the variable says by then;
-    torch.compile takes what it says while it traces.
+    "gates", where it is not set: what the cell saves, S*H numbers a step and direction. "recompute": none; the backward
+    computes them again, by one GEMM over all steps. A backward takes what its forward left, whatever the variable says
+    by then; torch.compile takes what it says while it traces.
 
     Raises:
         ValueError: FUSEDRNN_RESERVE is neither.
@@ -83,15 +89,16 @@ def _gemms_in(precision: str, x: Tensor) -> Iterator[None]:
             matmul.fp32_precision = before
 
 
-def _check_cell(cell: str) -> None:
-    if cell != "lstm":
-        raise NotImplementedError(f"the GPU backends have no kernel for the cell {cell}")
+def _cell(launch: ModuleType, name: str) -> Cell:
+    if name not in launch.CELLS:
+        raise NotImplementedError(f"this backend has no kernel for the cell {name}, it has {', '.join(launch.CELLS)}")
+    return CELLS[name]
 
 
-def _shape(launch: ModuleType, x: Tensor, directions: Sequence[DirectionWeights], ragged: bool) -> Any:
+def _shape(launch: ModuleType, cell: Cell, x: Tensor, directions: Sequence[DirectionWeights], ragged: bool) -> Any:
     T, B, I = x.shape
     P, H = _sizes(directions)
-    return launch.Shape(T, B, I, H, P, len(directions), x.element_size(), fp32_precision(), ragged)
+    return launch.Shape(T, B, I, H, P, len(directions), x.element_size(), fp32_precision(), ragged, cell.name)
 
 
 def forward(
@@ -107,28 +114,33 @@ def forward(
     for_backward: bool,
     *weights: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`ops.FORWARD_SCHEMA` by one launch; reserved are the gates [D, T, B, 4H], or nothing: see `reserve`."""
-    _check_cell(cell)
-    keep_gates = for_backward and reserve() == "gates"
+    """`ops.FORWARD_SCHEMA` by one launch; reserved is what the cell saves [D, T, B, S*H], or nothing: see `reserve`."""
+    kind = _cell(launch, cell)
+    keep = for_backward and reserve() == "gates"
     x, h0, c0, lengths, reset, *flat = _contiguous(x, h0, c0, lengths, reset, *weights)
     directions = split_directions(flat, bidirectional)
     (T, B, _), D, (P, H) = x.shape, len(directions), _sizes(directions)
-    y, hn, cn = x.new_empty(T, B, D * P), x.new_empty(D, B, P), x.new_empty(D, B, H)
-    c = x.new_empty(T, B, D * H) if cell_states or for_backward else None
+    C, S = kind.cell_size(H), len(kind.saved)
+    y, hn, cn = x.new_empty(T, B, D * P), x.new_empty(D, B, P), x.new_empty(D, B, C)
+    c = x.new_empty(T, B, D * C) if cell_states or for_backward else None
     empty = x.new_empty(0)
     if B == 0:
-        return y, hn, cn, empty if c is None else c, x.new_empty(D, T, B, 4 * H) if keep_gates else empty.clone()
-    shape = _shape(launch, x, directions, lengths is not None or reset is not None)
+        return y, hn, cn, empty if c is None else c, x.new_empty(D, T, B, S * H) if keep else empty.clone()
+    shape = _shape(launch, kind, x, directions, lengths is not None or reset is not None)
     plan = launch.plan_for("forward", shape, x.device)
     xg = None
     if not plan.inputs:
         with _gemms_in(shape.precision, x):
-            xg = _input_affine(where_exists(x, existing(T, lengths)), directions)
-    # The kernel reads a tile of xg before it writes the same tile of the gates.
-    gates = None if not keep_gates else xg if xg is not None else x.new_empty(D, T, B, 4 * H)
+            xg = _input_affine(kind, where_exists(x, existing(T, lengths)), directions)
+    # Where xg has as many columns, the kernel reads a tile of it before it writes the same tile of what is saved.
+    fits = xg is not None and len(kind.gates) == S
+    saved = None if not keep else xg if fits else x.new_empty(D, T, B, S * H)
+    carry = (c0, cn, c) if kind.has_cell_state else (h0 if kind.carry == "hidden" else None, None, None)
     w_ih, w_hh, b_ih, b_hh, w_hr = zip(*directions, strict=True)
-    launch.forward(plan, x, xg, w_ih, b_ih, b_hh, w_hh, w_hr, h0, c0, lengths, reset, y, hn, cn, c, gates)
-    return y, hn, cn, empty if c is None else c, empty.clone() if gates is None else gates
+    launch.forward(
+        plan, x, xg, w_ih, b_ih, b_hh, w_hh, w_hr, h0, carry[0], lengths, reset, y, hn, carry[1], carry[2], saved
+    )
+    return y, hn, cn, empty if c is None else c, empty.clone() if saved is None else saved
 
 
 def backward(
@@ -146,53 +158,80 @@ def backward(
     reset: Tensor | None,
     y: Tensor,
     c: Tensor,
-    gates: Tensor,
+    saved: Tensor,
     needs: Sequence[bool],
     *weights: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """`ops.BACKWARD_SCHEMA` by one launch, and GEMMs over what it leaves."""
-    _check_cell(cell)
-    dy, dhn, dcn, dc, x, h0, c0, lengths, reset, *flat = _contiguous(
-        dy, dhn, dcn, dc, x, h0, c0, lengths, reset, *weights
+    kind = _cell(launch, cell)
+    dy, dhn, dcn, dc, x, h0, c0, lengths, reset, y, *flat = _contiguous(
+        dy, dhn, dcn, dc, x, h0, c0, lengths, reset, y, *weights
     )
     directions = split_directions(flat, bidirectional)
     (T, B, _), D, (P, H) = x.shape, len(directions), _sizes(directions)
+    C, hidden = kind.cell_size(H), kind.carry == "hidden"
     needs_x, needs_h0, needs_c0, *needs_weights = needs
     empty = x.new_empty(0)
     if B == 0:
-        shapes = [x.shape, (D, 0, P), (D, 0, H), *(weight.shape for weight in flat)]
+        shapes = [x.shape, (D, 0, P), (D, 0, C), *(weight.shape for weight in flat)]
         zeros = [x.new_zeros(shape) if need else empty.clone() for shape, need in zip(shapes, needs, strict=True)]
         return zeros[0], zeros[1], zeros[2], zeros[3:]
-    shape = _shape(launch, x, directions, lengths is not None or reset is not None)
+    shape = _shape(launch, kind, x, directions, lengths is not None or reset is not None)
     steps = existing(T, lengths)
-    if gates.numel() == 0 or any(needs_weights):
+    if saved.numel() == 0 or any(needs_weights):
         x = where_exists(x, steps)
-    if gates.numel() == 0:
+    if saved.numel() == 0:
         with _gemms_in(shape.precision, x):
-            gates = _gates_again(x, directions, h0, steps, reset, y)
-    da = x.new_empty(D, T, B, 4 * H)
+            saved = _saved_again(kind, x, directions, h0, steps, reset, y)
+    da = x.new_empty(D, T, B, len(kind.maps) * H)
     dh_out = x.new_empty(D, T, B, P) if shape.projected else None
     dh0 = x.new_empty(D, B, P) if needs_h0 else None
-    dc0 = x.new_empty(D, B, H) if needs_c0 else None
+    dc0 = x.new_empty(D, B, C) if needs_c0 else None
+    carry = (dcn, dc, c0, c, dc0) if kind.has_cell_state else (None, None, h0, y, None) if hidden else [None] * 5
     _, w_hh, _, _, w_hr = zip(*directions, strict=True)
     plan = launch.plan_for("backward", shape, x.device)
-    m = launch.backward(plan, dy, dhn, dcn, dc, w_hh, w_hr, c0, lengths, reset, c, gates, da, dh_out, dh0, dc0)
+    m = launch.backward(
+        plan,
+        dy,
+        dhn,
+        carry[0],
+        carry[1],
+        w_hh,
+        w_hr,
+        carry[2],
+        lengths,
+        reset,
+        carry[3],
+        saved,
+        da,
+        dh_out,
+        dh0,
+        carry[4],
+    )
 
     with _gemms_in(shape.precision, x):
-        dx = _gradient_of_input(da, directions).view_as(x) if needs_x else empty
+        dx = _gradient_of_input(kind, da, directions).view_as(x) if needs_x else empty
         needed, dweights = iter(needs_weights), []
         for d, w in enumerate(directions):
-            a, y_d, c_d = da[d].flatten(0, 1), y[..., d * P : (d + 1) * P], c[..., d * H : (d + 1) * H]
+            of_input, of_state = _window(da[d], kind.input), _window(da[d], kind.recurrent)
+            y_d, c_d = y[..., d * P : (d + 1) * P], c[..., d * C : (d + 1) * C] if c is not None else None
             first = None if h0 is None else h0[d]
-            dweights.append(a.T @ x.flatten(0, 1) if next(needed) else empty.clone())
+            if next(needed):
+                dw = of_input.flatten(0, 1).T @ x.flatten(0, 1)
+                dweights.append(_in_order_of_gates(dw, kind.input))
+            else:
+                dweights.append(empty.clone())
             recurrent = next(needed)
             dweights.append(
-                _gradient_of_recurrence(da[d], y_d, first, steps, reset, d == 1) if recurrent else empty.clone()
+                _gradient_of_recurrence(of_state, y_d, first, steps, reset, d == 1) if recurrent else empty.clone()
             )
             if w.b_ih is not None:
-                dweights += [a.sum(0) if next(needed) else empty.clone() for _ in (w.b_ih, w.b_hh)]
+                wanted = (next(needed), next(needed))
+                sums = da[d].flatten(0, 1).sum(0) if any(wanted) else empty
+                for want, blocks in zip(wanted, (kind.input, kind.recurrent), strict=True):
+                    dweights.append(kind.rows_of(sums, blocks).clone() if want else empty.clone())
             if dh_out is not None:
-                m_d = _outputs_of_cell(c_d, gates[d]) if m is None else m[d]
+                m_d = _outputs_of_cell(c_d, saved[d]) if m is None else m[d]
                 dweights.append(dh_out[d].flatten(0, 1).T @ m_d.flatten(0, 1) if next(needed) else empty.clone())
     return dx, empty.clone() if dh0 is None else dh0, empty.clone() if dc0 is None else dc0, dweights
 
@@ -205,20 +244,36 @@ def _sizes(directions: Sequence[DirectionWeights]) -> tuple[int, int]:
     return directions[0].w_hh.shape[1], directions[0].hidden_size
 
 
-def _input_affine(x: Tensor, directions: Sequence[DirectionWeights]) -> Tensor:
-    """xg [D, T, B, 4H] = x @ w_ih^T + b_ih + b_hh."""
+def _input_affine(cell: Cell, x: Tensor, directions: Sequence[DirectionWeights]) -> Tensor:
+    """xg [D, T, B, G*H] = x @ w_ih^T + b_ih + b_hh, without b_hh of gates whose two affine maps are not summed."""
     T, B, I = x.shape
-    xg = x.new_empty(len(directions), T, B, 4 * directions[0].hidden_size)
+    xg = x.new_empty(len(directions), T, B, directions[0].w_ih.shape[0])
     for d, w in enumerate(directions):
-        out, rows = xg[d].view(T * B, -1), x.view(T * B, I)
-        if w.b_ih is not None and w.b_hh is not None:
-            torch.addmm(w.b_ih + w.b_hh, rows, w.w_ih.T, out=out)
-        else:
-            torch.mm(rows, w.w_ih.T, out=out)
+        _affine(xg[d].view(T * B, -1), x.view(T * B, I), w.w_ih, _bias_of_input(cell, w.b_ih, w.b_hh))
     return xg
 
 
-def _gates_again(
+def _affine(out: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if bias is not None:
+        torch.addmm(bias, rows, weight.T, out=out)
+    else:
+        torch.mm(rows, weight.T, out=out)
+
+
+def _bias_of_input(cell: Cell, b_ih: Tensor | None, b_hh: Tensor | None) -> Tensor | None:
+    if b_ih is None or b_hh is None:
+        return None
+    if cell.input == cell.recurrent:
+        return b_ih + b_hh
+    bias, G = b_ih.clone(), len(cell.gates)
+    for gate, (part, other) in enumerate(zip(bias.chunk(G), b_hh.chunk(G), strict=True)):
+        if cell.input.index(gate) == cell.recurrent.index(gate):
+            part += other
+    return bias
+
+
+def _saved_again(
+    cell: Cell,
     x: Tensor,
     directions: Sequence[DirectionWeights],
     h0: Tensor | None,
@@ -226,40 +281,65 @@ def _gates_again(
     reset: Tensor | None,
     y: Tensor,
 ) -> Tensor:
-    """The gates [D, T, B, 4H] of a forward that did not keep them: x and the states that entered, in one product.
+    """What a forward did not keep, [D, T, B, S*H]: x and the states that entered, in one product.
 
     x is zero where no step exists.
     """
     T, B, I = x.shape
     P, H = _sizes(directions)
-    gates = x.new_empty(len(directions), T, B, 4 * H)
+    maps = x.new_empty(len(directions), T, B, len(cell.maps) * H)
     for d, w in enumerate(directions):
         first = y.new_zeros(B, P) if h0 is None else h0[d]
         h_in = entering(y[..., d * P : (d + 1) * P], first, steps, reset, d == 1)
-        entered, weight = torch.cat((x, h_in), dim=2).view(T * B, I + P), torch.cat((w.w_ih, w.w_hh), dim=1)
-        out = gates[d].view(T * B, 4 * H)
+        bias = None
         if w.b_ih is not None and w.b_hh is not None:
-            torch.addmm(w.b_ih + w.b_hh, entered, weight.T, out=out)
-        else:
-            torch.mm(entered, weight.T, out=out)
-        out[:, : 2 * H].sigmoid_()
-        out[:, 2 * H : 3 * H].tanh_()
-        out[:, 3 * H :].sigmoid_()
-    return gates if steps is None else gates.masked_fill_(~steps, 0.0)
+            bias = cell.maps_of(w.b_ih, cell.input) + cell.maps_of(w.b_hh, cell.recurrent)
+        weight = torch.cat((cell.maps_of(w.w_ih, cell.input, 0), cell.maps_of(w.w_hh, cell.recurrent, 0)), dim=1)
+        _affine(maps[d].view(T * B, -1), torch.cat((x, h_in), dim=2).view(T * B, I + P), weight, bias)
+        cell.activate_(maps[d])
+    return maps if steps is None else maps.masked_fill_(~steps, 0.0)
 
 
-def _gradient_of_input(da: Tensor, directions: Sequence[DirectionWeights]) -> Tensor:
+def _window(da: Tensor, blocks: Blocks) -> Tensor:
+    """Of gradients of the maps [.., M*H], those of the maps that one product fills, side by side, [.., G*H]."""
+    filled = [k for k, gate in enumerate(blocks) if gate is not None]
+    H = da.shape[-1] // len(blocks)
+    return da[..., filled[0] * H : (filled[-1] + 1) * H]
+
+
+def _in_order_of_maps(weight: Tensor, blocks: Blocks) -> Tensor:
+    """The rows [G*H, ..] of a weight, gate after gate as `_window` has them."""
+    gates = [gate for gate in blocks if gate is not None]
+    return weight if gates == sorted(gates) else torch.cat([weight.chunk(len(gates))[gate] for gate in gates])
+
+
+def _in_order_of_gates(dw: Tensor, blocks: Blocks) -> Tensor:
+    """The inverse of `_in_order_of_maps`."""
+    gates = [gate for gate in blocks if gate is not None]
+    if gates == sorted(gates):
+        return dw
+    return torch.cat([dw.chunk(len(gates))[gates.index(gate)] for gate in range(len(gates))])
+
+
+def _gradient_of_input(cell: Cell, da: Tensor, directions: Sequence[DirectionWeights]) -> Tensor:
     """dx [T * B, I], summed over the directions."""
-    dx = da[0].flatten(0, 1) @ directions[0].w_ih
-    for d, w in enumerate(directions[1:], start=1):
-        dx.addmm_(da[d].flatten(0, 1), w.w_ih)
+    each = [
+        (_window(da[d], cell.input).flatten(0, 1), _in_order_of_maps(w.w_ih, cell.input))
+        for d, w in enumerate(directions)
+    ]
+    dx = each[0][0] @ each[0][1]
+    for rows, weight in each[1:]:
+        dx.addmm_(rows, weight)
     return dx
 
 
 def _gradient_of_recurrence(
     da: Tensor, y: Tensor, h0: Tensor | None, steps: Tensor | None, reset: Tensor | None, reverse: bool
 ) -> Tensor:
-    """dw_hh [4H, P] = sum over t of da_t^T h_in, where h_in is the state that enters step t."""
+    """dw_hh [G*H, P] = sum over t of da_t^T h_in, where h_in is the state that enters step t.
+
+    da [T, B, G*H]: the gradients of the affine maps of the state, in torch's order of the gates.
+    """
     if steps is not None or reset is not None:
         first = y.new_zeros(y.shape[1:]) if h0 is None else h0
         return da.flatten(0, 1).T @ entering(y, first, steps, reset, reverse).flatten(0, 1)
@@ -269,6 +349,6 @@ def _gradient_of_recurrence(
     return dw if h0 is None else dw.addmm_(da[-1 if reverse else 0].T, h0)
 
 
-def _outputs_of_cell(c: Tensor, gates: Tensor) -> Tensor:
-    """m = o * tanh(c), of which w_hr makes h."""
-    return gates[..., 3 * c.shape[-1] :] * c.tanh()
+def _outputs_of_cell(c: Tensor, saved: Tensor) -> Tensor:
+    """m = o * tanh(c), of which w_hr makes h: of the cells, only the LSTM has a projection."""
+    return saved[..., 3 * c.shape[-1] :] * c.tanh()

@@ -240,7 +240,17 @@ def _define_gpu(backend: str) -> None:
 
 
 def gpu_plans(
-    backend: str, T: int, B: int, I: int, H: int, P: int, D: int, dtype: torch.dtype, ragged: bool, device: str
+    backend: str,
+    cell: str,
+    T: int,
+    B: int,
+    I: int,
+    H: int,
+    P: int,
+    D: int,
+    dtype: torch.dtype,
+    ragged: bool,
+    device: str,
 ) -> dict[str, Any]:
     """The plans of "cuda" or "triton" for one layer: "forward" and "backward".
 
@@ -248,7 +258,7 @@ def gpu_plans(
         ValueError: there is none that fits the GPU; or FUSEDRNN_FP32 is unknown, or not what the backend can do.
     """
     launch = launches(backend)
-    shape = launch.Shape(T, B, I, H, P, D, dtype.itemsize, gpu.fp32_precision(), ragged)
+    shape = launch.Shape(T, B, I, H, P, D, dtype.itemsize, gpu.fp32_precision(), ragged, cell)
     return {kernel: launch.plan_for(kernel, shape, torch.device(device)) for kernel in ("forward", "backward")}
 
 

@@ -1,6 +1,6 @@
 """Triton kernels of the `triton` backend, installed as fusedrnn.kernels.
 
-    cell.py       the LSTM cell and its derivative, on tiles: the piece that another cell would replace
+    cells/        the pointwise functions of the cells and their derivatives, on tiles: the piece that makes a cell
     affine.py     the product of states with weights that stay on the chip, or are streamed
     grid.py       how the programs that share a layer meet
     forward.py    one launch for a layer over all time steps, both directions

@@ -2,14 +2,16 @@
 
     dh_t = dy[t] + da_n @ w_hh        n is the step after t in the order of the forward; dhn instead at the last step
     dm_t = dh_t @ w_hr                with a projection; without one dm_t = dh_t
-    da_t, dc = cell_backward(...)     cell.py
+    da_t, dc = step_backward(...)     cells/; c is the carry of the cell
 
-The gradients of x and of the weights are GEMMs over da after the launch: nothing is summed up over time in here.
+Maps that have a product with h lie side by side, from FIRST on, one for each gate, in the order of the rows of w_hh.
+Gradients of x and of the weights are GEMMs over da after the launch: nothing is summed up over time in here.
 
 Grid, ownership and meetings are those of forward.py: a program owns UNITS hidden units, here columns of w_hh, and with
 a projection COLUMNS of its outputs. da_t is exchanged through da itself, the result, in global memory; with a
 projection dh_t is exchanged as well, through dh_out, which the gradient of w_hr needs. dc stays in float32 registers.
-If one program owns all units (CARRIED), da_t does not leave its registers, and nobody meets.
+If one program owns all units (CARRIED), da_t does not leave its registers, and nobody meets. Where the carry is h, the
+gradient of the carry that enters the first step is added to dh0.
 
 Steps run against the forward's order. dh of the state that enters a step is found by the step taken after it; so dh0,
 by one that lies outside of the sequence.
@@ -21,7 +23,6 @@ import triton
 import triton.language as tl
 
 from .affine import load_weights, multiply, round_to_tf32
-from .cell import cell_backward
 from .grid import arrive, wait
 
 # Phases of a step: both, the gradient of h, the cell.
@@ -29,21 +30,21 @@ BOTH, STATE, CELL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit(do_not_specialize=["T", "B", "begin", "end"])
-def lstm_backward(
+def layer_backward(
     dy,  # [T, B, D*P], or None for zeros
     dhn,  # [D, B, P], or None for zeros
-    dcn,  # [D, B, H], or None for zeros
+    dcn,  # [D, B, H], or None for zeros; so dc and dc0: only of a carry that is no other state
     dc,  # [T, B, D*H], or None for zeros
-    w_hh0,  # [4H, P] of the one direction and of the other
+    w_hh0,  # [G*H, P] of the one direction and of the other
     w_hh1,
     w_hr0,  # [P, H], or None
     w_hr1,
-    c0,  # [D, B, H], or None for zeros
+    c0,  # [D, B, H], or None for zeros; of a cell whose carry is h it is h0
     lengths,  # [B] int64, or None
     reset,  # [T, B] bool, or None
-    c,  # [T, B, D*H]
-    gates,  # [D, T, B, 4H]
-    da,  # [D, T, B, 4H], written
+    c,  # [T, B, D*H]; of a cell whose carry is h it is y; None without a carry
+    saved,  # [D, T, B, S*H]
+    da,  # [D, T, B, M*H], written
     dh_out,  # [D, T, B, P], written, with a projection; or None
     dh0,  # [D, B, P], written, or None
     dc0,  # [D, B, H], written, or None
@@ -55,6 +56,12 @@ def lstm_backward(
     P,
     begin,
     end,  # T, or T + 1 where dh0 is wanted
+    STEP: tl.constexpr,
+    MAPS: tl.constexpr,
+    FIRST: tl.constexpr,
+    GATES: tl.constexpr,
+    SAVED: tl.constexpr,
+    CARRY: tl.constexpr,
     D: tl.constexpr,
     BATCH: tl.constexpr,
     UNITS: tl.constexpr,
@@ -85,7 +92,8 @@ def lstm_backward(
     m_p = o_p < P
     o_b = tl.arange(0, BATCH)
     zero = tl.zeros((BATCH,), tl.int64)  # makes of a step one for each row: masks are compared row by row
-    o_gates = o_b[:, None] * (4 * H) + o_u[None, :]
+    o_saved = o_b[:, None] * (SAVED * H) + o_u[None, :]
+    o_da = o_b[:, None] * (MAPS * H) + o_u[None, :]
     o_c = o_b[:, None] * (D * H) + o_u[None, :]  # of c; o_y: of y; o_out: of dh_out
     o_y = o_b[:, None] * (D * P) + o_p[None, :]
     o_out = o_b[:, None] * P + o_p[None, :]
@@ -102,12 +110,12 @@ def lstm_backward(
 
         if CARRIED:
             kept_hh = ()
-            for k in tl.static_range(4):
+            for k in tl.static_range(GATES):
                 kept_hh = kept_hh + load_weights(
                     w_hh + tl.cast(k * H, tl.int64) * P, o_p.to(tl.int64), m_p, P, H, 1, CHUNK, 1, PRECISION
                 )
         else:
-            kept_hh = load_weights(w_hh, o_p.to(tl.int64), m_p, P, 4 * H, RESIDENT, CHUNK, SPLIT, PRECISION)
+            kept_hh = load_weights(w_hh, o_p.to(tl.int64), m_p, P, GATES * H, RESIDENT, CHUNK, SPLIT, PRECISION)
         kept_hr = load_weights(w_hr, o_u.to(tl.int64), m_u, H, P, RESIDENT_HR, CHUNK, SPLIT, PRECISION)
 
         # 64-bit: where the item's rows begin in [B, ...] and in [D, B, ...]; what is added to that is small.
@@ -132,7 +140,7 @@ def lstm_backward(
         b_dh = b_dhn
         if lengths is not None and dh0 is not None:  # sequences without a step
             tl.store(dh0 + p_h, b_dhn, mask=m_h & (length == 0)[:, None])
-        if carry is not None and begin > 0:
+        if carry is not None and CARRY is not None and begin > 0:
             b_dc = tl.load(carry + p_c, mask=m_c, other=0.0)
 
         for s in tl.range(begin, end, num_stages=1):
@@ -156,24 +164,27 @@ def lstm_backward(
                 kept = exists & (tl.load(reset + t * B + b0 + o_b, mask=exists, other=1) == 0)
                 passes = passes & (tl.load(reset + after * B + b0 + o_b, mask=passes, other=1) == 0)
             m_tile = exists[:, None] & m_u[None, :]
-            p_gates = ((d * T + t) * B + b0) * (4 * H) + o_gates
+            p_da = ((d * T + t) * B + b0) * (MAPS * H) + o_da
 
             if PHASE != STATE:  # what waits for nobody is on its way first
-                b_i = tl.load(gates + p_gates, mask=m_tile, other=0.0).to(tl.float32)
-                b_f = tl.load(gates + p_gates + H, mask=m_tile, other=0.0).to(tl.float32)
-                b_g = tl.load(gates + p_gates + 2 * H, mask=m_tile, other=0.0).to(tl.float32)
-                b_o = tl.load(gates + p_gates + 3 * H, mask=m_tile, other=0.0).to(tl.float32)
-                p_t = ((t * B + b0) * D + d) * H + o_c
-                b_c = tl.load(c + p_t, mask=m_tile, other=0.0).to(tl.float32)
-                p_before = ((before * B + b0) * D + d) * H + o_c
-                m_before = (kept & (zero + t != first))[:, None] & m_u[None, :]
-                c_in = tl.load(c + p_before, mask=m_before, other=0.0).to(tl.float32)
-                if c0 is not None:
-                    m_first = (kept & (zero + t == first))[:, None] & m_u[None, :]
-                    c_in += tl.load(c0 + p_c, mask=m_first, other=0.0).to(tl.float32)
+                b_saved = ()
+                p_saved = ((d * T + t) * B + b0) * (SAVED * H) + o_saved
+                for k in tl.static_range(SAVED):
+                    b_saved = b_saved + (tl.load(saved + p_saved + k * H, mask=m_tile, other=0.0).to(tl.float32),)
+                b_c = b_dc  # zeros, if there is no carry
+                c_in = b_dc
                 dc_t = b_dc
-                if dc is not None:
-                    dc_t += tl.load(dc + p_t, mask=m_tile, other=0.0).to(tl.float32)
+                if CARRY is not None:
+                    p_t = ((t * B + b0) * D + d) * H + o_c
+                    b_c = tl.load(c + p_t, mask=m_tile, other=0.0).to(tl.float32)
+                    p_before = ((before * B + b0) * D + d) * H + o_c
+                    m_before = (kept & (zero + t != first))[:, None] & m_u[None, :]
+                    c_in = tl.load(c + p_before, mask=m_before, other=0.0).to(tl.float32)
+                    if c0 is not None:
+                        m_first = (kept & (zero + t == first))[:, None] & m_u[None, :]
+                        c_in += tl.load(c0 + p_c, mask=m_first, other=0.0).to(tl.float32)
+                    if dc is not None:
+                        dc_t += tl.load(dc + p_t, mask=m_tile, other=0.0).to(tl.float32)
 
             if PHASE != CELL:
                 if dy is not None:
@@ -184,12 +195,15 @@ def lstm_backward(
                 else:
                     wait(counter, arrivals, MEET)
                     b_dm = multiply(
-                        da + ((d * T + after) * B + b0) * (4 * H) + o_b * (4 * H), passes, None, None, 4 * H,
-                        kept_hh, w_hh, o_p.to(tl.int64), m_p, P,
+                        da + ((d * T + after) * B + b0) * (MAPS * H) + FIRST * H + o_b * (MAPS * H), passes, None, None,
+                        GATES * H, kept_hh, w_hh, o_p.to(tl.int64), m_p, P,
                         BATCH, OUTPUTS, RESIDENT, STREAMED, CHUNK, SPLIT, AHEAD, PRECISION,
                     )  # fmt: skip
                     if dh0 is not None:
-                        tl.store(dh0 + p_h, b_dm, mask=m_h & finds[:, None])
+                        b_dh0 = b_dm
+                        if CARRY == "hidden":
+                            b_dh0 += b_dc
+                        tl.store(dh0 + p_h, b_dh0, mask=m_h & finds[:, None])
                     b_dm += tl.where((exists & (zero + t == last))[:, None], b_dhn, 0.0)
                 if dy is not None:
                     b_dm += b_dy
@@ -207,32 +221,32 @@ def lstm_backward(
                         kept_hr, w_hr, o_u.to(tl.int64), m_u, H,
                         BATCH, UNITS, RESIDENT_HR, STREAMED, CHUNK, SPLIT, AHEAD, PRECISION,
                     )  # fmt: skip
-                da_i, da_f, da_g, da_o, dc_in = cell_backward(b_i, b_f, b_g, b_o, c_in, b_c, b_dm, dc_t)
+                da_exact, dc_in = STEP(b_saved, c_in, b_c, b_dm, dc_t)
+                b_da = ()
                 # Of units that do not exist, too: the product with their zero weights is not 0 if they are not finite.
-                da_i = tl.where(m_tile, da_i, 0.0).to(dtype)
-                da_f = tl.where(m_tile, da_f, 0.0).to(dtype)
-                da_g = tl.where(m_tile, da_g, 0.0).to(dtype)
-                da_o = tl.where(m_tile, da_o, 0.0).to(dtype)
+                for k in tl.static_range(MAPS):
+                    b_da = b_da + (tl.where(m_tile, da_exact[k], 0.0).to(dtype),)
                 m_store = in_time[:, None] & m_u[None, :]
-                tl.store(da + p_gates, da_i, mask=m_store)
-                tl.store(da + p_gates + H, da_f, mask=m_store)
-                tl.store(da + p_gates + 2 * H, da_g, mask=m_store)
-                tl.store(da + p_gates + 3 * H, da_o, mask=m_store)
+                for k in tl.static_range(MAPS):
+                    tl.store(da + p_da + k * H, b_da[k], mask=m_store)
                 if CARRIED:
-                    dh_in = tl.dot(round_to_tf32(da_i, PRECISION), kept_hh[0], input_precision=PRECISION)
-                    dh_in = tl.dot(round_to_tf32(da_f, PRECISION), kept_hh[1], dh_in, input_precision=PRECISION)
-                    dh_in = tl.dot(round_to_tf32(da_g, PRECISION), kept_hh[2], dh_in, input_precision=PRECISION)
-                    dh_in = tl.dot(round_to_tf32(da_o, PRECISION), kept_hh[3], dh_in, input_precision=PRECISION)
+                    dh_in = tl.zeros((BATCH, UNITS), tl.float32)
+                    for k in tl.static_range(GATES):
+                        operand = round_to_tf32(b_da[FIRST + k], PRECISION)
+                        dh_in = tl.dot(operand, kept_hh[k], dh_in, input_precision=PRECISION)
                     b_dh = tl.where(exists[:, None], tl.where(kept[:, None], dh_in, 0.0), b_dh)
                 else:
                     arrive(counter, MEET)
                     arrivals += PROGRAMS
-                b_dc = tl.where(exists[:, None], tl.where(kept[:, None], dc_in, 0.0), b_dc)
+                if CARRY is not None:
+                    b_dc = tl.where(exists[:, None], tl.where(kept[:, None], dc_in, 0.0), b_dc)
 
         if CARRIED and dh0 is not None:
+            if CARRY == "hidden":
+                b_dh += b_dc
             tl.store(dh0 + p_h, b_dh, mask=m_h)
         if PHASE != STATE:
             if dc0 is not None:
                 tl.store(dc0 + p_c, b_dc, mask=m_c)
-            if carry is not None:
+            if carry is not None and CARRY is not None:
                 tl.store(carry + p_c, b_dc, mask=m_c)

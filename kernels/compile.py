@@ -28,14 +28,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ..cells import CELLS
+from . import cells
 from . import plan as planner
-from .backward import lstm_backward
+from .backward import layer_backward
 from .device import DEVICES, H100, Device
-from .forward import lstm_forward
+from .forward import layer_forward
 from .plan import Plan, Shape
 
 FITTED = ("3.6", "3.7", "3.8", "3.9")  # releases of Triton
-KERNELS = {"forward": lstm_forward, "backward": lstm_backward}
+KERNELS = {"forward": layer_forward, "backward": layer_backward}
 _POINTERS = {"lengths": "*i64", "reset": "*i1", "carry": "*fp32", "counters": "*i32"}
 _SIZES = ("T", "B", "I", "H", "P", "begin", "end")
 _ALIGNED = ("I", "H", "P")  # the others are not specialised
@@ -62,8 +64,9 @@ class Variant(NamedTuple):
         weights = f"{p.resident} chunks of {p.chunk}" if p.resident else f"chunks of {p.chunk}"
         weights += f", {p.resident_hr} of w_hr" if p.resident_hr else ""
         weights += f", {p.inputs} of w_ih" if p.inputs else ""
+        name = self.kernel if p.cell == "lstm" else f"{self.kernel} {p.cell}"
         return (
-            f"{self.kernel:8} sm_{self.capability:<3} {self.dtype} {p.precision if self.dtype == 'fp32' else '':6} "
+            f"{name:8} sm_{self.capability:<3} {self.dtype} {p.precision if self.dtype == 'fp32' else '':6} "
             f"{p.regime:8} {size:12} {weights:24} {' '.join(options)}"
         )
 
@@ -82,13 +85,24 @@ def compile(variant: Variant) -> Resources:
     """Compiles one kernel."""
     kernel, capability, dtype, D, projected, ragged, states, aligned, plan = variant
     function = KERNELS[kernel]
-    constants: dict[str, Any] = {**plan.constants(kernel), "D": D, "PHASE": 0, "MEET": plan.programs > 1}
+    constants: dict[str, Any] = {
+        **plan.constants(kernel),
+        **cells.constants(kernel, plan.cell),
+        "D": D,
+        "PHASE": 0,
+        "MEET": plan.programs > 1,
+    }
     absent = {"carry"}
     if not projected:
         absent |= {"w_hr0", "w_hr1", "m", "dh_out"}
-    absent |= {"xg"} if plan.inputs else {"x", "w_ih0", "w_ih1", "b_ih0", "b_ih1", "b_hh0", "b_hh1"}
+    absent |= {"xg"} if plan.inputs else {"x", "w_ih0", "w_ih1", "b_ih0", "b_ih1"}
+    absent |= set() if plan.inputs or cells.adds_bias(plan.cell) else {"b_hh0", "b_hh1"}
     absent |= set() if ragged else {"lengths", "reset"}
     absent |= set() if states else {"h0", "c0", "dhn", "dcn", "dc", "dh0", "dc0"}
+    if not CELLS[plan.cell].has_cell_state:
+        absent |= {"cn", "dcn", "dc", "dc0"} | ({"c"} if kernel == "forward" else set())
+    if CELLS[plan.cell].carry is None:
+        absent |= {"c0", "c"}
     constants |= {name: None for name in absent if name in function.arg_names}
     signature, attributes = {}, {}
     for index, name in enumerate(function.arg_names):
@@ -152,6 +166,13 @@ def grid(quick: bool) -> list[Problem]:
         shapes += [Shape(128, 64, 256, 256, 256, 2, 4, precision, True) for precision in ("tf32", "tf32x3", "ieee")]
         shapes += [Shape(1, 1, 256, 256, 256, 1, 2, "tf32"), Shape(128, 32, 512, 512, 256, 2, 2, "tf32", True)]
         shapes += [Shape(128, 32, 650, 650, 650, 2, 2, "tf32", True)]
+        shapes += [Shape(128, 64, 512, 512, 512, 1, 2, "tf32", cell="gru")]
+        shapes += [Shape(128, 16, 64, 64, 64, 2, 2, "tf32", True, "gru")]
+        shapes += [
+            Shape(128, 64, 256, 256, 256, 2, 4, "ieee", True, "gru"),
+            Shape(1, 1, 256, 256, 256, 1, 2, "tf32", cell="gru"),
+        ]
+        shapes += [Shape(128, 64, 256, 256, 256, 2, 4, "tf32", True, "rnn_tanh")]
         given = Shape(128, 16, 512, 512, 512, 1, 2, "tf32")
         return [*(Problem(shape, shape.ragged) for shape in shapes), Problem(given, True)]
     problems = []
@@ -160,6 +181,10 @@ def grid(quick: bool) -> list[Problem]:
         problems += [Problem(Shape(128, B, H, H, H, 1, *kind), states) for states in (False, True)]
         problems.append(Problem(Shape(1, B, H, H, H, 1, *kind), True))
         problems += [Problem(Shape(128, B, H, H, P, 2, *kind, ragged=True), True) for P in (H, H // 2)]
+    for cell, H, B, kind in itertools.product(("gru", "rnn_tanh"), (64, 100, 256, 512, 1024), (1, 64), kinds):
+        problems.append(Problem(Shape(128, B, H, H, H, 1, *kind, cell=cell), False))
+        problems.append(Problem(Shape(128, B, H, H, H, 2, *kind, ragged=True, cell=cell), True))
+        problems.append(Problem(Shape(1, B, H, H, H, 1, *kind, cell=cell), True))
     return problems
 
 

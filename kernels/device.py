@@ -65,6 +65,7 @@ class Shape(NamedTuple):
     itemsize: int  # 2, 4 or 8
     precision: str  # of float32: "ieee", "tf32" or "tf32x3"; without meaning for others
     ragged: bool = False  # with lengths or resets
+    cell: str = "lstm"
 
     @property
     def projected(self) -> bool:

@@ -1,13 +1,16 @@
 """Forward of one layer, both directions, over all time steps, in one launch.
 
     a = xg[t] + h_{t-1} @ w_hh^T      xg = x @ w_ih^T + b_ih + b_hh, by a GEMM before, or here (INPUTS > 0)
-    m_t, c_t = cell(a, c_{t-1})       cell.py
+    m_t, c_t = step(a, c_{t-1})       cells/; c is the carry of the cell
     h_t = m_t @ w_hr^T                with a projection; without one h_t = m_t
+
+A map of a is the sum of both products, or has one of them alone (INPUT, RECURRENT: fusedrnn/cells/spec.py). Columns of
+xg are in the order of the weights' rows. The bias b_hh of a map without input is added here.
 
 Grid: groups of PROGRAMS programs. A group computes one item after another; an item is a direction and BATCH batch rows,
 and items never need each other.
 
-A program owns UNITS hidden units with all four gates and, with a projection, COLUMNS of its outputs. Its rows of w_hh,
+A program owns UNITS hidden units with all their maps and, with a projection, COLUMNS of its outputs. Its rows of w_hh,
 w_hr and w_ih stay on the chip over all steps or, where the plan is to stream, those of w_hh and w_hr are read at each
 (affine.py); c stays in float32 registers. H is limited to UNITS * PROGRAMS, so by the programs that can run at the same
 time.
@@ -27,7 +30,6 @@ import triton
 import triton.language as tl
 
 from .affine import load_weights, multiply, round_to_tf32
-from .cell import cell
 from .grid import arrive, wait
 
 # Phases of a step: both, up to the cell, the projection.
@@ -35,37 +37,58 @@ BOTH, CELL, PROJECTION = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
-def split_gates(acc, BATCH: tl.constexpr, UNITS: tl.constexpr):
-    """[BATCH, 4 * UNITS], the gates of a unit side by side -> the four gates, each [BATCH, UNITS]."""
-    even, odd = tl.split(tl.reshape(acc, (BATCH, UNITS, 2, 2)))
-    b_i, b_g = tl.split(even)
-    b_f, b_o = tl.split(odd)
-    return b_i, b_f, b_g, b_o
+def rows_of(o_map, first, o_unit, H, BLOCKS: tl.constexpr):
+    """Which row of the weights is multiplied to each column, and whether there is one.
+
+    Column n is that of map o_map[n] and unit first + o_unit[n]; BLOCKS has the gate of each map, or None.
+    """
+    o_gate = o_map
+    for k in tl.static_range(len(BLOCKS)):
+        if BLOCKS[k] is not None and BLOCKS[k] != k:
+            o_gate = tl.where(o_map == k, BLOCKS[k], o_gate)
+    o_row = o_gate * H + first + o_unit
+    m_row = first + o_unit < H
+    for k in tl.static_range(len(BLOCKS)):
+        if BLOCKS[k] is None:
+            m_row = m_row & (o_map != k)
+    return o_row, m_row
+
+
+@triton.jit
+def split_maps(acc, BATCH: tl.constexpr, UNITS: tl.constexpr, MAPS: tl.constexpr):
+    """[BATCH, MAPS * UNITS], the maps of a unit side by side -> the maps, each [BATCH, UNITS]."""
+    if MAPS == 1:
+        return (acc,)
+    else:
+        even, odd = tl.split(tl.reshape(acc, (BATCH, UNITS, 2, 2)))
+        map0, map2 = tl.split(even)
+        map1, map3 = tl.split(odd)
+        return map0, map1, map2, map3
 
 
 @triton.jit(do_not_specialize=["T", "B", "begin", "end"])
-def lstm_forward(
-    x,  # [T, B, I], read if INPUTS; so the next six
-    w_ih0,  # [4H, I] of the one direction and of the other
+def layer_forward(
+    x,  # [T, B, I], read if INPUTS; so the next four
+    w_ih0,  # [G*H, I] of the one direction and of the other
     w_ih1,
-    b_ih0,  # [4H], or None, as the next three
+    b_ih0,  # [G*H], or None
     b_ih1,
-    b_hh0,
+    b_hh0,  # the same; read as well where a map has no input
     b_hh1,
-    xg,  # [D, T, B, 4H], read unless INPUTS; may be the memory of gates
-    w_hh0,  # [4H, P]
+    xg,  # [D, T, B, G*H], read unless INPUTS; may be the memory of saved where S = G
+    w_hh0,  # [G*H, P]
     w_hh1,
     w_hr0,  # [P, H], or None
     w_hr1,
     h0,  # [D, B, P], or None for zeros
-    c0,  # [D, B, H], or None for zeros
+    c0,  # [D, B, H], or None for zeros; of a cell whose carry is h it is h0
     lengths,  # [B] int64, or None
     reset,  # [T, B] bool, or None
     y,  # [T, B, D*P], written
     hn,  # [D, B, P], written
-    cn,  # [D, B, H], written
+    cn,  # [D, B, H], written, or None
     c,  # [T, B, D*H], written, or None
-    gates,  # [D, T, B, 4H], written, or None
+    saved,  # [D, T, B, S*H], written, or None
     m,  # [D, B, H], scratch of the projection, or None
     carry,  # [D, B, H] float32, or None where one launch covers all steps
     counters,  # [groups, 32] int32, zeros
@@ -76,6 +99,12 @@ def lstm_forward(
     P,
     begin,
     end,
+    STEP: tl.constexpr,
+    INPUT: tl.constexpr,
+    RECURRENT: tl.constexpr,
+    GATES: tl.constexpr,
+    SAVED: tl.constexpr,
+    CARRY: tl.constexpr,
     D: tl.constexpr,
     BATCH: tl.constexpr,
     UNITS: tl.constexpr,
@@ -93,7 +122,8 @@ def lstm_forward(
     MEET: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    N: tl.constexpr = 4 * UNITS
+    MAPS: tl.constexpr = len(INPUT)
+    N: tl.constexpr = MAPS * UNITS
     dtype: tl.constexpr = y.dtype.element_ty
     group = tl.program_id(0) // PROGRAMS
     member = tl.program_id(0) % PROGRAMS
@@ -102,14 +132,16 @@ def lstm_forward(
 
     o_u = member * UNITS + tl.arange(0, UNITS)
     m_u = o_u < H
-    # The columns of the product: unit after unit, its gates side by side, so that `split_gates` finds them.
-    o_gate = (tl.arange(0, N) % 4) * H + member * UNITS + tl.arange(0, N) // 4
-    m_gate = member * UNITS + tl.arange(0, N) // 4 < H
+    # The columns of the products: unit after unit, its maps side by side, so that `split_maps` finds them.
+    o_n = tl.arange(0, N)
+    o_ih, m_ih = rows_of(o_n % MAPS, member * UNITS, o_n // MAPS, H, INPUT)
+    o_hh, m_hh = rows_of(o_n % MAPS, member * UNITS, o_n // MAPS, H, RECURRENT)
     o_p = member * COLUMNS + tl.arange(0, COLUMNS if COLUMNS else 1)
     m_p = o_p < P
     o_b = tl.arange(0, BATCH)
     zero = tl.zeros((BATCH,), tl.int64)  # makes of a step one for each row: masks are compared row by row
-    o_gates = o_b[:, None] * (4 * H) + o_u[None, :]
+    o_xg = o_b[:, None] * (GATES * H) + o_u[None, :]
+    o_saved = o_b[:, None] * (SAVED * H) + o_u[None, :]
     o_c = o_b[:, None] * (D * H) + o_u[None, :]  # of c; o_y: of y
     if COLUMNS:
         o_y = o_b[:, None] * (D * P) + o_p[None, :]
@@ -130,24 +162,34 @@ def lstm_forward(
                 w_hr = tl.where(d == 0, w_hr0, w_hr1)
             if INPUTS:
                 w_ih = tl.where(d == 0, w_ih0, w_ih1)
-                if b_ih0 is not None:
-                    b_ih = tl.where(d == 0, b_ih0, b_ih1)
-                    b_hh = tl.where(d == 0, b_hh0, b_hh1)
+            if b_ih0 is not None:
+                b_ih = tl.where(d == 0, b_ih0, b_ih1)
+            if b_hh0 is not None:
+                b_hh = tl.where(d == 0, b_hh0, b_hh1)
 
         if CARRIED:
             kept_hh = ()
-            for k in tl.static_range(4):
+            for k in tl.static_range(GATES):
                 kept_hh = kept_hh + load_weights(
                     w_hh, (k * H + o_u).to(tl.int64) * P, m_u, 1, P, 1, CHUNK, 1, PRECISION
                 )
         else:
-            kept_hh = load_weights(w_hh, o_gate.to(tl.int64) * P, m_gate, 1, P, RESIDENT, CHUNK, SPLIT, PRECISION)
-        kept_ih = load_weights(w_ih, o_gate.to(tl.int64) * I, m_gate, 1, I, INPUTS, CHUNK, SPLIT, PRECISION)
+            kept_hh = load_weights(w_hh, o_hh.to(tl.int64) * P, m_hh, 1, P, RESIDENT, CHUNK, SPLIT, PRECISION)
+        kept_ih = load_weights(w_ih, o_ih.to(tl.int64) * I, m_ih, 1, I, INPUTS, CHUNK, SPLIT, PRECISION)
         kept_hr = load_weights(w_hr, o_p.to(tl.int64) * H, m_p, 1, H, RESIDENT_HR, CHUNK, SPLIT, PRECISION)
         bias = tl.zeros((N,), tl.float32)
         if INPUTS and b_ih0 is not None:
-            bias = tl.load(b_ih + o_gate, mask=m_gate, other=0.0).to(tl.float32)
-            bias += tl.load(b_hh + o_gate, mask=m_gate, other=0.0).to(tl.float32)
+            bias = tl.load(b_ih + o_ih, mask=m_ih, other=0.0).to(tl.float32)
+            bias += tl.load(b_hh + o_hh, mask=m_hh, other=0.0).to(tl.float32)
+        biases = ()  # of each map: b_hh, where it is not in xg
+        for k in tl.static_range(MAPS):
+            if INPUTS or INPUT[k] is not None:
+                biases = biases + (0,)  # not used
+            elif b_hh0 is None:
+                biases = biases + (tl.zeros((BATCH, UNITS), tl.float32),)
+            else:
+                b_bias = tl.load(b_hh + RECURRENT[k] * H + o_u, mask=m_u, other=0.0).to(tl.float32)
+                biases = biases + (tl.broadcast_to(b_bias[None, :], (BATCH, UNITS)),)
 
         # 64-bit: where the item's rows begin in [B, ...] and in [D, B, ...]; what is added to that is small.
         b0 = tl.cast(item // D, tl.int64) * BATCH
@@ -174,12 +216,13 @@ def lstm_forward(
             b_h = tl.load(h0 + p_h, mask=m_h, other=0.0)
         if lengths is not None:  # sequences without a step
             ended = (length + begin == 0)[:, None]
-            tl.store(cn + p_c, b_c, mask=m_c & ended)
+            if cn is not None:
+                tl.store(cn + p_c, b_c, mask=m_c & ended)
             if h0 is not None:
                 tl.store(hn + p_h, tl.load(h0 + p_h, mask=m_h & ended, other=0.0), mask=m_h & ended)
             else:
                 tl.store(hn + p_h, tl.zeros_like(p_h).to(dtype), mask=m_h & ended)
-        if carry is not None and begin > 0:
+        if carry is not None and CARRY is not None and begin > 0:
             b_c = tl.load(carry + p_c, mask=m_c, other=0.0)
 
         for s in tl.range(begin, end, num_stages=1):
@@ -201,25 +244,29 @@ def lstm_forward(
 
             if PHASE != PROJECTION:
                 m_tile = exists[:, None] & m_u[None, :]
-                p_gates = ((d * T + t) * B + b0) * (4 * H) + o_gates
                 if INPUTS:
                     acc = multiply(
-                        x + (t * B + b0) * I + o_b * I, exists, None, None, I, kept_ih, w_ih, o_gate, m_gate, 1,
+                        x + (t * B + b0) * I + o_b * I, exists, None, None, I, kept_ih, w_ih, o_ih, m_ih, 1,
                         BATCH, N, INPUTS, False, CHUNK, SPLIT, AHEAD, PRECISION,
                     )  # fmt: skip
-                    a_i, a_f, a_g, a_o = split_gates(acc + bias[None, :], BATCH, UNITS)
+                    a = split_maps(acc + bias[None, :], BATCH, UNITS, MAPS)
                 else:
-                    a_i = tl.load(xg + p_gates, mask=m_tile, other=0.0).to(tl.float32)
-                    a_f = tl.load(xg + p_gates + H, mask=m_tile, other=0.0).to(tl.float32)
-                    a_g = tl.load(xg + p_gates + 2 * H, mask=m_tile, other=0.0).to(tl.float32)
-                    a_o = tl.load(xg + p_gates + 3 * H, mask=m_tile, other=0.0).to(tl.float32)
+                    a = ()
+                    p_xg = ((d * T + t) * B + b0) * (GATES * H) + o_xg
+                    for k in tl.static_range(MAPS):
+                        if INPUT[k] is None:
+                            a = a + (biases[k],)
+                        else:
+                            a = a + (tl.load(xg + p_xg + INPUT[k] * H, mask=m_tile, other=0.0).to(tl.float32),)
 
                 if CARRIED:
                     h_in = round_to_tf32(tl.where(enters[:, None], b_h, 0.0).to(dtype), PRECISION)
-                    a_i = tl.dot(h_in, kept_hh[0], a_i, input_precision=PRECISION)
-                    a_f = tl.dot(h_in, kept_hh[1], a_f, input_precision=PRECISION)
-                    a_g = tl.dot(h_in, kept_hh[2], a_g, input_precision=PRECISION)
-                    a_o = tl.dot(h_in, kept_hh[3], a_o, input_precision=PRECISION)
+                    with_h = ()
+                    for k in tl.static_range(MAPS):
+                        if RECURRENT[k] is None:
+                            with_h = with_h + (a[k],)
+                        else:
+                            with_h = with_h + (tl.dot(h_in, kept_hh[RECURRENT[k]], a[k], input_precision=PRECISION),)
                 else:
                     wait(counter, arrivals, MEET)
                     p_before = y + ((before * B + b0) * D + d) * P
@@ -235,17 +282,23 @@ def lstm_forward(
                         p_others = h0 + row0 * P + o_b * P
                         m_others = zero + t == first
                     acc = multiply(
-                        p_rows, m_rows, p_others, m_others, P, kept_hh, w_hh, o_gate.to(tl.int64) * P, m_gate, 1,
+                        p_rows, m_rows, p_others, m_others, P, kept_hh, w_hh, o_hh.to(tl.int64) * P, m_hh, 1,
                         BATCH, N, RESIDENT, STREAMED, CHUNK, SPLIT, AHEAD, PRECISION,
                     )  # fmt: skip
-                    r_i, r_f, r_g, r_o = split_gates(acc, BATCH, UNITS)
-                    a_i += r_i
-                    a_f += r_f
-                    a_g += r_g
-                    a_o += r_o
+                    of_h = split_maps(acc, BATCH, UNITS, MAPS)
+                    with_h = ()
+                    for k in tl.static_range(MAPS):
+                        if RECURRENT[k] is None:
+                            with_h = with_h + (a[k],)
+                        else:
+                            with_h = with_h + (a[k] + of_h[k],)
 
-                b_m, c_out, b_i, b_f, b_g, b_o = cell(a_i, a_f, a_g, a_o, tl.where(enters[:, None], b_c, 0.0))
-                b_c = tl.where(exists[:, None], c_out, b_c)
+                c_in = b_c
+                if CARRY is not None:
+                    c_in = tl.where(enters[:, None], b_c, 0.0)
+                b_m, c_out, b_saved = STEP(with_h, c_in)
+                if CARRY is not None:
+                    b_c = tl.where(exists[:, None], c_out, b_c)
                 # Units that do not exist stay out of the next product, whose zero weights would not: 0 * inf is NaN.
                 b_m = tl.where(m_tile, b_m, 0.0).to(dtype)
                 if COLUMNS:
@@ -259,15 +312,15 @@ def lstm_forward(
                 # From here on, what only this program, or nobody before the end of the launch, reads.
                 if not COLUMNS:
                     tl.store(hn + p_h, b_m, mask=m_h & leaves)
-                tl.store(cn + p_c, c_out, mask=m_c & leaves)
+                if cn is not None:
+                    tl.store(cn + p_c, c_out, mask=m_c & leaves)
                 if c is not None:
                     p_t = ((t * B + b0) * D + d) * H + o_c
                     tl.store(c + p_t, tl.where(exists[:, None], c_out, 0.0), mask=m_c)
-                if gates is not None:
-                    tl.store(gates + p_gates, tl.where(exists[:, None], b_i, 0.0), mask=m_c)
-                    tl.store(gates + p_gates + H, tl.where(exists[:, None], b_f, 0.0), mask=m_c)
-                    tl.store(gates + p_gates + 2 * H, tl.where(exists[:, None], b_g, 0.0), mask=m_c)
-                    tl.store(gates + p_gates + 3 * H, tl.where(exists[:, None], b_o, 0.0), mask=m_c)
+                if saved is not None:
+                    p_saved = ((d * T + t) * B + b0) * (SAVED * H) + o_saved
+                    for k in tl.static_range(SAVED):
+                        tl.store(saved + p_saved + k * H, tl.where(exists[:, None], b_saved[k], 0.0), mask=m_c)
 
             if COLUMNS and PHASE != CELL:
                 wait(counter, arrivals, MEET)
@@ -280,5 +333,5 @@ def lstm_forward(
                 arrivals += PROGRAMS
                 tl.store(hn + p_h, acc, mask=m_h & leaves)
 
-        if carry is not None and PHASE != PROJECTION:
+        if carry is not None and CARRY is not None and PHASE != PROJECTION:
             tl.store(carry + p_c, b_c, mask=m_c)

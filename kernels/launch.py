@@ -14,14 +14,17 @@ import torch
 import triton
 from torch import Tensor
 
+from . import cells
 from . import plan as planner
-from .backward import lstm_backward
+from .backward import layer_backward
 from .device import Device, device_of, power_of_2
-from .forward import lstm_forward
+from .forward import layer_forward
 from .plan import Plan, Shape
 
+CELLS = frozenset(cells.CELLS)
+
 # Triton's interpreter runs the programs of a launch one after another, on tensors of the CPU: see forward.py.
-INTERPRETED = not isinstance(lstm_forward, triton.runtime.JITFunction)
+INTERPRETED = not isinstance(layer_forward, triton.runtime.JITFunction)
 if INTERPRETED:
     from .interpreter import repair
 
@@ -43,22 +46,24 @@ def forward(
     reset: Tensor | None,
     y: Tensor,
     hn: Tensor,
-    cn: Tensor,
+    cn: Tensor | None,
     c: Tensor | None,
-    gates: Tensor | None,
+    saved: Tensor | None,
 ) -> None:
-    """Launches `lstm_forward`; shapes, and which tensors are written, stand there. Weights: one of each direction.
+    """Launches `layer_forward`; shapes, and which tensors are written, stand there. Weights: one of each direction.
 
-    x, w_ih and the biases are read if plan.inputs, xg otherwise. All tensors are contiguous.
+    x, w_ih and the biases are read if plan.inputs, xg otherwise, and b_hh if the cell has it apart. All tensors are
+    contiguous.
     """
     T, B, _ = y.shape
-    D, H, P = len(w_hh), w_hh[0].shape[0] // 4, w_hh[0].shape[1]
+    D, (P, H) = len(w_hh), _sizes(w_hh, w_hr)
     m = y.new_empty(D, B, H) if plan.columns else None
     if not plan.inputs:
-        x, w_ih, b_ih, b_hh = None, [None] * D, [None] * D, [None] * D  # type: ignore[list-item]
+        x, w_ih, b_ih = None, [None] * D, [None] * D  # type: ignore[list-item]
+        b_hh = b_hh if cells.adds_bias(plan.cell) else [None] * D
     sizes = {"T": T, "B": B, "I": x.shape[2] if x is not None else 0, "H": H, "P": P}
     tensors = (x, *_both(w_ih), *_both(b_ih), *_both(b_hh), xg, *_both(w_hh), *_both(w_hr))
-    tensors += (h0, c0, lengths, reset, y, hn, cn, c, gates, m)
+    tensors += (h0, c0, lengths, reset, y, hn, cn, c, saved, m)
     _launch("forward", plan, y, tensors, sizes, T, D, H)
 
 
@@ -73,30 +78,35 @@ def backward(
     c0: Tensor | None,
     lengths: Tensor | None,
     reset: Tensor | None,
-    c: Tensor,
-    gates: Tensor,
+    c: Tensor | None,
+    saved: Tensor,
     da: Tensor,
     dh_out: Tensor | None,
     dh0: Tensor | None,
     dc0: Tensor | None,
 ) -> None:
-    """Launches `lstm_backward`; shapes, and which tensors are written, stand there. All tensors are contiguous.
+    """Launches `layer_backward`; shapes, and which tensors are written, stand there. All tensors are contiguous.
 
     None: m = o * tanh(c), which the gradient of w_hr needs, is left to the caller.
     """
     D, T, B, _ = da.shape
-    H, P = w_hh[0].shape[0] // 4, w_hh[0].shape[1]
+    P, H = _sizes(w_hh, w_hr)
     sizes = {"T": T, "B": B, "H": H, "P": P}
-    tensors = (dy, dhn, dcn, dc, *_both(w_hh), *_both(w_hr), c0, lengths, reset, c, gates, da, dh_out, dh0, dc0)
+    tensors = (dy, dhn, dcn, dc, *_both(w_hh), *_both(w_hr), c0, lengths, reset, c, saved, da, dh_out, dh0, dc0)
     steps = T if plan.carried or dh0 is None else T + 1
     _launch("backward", plan, da, tensors, sizes, steps, D, H)
+
+
+def _sizes(w_hh: Sequence[Tensor], w_hr: Sequence[Tensor | None]) -> tuple[int, int]:
+    P, projection = w_hh[0].shape[1], w_hr[0]
+    return P, P if projection is None else projection.shape[1]
 
 
 def _both(of_directions: Sequence[Any]) -> tuple[Any, Any]:
     return of_directions[0], of_directions[-1]
 
 
-_KERNELS: dict[str, Any] = {"forward": lstm_forward, "backward": lstm_backward}
+_KERNELS: dict[str, Any] = {"forward": layer_forward, "backward": layer_backward}
 
 
 def _launch(
@@ -105,7 +115,7 @@ def _launch(
     B = sizes["B"]
     grid = (plan.groups * plan.programs,)
     function = _KERNELS[kernel]
-    constants = {**sizes, "D": D, **plan.constants(kernel)}
+    constants = {**sizes, "D": D, **plan.constants(kernel), **cells.constants(kernel, plan.cell)}
     if INTERPRETED:
         constants["PRECISION"] = "ieee"  # what it multiplies float32 in
     counters = torch.zeros(plan.groups, 32, dtype=torch.int32, device=like.device)

@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from ..cells import CELLS
 from .device import DEVICES, H200, Device, cdiv, power_of_2
 from .device import Shape as _Shape
 
@@ -56,6 +57,15 @@ class Shape(_Shape):
         return self.H % 16 == 0 and self.P % 16 == 0
 
     @property
+    def gates(self) -> int:
+        return len(CELLS[self.cell].gates)
+
+    @property
+    def maps(self) -> int:
+        """Columns for each unit of the forward's products; those of maps that have none are masked."""
+        return len(CELLS[self.cell].maps)
+
+    @property
     def rate(self) -> float:
         return _RATES["16" if self.itemsize == 2 else self.precision]
 
@@ -67,8 +77,9 @@ class Shape(_Shape):
 
 @dataclass(frozen=True)
 class Plan:
-    """How one kernel is launched; the fields up to `precision` are its constants (forward.py, affine.py)."""
+    """How one kernel is launched; the fields from `batch` to `precision` are its constants (forward.py, affine.py)."""
 
+    cell: str
     batch: int
     units: int
     columns: int
@@ -145,7 +156,7 @@ def _tiles(kernel: str, shape: Shape, device: Device) -> Iterator[_Tile]:
     """
     plain = shape.itemsize == 4 and shape.precision == "ieee"  # without matrix instructions it takes the most
     masks = (2 if shape.ragged or plain else 1) * (shape.kept // shape.itemsize)
-    longest = max(shape.P, shape.H if shape.projected else 0) if kernel == "forward" else 4 * shape.H
+    longest = max(shape.P, shape.H if shape.projected else 0) if kernel == "forward" else shape.gates * shape.H
     for batch, split, chunk in ((16, 8, 128), (32, 4, 64)):
         for units in (8, 16, 32) if shape.aligned and not shape.projected else (8, 16):
             most = 64 if units <= (16 if device.capability < 100 else 8) else 48
@@ -209,16 +220,17 @@ def _carried(kernel: str, shape: Shape, device: Device) -> Iterator[Plan]:
     units = max(16, power_of_2(shape.H))
     if units > _most_carried(shape):
         return
-    weights = 4 * units * units
+    weights = shape.gates * units * units
     groups = min(shape.D * cdiv(shape.B, _CARRIED), device.multiprocessors)
     for inputs in _inputs(kernel, shape, units):
         if inputs and units == _most_carried(shape):
             continue
-        kept = weights + inputs * units * 4 * units
-        shared = kept * shape.kept + _staging(_Tile(_CARRIED, units, 1, units, 1, 1), 4 * units, shape)
+        kept = weights + inputs * units * shape.maps * units
+        shared = kept * shape.kept + _staging(_Tile(_CARRIED, units, 1, units, 1, 1), shape.maps * units, shape)
         step = _Step(device, shape, _CARRIED, units, groups, meetings=0)
         yield _finish(
             Plan(
+                cell=shape.cell,
                 batch=_CARRIED,
                 units=units,
                 columns=0,
@@ -252,9 +264,9 @@ def _shared(kernel: str, shape: Shape, device: Device, tile: _Tile) -> Iterator[
         return
     columns = max(8, power_of_2(cdiv(shape.P, programs))) if shape.projected else 0
     # (N, K) of the product with w_hh, and of that with w_hr.
-    hh, hr = ((4 * units, shape.P), (columns, shape.H))
+    hh, hr = ((shape.maps * units, shape.P), (columns, shape.H))
     if kernel == "backward":
-        hh, hr = ((columns or units, 4 * shape.H), (units, shape.P))
+        hh, hr = ((columns or units, shape.gates * shape.H), (units, shape.P))
     chunks, chunks_hr = cdiv(hh[1], tile.chunk), cdiv(hr[1], tile.chunk) if columns else 0
     weights = tile.chunk * (chunks * hh[0] + chunks_hr * hr[0])
     streamed = tile.stages > 1
@@ -262,10 +274,11 @@ def _shared(kernel: str, shape: Shape, device: Device, tile: _Tile) -> Iterator[
     groups = min(shape.D * cdiv(shape.B, tile.batch), device.multiprocessors // programs)
     alone = streamed or units > 8  # x in the launch takes the registers that a tile of more units has left
     for inputs in (0,) if alone else _inputs(kernel, shape, tile.chunk):
-        kept = inputs * tile.chunk * 4 * units + (0 if streamed else weights)
+        kept = inputs * tile.chunk * shape.maps * units + (0 if streamed else weights)
         step = _Step(device, shape, tile.batch, units, groups * programs, meetings=2 if columns else 1)
         yield _finish(
             Plan(
+                cell=shape.cell,
                 batch=tile.batch,
                 units=units,
                 columns=columns,
@@ -306,7 +319,7 @@ def _inputs(kernel: str, shape: Shape, chunk: int) -> Iterator[int]:
 
 
 def _staging(tile: _Tile, widest: int, shape: Shape) -> int:
-    """Shared memory beside the weights: operands on their way, and the exchange of parts and of gates among warps."""
+    """Shared memory beside the weights: operands on their way, and the exchange of parts and of maps among warps."""
     states = (tile.ahead + 1) * tile.batch * tile.chunk * shape.kept
     if tile.stages > 1:
         states += tile.stages * tile.chunk * (tile.batch + widest) * shape.itemsize
@@ -349,7 +362,7 @@ def _finish(p: Plan, kernel: str, shape: Shape, device: Device) -> Plan:
     rounds = cdiv(shape.D * cdiv(shape.B, p.batch), p.groups)
     launch = shape.T * rounds * p.step
     if kernel == "forward" and not p.inputs:
-        elements = shape.T * shape.B * shape.D * 4 * shape.H
+        elements = shape.T * shape.B * shape.D * shape.gates * shape.H
         rate = 0.5 * shape.rate * device.multiprocessors * device.clock * 1e3
         launch += _GEMM + 2 * elements * shape.itemsize / device.l2 + elements * shape.I / rate
     return replace(p, launch=launch)

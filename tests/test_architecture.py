@@ -24,7 +24,7 @@ BELOW = {
     "layout": set(),
     "packing": set(),
     "reference": {"cells", "layout", "packing"},
-    "gpu": {"reference", "layout"},
+    "gpu": {"cells", "cells.spec", "reference", "layout"},
     "cuda_plan": {"kernels"},
     "cuda": {"cuda_plan", "kernels"},
     "onnx": {"cells", "reference", "layout"},
@@ -147,11 +147,13 @@ def test_all_but_the_command_line_needs_only_torch(path):
 
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)
-def test_triton_kernels_import_torch_triton_and_each_other(path):
-    for name in imported(path.read_text(), "fusedrnn.kernels"):
+def test_triton_kernels_import_torch_triton_each_other_and_the_cells(path):
+    package = ".".join(("fusedrnn", *path.relative_to(ROOT).parent.parts))
+    for name in imported(path.read_text(), package):
         top = name.split(".")[0]
         allowed = {"torch", "triton", *sys.stdlib_module_names} | ({"numpy"} if path.stem == "interpreter" else set())
-        assert f"{name}.".startswith("fusedrnn.kernels.") or top in allowed, name
+        own = name.startswith(("fusedrnn.kernels.", "fusedrnn.cells.")) or name == "fusedrnn.kernels"
+        assert own or top in allowed, name
 
 
 @pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)

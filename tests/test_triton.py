@@ -12,10 +12,12 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
 import fusedrnn
-from fusedrnn import dispatch, gpu, ops, testing
-from fusedrnn.testing import Case
+from fusedrnn import autograd, dispatch, gpu, ops, testing
+from fusedrnn.cells import CELLS
+from fusedrnn.testing import Answer, Case
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -53,6 +55,52 @@ def check(case):
         testing.assert_as_exact_as(f"{case.id}: {name}", ours[name], *answer)
 
 
+class Layer(nn.Module):
+    """One layer of any cell, without a module of its own, on one backend; its initial states are a parameter."""
+
+    def __init__(self, cell, backend, case, I, H, _, *, bias, bidirectional, dtype, **__):
+        super().__init__()
+        self.cell, self.backend, self.two = cell, backend, bidirectional
+        G, D = len(CELLS[cell].gates), 2 if bidirectional else 1
+        sizes = [(G * H, I), (G * H, H), *[(G * H,)] * (2 if bias else 0)] * D
+        self.weights = nn.ParameterList((2 * torch.rand(size) - 1).div(H**0.5).to(dtype) for size in sizes)
+        self.h0 = nn.Parameter(torch.randn(D, case.B, H).to(dtype)) if case.hx else None
+
+    def forward(self, inputs):
+        y, hn, *_ = autograd.layer(
+            self.backend,
+            self.cell,
+            inputs.x,
+            [*self.weights],
+            self.two,
+            self.h0,
+            None,
+            inputs.lengths,
+            inputs.reset,
+            False,
+        )
+        return {"y": y, "hn": hn}
+
+
+def check_cell(cell, case):
+    """Holds a cell to the reference, which is held to torch's own modules elsewhere."""
+
+    def evaluate(backend, **options):
+        cls = partial(Layer, cell, backend, case)
+        given = dataclasses.replace(case, hx=False)
+        return testing.evaluate(lambda module, _, inputs: module(inputs), cls, given, DEVICE, **options)
+
+    with testing.poisoned():
+        ours = evaluate("triton")
+    with testing.single_threaded():
+        reference = evaluate("reference")
+        exact, *nudged = (evaluate("reference", dtype=F64, nudge=nudge) for nudge in range(4))
+    assert ours.keys() == exact.keys()
+    for name, right in exact.items():
+        rounding = max(testing._error(other[name], right) for other in nudged)
+        testing.assert_as_exact_as(f"{cell}, {case.id}: {name}", ours[name], *Answer(reference[name], right, rounding))
+
+
 def smaller(size, interpreted):
     """A size for a GPU, and one for the interpreter, which takes seconds for what has many programs or steps."""
     return size if ON_GPU else interpreted
@@ -74,6 +122,12 @@ SIZES = [
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_sizes(size):
     check(Case(*size))
+
+
+@pytest.mark.parametrize("size", [SIZES[0], SIZES[2], SIZES[3], SIZES[5]], ids=str)
+@pytest.mark.parametrize("cell", ["gru", "rnn_tanh"])
+def test_sizes_of_other_cells(cell, size):
+    check_cell(cell, Case(*size))
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
@@ -108,11 +162,34 @@ OPTIONS = {
     },
 }
 EVERYTHING = {"bidirectional": True, "lengths": True, "reset": True, "states": True}
+OF_OTHER_CELLS = {
+    name: OPTIONS[name]
+    for name in ("bidirectional", "no-bias", "no-hx", "lengths", "lengths-no-hx-bidirectional", "reset")
+} | {"everything": EVERYTHING}
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_options(options):
     check(Case(5, 3, 7, 30, **options))
+
+
+@pytest.mark.parametrize("options", OF_OTHER_CELLS.values(), ids=OF_OTHER_CELLS)
+@pytest.mark.parametrize("cell", ["gru", "rnn_tanh"])
+def test_options_of_other_cells(cell, options):
+    check_cell(cell, Case(5, 3, 7, 30, **options))
+
+
+@pytest.mark.parametrize(
+    ("cell", "dtype", "options"),
+    [("gru", BF16, EVERYTHING), ("gru", F16, {}), ("rnn_tanh", BF16, {}), ("rnn_relu", F16, EVERYTHING)],
+    ids=str,
+)
+def test_other_cells_in_16_bits(cell, dtype, options):
+    check_cell(cell, Case(3, 3, 7, 30, dtype=dtype, **options))
+
+
+def test_the_derivative_of_relu():
+    check_cell("rnn_relu", Case(4, 3, 7, 30))
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
@@ -126,6 +203,17 @@ def test_options_in_16_bits(name, dtype):
 def test_gates_computed_again(options, dtype, monkeypatch):
     monkeypatch.setenv("FUSEDRNN_RESERVE", "recompute")
     check(Case(4, 3, 7, 14, dtype=dtype, **options))
+
+
+@pytest.mark.parametrize(
+    ("cell", "dtype", "options"),
+    [("gru", F32, EVERYTHING), ("gru", BF16, {}), ("gru", F32, {"bias": False}), ("rnn_tanh", F32, EVERYTHING),
+     ("rnn_relu", F32, {})],
+    ids=str,
+)  # fmt: skip
+def test_what_other_cells_save_computed_again(cell, dtype, options, monkeypatch):
+    monkeypatch.setenv("FUSEDRNN_RESERVE", "recompute")
+    check_cell(cell, Case(4, 3, 7, 14, dtype=dtype, **options))
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
@@ -143,7 +231,33 @@ def test_what_is_not_finite_is_that_where_nn_lstm_has_it(odd_layer, assert_not_f
 PLAIN, PROJECTED = {}, {**EVERYTHING, "proj_size": 32}
 
 
-@pytest.mark.skipif(ON_GPU, reason="plans the interpreter's device: a GPU has one of its own")
+@pytest.fixture
+def force(launch, planner, monkeypatch):
+    """Makes the planner choose the fewest programs of a regime that meet; what it chose, by kernel, is returned."""
+    if ON_GPU:
+        pytest.skip("plans the interpreter's device: a GPU has one of its own")
+    monkeypatch.setenv("FUSEDRNN_FP32", "tf32")  # which the interpreter multiplies as float32
+
+    def use(regime, groups):
+        chosen = {}
+
+        def plan(kernel, shape, device):
+            found = [p for p in planner.plans(kernel, shape, device) if p.regime == regime and p.programs > 1]
+            fewest = min(found, key=lambda p: p.programs)
+            items = shape.D * -(-shape.B // fewest.batch)
+            chosen[kernel] = dataclasses.replace(fewest, groups=1 if groups == "rounds" else items)
+            return chosen[kernel]
+
+        monkeypatch.setattr(launch, "_plan", plan)
+        return chosen
+
+    return use
+
+
+def name_of(value):
+    return str(value) if isinstance(value, (str, torch.dtype)) else "-".join(value) or "plain"
+
+
 @pytest.mark.parametrize(
     ("regime", "groups", "dtype", "options"),
     [
@@ -158,22 +272,30 @@ PLAIN, PROJECTED = {}, {**EVERYTHING, "proj_size": 32}
         ("streamed", "groups", BF16, EVERYTHING),
         ("streamed", "rounds", BF16, PROJECTED),
     ],
-    ids=lambda value: str(value) if isinstance(value, (str, torch.dtype)) else "-".join(value) or "plain",
+    ids=name_of,
 )
-def test_regimes(regime, groups, dtype, options, launch, planner, monkeypatch):
+def test_regimes(regime, groups, dtype, options, force):
     """Several programs share 80 units; items of the batch and directions go to groups side by side, or to one."""
-    chosen = {}
-
-    def plan(kernel, shape, device):
-        found = [p for p in planner.plans(kernel, shape, device) if p.regime == regime and p.programs > 1]
-        fewest = min(found, key=lambda p: p.programs)
-        items = shape.D * -(-shape.B // fewest.batch)
-        chosen[kernel] = dataclasses.replace(fewest, groups=1 if groups == "rounds" else items)
-        return chosen[kernel]
-
-    monkeypatch.setenv("FUSEDRNN_FP32", "tf32")  # which the interpreter multiplies as float32
-    monkeypatch.setattr(launch, "_plan", plan)
+    chosen = force(regime, groups)
     check(Case(3, 20, 5, 80, dtype=dtype, **options))
+    assert chosen.keys() == {"forward", "backward"}
+
+
+@pytest.mark.parametrize(
+    ("cell", "regime", "groups", "dtype", "options"),
+    [
+        ("gru", "resident", "groups", F32, EVERYTHING),
+        ("gru", "resident", "rounds", BF16, PLAIN),
+        ("gru", "streamed", "rounds", F32, PLAIN),
+        ("gru", "streamed", "groups", BF16, EVERYTHING),
+        ("rnn_tanh", "resident", "groups", BF16, EVERYTHING),
+        ("rnn_tanh", "streamed", "groups", F32, EVERYTHING),
+    ],
+    ids=name_of,
+)
+def test_regimes_of_other_cells(cell, regime, groups, dtype, options, force):
+    chosen = force(regime, groups)
+    check_cell(cell, Case(3, 20, 5, 80, dtype=dtype, **options))
     assert chosen.keys() == {"forward", "backward"}
 
 
@@ -188,13 +310,14 @@ def test_one_launch_over_all_steps_of_a_program_that_exchanges_with_itself(launc
     check(Case(6, 3, 5, 16, proj_size=10, **EVERYTHING))
 
 
-def test_input_affine_in_the_launch_and_before_it(launch, planner, monkeypatch):
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
+def test_input_affine_in_the_launch_and_before_it(cell, launch, planner, monkeypatch):
     """The planner has both, and both compute the same."""
-    shape = launch.Shape(4, 3, 16, 16, 16, 2, 4, "ieee")
+    shape = launch.Shape(4, 3, 16, 16, 16, 2, 4, "ieee", cell=cell)
     device = launch._device(0) if ON_GPU else planner.INTERPRETER
     found = {bool(plan.inputs): plan for plan in planner.plans("forward", shape, device) if plan.carried}
     assert found.keys() == {False, True}
-    planned = launch._plan
+    planned, case = launch._plan, Case(4, 3, 16, 16, bidirectional=True)
     for chosen in found.values():
         with monkeypatch.context() as patch:
             patch.setattr(
@@ -202,7 +325,7 @@ def test_input_affine_in_the_launch_and_before_it(launch, planner, monkeypatch):
                 "_plan",
                 lambda kernel, *rest, own=chosen: own if kernel == "forward" else planned(kernel, *rest),
             )
-            check(Case(4, 3, 16, 16, bidirectional=True))
+            check(case) if cell == "lstm" else check_cell(cell, case)
 
 
 def activations(a, through):
@@ -278,6 +401,30 @@ def test_operators_pass_opcheck():
     torch.library.opcheck(op.triton_backward.default, backward, test_utils=tests)
     fewer = ("lstm", y, None, None, None, *given, y, c, reserve, [k % 2 == 0 for k in range(len(needs))], *weights)
     torch.library.opcheck(op.triton_backward.default, fewer, test_utils=tests)
+
+
+@pytest.mark.parametrize("cell", ["gru", "rnn_relu"])
+@pytest.mark.parametrize("B", [0, 2])
+def test_operators_of_other_cells_pass_opcheck(cell, B):
+    T, I, H, G, D = 3, 5, 4, len(CELLS[cell].gates), 2
+    weights = [w for _ in range(D) for w in (torch.randn(G * H, I), torch.randn(G * H, H), *torch.randn(2, G * H))]
+    x, h0, *weights = (t.to(DEVICE) for t in (torch.randn(T, B, I), torch.randn(D, B, H), *weights))
+    op, tests, given = torch.ops.fusedrnn, ("test_schema", "test_faketensor"), (x, True, h0, None, None, None)
+    torch.library.opcheck(op.triton_forward.default, (cell, *given, True, True, *weights), test_utils=tests)
+    y, hn, cn, c, reserve = op.triton_forward(cell, *given, True, True, *weights)
+    assert (cn.shape, c.shape) == ((D, B, 0), (T, B, 0))
+    for needs in ([True] * (3 + len(weights)), [k % 2 == 1 for k in range(3 + len(weights))]):
+        backward = (cell, y, hn, None, None, *given, y, c, reserve, needs, *weights)
+        torch.library.opcheck(op.triton_backward.default, backward, test_utils=tests)
+
+
+def test_a_cell_that_a_backend_does_not_have():
+    assert dispatch.supports("cuda", problem(cell="gru")) is not None
+    with fusedrnn.use_backend("triton"):
+        assert [dispatch.supports("triton", problem(cell=cell)) for cell in CELLS] == [None] * len(CELLS)
+    x, weights = torch.randn(3, 2, 4), [torch.randn(12, 4), torch.randn(12, 4)]
+    with pytest.raises(NotImplementedError, match="no kernel for the cell gru"):
+        torch.ops.fusedrnn.cuda_forward("gru", x, weights, False, None, None, None, None, False, False)
 
 
 def test_empty_batch():

@@ -46,15 +46,28 @@ def test_no_kernel_spills_or_exceeds_its_plan(compiled):
     assert all(0 < row["registers"] <= 255 for row in rows)
     # Both kernels, in every regime, for every generation.
     assert {row["regime"] for row in rows} == {"rows", "resident", "streamed"}
-    for name in ("forward", "backward", "sm_80", "sm_89", "sm_90", "sm_100", "bf16", "tf32x3", "ieee", "projected"):
+    for name in (
+        "forward",
+        "backward",
+        "sm_80",
+        "sm_89",
+        "sm_90",
+        "sm_100",
+        "bf16",
+        "tf32x3",
+        "ieee",
+        "projected",
+        "gru",
+        "rnn_tanh",
+    ):
         assert any(name in row["variant"] for row in rows), name
 
 
 ONE = """
 import json
 from fusedrnn.kernels import compile as ahead
-from fusedrnn.kernels.forward import lstm_forward
-from fusedrnn.kernels.backward import lstm_backward
+from fusedrnn.kernels.forward import layer_forward
+from fusedrnn.kernels.backward import layer_backward
 from fusedrnn.kernels.plan import H200, Shape, plan, plans
 out = {}
 def compiled(name, kernel, shape, regime, states=False):
@@ -70,18 +83,21 @@ for kernel in ("forward", "backward"):
     compiled(kernel, kernel, plain, "resident")
     compiled(kernel + "-states", kernel, plain, "resident", True)
     compiled(kernel + "-streamed", kernel, plain._replace(B=64), "streamed")
+    compiled(kernel + "-gru", kernel, plain._replace(cell="gru"), "resident", True)
     compiled(kernel + "-tf32", kernel, Shape(128, 16, 5000, 256, 256, 1, 4, "tf32"), "resident")
 compiled("forward-ragged", "forward", plain._replace(D=2, ragged=True), "resident", True)
-out["free"] = [[p.name for p in k.params if p.do_not_specialize] for k in (lstm_forward, lstm_backward)]
+out["free"] = [[p.name for p in k.params if p.do_not_specialize] for k in (layer_forward, layer_backward)]
 print(json.dumps(out))
 """
 RESIDENT = [
     "forward",
     "forward-states",
     "forward-ragged",
+    "forward-gru",
     "forward-tf32",
     "backward",
     "backward-states",
+    "backward-gru",
     "backward-tf32",
 ]
 STREAMED = ["forward-streamed", "backward-streamed"]

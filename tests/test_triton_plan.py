@@ -23,6 +23,8 @@ def shapes():
     for H, B, (itemsize, precision), D, ragged in itertools.product(SIZES, BATCHES, KINDS, (1, 2), (False, True)):
         yield Shape(128, B, H, H, H, D, itemsize, precision, ragged)
         yield Shape(1, B, 7, H, max(1, H // 2), D, itemsize, precision, ragged)
+        for cell in ("gru", "rnn_tanh"):
+            yield Shape(128 if ragged else 1, B, H, H, H, D, itemsize, precision, ragged, cell)
 
 
 def cdiv(a, b):
@@ -40,7 +42,7 @@ def test_every_plan_fits(pass_, device):
         assert plan.units * plan.programs >= shape.H
         assert plan.columns * plan.programs >= shape.P if shape.projected else plan.columns == 0
         # 65536 registers, of which no thread has more than 255, hold the sums and a tile of everything else.
-        assert plan.split * plan.batch * 4 * plan.units <= 32 * 1024
+        assert plan.split * plan.batch * shape.maps * plan.units <= 32 * 1024
         assert 0 < plan.step < 2000
         assert plan.launch >= shape.T * plan.step
 
@@ -49,7 +51,7 @@ def test_every_plan_fits(pass_, device):
 def test_weights_are_all_resident_or_all_streamed(pass_):
     for shape in shapes():
         plan = planner.plan(pass_, shape, H200)
-        K, K_hr = (shape.P, shape.H) if pass_ == "forward" else (4 * shape.H, shape.P)
+        K, K_hr = (shape.P, shape.H) if pass_ == "forward" else (shape.gates * shape.H, shape.P)
         if plan.carried:
             assert (plan.programs, plan.regime) == (1, "rows")
             assert plan.chunk == plan.units >= shape.H
@@ -60,7 +62,7 @@ def test_weights_are_all_resident_or_all_streamed(pass_):
             assert plan.regime == "resident"
             assert plan.resident == cdiv(K, plan.chunk)
             assert plan.resident_hr == (cdiv(K_hr, plan.chunk) if shape.projected else 0)
-            N = plan.columns or plan.units if pass_ == "backward" else 4 * plan.units
+            N = plan.columns or plan.units if pass_ == "backward" else shape.maps * plan.units
             assert plan.resident * plan.chunk * N * shape.itemsize <= plan.shared
         if plan.inputs:
             assert plan.inputs * plan.chunk >= shape.I
@@ -89,6 +91,15 @@ def test_more_work_is_predicted_to_take_longer():
         ]
         assert times == sorted(times)
         times = [planner.plan(kernel, Shape(128, B, 512, 512, 512, 1, 2, "tf32"), H200).launch for B in (16, 256, 4096)]
+        assert times == sorted(times)
+
+
+def test_fewer_gates_are_predicted_to_take_no_longer():
+    for kernel, H in itertools.product(("forward", "backward"), (128, 512, 2048)):
+        times = [
+            planner.plan(kernel, Shape(128, 64, H, H, H, 1, 2, "tf32", cell=cell), H200).launch
+            for cell in ("rnn_relu", "gru", "lstm")
+        ]
         assert times == sorted(times)
 
 

@@ -20,6 +20,13 @@ def _step(a: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return h, h, torch.cat([n, r, z, nh], dim=-1)
 
 
+def _activate_(a: Tensor) -> None:
+    nx, r, z, nh = a.chunk(4, dim=-1)
+    r.sigmoid_()
+    z.sigmoid_()
+    nx.addcmul_(r, nh).tanh_()
+
+
 def _step_backward(saved: Tensor, h_in: Tensor, h: Tensor, dm: Tensor, dh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     n, r, z, nh = saved.chunk(4, dim=-1)
     dh = dh + dm
@@ -38,5 +45,6 @@ GRU = Cell(
     saved=("n", "r", "z", "nh"),
     carry="hidden",
     step=_step,
+    activate_=_activate_,
     step_backward=_step_backward,
 )

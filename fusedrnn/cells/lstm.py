@@ -18,6 +18,14 @@ def _step(a: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return o * c.tanh(), c, torch.cat([i, f, g, o], dim=-1)
 
 
+def _activate_(a: Tensor) -> None:
+    i, f, g, o = a.chunk(4, dim=-1)
+    i.sigmoid_()
+    f.sigmoid_()
+    g.tanh_()
+    o.sigmoid_()
+
+
 def _step_backward(saved: Tensor, c_in: Tensor, c: Tensor, dm: Tensor, dc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     i, f, g, o = saved.chunk(4, dim=-1)
     tanh_c = c.tanh()
@@ -38,5 +46,6 @@ LSTM = Cell(
     saved=("i", "f", "g", "o"),
     carry="cell",
     step=_step,
+    activate_=_activate_,
     step_backward=_step_backward,
 )

@@ -9,12 +9,20 @@ from torch import Tensor
 from .spec import Cell
 
 
-def _rnn(name: str, function: Callable[[Tensor], Tensor], derivative: Callable[[Tensor], Tensor]) -> Cell:
+def _rnn(
+    name: str,
+    function: Callable[[Tensor], Tensor],
+    in_place: Callable[[Tensor], Tensor],
+    derivative: Callable[[Tensor], Tensor],
+) -> Cell:
     """derivative: that of `function`, of the value of `function`."""
 
     def step(a: Tensor, carry: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         h = function(a)
         return h, carry, h
+
+    def activate_(a: Tensor) -> None:
+        in_place(a)
 
     def step_backward(
         saved: Tensor, carry_in: Tensor, carry: Tensor, dm: Tensor, dcarry: Tensor
@@ -30,9 +38,10 @@ def _rnn(name: str, function: Callable[[Tensor], Tensor], derivative: Callable[[
         saved=("h",),
         carry=None,
         step=step,
+        activate_=activate_,
         step_backward=step_backward,
     )
 
 
-RNN_TANH = _rnn("rnn_tanh", Tensor.tanh, lambda h: 1 - h * h)
-RNN_RELU = _rnn("rnn_relu", Tensor.relu, lambda h: (h > 0).to(h.dtype))
+RNN_TANH = _rnn("rnn_tanh", Tensor.tanh, Tensor.tanh_, lambda h: 1 - h * h)
+RNN_RELU = _rnn("rnn_relu", Tensor.relu, Tensor.relu_, lambda h: (h > 0).to(h.dtype))

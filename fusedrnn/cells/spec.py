@@ -37,6 +37,7 @@ class Cell:
             with H numbers (c); "hidden", h itself; or None.
         step: (a [..., M*H], carry [..., H]) -> m [..., H], the new carry, saved [..., S*H]. m is the new hidden state,
             or what a projection makes it of. Where there is no carry, it is [..., 0].
+        activate_: a [..., M*H] becomes what is saved, S*H = M*H, in place.
         step_backward: (saved, the carry that entered, the carry that left, dm, dcarry) -> da [..., M*H], the gradient
             of the carry that entered, and m. dcarry is the gradient of the carry that left by all ways but m.
     """
@@ -49,6 +50,7 @@ class Cell:
     saved: tuple[str, ...]
     carry: Literal["cell", "hidden"] | None
     step: Step
+    activate_: Callable[[Tensor], None]
     step_backward: StepBackward
 
     @property
@@ -59,12 +61,12 @@ class Cell:
         """How many numbers c has: H, or 0 for a cell without."""
         return hidden_size if self.has_cell_state else 0
 
-    def maps_of(self, rows: Tensor, blocks: Blocks) -> Tensor:
+    def maps_of(self, rows: Tensor, blocks: Blocks, dim: int = -1) -> Tensor:
         """Affine maps [..., G*H] where the pointwise function reads them, [..., M*H]; zeros in maps that have none."""
         if blocks == tuple(range(len(self.gates))):
             return rows
-        each = rows.chunk(len(self.gates), dim=-1)
-        return torch.cat([torch.zeros_like(each[0]) if gate is None else each[gate] for gate in blocks], dim=-1)
+        each = rows.chunk(len(self.gates), dim)
+        return torch.cat([torch.zeros_like(each[0]) if gate is None else each[gate] for gate in blocks], dim)
 
     def rows_of(self, da: Tensor, blocks: Blocks) -> Tensor:
         """The inverse of `maps_of`: of gradients [..., M*H], those of the gates' affine maps, [..., G*H]."""
