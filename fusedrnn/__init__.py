@@ -1,19 +1,26 @@
-"""Fused LSTM layers for PyTorch: a drop-in for torch.nn.LSTM. See README.md."""
+"""Fused LSTM, GRU and RNN layers for PyTorch: drop-ins for torch.nn's. See README.md."""
 
 from . import functional
 from .convert import Report, convert, patch, revert
 from .dispatch import Explanation, backends, explain, use_backend
-from .functional import LSTMStates
-from .module import LSTM, CompilableLSTM, LSTMCell
+from .functional import LSTMStates, RNNStates
+from .module import GRU, LSTM, RNN, CompilableGRU, CompilableLSTM, CompilableRNN, GRUCell, LSTMCell, RNNCell
 from .tuning.api import Tuning, tune
 from .version import __version__ as __version__
 
 __all__ = [
+    "GRU",
     "LSTM",
+    "RNN",
+    "CompilableGRU",
     "CompilableLSTM",
+    "CompilableRNN",
     "Explanation",
+    "GRUCell",
     "LSTMCell",
     "LSTMStates",
+    "RNNCell",
+    "RNNStates",
     "Report",
     "Tuning",
     "backends",

@@ -24,6 +24,11 @@ _X, _LENGTHS = _FIXED.index("x"), _FIXED.index("lengths")
 _WEIGHTS = len(_FIXED)
 
 
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether gradients are on, and one of the tensors wants one."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def layer(
     backend: str,
     cell: str,
@@ -45,7 +50,7 @@ def layer(
     Raises:
         NotImplementedError: inside torch.func.vmap, torch.func.jvp or a forward-mode dual level.
     """
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h0, c0, *weights))
+    needs_grad = wants_gradient(x, h0, c0, *weights)
     # The flag itself: before torch 2.12, Dynamo takes is_exporting() for true in torch.compile as well.
     if needs_grad and (torch.compiler._is_exporting_flag or torch.jit.is_tracing()):
         needs_grad = False  # what is recorded will be run and not trained: it should reserve nothing

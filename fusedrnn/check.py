@@ -2,7 +2,7 @@
 
 A job is one check of one case on one device, carried out on every backend. Its outcome on a backend is that it passed,
 that it failed, or that it does not apply, because the backend says that it does not compute this or, on `aten`, because
-torch's own LSTM cannot do what the check needs. The last is never counted as passed.
+torch's own layer cannot do what the check needs. The last is never counted as passed.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError, gradcheck, gradgradcheck
 from torch.func import functional_call
 
 from . import testing
+from .cells import CELLS, LSTM
 from .dispatch import explain, use_backend
-from .module import LSTM
+from .module import BASES
 from .testing import Answer, Case, InexactError, Inputs
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -41,6 +42,12 @@ _OPTIONS: tuple[dict[str, Any], ...] = (
     _EVERYTHING,
     {**_EVERYTHING, "hx": False, "bias": False, "packed": True, "lengths": False, "batch_first": True},
 )
+# Of a cell that shares everything but its pointwise function with the LSTM, what can tell it from that.
+_OWN_OPTIONS: tuple[dict[str, Any], ...] = (
+    {},
+    {"packed": True, "bias": False, "hx": False, "batch_first": True},
+    {key: value for key, value in _EVERYTHING.items() if key != "proj_size"},
+)
 _QUICK_SIZES = ((1, 3, 5, 2), (7, 3, 5, 33))  # T, B, I, H
 _SIZES = (*_QUICK_SIZES, (1, 1, 1, 2), (2, 17, 7, 64), (63, 3, 9, 30), (40, 1, 20, 129))
 
@@ -48,7 +55,7 @@ _SIZES = (*_QUICK_SIZES, (1, 1, 1, 2), (2, 17, 7, 64), (63, 3, 9, 30), (40, 1, 2
 class Job(NamedTuple):
     """One check of one case on one device."""
 
-    check: str  # "gradcheck", "gradgradcheck", or what results are compared with: "nn.LSTM" or "reference"
+    check: str  # "gradcheck", "gradgradcheck", or what results are compared with: torch's own ("nn.GRU") or "reference"
     case: Case
     device: str
     quick: bool
@@ -66,16 +73,18 @@ class Outcome:
 
 
 def jobs(devices: Sequence[str], quick: bool) -> list[Job]:
-    """All there is to check: derivatives in float64, results in every dtype. `quick` leaves the large sizes out."""
-    small = [_case((3, 3, 2, 2), torch.float64, options) for options in _OPTIONS]
-    grid = [
-        _case(size, dtype, options)
-        for size in (_QUICK_SIZES if quick else _SIZES)
-        for dtype in DTYPES
-        for options in _OPTIONS
-    ]
-    checks = [(check, case) for case in small for check in ("gradcheck", "gradgradcheck")]
-    checks += [(check, case) for case in grid for check in ("nn.LSTM", "reference")]
+    """All there is to check: derivatives in float64, results in every dtype. `quick` leaves out the large sizes, and of
+    every cell but the LSTM all but one."""
+    checks: list[tuple[str, Case]] = []
+    for cell in CELLS:
+        options = _OPTIONS if cell == LSTM.name else _OWN_OPTIONS
+        sizes = list(_QUICK_SIZES if quick else _SIZES)
+        if quick and cell != LSTM.name:
+            sizes = sizes[1:]
+        small = [_case((3, 3, 2, 2), torch.float64, cell, own) for own in options]
+        grid = [_case(size, dtype, cell, own) for size in sizes for dtype in DTYPES for own in options]
+        checks += [(check, case) for case in small for check in ("gradcheck", "gradgradcheck")]
+        checks += [(check, case) for case in grid for check in (_torchs(case), "reference")]
     return [Job(check, case, device, quick) for device in devices for check, case in checks]
 
 
@@ -95,14 +104,25 @@ def applies(job: Job, backends: Sequence[str]) -> bool:
 
 
 def _concerned(job: Job, backends: Sequence[str]) -> list[str]:
-    if job.check == "reference":  # which is not compared with itself, and aten is what "nn.LSTM" is measured by
+    if job.check == "reference":  # which is not compared with itself, and aten is what torch's own is
         return [backend for backend in backends if backend not in ("reference", "aten")]
     return list(backends)
 
 
-def _case(size: tuple[int, int, int, int], dtype: torch.dtype, options: dict[str, Any]) -> Case:
+def _case(size: tuple[int, int, int, int], dtype: torch.dtype, cell: str, options: dict[str, Any]) -> Case:
     proj_size = size[-1] // 2 if "proj_size" in options else 0
-    return Case(*size, dtype=dtype, **{**options, "proj_size": proj_size})
+    return Case(*size, dtype=dtype, cell=cell, **{**options, "proj_size": proj_size})
+
+
+def _torchs(case: Case) -> str:
+    """The name of torch's own class for a case."""
+    return f"nn.{testing.LAYERS[case.cell].__name__}"
+
+
+def _ours(case: Case) -> type:
+    """Our class for a case."""
+    theirs = testing.LAYERS[case.cell]
+    return next(cls for cls, base in BASES.items() if base is theirs and issubclass(cls, theirs))
 
 
 def _run(job: Job, backend: str) -> Outcome:
@@ -113,7 +133,7 @@ def _run(job: Job, backend: str) -> Outcome:
             inapplicable = _unsupported(job, backend)
             if inapplicable is not None:
                 return Outcome(job, backend, inapplicable=inapplicable)
-            return Outcome(job, backend, check(job, LSTM))
+            return Outcome(job, backend, check(job, _ours(job.case)))
     except Exception as error:  # of whatever kind, it is this case on this backend that failed
         limit = _limit_of_torch(check, job) if backend == "aten" else None
         if limit is not None:
@@ -127,15 +147,16 @@ def _describe(error: Exception) -> str:
 
 def _unsupported(job: Job, backend: str) -> str | None:
     x, hx, options = testing.arguments(job.case, job.case.inputs(job.device))
-    return explain(job.case.module(LSTM, job.device), x, hx, **options).reasons.get(backend)
+    return explain(job.case.module(device=job.device), x, hx, **options).reasons.get(backend)
 
 
 def _limit_of_torch(check: Callable[[Job, type], float | None], job: Job) -> str | None:
-    """Why the check fails for nn.LSTM itself, if it does."""
+    """Why the check fails for torch's own layer itself, if it does."""
+    theirs = testing.LAYERS[job.case.cell]
     try:
-        check(job, nn.LSTM)
+        check(job, theirs)
     except Exception as error:
-        return f"torch's own LSTM fails here as well: {_describe(error)}"
+        return f"torch's own {theirs.__name__} fails here as well: {_describe(error)}"
     return None
 
 
@@ -156,13 +177,13 @@ def _check_derivative(check: Callable[..., object], job: Job, cls: type) -> None
     case = job.case
     module, inputs = case.module(cls, job.device), case.inputs(job.device)
     parameters = dict(module.named_parameters())
-    states = inputs.hx or ()
+    states = [] if inputs.hx is None else [inputs.hx] if isinstance(inputs.hx, Tensor) else list(inputs.hx)
     names = [*("x", "h0", "c0")[: 1 + len(states)], *parameters]
     leaves = [leaf.detach().requires_grad_() for leaf in (inputs.x, *states, *parameters.values())]
 
     def outputs(x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         weights = dict(zip(parameters, rest[len(states) :], strict=True))
-        hx = (rest[0], rest[1]) if states else None
+        hx = rest[: len(states)] if len(states) == 2 else rest[0] if states else None
 
         def called(*args: Any, **options: Any) -> Any:
             return functional_call(module, weights, args, options)
@@ -178,7 +199,9 @@ def _check_derivative(check: Callable[..., object], job: Job, cls: type) -> None
 
 
 def _compare(job: Job, cls: type) -> float:
-    answers = _answers(job.case, job.device) if job.check == "nn.LSTM" else _reference_answers(job.case, job.device)
+    answers = (
+        _answers(job.case, job.device) if job.check == _torchs(job.case) else _reference_answers(job.case, job.device)
+    )
     with testing.poisoned():
         ours = testing.evaluate(testing.call, cls, job.case, job.device)
     worst, failures = 0.0, []
@@ -201,8 +224,8 @@ def _answers(case: Case, device: str) -> dict[str, Answer]:
 @lru_cache(maxsize=1)
 def _reference_answers(case: Case, device: str) -> dict[str, Answer]:
     with use_backend("reference"), testing.single_threaded():
-        stored = testing.evaluate(testing.call, LSTM, case, device)
-        exact = testing.evaluate(testing.call, LSTM, case, device, torch.float64)
+        stored = testing.evaluate(testing.call, _ours(case), case, device)
+        exact = testing.evaluate(testing.call, _ours(case), case, device, torch.float64)
     return {k: Answer(stored[k], exact[k], answer.rounding) for k, answer in _answers(case, device).items()}
 
 
@@ -210,6 +233,6 @@ def _reference_answers(case: Case, device: str) -> dict[str, Answer]:
 _CHECKS: dict[str, Callable[[Job, type], float | None]] = {
     "gradcheck": _check_gradient,
     "gradgradcheck": _check_second_gradient,
-    "nn.LSTM": _compare,
     "reference": _compare,
+    **{f"nn.{theirs.__name__}": _compare for theirs in testing.LAYERS.values()},
 }

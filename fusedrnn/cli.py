@@ -55,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m fusedrnn", description="Fused LSTM layers for PyTorch.")
+    parser = argparse.ArgumentParser(
+        prog="python -m fusedrnn", description="Fused LSTM, GRU and RNN layers for PyTorch."
+    )
     parser.add_argument("--version", action="version", version=f"fusedrnn {__version__}")
     parser.set_defaults(command=None)
     commands = parser.add_subparsers(title="commands")
@@ -66,8 +68,8 @@ def _parser() -> argparse.ArgumentParser:
 
     checks = commands.add_parser(
         "check",
-        help="check this installation against differences and against torch's own LSTM",
-        description="Check derivatives against finite differences, and all results against those of torch.nn.LSTM: the "
+        help="check this installation against differences and against torch's own layers",
+        description="Check derivatives against finite differences, and all results against those of torch.nn: the "
         "error may be at most twice that of torch's own implementation in the same dtype, plus rounding.",
     )
     checks.add_argument(

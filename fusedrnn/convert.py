@@ -1,8 +1,9 @@
-"""convert, revert, patch: put fusedrnn's LSTM where nn.LSTM is, in models that exist already.
+"""convert, revert, patch: put fusedrnn's modules where torch's recurrent ones are, in models that exist already.
 
 A module is converted by giving it another class, in place. Its parameters, buffers, hooks, flags, name and every
-reference to it stay what they are, and giving the old class back undoes it exactly. A subclass of nn.LSTM gets a class
-of its own that derives from the subclass first and from ours second, so that its `super().forward(...)` finds ours.
+reference to it stay what they are, and giving the old class back undoes it exactly. A subclass, say of nn.LSTM, gets a
+class of its own that derives from the subclass first and from ours second, so that its `super().forward(...)` finds
+ours.
 """
 
 from __future__ import annotations
@@ -20,13 +21,18 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .module import LSTM, CompilableLSTM, LSTMCell, mark_as_leaf, unmark_as_leaf
+from .module import BASES, mark_as_leaf, unmark_as_leaf
 
 Model = TypeVar("Model", bound=nn.Module)
 
 # What a converted class remembers of the class it was made from.
 _ORIGINAL = "_fusedrnn_original"
-_PLAIN: dict[type, type] = {LSTM: nn.LSTM, CompilableLSTM: nn.LSTM, LSTMCell: nn.LSTMCell}
+# torch's class -> ours; and ours that is not an instance of it, where torch.compile refuses those that are.
+_OURS: dict[Any, Any] = {theirs: ours for ours, theirs in BASES.items() if issubclass(ours, theirs)}
+_COMPILABLE: dict[Any, Any] = {theirs: ours for ours, theirs in BASES.items() if not issubclass(ours, theirs)}
+
+
+_NAMES = {theirs.__name__ for theirs in _OURS}
 
 
 @dataclass
@@ -39,19 +45,20 @@ class Report:
     def __str__(self) -> str:
         lines = [f"swapped {name or '(the model)'}: {what}" for name, what in self.swapped.items()]
         lines += [f"left {name or '(the model)'}: {why}" for name, why in self.left.items()]
-        return "\n".join(lines) if lines else "no LSTM found"
+        return "\n".join(lines) if lines else "no LSTM, GRU or RNN found"
 
 
 def convert(model: Model, *, compilable: bool = False, report: Report | None = None) -> Model:
-    """Turns every nn.LSTM and nn.LSTMCell of a model into fusedrnn's, in place; parameters stay the same objects.
+    """Turns every nn.LSTM, nn.GRU and nn.RNN of a model, and every cell of these, into fusedrnn's, in place; parameters
+    stay the same objects.
 
     Args:
-        model: any module; itself converted if it is an LSTM. Subclasses of nn.LSTM are converted too and keep their
+        model: any module; itself converted if it is one of these. Subclasses are converted too and keep their
             own forward; what that computes by calling `super().forward` is then ours. A module whose forward was set on
             the instance is left.
-        compilable: give plain nn.LSTMs the class `CompilableLSTM`, so that torch.compile(model, fullgraph=True) and
-            torch.export work. They are no instances of nn.LSTM any longer: code that asks for one, as TorchRL's
-            LSTMModule does, treats them as something else. A subclass of nn.LSTM stays one: it is
+        compilable: give plain nn.LSTMs the class `CompilableLSTM`, and so on, so that torch.compile(model,
+            fullgraph=True) and torch.export work. They are no instances of nn.LSTM any longer: code that asks for one,
+            as TorchRL's LSTMModule does, treats them as something else. A subclass of nn.LSTM stays one: it is
             converted all the same, and the report says that torch.compile breaks the graph there.
         report: filled with what was swapped and what was left and why.
 
@@ -87,7 +94,7 @@ _unpatched: dict[Any, Any] = {}  # class -> its own __init__, while a context is
 
 @contextmanager
 def patch() -> Iterator[None]:
-    """Inside, whatever constructs an nn.LSTM or nn.LSTMCell gets fusedrnn's, however it came by the class.
+    """Inside, whatever constructs an nn.LSTM, nn.GRU or nn.RNN, or a cell, gets fusedrnn's, however it came by it.
 
     For code that names nn.LSTM itself, from an import made long before, a table of classes, or a subclass. The classes
     themselves stay in place: nn.LSTM is nn.LSTM, and what is constructed is an instance of it. Holds for the whole
@@ -97,8 +104,8 @@ def patch() -> Iterator[None]:
     with _patches_lock:
         _patches += 1
         if _patches == 1:
-            for cls in (nn.LSTM, nn.LSTMCell):
-                _unpatched[cls] = cls.__init__
+            for cls in _OURS:
+                _unpatched[cls] = inspect.getattr_static(cls, "__init__")
             for patched, original in _unpatched.items():
                 patched.__init__ = _converting(original)
     try:
@@ -134,7 +141,7 @@ def _swap(model: Model, report: Report | None, swap: Any) -> Model:
     report = Report() if report is None else report
     for name, module in list(model.named_modules()):
         if not isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
-            if getattr(module, "original_name", "") in ("LSTM", "LSTMCell"):
+            if getattr(module, "original_name", "") in _NAMES:
                 report.left[name] = "it is TorchScript; convert the model before it is scripted"
             continue
         before = type(module)
@@ -150,29 +157,32 @@ def _swap(model: Model, report: Report | None, swap: Any) -> Model:
 def _convert_module(module: nn.Module, compilable: bool) -> str:
     """Gives one module our class; returns what the report should add, or raises _LeftAlone."""
     cls = type(module)
-    if not isinstance(module, (nn.LSTM, nn.LSTMCell, CompilableLSTM)):
-        raise _LeftAlone("fusedrnn has no kernels for it yet")
+    if not isinstance(module, (*_OURS, *BASES)):
+        raise _LeftAlone("fusedrnn has no class for it")
     _check_forward(module, "it calls torch's; convert the model before it is set")
     if parametrize.is_parametrized(module):
         base = cls.__bases__[0]
         converted = _parametrized_over(cls, _converted_class(base, compilable))
-        if base not in _PLAIN:
+        if base not in BASES:
             setattr(converted, _ORIGINAL, cls)
     else:
         converted = _converted_class(cls, compilable)
     _give_class(module, converted)
-    if cls in _PLAIN or cls in _PLAIN.values():
+    if cls in BASES or cls in _OURS:
         mark_as_leaf(module)  # as torch's own are; what is derived from them is traced into, before and after
     notes = []
-    if compilable and isinstance(module, nn.LSTM):
-        notes.append("still an nn.LSTM, because its class is derived from it: torch.compile breaks the graph here")
+    if compilable and isinstance(module, tuple(_COMPILABLE)):
+        base = next(theirs for theirs in _COMPILABLE if isinstance(module, theirs))
+        notes.append(
+            f"still an nn.{base.__name__}, because its class is derived from it: torch.compile breaks the graph here"
+        )
     if _has_own_forward(cls):
         notes.append("its own forward is kept, and ours is what its super().forward finds")
     return "".join(f" ({note})" for note in notes)
 
 
 def _revert_module(module: nn.Module) -> str:
-    if not isinstance(module, (LSTM, CompilableLSTM, LSTMCell)):
+    if not isinstance(module, tuple(BASES)):
         raise _LeftAlone("it is not fusedrnn's")
     _check_forward(module, "it calls fusedrnn's; take it away first")
     cls = type(module)
@@ -210,19 +220,19 @@ def _check_forward(module: nn.Module, why: str) -> None:
 
 def _converted_class(cls: Any, compilable: bool) -> type:
     """The class that a module of class `cls` is given."""
-    if cls is nn.LSTM or (cls is LSTM and compilable):
-        return CompilableLSTM if compilable else LSTM
-    if cls is nn.LSTMCell:
-        return LSTMCell
-    if issubclass(cls, (LSTM, CompilableLSTM, LSTMCell)):
+    if cls in _OURS:
+        return _COMPILABLE.get(cls, _OURS[cls]) if compilable else _OURS[cls]
+    if compilable and cls in _OURS.values() and BASES[cls] in _COMPILABLE:
+        return _COMPILABLE[BASES[cls]]
+    if issubclass(cls, tuple(BASES)):
         raise _LeftAlone("it is fusedrnn's already")
     return _derived_class(cls)
 
 
 @cache
 def _derived_class(cls: Any) -> type:
-    """For a subclass of nn.LSTM or nn.LSTMCell: a class derived from it first and from ours second."""
-    ours = LSTM if issubclass(cls, nn.LSTM) else LSTMCell
+    """For a subclass of one of torch's: a class derived from it first and from ours second."""
+    ours = next(ours for theirs, ours in _OURS.items() if issubclass(cls, theirs))
     namespace = {
         _ORIGINAL: cls,
         "__module__": cls.__module__,
@@ -238,8 +248,8 @@ def _derived_class(cls: Any) -> type:
 
 def _original_class(cls: type) -> type:
     """The inverse of `_converted_class`."""
-    if cls in _PLAIN:
-        return _PLAIN[cls]
+    if cls in BASES:
+        return BASES[cls]
     if _ORIGINAL in cls.__dict__:
         return cls.__dict__[_ORIGINAL]
     raise _LeftAlone("its class was written as a subclass of fusedrnn's")
@@ -271,8 +281,8 @@ def _properties(cls: type) -> set[str]:
 
 
 def _has_own_forward(cls: type) -> bool:
-    theirs = (LSTM.forward, LSTMCell.forward, nn.LSTM.forward, nn.LSTMCell.forward)
-    return inspect.getattr_static(cls, "forward") not in theirs
+    known = [inspect.getattr_static(base, "forward") for base in (*BASES, *_OURS)]
+    return inspect.getattr_static(cls, "forward") not in known
 
 
 def _name(cls: type) -> str:

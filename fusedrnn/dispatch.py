@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import gpu, ops
-from .cells import CELLS, LSTM
+from .cells import CELLS, LSTM, Cell
+from .layout import cell_of, is_step
 from .tuning import choice
 from .tuning.profile import Key, Ratio
 
@@ -73,9 +74,10 @@ def _cpu_unsupported(problem: Problem) -> str | None:
 def _aten_unsupported(problem: Problem) -> str | None:
     if problem.lengths or problem.reset or problem.states:
         asked = [name for name in ("lengths", "reset", "states") if getattr(problem, name)]
-        return f"torch's own LSTM has no {', '.join('return_states' if a == 'states' else a for a in asked)}"
+        names = ", ".join("return_states" if a == "states" else a for a in asked)
+        return f"torch's own {CELLS[problem.cell].title} has no {names}"
     if ops.exporting_onnx():
-        return "torch writes its own LSTM to ONNX for one T; the operators of the others are written for any"
+        return "torch writes its own layers to ONNX for one T; the operators of the others are written for any"
     return None
 
 
@@ -104,7 +106,7 @@ def _triton_unsupported(problem: Problem) -> str | None:
 
 
 def _unproven(name: str, problem: Problem) -> str | None:
-    if forced() == name or _is_verified(name, problem.device, problem.dtype):
+    if forced() == name or _is_verified(name, problem.device, problem.dtype, problem.cell):
         return _distrusted(name, problem)
     device = problem.device
     return f"it has not been verified on this device: python -m fusedrnn tune --device {device} does, and measures it"
@@ -117,23 +119,23 @@ def _is_measured(device: str) -> bool:
 
 
 @ops.constant
-def _is_verified(name: str, device: str, dtype: torch.dtype) -> bool:
+def _is_verified(name: str, device: str, dtype: torch.dtype, cell: str) -> bool:
     """Whether a profile in use has verified a backend on this machine, or found it wrong."""
     if not _is_measured(device):
         return False
-    return choice.table(device, choice.which(device)).verdict(name, _dtype_name(device, dtype))[0]
+    return choice.table(device, choice.which(device)).verdict(name, _dtype_name(device, dtype), cell)[0]
 
 
 def _distrusted(name: str, problem: Problem) -> str | None:
     """What a profile in use has found wrong with a backend on this machine."""
-    return None if forced() == name else _fault(name, problem.device, problem.dtype)
+    return None if forced() == name else _fault(name, problem.device, problem.dtype, problem.cell)
 
 
 @ops.constant
-def _fault(name: str, device: str, dtype: torch.dtype) -> str | None:
+def _fault(name: str, device: str, dtype: torch.dtype, cell: str) -> str | None:
     if not _is_measured(device):
         return None
-    reason = choice.table(device, choice.which(device)).verdict(name, _dtype_name(device, dtype))[1]
+    reason = choice.table(device, choice.which(device)).verdict(name, _dtype_name(device, dtype), cell)[1]
     return None if reason is None else f"it failed verification on this machine: {reason}"
 
 
@@ -164,6 +166,10 @@ def _cpu_plan(problem: Problem) -> str:
     return torch.ops.fusedrnn.cpu_plan(p.cell, p.T, p.B, p.I, p.H, p.P, p.D, p.dtype == torch.float64)
 
 
+def _aten_plan(problem: Problem) -> str:
+    return f"torch's own {CELLS[problem.cell].title} for this device"
+
+
 _LSTM_ALONE = frozenset({LSTM.name})
 
 TABLE = {
@@ -172,7 +178,7 @@ TABLE = {
         Backend("cuda", ops.cuda_unavailable, _cuda_unsupported, partial(_gpu_plan, "cuda"), cells=_LSTM_ALONE),
         Backend("triton", ops.triton_unavailable, _triton_unsupported, partial(_gpu_plan, "triton")),
         Backend("cpu", lambda: ops.cpu_unavailable, _cpu_unsupported, _cpu_plan, True, _LSTM_ALONE),
-        Backend("aten", lambda: None, _aten_unsupported, lambda _: "torch's own LSTM for this device"),
+        Backend("aten", lambda: None, _aten_unsupported, _aten_plan),
         Backend("reference", lambda: None, _dtype_unsupported, lambda _: "a Python loop over the time steps"),
     )
 }
@@ -224,23 +230,30 @@ def _count_requests() -> None:
     _forced = _requests[-1].name if _requests else _default
 
 
-def autocast_dtype(input: Tensor, c: Tensor | None = None, *, wide: bool = False) -> torch.dtype | None:
-    """What autocast, where it is on for input's device, computes in; None where it is off.
-
-    nn.LSTM is cast to the autocast dtype as a whole. So is what is `wide`, an nn.LSTMCell, sequences packed of several
-    lengths, or a projection, but on the CPU, where autocast reaches only the matrix products of these: the state is of
-    the wider of the autocast dtype and that of c (of input if c is None), and in that one all of it is computed here.
-    """
-    if not torch._C._is_any_autocast_enabled():  # the quick answer, which nn.LSTM asks for as well
+def product_dtype(input: Tensor) -> torch.dtype | None:
+    """What autocast, where it is on for input's device, computes matrix products in; None where it is off."""
+    if not torch._C._is_any_autocast_enabled():  # the quick answer, which torch's own layers ask for as well
         return None
     device = input.device.type
     if not (ops.has_autocast(device) and torch.is_autocast_enabled(device)):
         return None
-    dtype = torch.get_autocast_dtype(device)
-    state = input if c is None else c
-    if wide and device == "cpu" and state.dtype != torch.float64:
-        return torch.promote_types(dtype, state.dtype)
-    return dtype
+    return torch.get_autocast_dtype(device)
+
+
+def autocast_dtype(cell: Cell, input: Tensor, h: Tensor | None, c: Tensor | None, *, whole: bool) -> torch.dtype | None:
+    """What a layer or one time step is computed in under autocast; None where it is off for input's device.
+
+    That is the autocast dtype, but for a cell with a carry on the CPU, where autocast reaches only the matrix products:
+    the carry, and so the state, is of the wider of the autocast dtype and that of the state that enters (of input if
+    there is none), and in that one all of it is computed here. An nn.LSTM is cast as a `whole` all the same, except for
+    an nn.LSTMCell, sequences packed of several lengths, and a projection.
+    """
+    dtype = product_dtype(input)
+    if dtype is None or input.device.type != "cpu" or cell.carry is None or (whole and cell.has_cell_state):
+        return dtype
+    state = c if cell.has_cell_state else h
+    state = input if state is None else state
+    return dtype if state.dtype == torch.float64 else torch.promote_types(dtype, state.dtype)
 
 
 def _check_name(name: str) -> None:
@@ -281,7 +294,7 @@ def select(problem: Problem) -> str:
 
 
 def _warn_of_the_reference(problem: Problem) -> None:
-    """Tells whoever has a GPU, and asked for what nn.LSTM does not have, that a Python loop computes it."""
+    """Tells whoever has a GPU, and asked for what torch's layers do not have, that a Python loop computes it."""
     if problem.device != "cuda" or torch.compiler.is_compiling():
         return
     kernels = [name for name in TABLE if name not in ("cpu", "aten", "reference")]
@@ -297,18 +310,18 @@ def _warn_of_the_reference(problem: Problem) -> None:
 def _order(problem: Problem) -> tuple[str, ...]:
     """All backends, the one that is expected to be the fastest first.
 
-    What is recorded will be run with other shapes, and on a CPU torch's own LSTM cannot be recorded for all of them.
+    What is recorded will be run with other shapes, and on a CPU torch's own layers cannot be recorded for all of them.
     """
     if not _is_measured(problem.device):
         return _NAMES
     if not is_eager():
-        return _NAMES if problem.device == "cpu" else _order_for_any_shape(problem.device, problem.dtype)
+        return _NAMES if problem.device == "cpu" else _order_for_any_shape(problem.device, problem.dtype, problem.cell)
     return _choice(problem).order
 
 
 @ops.constant
-def _order_for_any_shape(device: str, dtype: torch.dtype) -> tuple[str, ...]:
-    return choice.table(device, choice.which(device)).overall(_dtype_name(device, dtype), _NAMES)
+def _order_for_any_shape(device: str, dtype: torch.dtype, cell: str) -> tuple[str, ...]:
+    return choice.table(device, choice.which(device)).overall(_dtype_name(device, dtype), _NAMES, cell)
 
 
 def _choice(problem: Problem) -> choice.Choice:
@@ -328,21 +341,31 @@ def _dtype_name(device: str, dtype: torch.dtype) -> str:
 
 
 def is_torchs_faster(
-    input: Tensor, weights: Sequence[Tensor], num_layers: int, batch_first: bool, bidirectional: bool, train: bool
+    cell: Cell,
+    input: Tensor,
+    weights: Sequence[Tensor],
+    num_layers: int,
+    batch_first: bool,
+    bidirectional: bool,
+    train: bool,
 ) -> bool:
-    """Whether `select` gives "aten" for plain layers, or for a cell, with an input that `is_plain_on_cpu`.
+    """Whether `select` gives "aten" for plain layers, or for one time step, with an input that `is_plain_on_cpu`.
 
-    Only an input of more than `tuning.choice.small` numbers is worth the question.
+    Where the cpu backend has a kernel for the cell, only an input of more than `tuning.choice.small` numbers is worth
+    the question.
     """
     if _forced != "auto":
         return False
+    if cell.name not in TABLE["cpu"].cells:
+        return True
     sizes = input.shape if not batch_first else (input.shape[1], input.shape[0], input.shape[2])
     which = choice.which("cpu"), choice.reads
-    return _is_torchs_faster(input.dtype, sizes, weights[1].shape, num_layers, bidirectional, train, *which)
+    return _is_torchs_faster(cell.name, input.dtype, sizes, weights[1].shape, num_layers, bidirectional, train, *which)
 
 
 @lru_cache(maxsize=8192)
 def _is_torchs_faster(
+    cell: str,
     dtype: torch.dtype,
     sizes: Sequence[int],
     w_hh: Sequence[int],
@@ -352,13 +375,13 @@ def _is_torchs_faster(
     threads: int,
     reads: int,
 ) -> bool:
-    """For an input of sizes [T, B, I], or of a cell [B, I]."""
+    """For an input of sizes [T, B, I], or of one time step [B, I]."""
     *steps, B, I = sizes
-    H, P = w_hh[0] // 4, w_hh[1]
+    H, P = w_hh[0] // len(CELLS[cell].gates), w_hh[1]
     if min(*sizes, H, P, num_layers) < 1:
         return False
     T, D = steps[0] if steps else 1, 2 if bidirectional else 1
-    problem = Problem("cpu", dtype, T, B, I, H, P, D, train=train, L=num_layers, step=not steps)
+    problem = Problem("cpu", dtype, T, B, I, H, P, D, cell=cell, train=train, L=num_layers, step=not steps)
     order = _choice(problem).order
     return order.index("aten") < order.index("cpu")
 
@@ -374,9 +397,16 @@ def is_plain_on_cpu(input: Tensor) -> bool:
         and (_forced == "auto" or _forced == "cpu")
         and not _is_contested
         and ops.cpu_unavailable is None
-        and not torch._C._is_any_autocast_enabled()
+        and not _any_autocast()
         and is_eager()
     )
+
+
+# A single step feels each look for a name.
+_any_autocast = torch._C._is_any_autocast_enabled
+_tracing_state = torch._C._get_tracing_state
+_any_transform = torch._C._are_functorch_transforms_active
+_is_compiling = torch.compiler.is_compiling
 
 
 def is_recorded() -> bool:
@@ -387,9 +417,9 @@ def is_recorded() -> bool:
 def is_eager() -> bool:
     """Whether there is no transform and no trace, so that what is in a tensor may decide what is done."""
     return (
-        not torch.compiler.is_compiling()
-        and torch._C._get_tracing_state() is None
-        and not torch._C._are_functorch_transforms_active()
+        not _is_compiling()
+        and _tracing_state() is None
+        and not _any_transform()
         and torch.autograd.forward_ad._current_level < 0
     )
 
@@ -488,16 +518,17 @@ def explain(
     """Tells what would compute `module(input, hx, ...)`, without computing it.
 
     Args:
-        module: an LSTM or LSTMCell, of fusedrnn or of torch.nn; of the latter it tells what would run once converted.
+        module: an LSTM, GRU, RNN, or a cell of these, of fusedrnn or of torch.nn; of the latter it tells what would run
+            once converted.
         input, hx, lengths, reset, return_states: what the module would be called with.
 
     Returns:
         The backend, its plan, for every other backend why it was skipped or that it came later in the order, and what
-        the order follows from: how many times as fast as torch's own LSTM a backend was, and where that was measured.
+        the order follows from: how many times as fast as torch's own layer a backend was, and where that was measured.
         Training is meant where the input, hx or a parameter wants a gradient and gradients are on, inference otherwise.
 
     Raises:
-        TypeError: module is not an LSTM, or input is neither a tensor nor a PackedSequence.
+        TypeError: module is none of these, or input is neither a tensor nor a PackedSequence.
     """
     problem = problem_of(module, input, hx, lengths is not None, reset is not None, return_states)
     reasons = {name: reason for name in TABLE if (reason := supports(name, problem)) is not None}
@@ -523,27 +554,28 @@ def problem_of(
     hx: Any = None,
     lengths: bool = False,
     reset: bool = False,
-    states: bool = False,
+    return_states: bool = False,
 ) -> Problem:
     """What `module(input, hx, ...)` asks of a backend; raises what `explain` raises."""
-    cell = isinstance(module, nn.LSTMCell)
-    if not cell and getattr(module, "mode", None) != "LSTM":
-        raise TypeError(f"module must be an LSTM or an LSTMCell, got {type(module).__name__}")
-    packed = is_wide = False
-    if isinstance(input, PackedSequence) and not cell:
-        is_wide = EQUAL_PACKED_IS_WIDE
+    cell, step = cell_of(module), is_step(module)
+    if cell is None:
+        raise TypeError(f"module must be an LSTM, GRU or RNN, or a cell of one, got {type(module).__name__}")
+    packed, whole = False, not (step or bool(getattr(module, "proj_size", 0)))
+    if isinstance(input, PackedSequence) and not step:
         data, sizes = input.data, input.batch_sizes.tolist()
         T, B, packed = len(sizes), sizes[0], sizes[-1] < sizes[0]
+        whole = whole and not (packed or EQUAL_PACKED_IS_WIDE)
     elif isinstance(input, Tensor):
         data = input
-        T, B = _sizes(module, input, cell)
+        T, B = _sizes(module, input, cell, step)
     else:
-        expected = "a Tensor" if cell else "a Tensor or a PackedSequence"
+        expected = "a Tensor" if step else "a Tensor or a PackedSequence"
         raise TypeError(f"input must be {expected}, got {type(input).__name__}")
-    wide = cell or packed or is_wide or bool(getattr(module, "proj_size", 0))
-    cast = autocast_dtype(data, None if hx is None else hx[1], wide=wide)
+    states = [s for s in ([hx] if isinstance(hx, Tensor) else hx or ()) if isinstance(s, Tensor)]
+    h, c, *_ = [*states, None, None]
+    cast = autocast_dtype(cell, data, h, c if cell.has_cell_state else None, whole=whole)
     H = int(module.hidden_size)  # type: ignore[arg-type]
-    leaves = (data, *(s for s in hx or () if isinstance(s, Tensor)), *module.parameters())
+    leaves = (data, *states, *module.parameters())
     return Problem(
         device=data.device.type,
         dtype=data.dtype if cast is None or data.dtype == torch.float64 else cast,
@@ -555,23 +587,22 @@ def problem_of(
         D=2 if getattr(module, "bidirectional", False) else 1,
         lengths=lengths,
         reset=reset,
-        states=states,
+        states=return_states,
         packed=packed,
+        cell=cell.name,
         train=torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves),
         L=int(getattr(module, "num_layers", 1)),
-        step=cell,
+        step=step,
     )
 
 
-def _sizes(module: nn.Module, input: Tensor, cell: bool) -> tuple[int, int]:
+def _sizes(module: nn.Module, input: Tensor, cell: Cell, step: bool) -> tuple[int, int]:
     """T and B of a tensor that is an input of module."""
-    batched = 2 if cell else 3
+    batched = 2 if step else 3
     if input.dim() not in (batched - 1, batched):
-        raise ValueError(
-            f"{'LSTMCell' if cell else 'LSTM'}: Expected input to be {batched - 1}D or {batched}D, got {input.dim()}D "
-            "instead"
-        )
-    if cell:
+        name = f"{cell.title}Cell" if step else cell.title
+        raise ValueError(f"{name}: Expected input to be {batched - 1}D or {batched}D, got {input.dim()}D instead")
+    if step:
         return 1, input.shape[0] if input.dim() == batched else 1
     T, B = (input.shape[0], 1) if input.dim() < batched else input.shape[:2]
     return (B, T) if module.batch_first and input.dim() == batched else (T, B)

@@ -1,4 +1,4 @@
-"""Order and naming of weights: the only place that knows how torch's recurrent modules lay them out.
+"""torch's recurrent modules: which cell one computes, and the order and naming of its weights.
 
 Letters, here and everywhere: T time, B batch, I input, H hidden, P projection (P = H without one), L layers,
 D directions, G gates. Each weight stacks the gates of its cell along its rows, in the order of `cells.Cell.gates`.
@@ -9,7 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from .cells import CELLS, GRU, LSTM, RNNS, Cell
+
+_MODES = {cell.name.upper(): cell for cell in CELLS.values()}  # nn.RNNBase.mode
 
 
 class DirectionWeights(NamedTuple):
@@ -39,3 +43,20 @@ def split_directions(weights: Sequence[Tensor], bidirectional: bool) -> list[Dir
         b_ih, b_hh = rest if rest else (None, None)
         directions.append(DirectionWeights(weights[start], weights[start + 1], b_ih, b_hh, w_hr))
     return directions
+
+
+def cell_of(module: nn.Module) -> Cell | None:
+    """The cell that a recurrent module computes, a layer or one step (`is_step`); None for any other module."""
+    if isinstance(module, nn.LSTMCell):
+        return LSTM
+    if isinstance(module, nn.GRUCell):
+        return GRU
+    if isinstance(module, nn.RNNCell):
+        return RNNS.get(module.nonlinearity)
+    mode = getattr(module, "mode", None)
+    return _MODES.get(mode) if isinstance(mode, str) else None
+
+
+def is_step(module: nn.Module) -> bool:
+    """Whether a recurrent module computes one time step."""
+    return isinstance(module, nn.RNNCellBase)

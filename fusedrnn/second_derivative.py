@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Outputs = tuple[Tensor, Tensor, Tensor]
+Outputs = Sequence[Tensor]
 Layers = Callable[..., Outputs]
 
 

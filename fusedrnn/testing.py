@@ -23,9 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from . import ops
+from . import aten, ops
+from .cells import CELLS, GRU, LSTM, Cell
 
-_VF = torch._VF  # the function behind nn.LSTM
+# torch's own layers, by the name of their cell.
+LAYERS: dict[str, Any] = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn_tanh": nn.RNN, "rnn_relu": nn.RNN}
 _NUDGES = 3  # random directions in which `answers` moves the inputs
 
 
@@ -93,16 +95,22 @@ def single_threaded() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def roundoff(dtype: torch.dtype) -> float:
+def roundoff(dtype: torch.dtype, cell: Cell = LSTM) -> float:
     """What the roundings of one step, forward and backward, can amount to, relative to the numbers that enter it.
 
-    A rounding is half an eps. In float32 sixteen of them lie between what enters a step and da: two products, their
-    sum, two biases, a nonlinearity, f * c and its sum with i * g, tanh and o * tanh(c); then, backward, the sum that is
-    dh, three products and a sum on the way to dc, and one more to da. In float64 `exact` has as many of its own.
+    A rounding is half an eps. Of an LSTM, in float32 sixteen of them lie between what enters a step and da: two
+    products, their sum, two biases, a nonlinearity, f * c and its sum with i * g, tanh and o * tanh(c); then, backward,
+    the sum that is dh, three products and a sum on the way to dc, and one more to da. In float64 `exact` has as many of
+    its own.
     bfloat16 and float16 are computed in float32, where all these are nothing; what is left are the four times that
     numbers are stored: h, c, the gates, and the gradient.
+
+    A GRU has as many: r * h_n and its sum with x_n, tanh, and (1 - z) * n + z * h are as long a way as that by c; h,
+    the gates, h_n and the gradient are stored. An RNN has half of them: no state but h, and one product after dh. What
+    is stored are h and the gradient.
     """
-    roundings = {64: 32, 32: 16, 16: 4}[torch.finfo(dtype).bits]
+    gated = cell in (LSTM, GRU)
+    roundings = {64: 32 if gated else 16, 32: 16 if gated else 8, 16: 4 if gated else 2}[torch.finfo(dtype).bits]
     return roundings * torch.finfo(dtype).eps / 2
 
 
@@ -197,7 +205,7 @@ class Inputs(NamedTuple):
     """What a module is called with."""
 
     x: Tensor  # [T, B, I], or [B, T, I] with batch_first; NaN where no step exists
-    hx: tuple[Tensor, Tensor] | None  # [L*D, B, P] and [L*D, B, H]
+    hx: Any  # (h0 [L*D, B, P], c0 [L*D, B, H]), of a cell without cell state h0; or None
     lengths: Tensor | None  # [B] int64
     reset: Tensor | None  # [T, B] bool, laid out as x
 
@@ -223,11 +231,13 @@ class Case:
     states: bool = False  # every h_t and c_t is asked for
     strided: bool = False  # x, h0 and c0 are slices of larger tensors
     seed: int = 0
+    cell: str = LSTM.name  # of `cells.CELLS`
 
     @property
     def id(self) -> str:
-        """The sizes, every option that is not the default, and the dtype."""
-        parts = [f"T{self.T}", f"B{self.B}", f"I{self.I}", f"H{self.H}"]
+        """The cell if it is no LSTM, the sizes, every option that is not the default, and the dtype."""
+        parts = [] if self.cell == LSTM.name else [self.cell]
+        parts += [f"T{self.T}", f"B{self.B}", f"I{self.I}", f"H{self.H}"]
         parts += [f"L{self.layers}"] if self.layers > 1 else []
         parts += [f"P{self.proj_size}"] if self.proj_size else []
         parts += [] if self.bias else ["nobias"]
@@ -237,19 +247,22 @@ class Case:
         parts += [f"seed{self.seed}"] if self.seed else []
         return "-".join([*parts, str(self.dtype).removeprefix("torch.")])
 
-    def module(self, cls: Callable[..., nn.Module] = nn.LSTM, device: str = "cpu") -> nn.Module:
-        """A module of a class with nn.LSTM's constructor and initialisation."""
+    def module(self, cls: Callable[..., nn.Module] | None = None, device: str = "cpu") -> nn.Module:
+        """A module of a class with the constructor and initialisation of torch's for the cell, which is the default."""
+        own: dict[str, Any] = {"proj_size": self.proj_size} if self.cell == LSTM.name else {}
+        if self.cell.startswith("rnn_"):
+            own = {"nonlinearity": self.cell.removeprefix("rnn_")}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            module = cls(
+            module = (LAYERS[self.cell] if cls is None else cls)(
                 self.I,
                 self.H,
                 self.layers,
                 bias=self.bias,
                 batch_first=self.batch_first,
                 bidirectional=self.bidirectional,
-                proj_size=self.proj_size,
                 dtype=self.dtype,
+                **own,
             )
         return module.to(device)
 
@@ -265,7 +278,9 @@ class Case:
         rows = self.layers * (2 if self.bidirectional else 1)
         sizes = (self.B, self.T) if self.batch_first else (self.T, self.B)
         x = random(*sizes, self.I)
-        hx = (random(rows, self.B, self.proj_size or self.H), random(rows, self.B, self.H)) if self.hx else None
+        hx: Any = random(rows, self.B, self.proj_size or self.H) if self.hx else None
+        if hx is not None and CELLS[self.cell].has_cell_state:
+            hx = (hx, random(rows, self.B, self.H))
         lengths = reset = None
         if self.lengths or self.packed:
             lengths = torch.randint(1, self.T + 1, (self.B,), generator=generator)
@@ -307,23 +322,31 @@ def call(module: Callable[..., Any], case: Case, inputs: Inputs) -> dict[str, Te
     """Calls a module as the case says.
 
     Returns:
-        y, hn, cn and, with states, h_l0, c_l0, h_l1, ...; what was packed is padded with zeros.
+        y, hn, cn and, with states, h_l0, c_l0, h_l1, ...; what was packed is padded with zeros. Of a cell without cell
+        state there is no cn, and no c.
     """
 
     def padded(values: Tensor | PackedSequence) -> Tensor:
         return pad_packed_sequence(values, case.batch_first)[0] if isinstance(values, PackedSequence) else values
 
     x, hx, options = arguments(case, inputs)
-    y, (hn, cn), *rest = module(x, hx, **options)
-    outputs = {"y": padded(y), "hn": hn, "cn": cn}
+    y, last, *rest = module(x, hx, **options)
+    outputs = {"y": padded(y), **_named_states(last, "hn", "cn")}
     for states in rest:
-        for k, (h, c) in enumerate(zip(*states, strict=True)):
-            outputs |= {f"h_l{k}": padded(h), f"c_l{k}": padded(c)}
+        for k, layer in enumerate(zip(*states, strict=True)):
+            outputs |= {name: padded(state) for name, state in _named_states(layer, f"h_l{k}", f"c_l{k}").items()}
     return outputs
 
 
+def _named_states(states: Any, h: str, c: str) -> dict[str, Any]:
+    """States as a layer takes or returns them, a tensor or a tuple of one or two, under their names; none for None."""
+    if states is None:
+        return {}
+    return dict(zip((h, c), (states,) if isinstance(states, Tensor) else states, strict=False))
+
+
 def call_torch(module: Any, case: Case, inputs: Inputs) -> dict[str, Tensor]:
-    """`call` for an nn.LSTM, which is called one time step at a time where it lacks what the case asks for."""
+    """`call` for torch's own, which is called one time step at a time where it lacks what the case asks for."""
     # torch hands float16 to oneDNN where the processor has instructions for it, and oneDNN may refuse.
     without_onednn = case.dtype == torch.float16 and inputs.x.device.type == "cpu"
     with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None) if without_onednn else nullcontext():
@@ -338,8 +361,10 @@ def _call_stepwise(module: Any, case: Case, inputs: Inputs) -> dict[str, Tensor]
 
     x, hx, lengths, reset = inputs
     T, B, D = case.T, case.B, 2 if case.bidirectional else 1
-    rows = case.layers * D
-    h0, c0 = hx or (x.new_zeros(rows, B, case.proj_size or case.H), x.new_zeros(rows, B, case.H))
+    rows, cell = case.layers * D, CELLS[case.cell]
+    given = _named_states(hx, "h0", "c0")
+    h0 = given.get("h0", x.new_zeros(rows, B, case.proj_size or case.H))
+    c0 = given.get("c0", x.new_zeros(rows, B, cell.cell_size(case.H)))
     always = torch.ones(T, B, 1, dtype=torch.bool, device=x.device)
     exists = always if lengths is None else transposed(_exists(case, lengths)).unsqueeze(-1)
     keep = always if reset is None else ~transposed(reset).unsqueeze(-1)
@@ -352,21 +377,23 @@ def _call_stepwise(module: Any, case: Case, inputs: Inputs) -> dict[str, Tensor]
             h, c = h0[row], c0[row]
             trace: list[tuple[Tensor, Tensor]] = [(h, c)] * T
             for t in reversed(range(T)) if row > k * D else range(T):
-                entering = [s.where(keep[t], 0.0).unsqueeze(0) for s in (h, c)]
-                _, h_t, c_t = _VF.lstm(y[t : t + 1], entering, weights, case.bias, 1, 0.0, True, False, False)
-                h, c = h_t[0].where(exists[t], h), c_t[0].where(exists[t], c)
+                h_in, c_in = (s.where(keep[t], 0.0).unsqueeze(0) for s in (h, c))
+                _, h_t, c_t = aten.layers(cell, y[t : t + 1], None, weights, h_in, c_in, B, 1, 0.0, False)
+                h = h_t[0].where(exists[t], h)
+                c = c if c_t is None else c_t[0].where(exists[t], c)
                 trace[t] = (h, c)
             traces.append([torch.stack(s).where(exists, 0.0) for s in zip(*trace, strict=True)])
             last.append((h, c))
         y, cs = (torch.cat(s, dim=-1) for s in zip(*traces, strict=True))
         states |= {f"h_l{k}": transposed(y), f"c_l{k}": transposed(cs)}
     hn, cn = (torch.stack(s) for s in zip(*last, strict=True))
-    return {"y": transposed(y), "hn": hn, "cn": cn, **(states if case.states else {})}
+    outputs = {"y": transposed(y), "hn": hn, "cn": cn, **(states if case.states else {})}
+    return {name: values for name, values in outputs.items() if cell.has_cell_state or not name.startswith("c")}
 
 
 def evaluate(
     caller: Call,
-    cls: Callable[..., nn.Module],
+    cls: Callable[..., nn.Module] | None,
     case: Case,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
@@ -378,7 +405,7 @@ def evaluate(
 
     Args:
         caller: `call`, `call_torch`, or what has their signature.
-        cls: the class of the module.
+        cls: the class of the module; None for torch's own.
         case: the problem.
         device: where to compute.
         dtype: in what to compute, if not in the case's: the values that enter are rounded to the case's all the same.
@@ -393,13 +420,10 @@ def evaluate(
     def nudged(values: Tensor) -> Tensor:
         if nudge:
             sign = torch.randint(0, 2, values.shape, generator=signs).mul_(2).sub_(1).to(values)
-            values.mul_(1 + sign * roundoff(case.dtype))
+            values.mul_(1 + sign * roundoff(case.dtype, CELLS[case.cell]))
         return values
 
-    leaves = {"x": inputs.x}
-    if inputs.hx is not None:
-        leaves |= {"h0": inputs.hx[0], "c0": inputs.hx[1]}
-    leaves |= dict(module.named_parameters())
+    leaves = {"x": inputs.x, **_named_states(inputs.hx, "h0", "c0"), **dict(module.named_parameters())}
     with torch.no_grad():
         leaves = {name: nudged(leaf).requires_grad_() for name, leaf in leaves.items()}
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
@@ -411,11 +435,11 @@ def evaluate(
 
 
 def answers(case: Case, device: str = "cpu") -> dict[str, Answer]:
-    """What each tensor that `evaluate` returns is held to, by nn.LSTM: `excess(ours[name], *answers[name])`."""
+    """What each tensor that `evaluate` returns is held to, by torch's own: `excess(ours[name], *answers[name])`."""
     with single_threaded():
-        torchs = evaluate(call_torch, nn.LSTM, case, device)
+        torchs = evaluate(call_torch, None, case, device)
         exact, *nudged = (
-            evaluate(call_torch, nn.LSTM, case, device, torch.float64, nudge) for nudge in range(_NUDGES + 1)
+            evaluate(call_torch, None, case, device, torch.float64, nudge) for nudge in range(_NUDGES + 1)
         )
     return {
         name: Answer(torchs[name], exact[name], max(_error(other[name], exact[name]) for other in nudged))

@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedrnn
-from fusedrnn import dispatch, functional, testing
+from fusedrnn import dispatch, sequence, testing
 from fusedrnn.tuning import choice, profile
 
 
@@ -126,7 +126,7 @@ def kernel(request: pytest.FixtureRequest) -> Iterator[Place]:
 @pytest.fixture
 def ragged(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     """As `kernel`; and once more with padded input packed, whatever there is to save, where it may be."""
-    monkeypatch.setattr(functional, "_PACKING_FLOPS", 0 if request.param.lengths == "packed" else math.inf)
+    monkeypatch.setattr(sequence, "_PACKING_FLOPS", 0 if request.param.lengths == "packed" else math.inf)
     yield from _use(request)
 
 

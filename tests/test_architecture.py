@@ -21,8 +21,9 @@ BELOW = {
     "cells.lstm": {"cells.spec"},
     "cells.rnn": {"cells.spec"},
     "cells": {"cells.spec", "cells.gru", "cells.lstm", "cells.rnn"},
-    "layout": set(),
+    "layout": {"cells"},
     "packing": set(),
+    "aten": {"cells"},
     "reference": {"cells", "layout", "packing"},
     "gpu": {"cells", "cells.spec", "reference", "layout"},
     "cuda_plan": {"kernels"},
@@ -30,7 +31,7 @@ BELOW = {
     "onnx": {"cells", "reference", "layout"},
     "sources": set(),
     "ops": {"cells", "gpu", "cuda", "onnx", "reference", "kernels", "layout", "sources"},
-    "testing": {"ops", "layout"},
+    "testing": {"aten", "cells", "ops"},
     "autograd": {"cells", "ops", "reference", "layout"},
     "second_derivative": set(),
     "version": set(),
@@ -38,9 +39,26 @@ BELOW = {
     "tuning.machine": {"ops"},
     "tuning.profile": {"tuning.machine"},
     "tuning.choice": {"tuning.machine", "tuning.profile", "version"},
-    "dispatch": {"cells", "gpu", "ops", "tuning.choice", "tuning.profile"},
-    "functional": {"autograd", "dispatch", "layout", "ops", "packing", "second_derivative", "tuning.choice"},
-    "module": {"dispatch", "functional", "ops"},
+    "dispatch": {"cells", "gpu", "layout", "ops", "tuning.choice", "tuning.profile"},
+    "precision": {"dispatch"},
+    "sequence": {"dispatch", "packing"},
+    "validate": {"cells", "dispatch", "sequence"},
+    "stack": {"autograd", "cells"},
+    "fast_path": {"aten", "autograd", "cells", "dispatch", "ops", "stack", "tuning.choice", "validate"},
+    "forward": {
+        "aten",
+        "autograd",
+        "cells",
+        "dispatch",
+        "fast_path",
+        "precision",
+        "second_derivative",
+        "sequence",
+        "stack",
+        "validate",
+    },
+    "functional": {"cells", "forward"},
+    "module": {"cells", "dispatch", "forward", "ops", "validate"},
     "convert": {"module"},
 }
 BELOW["check"] = {*BELOW}
@@ -51,7 +69,7 @@ BELOW["tuning.worker"] = {"benchmarks", "dispatch", "functional", "module", "tun
 BELOW["tuning.session"] = {"benchmarks", "tuning.machine", "tuning.profile"}
 _MEASURING = {f"tuning.{name}" for name in ("choice", "grid", "profile", "report", "session", "worker")}
 BELOW["tuning.command"] = {"benchmarks", "testing", *_MEASURING}
-BELOW["tuning.api"] = {"dispatch", *_MEASURING}
+BELOW["tuning.api"] = {"cells", "dispatch", "layout", *_MEASURING}
 BELOW["cli"] = {*BELOW, "__init__", "benchmarks"}
 BELOW["__main__"] = {"cli"}
 BELOW["__init__"] = {"convert", "dispatch", "functional", "module", "tuning.api", "version"}

@@ -1,6 +1,7 @@
-"""What code finds that has an nn.LSTM in its hands: constructor, attributes, parameters, pickles, and every error.
+"""What code finds that has one of torch's recurrent modules in its hands: constructor, attributes, parameters, pickles,
+and every error.
 
-Where the contract names nn.LSTM's behaviour, nn.LSTM is run and is the expectation.
+Where the contract names the behaviour of torch's module, that is run and is the expectation.
 """
 
 import copy
@@ -17,8 +18,13 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fusedrnn
 from fusedrnn import functional
+from fusedrnn.module import BASES
 
 CLASSES = [fusedrnn.LSTM, fusedrnn.CompilableLSTM]
+OTHERS = [fusedrnn.GRU, fusedrnn.CompilableGRU, fusedrnn.RNN, fusedrnn.CompilableRNN]
+LAYERS = [*CLASSES, *OTHERS]
+STEPS = [fusedrnn.LSTMCell, fusedrnn.GRUCell, fusedrnn.RNNCell]
+INSTANCES = [fusedrnn.LSTM, fusedrnn.GRU, fusedrnn.RNN, *STEPS]  # of the class that they stand for
 OPTIONS = [
     {},
     {"num_layers": 2, "bidirectional": True},
@@ -26,12 +32,18 @@ OPTIONS = [
     {"num_layers": 2, "dropout": 0.25, "proj_size": 2},
     {"bias": False, "proj_size": 2, "bidirectional": True},
 ]
-ids = {"ids": lambda value: "-".join(f"{k}={v}" for k, v in value.items()) or "default"}
+RELU = {"nonlinearity": "relu"}
+LAYERS_AND_OPTIONS = [
+    *((cls, options) for cls in CLASSES for options in OPTIONS),
+    *((cls, options) for cls in OTHERS for options in OPTIONS if "proj_size" not in options),
+    *((cls, {**RELU, **options}) for cls in OTHERS[2:] for options in OPTIONS[:2]),
+]
+ids = {"ids": lambda v: getattr(v, "__name__", None) or "-".join(f"{k}={o}" for k, o in v.items()) or "default"}
 
 
 @pytest.fixture(params=[True, False], ids=["grad", "no grad"])
 def grad_mode(request):
-    """On the CPU both take a shorter way (functional._short_way), which has to come to the same errors."""
+    """On the CPU both take a shorter way (fast_path.attempt), which has to come to the same errors."""
     with torch.set_grad_enabled(request.param):
         yield
 
@@ -81,35 +93,37 @@ BAD_ARGUMENTS = [
     {"proj_size": "2"},
     {"layers": 2},
     {"reset": True},
+    {"nonlinearity": "sin"},
     {"dropout": True, "bias": 1},
     {"bias": 1, "input_size": 0},
 ]
 UNASKED_BY_2_10 = [{"bias": 1}, {"bias": None}, {"batch_first": 0}, {"input_size": 0}, {"bias": 1, "input_size": 0}]
 
 
-@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("cls", LAYERS)
 @pytest.mark.parametrize("bad", BAD_ARGUMENTS, **ids)
-def test_bad_argument_raises_what_nn_lstm_raises(cls, bad):
+def test_bad_argument_raises_what_torchs_raises(cls, bad):
     arguments = {"input_size": 3, "hidden_size": 4, **bad}
     if IS_2_10 and bad in UNASKED_BY_2_10:
         pytest.skip("torch 2.10 makes a module of it")
-    assert outcome(lambda: cls(**arguments)) == outcome(lambda: nn.LSTM(**arguments))
+    assert outcome(lambda: cls(**arguments)) == outcome(lambda: BASES[cls](**arguments))
 
 
-@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("cls", LAYERS)
 @pytest.mark.parametrize("dropout", [0.5, 1, 1.0])
-def test_dropout_with_one_layer_warns_as_nn_lstm_does(cls, dropout):
+def test_dropout_with_one_layer_warns_as_torchs_does(cls, dropout):
     with pytest.warns(UserWarning, match="dropout option adds dropout after all but last") as expected:
-        nn.LSTM(3, 4, dropout=dropout)
+        BASES[cls](3, 4, dropout=dropout)
     with pytest.warns(UserWarning, match="dropout option adds dropout after all but last") as warned:
         cls(3, 4, dropout=dropout)
     assert [str(w.message) for w in warned] == [str(w.message) for w in expected]
 
 
-@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("cls", LAYERS)
 def test_every_argument_by_position(cls):
-    args = (3, 4, 2, False, True, 0.5, True, 2, "cpu", torch.float64)
-    ours, theirs = cls(*args), nn.LSTM(*args)
+    """The eighth, the ninth of an nn.RNN, is proj_size in all of them, whatever the signature in the docs says."""
+    args = (3, 4, 2, *(["relu"] if BASES[cls] is nn.RNN else []), False, True, 0.5, True, 2, "cpu", torch.float64)
+    ours, theirs = cls(*args), BASES[cls](*args)
     for name in FIELDS:
         assert getattr(ours, name) == getattr(theirs, name)
     assert [p.dtype for p in ours.parameters()] == [torch.float64] * 12
@@ -117,15 +131,52 @@ def test_every_argument_by_position(cls):
         cls(*args, None)
 
 
-def test_signature_is_nn_lstms():
-    assert inspect.signature(fusedrnn.LSTM) == inspect.signature(nn.LSTM)
-    assert inspect.signature(fusedrnn.LSTMCell) == inspect.signature(nn.LSTMCell)
-    ours = list(inspect.signature(fusedrnn.LSTM.forward).parameters.values())
-    assert [p.name for p in ours[:3]] == list(inspect.signature(nn.LSTM.forward).parameters)
-    assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in ours[3:])
+@pytest.mark.parametrize("cls", OTHERS)
+def test_a_projection_by_position_is_refused_when_it_is_called(cls):
+    """nn.GRU and nn.RNN fail there as well, with a size that does not fit."""
+    module = cls(3, 4, 1, *(["tanh"] if BASES[cls] is nn.RNN else []), True, False, 0.0, False, 2)
+    assert "weight_hr_l0" in module.state_dict()
+    with pytest.raises(ValueError, match="weights must hold 2 or 4 tensors"):
+        module(zeros(5, 2, 3))
+    device = (3, 4, 1, *(["tanh"] if BASES[cls] is nn.RNN else []), True, False, 0.0, False, "cpu")
+    assert outcome(lambda: cls(*device)) == outcome(lambda: BASES[cls](*device))
 
 
-@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("cls", [fusedrnn.RNN, fusedrnn.CompilableRNN])
+def test_nonlinearity(cls):
+    for args, options in (((), {}), ((), {"nonlinearity": "tanh"}), ((), RELU), ((1, "relu"), {}), ((1, "tanh"), {})):
+        ours, theirs = cls(3, 4, *args, **options), nn.RNN(3, 4, *args, **options)
+        assert (ours.mode, ours.nonlinearity) == (theirs.mode, theirs.nonlinearity)
+        assert repr(ours) == repr(theirs).replace("RNN", cls.__name__)
+    for args, options in (((1, "sin"), {}), ((1, None), {}), ((1, "relu"), RELU)):
+        assert outcome(lambda a=args, o=options: cls(3, 4, *a, **o)) == outcome(
+            lambda a=args, o=options: nn.RNN(3, 4, *a, **o)
+        )
+
+
+def test_nonlinearity_may_be_changed_later():
+    """torch's modules read it, an nn.RNN its mode, at every call; and so does a pickle made meanwhile."""
+    x = torch.randn(5, 3)
+    for ours, theirs in ((fusedrnn.RNN(3, 4), nn.RNN(3, 4)), (fusedrnn.RNNCell(3, 4), nn.RNNCell(3, 4))):
+        ours.load_state_dict(theirs.state_dict())
+        for module in (ours, theirs):
+            module.mode, module.nonlinearity = "RNN_RELU", "relu"
+        torch.testing.assert_close(flat(pickle.loads(pickle.dumps(ours))(x)), flat(theirs(x)))
+        for module in (ours, theirs):
+            module.mode = module.nonlinearity = "GRU"
+        if not IS_2_10:  # which has no words for the layer
+            assert outcome(lambda m=ours: m(x)) == outcome(lambda m=theirs: m(x))
+
+
+def test_signature_is_torchs():
+    for cls in INSTANCES:
+        assert inspect.signature(cls) == inspect.signature(BASES[cls])
+        ours = list(inspect.signature(cls.forward).parameters.values())
+        assert [p.name for p in ours[:3]] == list(inspect.signature(BASES[cls].forward).parameters)
+        assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in ours[3:])
+
+
+@pytest.mark.parametrize("cls", LAYERS)
 def test_bidirectional_is_not_checked(cls):
     assert cls(3, 4, bidirectional=1)(zeros(5, 2, 3))[0].shape == (5, 2, 8)
 
@@ -149,10 +200,9 @@ FIELDS = [
 ]
 
 
-@pytest.mark.parametrize("cls", CLASSES)
-@pytest.mark.parametrize("options", OPTIONS, **ids)
+@pytest.mark.parametrize(("cls", "options"), LAYERS_AND_OPTIONS, **ids)
 def test_attributes(cls, options):
-    ours, theirs = cls(3, 4, **options), nn.LSTM(3, 4, **options)
+    ours, theirs = cls(3, 4, **options), BASES[cls](3, 4, **options)
     for name in FIELDS:
         assert getattr(ours, name) == getattr(theirs, name)
         assert type(getattr(ours, name)) is type(getattr(theirs, name))
@@ -165,34 +215,37 @@ def test_attributes(cls, options):
 
 
 def test_there_is_no_attribute_named_reset():
-    for module in (fusedrnn.LSTM(3, 4), fusedrnn.CompilableLSTM(3, 4), fusedrnn.LSTMCell(3, 4)):
-        assert not hasattr(module, "reset")
+    for cls in BASES:
+        assert not hasattr(cls(3, 4), "reset")
 
 
 def test_isinstance():
-    assert isinstance(fusedrnn.LSTM(3, 4), nn.LSTM)
-    assert isinstance(fusedrnn.LSTMCell(3, 4), nn.LSTMCell)
-    compilable = fusedrnn.CompilableLSTM(3, 4)
-    assert isinstance(compilable, nn.RNNBase)
-    assert not isinstance(compilable, nn.LSTM)
+    for cls, base in BASES.items():
+        assert isinstance(cls(3, 4), (nn.RNNBase, nn.RNNCellBase))
+        assert isinstance(cls(3, 4), base) == (cls in INSTANCES)
+        assert not isinstance(cls(3, 4), tuple(set(BASES.values()) - {base}))
 
 
-@pytest.mark.parametrize("cls", CLASSES)
-@pytest.mark.parametrize("options", OPTIONS, **ids)
-def test_check_methods_are_nn_lstms(cls, options):
-    ours, theirs = cls(3, 4, **options), nn.LSTM(3, 4, **options)
+@pytest.mark.parametrize(("cls", "options"), LAYERS_AND_OPTIONS, **ids)
+def test_check_methods_are_torchs(cls, options):
+    ours, theirs = cls(3, 4, **options), BASES[cls](3, 4, **options)
     x, sizes = zeros(6, 5, 3), torch.tensor([5, 3, 1])
-    hidden = zeros(theirs.get_expected_hidden_size(x, None)), zeros(theirs.get_expected_cell_size(x, None))
+    h = zeros(theirs.get_expected_hidden_size(x, None))
+    if cls in CLASSES:
+        c = zeros(theirs.get_expected_cell_size(x, None))
+        hidden, bad_states = (h, c), [(h[:, :2], c), (h, c[:, :2])]
+        assert ours.get_expected_cell_size(x, sizes) == theirs.get_expected_cell_size(x, sizes)
+    else:
+        hidden, bad_states = h, [h[:, :2], h[:, :, :2]]
+        assert not hasattr(ours, "get_expected_cell_size")
     for module in (ours, theirs):
         module.check_input(x, None)
         module.check_input(zeros(9, 3), sizes)
         module.check_forward_args(x, hidden, None)
-        module.check_hidden_size(hidden[0], tuple(hidden[0].shape))
+        module.check_hidden_size(h, tuple(h.shape))
     for call in (
         lambda m: m.get_expected_hidden_size(x, None),
-        lambda m: m.get_expected_cell_size(x, None),
         lambda m: m.get_expected_hidden_size(x, sizes),
-        lambda m: m.get_expected_cell_size(x, sizes),
         lambda m: m.permute_hidden(hidden, None) is hidden,
         lambda m: [s.shape for s in m.permute_hidden(hidden, torch.tensor([2, 0, 1]))],
     ):
@@ -201,9 +254,9 @@ def test_check_methods_are_nn_lstms(cls, options):
         lambda m: m.check_input(zeros(6, 5, 7), None),
         lambda m: m.check_input(x, sizes),
         lambda m: m.check_input(x.double(), None),
-        lambda m: m.check_forward_args(x, (hidden[0][:, :2], hidden[1]), None),
-        lambda m: m.check_forward_args(x, (hidden[0], hidden[1][:, :2]), None),
-        lambda m: m.check_hidden_size(hidden[0], (1, 2, 3)),
+        lambda m: m.check_forward_args(x, bad_states[0], None),
+        lambda m: m.check_forward_args(x, bad_states[1], None),
+        lambda m: m.check_hidden_size(h, (1, 2, 3)),
     ):
         assert outcome(lambda bad=bad: bad(ours)) == outcome(lambda bad=bad: bad(theirs))
 
@@ -217,11 +270,10 @@ def test_permute_hidden_permutes_the_batch():
 # Parameters and state_dict
 
 
-@pytest.mark.parametrize("cls", CLASSES)
-@pytest.mark.parametrize("options", OPTIONS, **ids)
+@pytest.mark.parametrize(("cls", "options"), LAYERS_AND_OPTIONS, **ids)
 def test_same_seed_gives_the_same_weights(cls, options):
     torch.manual_seed(3)
-    theirs, after = nn.LSTM(3, 4, **options), torch.rand(1)
+    theirs, after = BASES[cls](3, 4, **options), torch.rand(1)
     torch.manual_seed(3)
     ours = cls(3, 4, **options)
     assert torch.rand(1) == after
@@ -235,20 +287,22 @@ def test_same_seed_gives_the_same_weights(cls, options):
             assert torch.equal(ours.state_dict()[name], weight)
 
 
-def test_cell_has_nn_lstmcells_weights_and_repr():
+@pytest.mark.parametrize(
+    ("cls", "options"), [*((cls, {}) for cls in STEPS), (fusedrnn.RNNCell, {"bias": False, **RELU})], **ids
+)
+def test_cell_has_torchs_weights_and_repr(cls, options):
     torch.manual_seed(3)
-    theirs = nn.LSTMCell(3, 4)
+    theirs = BASES[cls](3, 4, **options)
     torch.manual_seed(3)
-    ours = fusedrnn.LSTMCell(3, 4)
+    ours = cls(3, 4, **options)
     assert list(ours.state_dict()) == list(theirs.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
     assert repr(ours) == repr(theirs)
 
 
-@pytest.mark.parametrize("cls", CLASSES)
-@pytest.mark.parametrize("options", OPTIONS, **ids)
+@pytest.mark.parametrize(("cls", "options"), LAYERS_AND_OPTIONS, **ids)
 def test_state_dict_through_a_file_both_ways(cls, options):
-    ours, theirs = cls(3, 4, **options), nn.LSTM(3, 4, **options)
+    ours, theirs = cls(3, 4, **options), BASES[cls](3, 4, **options)
     for source, target in ((ours, theirs), (theirs, ours)):
         source.reset_parameters()
         file = io.BytesIO()
@@ -259,17 +313,16 @@ def test_state_dict_through_a_file_both_ways(cls, options):
         assert all(torch.equal(a, b) for a, b in zip(source.parameters(), target.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("options", OPTIONS, **ids)
-def test_repr_shows_what_differs_from_the_defaults(options):
-    expected = repr(nn.LSTM(3, 4, **options))
-    assert repr(fusedrnn.LSTM(3, 4, **options)) == expected
-    assert repr(fusedrnn.CompilableLSTM(3, 4, **options)) == expected.replace("LSTM", "CompilableLSTM")
+@pytest.mark.parametrize(("cls", "options"), LAYERS_AND_OPTIONS, **ids)
+def test_repr_shows_what_differs_from_the_defaults(cls, options):
+    base = BASES[cls]
+    assert repr(cls(3, 4, **options)) == repr(base(3, 4, **options)).replace(base.__name__, cls.__name__)
 
 
 # Copies
 
 
-@pytest.mark.parametrize("cls", [*CLASSES, fusedrnn.LSTMCell])
+@pytest.mark.parametrize("cls", BASES)
 @pytest.mark.parametrize(
     "duplicate",
     [lambda m: pickle.loads(pickle.dumps(m)), copy.deepcopy, copy.copy],
@@ -282,11 +335,11 @@ def test_copies(cls, duplicate):
     assert clone.training is False
     x = torch.randn(2, 3)
     assert all(torch.equal(a, b) for a, b in zip(flat(module(x)), flat(clone(x)), strict=True))
-    clone(x)[0].sum().backward()
+    flat(clone(x))[0].sum().backward()
     assert all(p.grad is not None for p in clone.parameters())
 
 
-@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("cls", LAYERS)
 def test_module_through_torch_save(cls):
     module, file = cls(3, 4, num_layers=2), io.BytesIO()
     torch.save(module, file)
@@ -296,8 +349,7 @@ def test_module_through_torch_save(cls):
     assert torch.equal(loaded(x)[0], module(x)[0])
 
 
-@pytest.mark.parametrize("cls", CLASSES)
-@pytest.mark.parametrize("options", OPTIONS, **ids)
+@pytest.mark.parametrize(("cls", "options"), LAYERS_AND_OPTIONS, **ids)
 def test_old_pickles(cls, options):
     """Before torch 1.8 there was no proj_size, and once _all_weights held, or all_weights was, something else."""
     module, x = cls(3, 4, **options), torch.randn(5, 2, 3)
@@ -317,7 +369,7 @@ def test_old_pickles(cls, options):
         assert torch.equal(loaded(x)[0], expected)
 
 
-@pytest.mark.parametrize("cls", [*CLASSES, fusedrnn.LSTMCell])
+@pytest.mark.parametrize("cls", BASES)
 def test_meta_device_then_materialised(cls):
     with torch.device("meta"):
         module = cls(3, 4)
@@ -333,8 +385,9 @@ def test_meta_device_then_materialised(cls):
 
 
 def flat(outputs):
-    first, rest = outputs
-    return [first, *rest] if isinstance(rest, tuple) else [first, rest]
+    if isinstance(outputs, torch.Tensor):
+        return [outputs]
+    return [tensor for part in outputs for tensor in flat(part)]
 
 
 # Subclasses and replicas
@@ -366,7 +419,7 @@ def test_class_assigned_afterwards():
     assert torch.equal(module(x)[0], before * 2)
 
 
-@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("cls", LAYERS)
 def test_data_parallel_replica(cls):
     """What torch.nn.parallel.replicate does: a shell whose parameters are set as plain, non-leaf tensors."""
     module = cls(3, 4, num_layers=2, bidirectional=True)
@@ -432,24 +485,69 @@ def unsuitable(T=5, B=3, I=3, L=2, H=4):
     }
 
 
+def unsuitable_for_one_state(T=5, B=3, I=3, L=2, H=4):
+    """For a GRU or RNN, whose hx is a tensor."""
+    x, h = zeros(T, B, I), zeros(L, B, H)
+    meta, double = {"device": "meta"}, {"dtype": torch.float64}
+    return {
+        "4-D": lambda m: m(zeros(2, T, B, I)),
+        "0-D": lambda m: m(zeros(())),
+        "4-D before a bad hx": lambda m: m(zeros(2, T, B, I), h[0]),
+        "2-D hx": lambda m: m(x, h[0]),
+        "4-D hx": lambda m: m(x, h[None]),
+        "3-D hx of unbatched input": lambda m: m(x[:, 0], h),
+        "2-D hx before a dtype": lambda m: m(x.double(), h[0]),
+        "dtype": lambda m: m(zeros(T, B, I, **double)),
+        "integers": lambda m: m(zeros(T, B, I, dtype=torch.int64)),
+        "dtype before a feature size": lambda m: m(zeros(T, B, 7, **double)),
+        "feature size": lambda m: m(zeros(T, B, 7)),
+        "feature size of unbatched input": lambda m: m(zeros(T, 7)),
+        "feature size before a state's": lambda m: m(zeros(T, B, 7), h[:1]),
+        "feature size before T": lambda m: m(zeros(0, B, 7)),
+        "layers of h": lambda m: m(x, h[:1]),
+        "batch of h": lambda m: m(x, h[:, :2]),
+        "a batch that would broadcast": lambda m: m(x, h[:, :1]),
+        "hidden size": lambda m: m(x, h[:, :, :3]),
+        "hidden size of unbatched h": lambda m: m(x[:, 0], h[:, 0, :3]),
+        "states before T": lambda m: m(x[:0], h[:1]),
+        "T = 0": lambda m: m(x[:0]),
+        "T = 0, unbatched": lambda m: m(x[:0, 0]),
+        "T = 0 with hx": lambda m: m(x[:0], h),
+        "T = 0 before the dtype of hx": lambda m: m(x[:0], h.double()),
+        "device of h": lambda m: m(x, zeros(L, B, H, **meta)),
+        "device before T": lambda m: m(x[:0], zeros(L, B, H, **meta)),
+        "device of input": lambda m: m(zeros(T, B, I, **meta)),
+        "features of packed input": lambda m: m(packed(I=7)),
+        "dtype of packed input": lambda m: m(packed(dtype=torch.float64)),
+        "packed: batch of h": lambda m: m(by_hand([3, 2]), zeros(L, 5, H)),
+        "packed: layers of h": lambda m: m(packed(), zeros(L + 1, B, H)),
+        "packed: 2-D hx": lambda m: m(by_hand([3, 2]), h[0]),
+    }
+
+
 WRONG_DTYPE = "RNN input dtype ({0}) does not match weight dtype ({1}). Convert input: input.to({1})"
 WRONG_DTYPE += ", or convert model: model.to({0})"
 
 
-@pytest.mark.parametrize("cls", CLASSES)
-@pytest.mark.parametrize("case", unsuitable())
+@pytest.mark.parametrize(
+    ("cls", "case"),
+    [
+        *((cls, case) for cls in CLASSES for case in unsuitable()),
+        *((cls, case) for cls in OTHERS for case in unsuitable_for_one_state()),
+    ],
+)
 @pytest.mark.usefixtures("grad_mode")
-def test_unsuitable_input_raises_what_nn_lstm_raises(cls, case):
-    call = unsuitable()[case]
+def test_unsuitable_input_raises_what_torchs_raises(cls, case):
+    call = (unsuitable() if cls in CLASSES else unsuitable_for_one_state())[case]
     kind, text = outcome(lambda: call(cls(3, 4, 2)))
-    expected_kind, expected_text = outcome(lambda: call(nn.LSTM(3, 4, 2)))
-    if IS_2_10 and case in ("dtype", "integers", "dtype before a feature size"):
+    expected_kind, expected_text = outcome(lambda: call(BASES[cls](3, 4, 2)))
+    if IS_2_10 and case in ("dtype", "integers", "dtype before a feature size", "dtype of packed input"):
         dtype = torch.int64 if case == "integers" else torch.float64
         expected_kind, expected_text = ValueError, WRONG_DTYPE.format(dtype, torch.float32)
     assert kind is expected_kind
     if case.startswith(("three", "device")):  # what was given is named as well
         assert text.startswith(expected_text)
-        assert "got 3" in text or "hx[" in text or "weights[" in text
+        assert "got 3" in text or "(hx" in text or "weights[" in text
     else:
         assert text == expected_text
 
@@ -496,6 +594,39 @@ def test_unsuitable_input_with_options(call, options):
 def test_unsuitable_input_that_nn_lstm_has_no_words_for(cls, case, kind, text):
     with pytest.raises(kind, match=text):
         case(cls(3, 4, 2))
+
+
+@pytest.mark.parametrize("cls", OTHERS)
+@pytest.mark.parametrize(
+    ("case", "kind", "text"),
+    [
+        (
+            lambda m, h: m(zeros(5, 3, 3), (h, h)),
+            AttributeError,
+            r"hx must be a Tensor h_0, got tuple of 2: .*\(h_0, c_0\)",
+        ),
+        (
+            lambda m, h: m(zeros(5, 3, 3), [h]),
+            AttributeError,
+            r"hx must be a Tensor h_0, got list of 1: .*\(h_0, c_0\)",
+        ),
+        (lambda m, h: m(zeros(5, 3, 3), "ab"), AttributeError, "hx must be a Tensor h_0, got str"),
+        (lambda m, h: m(packed(), (h, h)), AttributeError, "hx must be a Tensor h_0, got tuple of 2"),
+        (lambda m, h: m(by_hand([3, 2]), (h, h)), AttributeError, "hx must be a Tensor h_0, got tuple of 2"),
+        (lambda m, h: m(zeros(5, 3, 3), h.double()), RuntimeError, "hx must have the dtype of the weights.*float64"),
+        (lambda m, h: m(packed(), zeros(2, 5, 4)), RuntimeError, r"hx must be \[L\*D, 3, ...\].*got \[2, 5, 4\]"),
+        (lambda m, h: m(packed(), zeros(2, 1, 4)), RuntimeError, r"hx must be \[L\*D, 3, ...\].*got \[2, 1, 4\]"),
+        (lambda m, h: m(packed(), zeros(3, 4)), RuntimeError, r"hx must be \[L\*D, 3, ...\].*got \[3, 4\]"),
+        (lambda m, h: m([1.0]), TypeError, "input must be a Tensor, got list"),
+    ],
+)
+@pytest.mark.usefixtures("grad_mode")
+def test_unsuitable_input_that_nn_gru_has_no_words_for(cls, case, kind, text):
+    """hx in a tuple, as of an LSTM, is nn.GRU's AttributeError, and a TypeError."""
+    h = zeros(2, 3, 4)
+    with pytest.raises(kind, match=text) as raised:
+        case(cls(3, 4, 2), h)
+    assert kind is not AttributeError or isinstance(raised.value, TypeError)
 
 
 def packed(I=3, lengths=(5, 2, 1), **kwargs):
@@ -623,12 +754,33 @@ def unsuitable_for_a_cell(B=2, I=3, H=4):
     }
 
 
-@pytest.mark.parametrize("case", unsuitable_for_a_cell())
+def unsuitable_for_a_cell_of_one_state(B=2, I=3, H=4):
+    x, h = zeros(B, I), zeros(B, H)
+    return {
+        "3-D": lambda m: m(zeros(2, B, I)),
+        "0-D": lambda m: m(zeros(())),
+        "3-D h": lambda m: m(x, zeros(2, B, H)),
+        "0-D h": lambda m: m(x, zeros(())),
+        "feature size": lambda m: m(zeros(B, 7)),
+        "feature size before a state's": lambda m: m(zeros(B, 7), h[:1]),
+        "batch of h": lambda m: m(x, zeros(3, H)),
+        "a batch that would broadcast": lambda m: m(x, h[:1]),
+        "hidden size of h": lambda m: m(x, zeros(B, 5)),
+    }
+
+
+@pytest.mark.parametrize(
+    ("cls", "case"),
+    [
+        *((fusedrnn.LSTMCell, case) for case in unsuitable_for_a_cell()),
+        *((cls, case) for cls in STEPS[1:] for case in unsuitable_for_a_cell_of_one_state()),
+    ],
+)
 @pytest.mark.usefixtures("grad_mode")
-def test_cell_raises_what_nn_lstmcell_raises(case):
-    call = unsuitable_for_a_cell()[case]
-    kind, text = outcome(lambda: call(fusedrnn.LSTMCell(3, 4)))
-    expected_kind, expected_text = outcome(lambda: call(nn.LSTMCell(3, 4)))
+def test_cell_raises_what_torchs_raises(cls, case):
+    call = (unsuitable_for_a_cell() if cls is fusedrnn.LSTMCell else unsuitable_for_a_cell_of_one_state())[case]
+    kind, text = outcome(lambda: call(cls(3, 4)))
+    expected_kind, expected_text = outcome(lambda: call(BASES[cls](3, 4)))
     assert kind is expected_kind
     assert text.startswith(expected_text) if case.endswith(("states", "state")) else text == expected_text
 
@@ -659,6 +811,62 @@ def test_cell_raises_what_nn_lstmcell_raises(case):
 def test_cell_errors_that_nn_lstmcell_has_no_words_for(call, kind, text):
     with pytest.raises(kind, match=text):
         call(fusedrnn.LSTMCell(3, 4))
+
+
+@pytest.mark.parametrize("cls", STEPS[1:])
+@pytest.mark.parametrize(
+    ("call", "kind", "text"),
+    [
+        (
+            lambda m, h: m(zeros(2, 3), (h, h)),
+            AttributeError,
+            r"hx must be a Tensor h_0, got tuple of 2: .*\(h_0, c_0\)",
+        ),
+        (lambda m, h: m(zeros(2, 3), [h]), AttributeError, "hx must be a Tensor h_0, got list of 1"),
+        (lambda m, h: m(zeros(2, 3), h[0]), RuntimeError, r"hx must be 2-D.*a 1-D tensor"),
+        (lambda m, h: m(zeros(3), h), RuntimeError, r"hx must be 1-D.*a 2-D tensor"),
+        (lambda m, h: m(zeros(2, 3).double()), RuntimeError, "input must have the dtype of the weights.*float64"),
+        (lambda m, h: m(zeros(2, 3), h.double()), RuntimeError, "hx must have the dtype of the weights.*float64"),
+        (lambda m, h: m(zeros(2, 3), h.to("meta")), RuntimeError, r"not at the same device.*meta \(hx\)"),
+    ],
+)
+@pytest.mark.usefixtures("grad_mode")
+def test_cell_errors_that_nn_grucell_has_no_words_for(cls, call, kind, text):
+    with pytest.raises(kind, match=text):
+        call(cls(3, 4), zeros(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("function", "G"),
+    [(functional.gru, 3), (functional.rnn, 1), (lambda *a, **k: functional.rnn(*a, nonlinearity="relu", **k), 1)],
+    ids=["gru", "rnn_tanh", "rnn_relu"],
+)
+@pytest.mark.usefixtures("grad_mode")
+def test_functional_gru_and_rnn_check_their_own_arguments(function, G):
+    weights = [zeros(G * 4, 3), zeros(G * 4, 4), zeros(G * 4), zeros(G * 4)]
+    assert function(zeros(5, 2, 3), weights)[1].shape == (1, 2, 4)
+    for bad, options, text in (
+        (weights[:3], {}, "weights must hold 2 or 4 tensors for each of 1 layers and 1 directions, got 3"),
+        ([*weights, zeros(2, 4)], {}, "weights must hold 2 or 4 tensors .* got 5"),
+        (weights, {"num_layers": 0}, "num_layers must be greater than zero, got 0"),
+        (weights, {"dropout": 2}, "dropout must be a probability in 0..1, got 2"),
+        ([*weights[:2], zeros(1), weights[3]], {}, rf"weights\[2\] must have shape \[{4 * G}\], got \[1\]"),
+        ([*weights[:3], zeros(1)], {}, rf"weights\[3\] must have shape \[{4 * G}\], got \[1\]"),
+        (weights * 2, {"num_layers": 2}, rf"weights\[4\] must have shape \[{4 * G}, 4\]"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            function(zeros(5, 2, 3), bad, **options)
+    with pytest.raises(TypeError, match="hidden_size"):
+        function(zeros(5, 2, 3), weights, hidden_size=4)
+
+
+def test_functional_rnn_knows_two_nonlinearities():
+    for call in (
+        lambda: functional.rnn(zeros(5, 2, 3), [], nonlinearity="sin"),
+        lambda: functional.rnn_cell(zeros(2, 3), None, zeros(4, 3), zeros(4, 4), nonlinearity="sin"),
+    ):
+        with pytest.raises(ValueError, match="Unknown nonlinearity 'sin'"):
+            call()
 
 
 WEIGHTS = [zeros(16, 3), zeros(16, 4), zeros(16), zeros(16)]
@@ -754,5 +962,7 @@ def test_functional_lstm_cell_checks_its_own_arguments(arguments, text):
 def test_import_and_use_warn_about_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        fusedrnn.LSTM(3, 4, 2, dropout=0.5)(zeros(5, 2, 3))[0].sum().backward()
-        fusedrnn.LSTMCell(3, 4)(zeros(2, 3))
+        for cls in LAYERS:
+            cls(3, 4, 2, dropout=0.5)(zeros(5, 2, 3))[0].sum().backward()
+        for cls in STEPS:
+            cls(3, 4)(zeros(2, 3))

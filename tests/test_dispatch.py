@@ -1,6 +1,7 @@
 """Which backend runs, who decides it, and what is said about the others."""
 
 import asyncio
+import copy
 import itertools
 import json
 import shutil
@@ -14,7 +15,8 @@ from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
 import fusedrnn
-from fusedrnn import dispatch, functional, ops
+from fusedrnn import dispatch, fast_path, functional, ops, stack
+from fusedrnn.cells import CELLS
 from fusedrnn.dispatch import Problem
 
 NAMES = ["cuda", "triton", "cpu", "aten", "reference"]
@@ -47,7 +49,7 @@ def spies(monkeypatch):
 
     spy("forward", ops.forward_op)
     spy("backward", ops.backward_op)
-    for name in ("lstm", "lstm_cell"):
+    for name in [name + step for name in CELLS for step in ("", "_cell")]:
         torchs = getattr(torch._VF, name)
 
         def spied(*args, torchs=torchs):
@@ -61,7 +63,7 @@ def spies(monkeypatch):
 @pytest.fixture
 def replace(monkeypatch):
     """Gives a row of the table other answers, and has the table asked: the short way knows what it says of the CPU."""
-    monkeypatch.setattr(functional, "_short_way", lambda *_, **__: None)
+    monkeypatch.setattr(fast_path, "attempt", lambda *_, **__: None)
 
     def change(name, **answers):
         monkeypatch.setitem(dispatch.TABLE, name, dispatch.TABLE[name]._replace(**answers))
@@ -404,7 +406,7 @@ def test_explain_tells_what_runs(spies, monkeypatch, form, asked):
     """The problem that is explained is the one that the call selects a backend for, and so is the backend."""
     module, args, options, problem = FORMS[form]
     select, selected = dispatch.select, []
-    monkeypatch.setattr(functional, "_short_way", lambda *_, **__: None)  # it has no problem to show
+    monkeypatch.setattr(fast_path, "attempt", lambda *_, **__: None)  # it has no problem to show
     monkeypatch.setattr(dispatch, "select", lambda problem: selected.append(problem) or select(problem))
     with fusedrnn.use_backend(asked):
         explanation = fusedrnn.explain(module, *args, **options)
@@ -461,17 +463,64 @@ def test_explain_under_autocast():
 
 
 @pytest.mark.parametrize(
+    ("cls", "options", "cell", "step"),
+    [
+        (nn.GRU, {"bidirectional": True}, "gru", False),
+        (nn.RNN, {}, "rnn_tanh", False),
+        (nn.RNN, {"nonlinearity": "relu", "num_layers": 2}, "rnn_relu", False),
+        (nn.GRUCell, {}, "gru", True),
+        (nn.RNNCell, {}, "rnn_tanh", True),
+        (nn.RNNCell, {"nonlinearity": "relu"}, "rnn_relu", True),
+    ],
+)
+def test_explain_tells_what_runs_of_other_cells(spies, cls, options, cell, step):
+    """Of fusedrnn's module what ran, with hx as a tensor; and why no kernel that is written for other cells did."""
+    theirs = cls(3, 5, **options)
+    ours = fusedrnn.convert(copy.deepcopy(theirs))
+    x = torch.randn(2, 3) if step else torch.randn(4, 2, 3)
+    rows = theirs.num_layers * (2 if theirs.bidirectional else 1) if not step else 0
+    hx = torch.randn(2, 5) if step else torch.randn(rows, 2, 5)
+    for module in (theirs, ours):
+        for state in (None, hx):
+            told = fusedrnn.explain(module, x, state)
+            p = told.problem
+            assert (p.cell, p.step, p.T, p.B, p.H, p.P) == (cell, step, 1 if step else 4, 2, 5, 5)
+            assert set(told.reasons) == set(NAMES) - {told.backend}
+            for name in ("cuda", "triton"):
+                if dispatch.TABLE[name].unavailable() is None and cell not in dispatch.TABLE[name].cells:
+                    assert told.reasons[name] == f"it has no kernel for the cell {cell}"
+    told = fusedrnn.explain(ours, x, hx)
+    if told.backend == "aten":
+        assert told.plan == f"torch's own {cls.__name__.removesuffix('Cell')} for this device"
+        ours(x, hx)
+        assert spies["forward"] == ["aten"]
+    if not step:
+        extra = fusedrnn.explain(ours, x, hx, return_states=True)
+        assert extra.backend != "aten"
+        assert extra.reasons["aten"] == f"torch's own {cls.__name__} has no return_states"
+
+
+def test_a_backend_without_a_kernel_for_a_cell_is_refused_by_name(replace):
+    replace("cpu", unavailable=lambda: None, cells=frozenset({"lstm"}))
+    module, x = fusedrnn.GRU(3, 5), torch.randn(4, 2, 3)
+    with fusedrnn.use_backend("cpu"), pytest.raises(RuntimeError, match="it has no kernel for the cell gru"):
+        module(x)
+
+
+@pytest.mark.parametrize(
     ("module", "input", "text"),
     [
-        (nn.GRU(3, 5), torch.randn(4, 2, 3), "module must be an LSTM or an LSTMCell, got GRU"),
-        (nn.RNN(3, 5), torch.randn(4, 2, 3), "module must be an LSTM or an LSTMCell, got RNN"),
-        (nn.GRUCell(3, 5), torch.randn(2, 3), "module must be an LSTM or an LSTMCell, got GRUCell"),
-        (nn.Linear(3, 5), torch.randn(4, 2, 3), "module must be an LSTM or an LSTMCell, got Linear"),
+        (nn.Linear(3, 5), torch.randn(4, 2, 3), "module must be an LSTM, GRU or RNN, or a cell of one, got Linear"),
+        (
+            nn.RNNCell(3, 5, nonlinearity="x"),
+            torch.randn(2, 3),
+            "module must be an LSTM, GRU or RNN, or a cell of one, got RNNCell",
+        ),
         (fusedrnn.LSTM(3, 5), [1.0], "input must be a Tensor or a PackedSequence, got list"),
         (fusedrnn.LSTM(3, 5), None, "input must be a Tensor or a PackedSequence, got NoneType"),
         (fusedrnn.LSTMCell(3, 5), pack_sequence([torch.randn(4, 3)]), "input must be a Tensor, got PackedSequence"),
     ],
-    ids=["GRU", "RNN", "GRUCell", "Linear", "list", "None", "packed-for-a-cell"],
+    ids=["Linear", "unknown", "list", "None", "packed-for-a-cell"],
 )
 def test_explain_refuses_other_types(module, input, text):
     with pytest.raises(TypeError) as error:
@@ -485,8 +534,10 @@ def test_explain_refuses_other_types(module, input, text):
         (fusedrnn.LSTM(3, 5), torch.randn(3), "LSTM: Expected input to be 2D or 3D, got 1D instead"),
         (fusedrnn.LSTM(3, 5), torch.randn(1, 4, 2, 3), "LSTM: Expected input to be 2D or 3D, got 4D instead"),
         (fusedrnn.LSTMCell(3, 5), torch.randn(4, 2, 3), "LSTMCell: Expected input to be 1D or 2D, got 3D instead"),
+        (nn.GRU(3, 5), torch.randn(3), "GRU: Expected input to be 2D or 3D, got 1D instead"),
+        (nn.RNNCell(3, 5), torch.randn(4, 2, 3), "RNNCell: Expected input to be 1D or 2D, got 3D instead"),
     ],
-    ids=["1-D", "4-D", "cell-3-D"],
+    ids=["1-D", "4-D", "cell-3-D", "GRU", "RNNCell"],
 )
 def test_explain_refuses_other_dimensions(module, input, text):
     with pytest.raises(ValueError) as error:
@@ -621,9 +672,9 @@ def test_plain_on_the_cpu_is_where_the_cpu_backend_is_selected(name, dtype):
             assert not dispatch.is_plain_on_cpu(x)
 
 
-def test_the_short_way_gives_the_same_bits(monkeypatch):
+def test_the_fast_path_gives_the_same_bits(monkeypatch):
     """Layers, both directions, projections, batch first, and a cell: training, inference, and the long way."""
-    results, real = [], functional._short_way
+    results, real = [], fast_path.attempt
 
     def spy(*arguments, **dims):
         results.append(real(*arguments, **dims))
@@ -643,11 +694,11 @@ def test_the_short_way_gives_the_same_bits(monkeypatch):
         for hx in (None, (h0.requires_grad_(), c0.requires_grad_())):
             leaves = [x, *lstm.parameters(), *(hx or ())]
             with monkeypatch.context() as patch:
-                patch.setattr(functional, "_short_way", lambda *_, **__: None)
+                patch.setattr(fast_path, "attempt", lambda *_, **__: None)
                 y, state = lstm(x, hx)
                 expected = [y, *state, *gradients((y, state), leaves)]
             with monkeypatch.context() as patch:
-                patch.setattr(functional, "_short_way", spy)
+                patch.setattr(fast_path, "attempt", spy)
                 y, state = lstm(x, hx)
                 trained = [y, *state, *gradients((y, state), leaves)]
                 with torch.no_grad():
@@ -662,11 +713,11 @@ def test_the_short_way_gives_the_same_bits(monkeypatch):
     for state in ((h, c), None):
         leaves = [x, *cell.parameters(), *(state or ())]
         with monkeypatch.context() as patch:
-            patch.setattr(functional, "_short_way", lambda *_, **__: None)
+            patch.setattr(fast_path, "attempt", lambda *_, **__: None)
             new = cell(x, state)
             expected = [*new, *gradients((new[0], new), leaves)]
         with monkeypatch.context() as patch:
-            patch.setattr(functional, "_short_way", spy)
+            patch.setattr(fast_path, "attempt", spy)
             new = cell(x, state)
             trained = [*new, *gradients((new[0], new), leaves)]
             with torch.no_grad():
@@ -680,7 +731,7 @@ def test_the_short_way_gives_the_same_bits(monkeypatch):
 @pytest.mark.skipif("cpu" not in OPERATORS, reason=str(ops.cpu_unavailable))
 def test_what_needs_no_gradient_reserves_nothing(monkeypatch):
     """With autograd on, but nothing that needs a gradient."""
-    monkeypatch.setattr(functional, "_stack", None)
+    monkeypatch.setattr(stack, "run", None)
     lstm = fusedrnn.LSTM(3, 5, 2).requires_grad_(False)
     y, (h, c) = lstm(torch.randn(4, 2, 3))
     assert not any(tensor.requires_grad for tensor in (y, h, c))
@@ -698,7 +749,7 @@ def test_states_of_too_many_layers_are_refused_in_training(layers):
             lstm(x, (hx[0][:layers], hx[1]))
 
 
-def test_the_short_way_of_inference_keeps_dropout():
+def test_the_fast_path_of_inference_keeps_dropout():
     lstm, x = fusedrnn.LSTM(3, 5, 2, dropout=0.5), torch.randn(4, 2, 3)
     with torch.no_grad():
         torch.manual_seed(0)

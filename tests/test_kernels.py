@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import fusedrnn
-from fusedrnn import functional, ops, testing
+from fusedrnn import ops, sequence, testing
 from fusedrnn.testing import Case
 
 pytestmark = pytest.mark.skipif(ops.cpu_unavailable is not None, reason=str(ops.cpu_unavailable))
@@ -218,17 +218,17 @@ def test_sizes_of_packed_input(isa, size):
 @pytest.mark.parametrize("T", [1, 6])
 @pytest.mark.parametrize("name", [name for name, options in OPTIONS.items() if "lengths" in options])
 def test_lengths_where_padding_is_packed(isa, monkeypatch, name, T):
-    monkeypatch.setattr(functional, "_PACKING_FLOPS", 0)
+    monkeypatch.setattr(sequence, "_PACKING_FLOPS", 0)
     check(Case(T, 5, 7, 37, **OPTIONS[name]))
 
 
 def test_padding_is_packed_where_there_is_much_of_it(isa, monkeypatch):
     """Which changes no bit, but of the gradients of the weights: they are sums in another order."""
     case, results, calls = Case(40, 16, 64, 129, bidirectional=True, lengths=True, reset=True, states=True), [], []
-    packing = functional.Packing
-    monkeypatch.setattr(functional, "Packing", lambda *given: calls.append(given) or packing(*given))
-    for flops in (functional._PACKING_FLOPS, math.inf):
-        monkeypatch.setattr(functional, "_PACKING_FLOPS", flops)
+    packing = sequence.Packing
+    monkeypatch.setattr(sequence, "Packing", lambda *given: calls.append(given) or packing(*given))
+    for flops in (sequence._PACKING_FLOPS, math.inf):
+        monkeypatch.setattr(sequence, "_PACKING_FLOPS", flops)
         with fusedrnn.use_backend("cpu"), testing.poisoned():
             results.append(testing.evaluate(testing.call, fusedrnn.LSTM, case))
         assert len(calls) == 1  # of the first

@@ -7,7 +7,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fusedrnn
-from fusedrnn import functional
+from fusedrnn import aten
 from fusedrnn.second_derivative import differentiable_twice
 
 
@@ -134,7 +134,7 @@ def as_on_a_gpu(monkeypatch):
         return LSTMOnce.apply(own, (sizes, options), input, *hx, *weights)
 
     monkeypatch.setattr(torch._VF, "lstm", once)
-    monkeypatch.setattr(functional, "_lacks_second_derivative", lambda _: True)
+    monkeypatch.setattr(aten, "lacks_second_derivative", lambda _: True)
 
 
 @pytest.mark.parametrize(

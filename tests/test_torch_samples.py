@@ -1,12 +1,12 @@
-"""What torch tests nn.LSTM and nn.LSTMCell with: its samples ship in the wheel, and run against any class."""
+"""What torch tests its recurrent modules with: its samples ship in the wheel, and run against any class."""
 
 import pytest
 import torch
-from torch import nn
 from torch.testing._internal import common_modules
 from torch.testing._internal.common_utils import noncontiguous_like
 
-import fusedrnn
+from fusedrnn import dispatch
+from fusedrnn.module import BASES
 
 # Their import forbids the whole process to set the flags of torch.backends.
 torch.backends.__allow_nonbracketed_mutation_flag = True
@@ -16,16 +16,27 @@ def info(cls):
     return next(entry for entry in common_modules.module_db if entry.module_cls is cls)
 
 
-PAIRS = [(nn.LSTM, fusedrnn.LSTM), (nn.LSTM, fusedrnn.CompilableLSTM), (nn.LSTMCell, fusedrnn.LSTMCell)]
+PAIRS = [(theirs, ours) for ours, theirs in BASES.items()]
+INSTANCES = [(theirs, ours) for theirs, ours in PAIRS if issubclass(ours, theirs)]
 
 
 def flat(outputs):
-    first, rest = outputs
-    return [first, *rest] if isinstance(rest, tuple) else [first, rest]
+    if isinstance(outputs, torch.Tensor):
+        return [outputs]
+    return [tensor for part in outputs for tensor in flat(part)]
+
+
+def supported(place, theirs):
+    """Skips what a backend has no kernel for."""
+    module = theirs(3, 4, dtype=torch.float64, device=place.device)
+    reason = dispatch.supports(place.backend, dispatch.problem_of(module, torch.zeros(2, 3, device=place.device)))
+    if reason is not None:
+        pytest.skip(reason)
 
 
 @pytest.mark.parametrize(("theirs", "ours"), PAIRS)
 def test_torchs_samples(place, theirs, ours):
+    supported(place, theirs)
     device, dtype = place.device, torch.float64
     entry = info(theirs)
     samples = entry.module_inputs_func(entry, device=device, dtype=dtype, requires_grad=True, training=True)
@@ -36,15 +47,19 @@ def test_torchs_samples(place, theirs, ours):
         outputs = flat(module(*inputs.args))
         expected = flat(sample.reference_fn(module, *inputs.args))
         torch.testing.assert_close(outputs, expected)
-        x, hx = noncontiguous_like(inputs.args[0]), inputs.args[1] if len(inputs.args) > 1 else None
+        x, *hx = (
+            noncontiguous_like(given) if isinstance(given, torch.Tensor) else tuple(map(noncontiguous_like, given))
+            for given in inputs.args
+        )
         assert not x.is_contiguous()
-        again = module(x, hx and tuple(noncontiguous_like(state) for state in hx))
+        again = module(x, *hx)
         torch.testing.assert_close(flat(again), expected)
 
 
-@pytest.mark.parametrize(("theirs", "ours"), [PAIRS[0], PAIRS[2]])
+@pytest.mark.parametrize(("theirs", "ours"), INSTANCES)
 def test_torchs_gradients(place, theirs, ours):
-    """What torch expects nn.LSTM to fail on CUDA: gradcheck and gradgradcheck; in eval mode, which fails there too."""
+    """What torch expects its own to fail on CUDA: gradcheck and gradgradcheck; in eval mode, which fails there too."""
+    supported(place, theirs)
     entry = info(theirs)
     samples = entry.module_inputs_func(
         entry, device=place.device, dtype=torch.float64, requires_grad=True, training=False
@@ -53,12 +68,14 @@ def test_torchs_gradients(place, theirs, ours):
         arguments, inputs = sample.constructor_input, sample.forward_input
         module = ours(*arguments.args, **arguments.kwargs, device=place.device, dtype=torch.float64).eval()
         x, *rest = inputs.args
-        hx = rest[0] if rest else ()
+        hx = flat(rest)
+        is_tuple = bool(rest) and isinstance(rest[0], tuple)
         names = [name for name, _ in module.named_parameters()]
 
-        def call(x, *leaves, module=module, names=names):
-            weights, hx = dict(zip(names, leaves, strict=False)), leaves[len(names) :]
-            return flat(torch.func.functional_call(module, weights, (x, hx or None)))
+        def call(x, *leaves, module=module, names=names, is_tuple=is_tuple):
+            weights, states = dict(zip(names, leaves, strict=False)), leaves[len(names) :]
+            hx = states if is_tuple else states[0] if states else None
+            return flat(torch.func.functional_call(module, weights, (x, hx)))
 
         leaves = [t.detach().requires_grad_() for t in (x, *module.parameters(), *hx)]
         torch.autograd.gradcheck(call, leaves, fast_mode=True)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fusedrnn
-from fusedrnn import dispatch, functional
+from fusedrnn import autograd, dispatch, ops
 from fusedrnn.tuning import choice, machine, profile
 from fusedrnn.tuning.profile import Key, Measurement, Profile, Ratio
 
@@ -230,11 +230,11 @@ def lstm_and_input(B=32, T=64, requires_grad=False, **options):
 def ran(monkeypatch):
     """Which of torch's own and our layers were called."""
     found = []
-    own, layers = torch._VF.lstm, functional.ops.cpu_infer
+    own, layers = torch._VF.lstm, ops.cpu_infer
     monkeypatch.setattr(torch._VF, "lstm", lambda *args: found.append("aten") or own(*args))
-    monkeypatch.setattr(functional.ops, "cpu_infer", lambda *args: found.append("cpu") or layers(*args))
-    layer = functional.autograd.layer
-    monkeypatch.setattr(functional.autograd, "layer", lambda name, *args: found.append(name) or layer(name, *args))
+    monkeypatch.setattr(ops, "cpu_infer", lambda *args: found.append("cpu") or layers(*args))
+    layer = autograd.layer
+    monkeypatch.setattr(autograd, "layer", lambda name, *args: found.append(name) or layer(name, *args))
     return found
 
 

@@ -54,6 +54,11 @@ class Cell:
     step_backward: StepBackward
 
     @property
+    def title(self) -> str:
+        """The name of torch's own class, which is that of the module of this package as well."""
+        return self.name.split("_")[0].upper()
+
+    @property
     def has_cell_state(self) -> bool:
         return self.carry == "cell"
 

@@ -14,11 +14,16 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .. import dispatch
+from ..cells import LSTM
+from ..layout import cell_of
 from . import choice
 from .profile import Key, Measurement
 
 if TYPE_CHECKING:
     from . import session
+
+
+_MEASURED = (LSTM.name,)  # the cells that worker.py can measure
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,8 @@ def tune(
 ) -> Tuning:
     """Verifies and measures the backends for the LSTMs of a model, and lets `auto` know what is fastest.
 
+    A GRU or RNN is not measured: no backend but torch's own has kernels for these.
+
     The model is called once, in evaluation mode and without gradients, to see what its layers are called with; these
     sizes are then measured with random numbers in a process of its own. Interrupting it keeps what was measured.
 
@@ -60,8 +67,8 @@ def tune(
 
     Raises:
         TypeError: model is not a Module.
-        ValueError: no LSTM was called, or a mode is unknown.
-        RuntimeError: there is nothing to measure on the device of a layer.
+        ValueError: no LSTM, GRU or RNN was called, or a mode is unknown.
+        RuntimeError: there is nothing to measure: no LSTM was called, or no backend has kernels for the device of one.
         OSError: the profile cannot be written.
     """
     if not isinstance(model, nn.Module):
@@ -72,7 +79,10 @@ def tune(
 
     problems = _called_with(model, example_inputs)
     if not problems:
-        raise ValueError("no LSTM and no LSTMCell of the model was called with these inputs")
+        raise ValueError("no LSTM, GRU or RNN of the model, and no cell of one, was called with these inputs")
+    problems = [problem for problem in problems if problem.cell in _MEASURED]
+    if not problems:
+        raise RuntimeError("there is nothing to measure: only torch's own layers have kernels for a GRU or RNN")
     keys: dict[str, list[Key]] = {}
     for problem in problems:
         of_device = keys.setdefault(problem.device, [])
@@ -106,7 +116,7 @@ def _measure(
 
 
 def _called_with(model: nn.Module, example_inputs: Any) -> list[dispatch.Problem]:
-    """The problem of every call of an LSTM or an LSTMCell."""
+    """The problem of every call of a recurrent layer or a cell."""
     problems: list[dispatch.Problem] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -114,7 +124,7 @@ def _called_with(model: nn.Module, example_inputs: Any) -> list[dispatch.Problem
         if isinstance(input, (Tensor, PackedSequence)):
             problems.append(dispatch.problem_of(module, input, hx))
 
-    layers = [m for m in model.modules() if isinstance(m, nn.LSTMCell) or getattr(m, "mode", None) == "LSTM"]
+    layers = [module for module in model.modules() if cell_of(module) is not None]
     handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
     try:
         with torch.no_grad(), _evaluating(model):

@@ -1,0 +1,97 @@
+"""The shortest way to the CPU kernels, for a plain call in eager mode: validation would cost more than a short step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from . import aten, autograd, dispatch, ops, stack, validate
+from .autograd import wants_gradient
+from .cells import Cell
+from .dispatch import TABLE
+from .tuning import choice
+
+
+def attempt(
+    cell: Cell,
+    input: Tensor,
+    weights: Sequence[Tensor],
+    hx: Any,
+    num_layers: int = 1,
+    batch_first: bool = False,
+    bidirectional: bool = False,
+    dims: int = 3,
+) -> tuple[Any, Any] | Exception | None:
+    """Layers, or with 2 dims one time step, on the CPU where only their results are asked for: y and the last states
+    as torch returns them, y of a step being h.
+
+    None where that is not so. The operators check shapes and dtypes themselves, in fewer words: for an error of theirs,
+    which is returned, `forward` asks all its questions, which find the words; it raises it where they find nothing
+    wrong.
+    """
+    if type(input) is not Tensor or input.dim() != dims or not dispatch.is_plain_on_cpu(input):
+        return None
+    h0 = c0 = None
+    paired = cell.carry == "cell"  # hx is (h0, c0)
+    if hx is not None:
+        if paired:
+            if not (isinstance(hx, (tuple, list)) and len(hx) == 2) or hx[0] is None or hx[1] is None:
+                return None
+            h0, c0 = hx
+        elif isinstance(hx, Tensor):
+            h0 = hx
+        else:
+            return None
+    x = input.transpose(0, 1) if batch_first else input
+    try:
+        train = wants_gradient(x, h0, c0, *weights)
+        asks = input.numel() > choice.small[train][dims == 2] or cell.name not in TABLE["cpu"].cells
+        if asks and dispatch.is_torchs_faster(cell, input, weights, num_layers, batch_first, bidirectional, train):
+            if dims == 2:
+                hn, cn = aten.step(cell, x, weights, h0, c0)
+                y = hn
+            else:
+                y, hn, cn = _torchs_layers(cell, x, weights, h0, c0, num_layers, bidirectional)
+                y = y.transpose(0, 1) if batch_first else y
+            return y, (hn, cn) if paired else hn
+        if train:
+            if num_layers < 1 or len(weights) % num_layers:
+                return None
+            if not all(t is None or t.is_cpu for t in (h0, c0, *weights)):  # meta tensors have an operator, too
+                return None
+            if dims == 2:
+                hn, cn = autograd.step("cpu", cell.name, x, weights, h0, c0)
+                return hn, (hn, cn) if paired else hn
+            states = num_layers * (2 if bidirectional else 1)
+            if not (h0 is None or len(h0) == states) or not (c0 is None or len(c0) == states):
+                return None
+            x = x.contiguous()
+            y, hn, cn, *_ = stack.run("cpu", cell, x, weights, h0, c0, num_layers, 0.0, bidirectional)
+        else:
+            y, hn, cn = ops.cpu_infer(cell.name, x, weights, num_layers, bidirectional, h0, c0)
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+        return error
+    return y.transpose(0, 1) if batch_first else y, (hn, cn) if paired else hn
+
+
+def _torchs_layers(
+    cell: Cell,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    h0: Tensor | None,
+    c0: Tensor | None,
+    num_layers: int,
+    bidirectional: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """torch's own layers, which take some arguments that do not fit each other."""
+    D, B, I = 2 if bidirectional else 1, x.shape[1], x.shape[2]
+    validate.options(cell, weights, num_layers, D, 0.0)
+    sizes = weights[1].shape[1], weights[1].shape[0] // len(cell.gates)
+    validate.input_size(x, weights)
+    validate.hx_sizes(cell, h0, c0, num_layers * D, B, sizes)
+    if not validate.are_alike(x, weights, h0, c0):
+        raise TypeError("dtypes and devices differ")
+    validate.weight_shapes(cell, weights, num_layers, D, I)
+    return aten.layers(cell, x, None, weights, h0, c0, B, num_layers, 0.0, bidirectional)

@@ -1,0 +1,108 @@
+"""The forms of a batch of sequences: how an input is laid out, how it is computed, and what goes from one to the other.
+
+A layer takes [T, B, ...], or the rows of a PackedSequence, [N, ...]. Beside these an input may be batch_first or
+unbatched, and padded sequences with lengths are packed where that pays.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from . import dispatch
+from .packing import Packing
+
+_PACKING_FLOPS = 5e7  # of padding: where there is less, to pack takes longer than to compute it
+
+
+class Form(NamedTuple):
+    """How an input is laid out, and how it is computed."""
+
+    T: int
+    B: int
+    unbatched: bool = False
+    batch_first: bool = False
+    rows: bool = False  # of a PackedSequence
+    batch_sizes: Tensor | None = None  # of the same, unless all of its sequences are as long
+    padded: bool = False  # whether those are padded before they are computed
+    packing: Packing | None = None  # how padded sequences of other lengths than T are packed before
+
+    def enter(self, input: Tensor) -> Tensor:
+        """x as a layer takes it: [T, B, I], or packed rows, [N, I]."""
+        if self.packing is not None:
+            return self.packing.packed(input)
+        if self.batch_sizes is not None:
+            return pad_packed_sequence(PackedSequence(input, self.batch_sizes))[0] if self.padded else input
+        if self.rows:  # packed and padded are the same rows in the same order
+            return input.unflatten(0, (self.T, self.B))
+        if self.unbatched:
+            return input.unsqueeze(1)
+        return input.transpose(0, 1) if self.batch_first else input
+
+    def leave(self, y: Tensor) -> Tensor:
+        """The inverse of `enter`."""
+        if self.packing is not None:
+            return self.packing.padded(y)
+        if self.batch_sizes is not None:
+            return pack_padded_sequence(y, self._packed_lengths()).data if self.padded else y
+        if self.rows:
+            return y.flatten(0, 1)
+        if self.unbatched:
+            return y.squeeze(1)
+        return y.transpose(0, 1) if self.batch_first else y
+
+    def sort(
+        self,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        lengths: Tensor | None,
+        reset: Tensor | None,
+        device: torch.device,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """h0, c0, lengths and reset in the order in which the sequences are computed."""
+        if self.batch_sizes is not None:
+            return h0, c0, self._packed_lengths().to(device), reset
+        if self.packing is None:
+            return h0, c0, lengths, reset
+        h0, c0, reset = (None if t is None else t.index_select(1, self.packing.order) for t in (h0, c0, reset))
+        return h0, c0, self.packing.lengths, None if reset is None else reset[: self.packing.steps]
+
+    def unsort(self, hn: Tensor, cn: Tensor) -> tuple[Tensor, Tensor]:
+        """The inverse of `sort`, for the last states."""
+        if self.packing is None:
+            return hn, cn
+        back = self.packing.order.argsort()
+        return hn.index_select(1, back), cn.index_select(1, back)
+
+    def _packed_lengths(self) -> Tensor:
+        """[B] int64 on the CPU."""
+        assert self.batch_sizes is not None
+        return (self.batch_sizes.unsqueeze(1) > torch.arange(self.B, device="cpu")).sum(0)
+
+
+def form_of(input: Tensor, batch_first: bool, batch_sizes: Tensor | None) -> Form:
+    """The form of an input that `validate.input` has nothing against."""
+    if batch_sizes is not None:
+        if dispatch.is_recorded():
+            B: Any = batch_sizes[0]  # a tensor, as sizes are in a trace
+            return Form(batch_sizes.shape[0], B, rows=True, batch_sizes=batch_sizes)
+        sizes = batch_sizes.tolist()
+        return Form(len(sizes), sizes[0], rows=True, batch_sizes=batch_sizes if sizes[-1] < sizes[0] else None)
+    if input.dim() == 2:
+        return Form(input.shape[0], 1, unbatched=True)
+    if batch_first:
+        return Form(input.shape[1], input.shape[0], batch_first=True)
+    return Form(input.shape[0], input.shape[1])
+
+
+def packing(form: Form, lengths: Tensor, flops: float) -> Packing | None:
+    """How to pack padded sequences, where that pays; flops are those of one row, a step of one sequence."""
+    if not dispatch.is_eager():
+        return None
+    padding = form.T * form.B - int(lengths.sum())
+    if padding == form.T * form.B or padding * flops < _PACKING_FLOPS:
+        return None
+    return Packing(lengths, form.T, form.batch_first)
