@@ -132,7 +132,7 @@ def test_inference_reserves_nothing(kernel, assert_same):
         assert_same(run(x), model(x))
     (forward,) = graphs.forward
     calls = graphs.operators(forward)[f"{kernel.backend}_forward"]
-    assert [args[6:8] for args in calls] == [(False, False), (False, False)]  # cell_states, reserve
+    assert [args[7:9] for args in calls] == [(False, False), (False, False)]  # cell_states, reserve
     assert graphs.backward == []
 
 
@@ -359,8 +359,8 @@ def test_a_list_of_weights_is_left_as_it_is(kernel):
     name = f"{kernel.backend}_forward"
     program = torch.jit.CompilationUnit(f"""
 def f(x: Tensor, w: List[Tensor]):
-    y = torch.ops.fusedrnn.{name}(x, w, False, None, None, None, None, False, False)[0]
-    z = torch.ops.fusedrnn.{name}(x, False, None, None, None, None, False, False, w[0], w[1])[0]
+    y = torch.ops.fusedrnn.{name}("lstm", x, w, False, None, None, None, None, False, False)[0]
+    z = torch.ops.fusedrnn.{name}("lstm", x, False, None, None, None, None, False, False, w[0], w[1])[0]
     return y, z, w
 """)
     x, *weights = (torch.randn(size, device=kernel.device) for size in ((5, 2, I), (4 * H, I), (4 * H, H)))
