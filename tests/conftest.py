@@ -161,6 +161,12 @@ def other_kernel(request: pytest.FixtureRequest) -> Iterator[tuple[Kind, Place]]
 
 
 @pytest.fixture
+def kinds() -> list[Kind]:
+    """The cells that are no LSTM, for tests that need no backend of each."""
+    return KINDS
+
+
+@pytest.fixture
 def ragged(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     """As `kernel`; and once more with padded input packed, whatever there is to save, where it may be."""
     monkeypatch.setattr(sequence, "_PACKING_FLOPS", 0 if request.param.lengths == "packed" else math.inf)
