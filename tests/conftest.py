@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedrnn
 from fusedrnn import dispatch, sequence, testing
+from fusedrnn.module import BASES
 from fusedrnn.tuning import choice, profile
 
 
@@ -66,7 +67,7 @@ class Place(NamedTuple):
     lengths: str = "padded"  # or packed: what becomes of padded input with lengths
 
 
-def places(**needs: bool) -> list[Place]:
+def places(**needs: Any) -> list[Place]:
     """Every backend that is available, on every device where it computes what is needed in float64."""
     return [
         Place(backend, device)
@@ -76,6 +77,20 @@ def places(**needs: bool) -> list[Place]:
     ]
 
 
+class Kind(NamedTuple):
+    """The modules of a cell that is no LSTM, and the options that make them compute it."""
+
+    cell: str  # a name in cells.CELLS
+    ours: Any
+    step: Any  # of one time step
+    options: dict[str, str] = {}  # noqa: RUF012 - nobody changes it
+
+
+KINDS = [
+    Kind("gru", fusedrnn.GRU, fusedrnn.GRUCell),
+    Kind("rnn_tanh", fusedrnn.RNN, fusedrnn.RNNCell),
+    Kind("rnn_relu", fusedrnn.RNN, fusedrnn.RNNCell, {"nonlinearity": "relu"}),
+]
 PLACES = places()
 KERNELS = places(lengths=True, reset=True, states=True)  # what is more than nn.LSTM: all but aten
 RAGGED = [*KERNELS, *(k._replace(lengths="packed") for k in KERNELS if dispatch.TABLE[k.backend].takes_packed)]
@@ -96,8 +111,13 @@ ODD_LAYERS = [
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`place` is every backend, `kernel` every one that can do more than nn.LSTM, `ragged` each way of these.
 
-    `odd_layer` is each of ODD_LAYERS.
+    `odd_layer` is each of ODD_LAYERS. `other_place` and `other_kernel` are these with each of KINDS, as pairs.
     """
+    for name, needs in (("other_place", {}), ("other_kernel", {"lengths": True, "reset": True, "states": True})):
+        if name in metafunc.fixturenames:
+            pairs = [(kind, place) for kind in KINDS for place in places(cell=kind.cell, **needs)]
+            ids = [f"{kind.cell}-{place.backend}-{place.device}" for kind, place in pairs]
+            metafunc.parametrize(name, pairs, ids=ids, indirect=True)
     if "odd_layer" in metafunc.fixturenames:
         metafunc.parametrize("odd_layer", ODD_LAYERS, ids=str)
     for name, found in (("place", PLACES), ("kernel", KERNELS), ("ragged", RAGGED)):
@@ -123,6 +143,29 @@ def kernel(request: pytest.FixtureRequest) -> Iterator[Place]:
     yield from _use(request)
 
 
+def _use_other(request: pytest.FixtureRequest) -> Iterator[tuple[Kind, Place]]:
+    with fusedrnn.use_backend(request.param[1].backend):
+        yield request.param
+
+
+@pytest.fixture
+def other_place(request: pytest.FixtureRequest) -> Iterator[tuple[Kind, Place]]:
+    """A cell that is no LSTM, and a place that computes it."""
+    yield from _use_other(request)
+
+
+@pytest.fixture
+def other_kernel(request: pytest.FixtureRequest) -> Iterator[tuple[Kind, Place]]:
+    """As `other_place`, for what torch's own layers cannot do."""
+    yield from _use_other(request)
+
+
+@pytest.fixture
+def kinds() -> list[Kind]:
+    """The cells that are no LSTM, for tests that need no backend of each."""
+    return KINDS
+
+
 @pytest.fixture
 def ragged(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     """As `kernel`; and once more with padded input packed, whatever there is to save, where it may be."""
@@ -145,11 +188,11 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def twins() -> Callable[..., tuple[nn.LSTM, fusedrnn.LSTM]]:
-    """Builds an nn.LSTM and a fusedrnn.LSTM with the same weights, in float64 unless told."""
+    """Builds torch's and our module with the same weights, an LSTM in float64 unless told."""
 
     def build(*args: Any, cls: Any = fusedrnn.LSTM, **kwargs: Any) -> tuple[Any, Any]:
         kwargs.setdefault("dtype", torch.float64)
-        theirs = (nn.LSTMCell if issubclass(cls, nn.LSTMCell) else nn.LSTM)(*args, **kwargs)
+        theirs = BASES[cls](*args, **kwargs)
         ours = cls(*args, **kwargs)
         ours.load_state_dict(theirs.state_dict())
         return theirs, ours

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fusedrnn
 from fusedrnn import dispatch, ops, reference
-from fusedrnn.cells import LSTM
+from fusedrnn.cells import CELLS, LSTM
 
 T, B, I, H = 5, 3, 4, 6
 
@@ -74,6 +74,47 @@ def test_derivatives_against_differences(ragged, options, extras):
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
     assert gradcheck(call, leaves)
     assert gradgradcheck(call, leaves)
+
+
+@pytest.mark.parametrize("more", [False, True], ids=["plain", "everything"])
+def test_derivatives_of_other_cells_against_differences(other_kernel, more):
+    """First and second, of layers and of one time step; third against the definition."""
+    kind, place = other_kernel
+    options = {"dtype": torch.float64, "device": place.device, **kind.options}
+    module = kind.ours(2, 2, bidirectional=more, **options)
+    extras = {k: v if k == "return_states" else v.to(place.device) for k, v in CHECKED["everything"][1].items()}
+    h0, x = random(2 if more else 1, 2, 2, device=place.device), random(3, 2, 2, device=place.device)
+    names = [name for name, _ in module.named_parameters()]
+
+    def call(x, h0, *weights):
+        arguments = dict(zip(names, weights, strict=True)), (x, h0), extras if more else {}
+        return tuple(flat(functional_call(module, *arguments)))
+
+    leaves = [leaf.detach().requires_grad_() for leaf in (x, h0, *module.parameters())]
+    assert gradcheck(call, leaves)
+    assert gradgradcheck(call, leaves)
+    if more:
+        results = []
+        given = (CELLS[kind.cell], x, leaves[2:], True, h0, None, extras["lengths"], extras["reset"])
+        for outputs in (call(leaves[0], leaves[1], *leaves[2:])[:2], reference.layer(*given)[:2]):
+            given_leaves, orders = leaves[2:], []
+            for _ in range(3):
+                outputs = grad(sums(outputs), given_leaves, create_graph=True)
+                orders.append(torch.cat([g.flatten() for g in outputs]))
+            results.append(orders)
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+        return
+    step = kind.step(2, 3, **options)
+    leaves = [random(2, n, device=place.device).requires_grad_() for n in (2, 3)] + list(step.parameters())
+
+    def call_step(x, h, *weights):
+        return functional_call(
+            step, dict(zip(("weight_ih", "weight_hh", "bias_ih", "bias_hh"), weights, strict=True)), (x, h)
+        )
+
+    assert gradcheck(call_step, leaves)
+    assert gradgradcheck(call_step, leaves)
 
 
 def sums(y):
@@ -145,7 +186,7 @@ def needs(monkeypatch):
     def spied(backend):
         def run(*args):
             result = find(backend)(*args)
-            calls.append((args[13], result[: len(args[13])]))
+            calls.append((args[14], result[: len(args[14])]))
             return result
 
         return run
@@ -679,6 +720,26 @@ def test_jacobian_of_weights(kernel, assert_same):
     for name, weight in weights.items():
         expected = jacobian(lambda value, name=name: call({**weights, name: value}, x)[1], weight)
         assert_same(found[name], expected)
+
+
+def test_transforms_of_other_cells(other_kernel, assert_same):
+    """Batched gradients, torch.func's grad, and functionalize."""
+    kind, place = other_kernel
+    options = {"dtype": torch.float64, "device": place.device, **kind.options}
+    layers, step = kind.ours(2, 3, 2, bidirectional=True, **options), kind.step(2, 3, **options)
+    for call, x in (
+        (lambda x: layers(x)[0], random(2, 2, 2, device=place.device)),
+        (lambda x: layers(x)[1], random(1, 2, 2, device=place.device)),
+        (step, random(2, 2, device=place.device)),
+    ):
+        expected = jacobian(call, x)
+        assert expected.abs().max() > 1e-3
+        assert_same(torch.func.jacrev(call)(x), expected)
+        assert_same(jacobian(call, x, vectorize=True), expected)
+        assert_same(torch.func.functionalize(call)(x), call(x))
+        loss = lambda x, call=call: call(x).square().sum()  # noqa: E731 - it is given away at once
+        assert_same(torch.func.grad(loss)(x), jacobian(loss, x))
+        assert_same(torch.func.jacrev(torch.func.jacrev(loss))(x), hessian(loss, x))
 
 
 @pytest.mark.parametrize("form", BATCHED, ids=[form.__name__ for form in BATCHED])

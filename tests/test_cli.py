@@ -9,12 +9,14 @@ import torch
 
 import fusedrnn
 from fusedrnn import check, cli, dispatch, ops
+from fusedrnn.cells import CELLS
 
 
 @pytest.fixture
 def small(monkeypatch):
     """Two options at one size are enough to see what becomes of an outcome."""
     monkeypatch.setattr(check, "_OPTIONS", ({}, {"lengths": True}))
+    monkeypatch.setattr(check, "_OWN_OPTIONS", ({"lengths": True},))
     monkeypatch.setattr(check, "_QUICK_SIZES", ((7, 3, 5, 33),))
 
 
@@ -91,11 +93,28 @@ def test_quick_check_of_the_reference_passes(capsys):
     assert set(rows(out)) == {
         ("gradcheck", "float64", "reference"),
         ("gradgradcheck", "float64", "reference"),
-        *(("nn.LSTM", dtype, "reference") for dtype in ("float64", "float32", "bfloat16", "float16")),
+        *(
+            (f"nn.{name}", dtype, "reference")
+            for name in ("LSTM", "GRU", "RNN")
+            for dtype in ("float64", "float32", "bfloat16", "float16")
+        ),
     }
     assert all(passed > 0 and failed == skipped == 0 for passed, failed, skipped in rows(out).values())
     assert "not checked: aten: it was not asked for" in out
     assert err == ""
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_every_cell_is_checked(quick):
+    """In every dtype, and both derivatives; in full in every form as well."""
+    jobs = check.jobs(["cpu"], quick)
+    for cell in CELLS:
+        own = [job for job in jobs if job.case.cell == cell]
+        assert {job.check for job in own} >= {"gradcheck", "gradgradcheck", "reference"}
+        assert {job.case.dtype for job in own} == set(check.DTYPES)
+        assert any(job.case.lengths and job.case.reset and job.case.states for job in own)
+        assert any(job.case.packed for job in own)
+    assert quick or len(jobs) > 3 * len(check.jobs(["cpu"], quick=True))
 
 
 def test_check_of_all_backends(capsys, small):

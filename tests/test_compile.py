@@ -14,6 +14,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 import fusedrnn
 from fusedrnn import dispatch, layout, ops
+from fusedrnn.cells import CELLS
+from fusedrnn.module import BASES
 
 I, H = 3, 4
 SIZES = [(5, 2), (6, 3), (3, 7), (9, 4)]  # T and B of the calls; the first one is compiled for
@@ -45,6 +47,19 @@ class Decoder(nn.Module):
         for step in x.unbind(0):
             hx = self.cell(step, hx)
         return hx
+
+
+class OtherModel(nn.Module):
+    """The layers of a cell that is no LSTM, and its cell at the end."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.layers = BASES[kind.ours](I, H, num_layers=2, bidirectional=True, batch_first=True, **kind.options)
+        self.step = BASES[kind.step](2 * H, H, **kind.options)
+
+    def forward(self, x, lengths=None, reset=None, return_states=False):
+        y, h, *states = self.layers(x, lengths=lengths, reset=reset, return_states=return_states)
+        return self.step(y[:, 0], h[0]), y, h, *states
 
 
 @pytest.fixture(autouse=True)
@@ -257,6 +272,47 @@ def test_inductor(assert_same, gradients, cpp_wrapper):
         assert_same(gradients(outputs, list(model.parameters())), gradients(expected, list(model.parameters())))
 
 
+@pytest.mark.parametrize("more", [False, True], ids=["plain", "lengths-reset-states"])
+def test_whole_graph_of_other_cells(other_kernel, assert_same, gradients, more):
+    kind, place = other_kernel
+    model, run, graphs = compiled(OtherModel(kind), place.device)
+    for call, (T, B) in enumerate(SIZES):
+        x = batch(T, B, place.device)
+        options = {**extras(T, B, place.device), "return_states": True} if more else {}
+        with torch._dynamo.config.patch(error_on_recompile=call > 0):
+            outputs = run(x, **options)
+            grads = gradients(outputs, list(model.parameters()))
+        expected = model(x, **options)
+        assert_same(outputs, expected)
+        assert_same(grads, gradients(expected, list(model.parameters())))
+    (forward,) = graphs.forward
+    calls = graphs.operators(forward)[f"{place.backend}_forward"]
+    assert [args[0] for args in calls] == [kind.cell] * 3
+
+
+def test_whole_graph_of_torchs_other_cells(kinds, assert_same, gradients):
+    """Where torch's own compute, which is for the sizes of the example."""
+    for kind in kinds:
+        with fusedrnn.use_backend("aten"):
+            torch._dynamo.reset()
+            model, run, _ = compiled(OtherModel(kind), "cpu")
+            x = torch.randn(2, 5, I, dtype=torch.float64)
+            outputs, expected = run(x), model(x)
+            assert_same(outputs, expected)
+            parameters = list(model.parameters())
+            assert_same(gradients(outputs, parameters), gradients(expected, parameters))
+
+
+def test_inductor_of_other_cells(kinds, assert_same, gradients):
+    model = fusedrnn.convert(OtherModel(kinds[0]), compilable=True).double()
+    x, lengths = torch.randn(2, 5, I, dtype=torch.float64), torch.tensor([5, 3])
+    with fusedrnn.use_backend("reference"):
+        run = torch.compile(model, fullgraph=True)
+        outputs, expected = run(x, lengths), model(x, lengths)
+    assert_same(outputs, expected)
+    assert_same(gradients(outputs, list(model.parameters())), gradients(expected, list(model.parameters())))
+
+
 def test_the_cache_on_disk_does_not_outlive_the_sources(monkeypatch):
     """AOTAutograd goes by the graph that Dynamo made, which does not show what `layer` is made of."""
     module, x = fusedrnn.CompilableLSTM(I, H), torch.randn(5, 2, I)
@@ -324,6 +380,23 @@ JIT = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore
 
 
 @JIT
+def test_export_of_other_cells(other_kernel, assert_same):
+    kind, place = other_kernel
+    model = fusedrnn.convert(OtherModel(kind), compilable=True).to(place.device, torch.float64)
+    T, B = Dim("T", min=1), Dim("B")
+    dynamic = {"x": {0: B, 1: T}, "lengths": {0: B}, "reset": {0: B, 1: T}}
+    x = batch(*SIZES[0], place.device, dims=())
+    program = torch.export.export(model, (x,), extras(*SIZES[0], place.device), dynamic_shapes=dynamic)
+    assert list(Graphs.operators(program.graph)) == [f"{place.backend}_forward"]
+    traced = torch.jit.trace(model, x)
+    for sizes in SIZES:
+        x, kwargs = batch(*sizes, place.device, dims=()), extras(*sizes, place.device)
+        with torch.no_grad():
+            assert_same(program.module()(x, **kwargs), model(x, **kwargs))
+            assert_same(traced(x), model(x))
+
+
+@JIT
 def test_jit_trace(kernel, assert_same):
     """Deprecated, and still how many a model is served; parameters may well require gradients then."""
     model = fusedrnn.convert(Model()).to(kernel.device, torch.float64)
@@ -359,8 +432,8 @@ def test_a_list_of_weights_is_left_as_it_is(kernel):
     name = f"{kernel.backend}_forward"
     program = torch.jit.CompilationUnit(f"""
 def f(x: Tensor, w: List[Tensor]):
-    y = torch.ops.fusedrnn.{name}(x, w, False, None, None, None, None, False, False)[0]
-    z = torch.ops.fusedrnn.{name}(x, False, None, None, None, None, False, False, w[0], w[1])[0]
+    y = torch.ops.fusedrnn.{name}("lstm", x, w, False, None, None, None, None, False, False)[0]
+    z = torch.ops.fusedrnn.{name}("lstm", x, False, None, None, None, None, False, False, w[0], w[1])[0]
     return y, z, w
 """)
     x, *weights = (torch.randn(size, device=kernel.device) for size in ((5, 2, I), (4 * H, I), (4 * H, H)))
@@ -502,25 +575,26 @@ LAYERS = {
 }
 
 
-def forward_arguments(device, cell_states, reserve, bias=True, bidirectional=False, proj_size=0, **extras):
-    T, B, D, P = 4, 3, 2 if bidirectional else 1, proj_size or H
+def forward_arguments(device, cell_states, reserve, bias=True, bidirectional=False, proj_size=0, cell="lstm", **extras):
+    T, B, D, P, G = 4, 3, 2 if bidirectional else 1, proj_size or H, len(CELLS[cell].gates)
 
     def random(*shape):
         return torch.randn(*shape, device=device)
 
     weights = []
     for _ in range(D):
-        biases = (random(4 * H), random(4 * H)) if bias else (None, None)
+        biases = (random(G * H), random(G * H)) if bias else (None, None)
         projection = random(P, H) if proj_size else None
-        direction = layout.DirectionWeights(random(4 * H, I), random(4 * H, P), *biases, projection)
+        direction = layout.DirectionWeights(random(G * H, I), random(G * H, P), *biases, projection)
         weights += [weight for weight in direction if weight is not None]
     h0, c0 = (random(D, B, P), random(D, B, H)) if extras.get("hx") else (None, None)
+    c0 = c0 if CELLS[cell].has_cell_state else None
     lengths = torch.tensor([4, 0, 2], device=device) if extras.get("lengths") else None
     reset = torch.rand(T, B, device=device) < 0.3 if extras.get("reset") else None
     x = random(T, B, I)
     if extras.get("packed"):
         x, lengths = random(7, I), torch.tensor([4, 2, 1], device=device)
-    return "lstm", x, bidirectional, h0, c0, lengths, reset, cell_states, reserve, *weights
+    return cell, x, bidirectional, h0, c0, lengths, reset, cell_states, reserve, *weights
 
 
 def skip_packed(kernel, layer):
@@ -538,6 +612,18 @@ def test_opcheck_forward(kernel, layer, cell_states, reserve):
     listed = getattr(torch.ops.fusedrnn, f"{kernel.backend}_forward").list
     for a, b in zip(ops.forward_op(kernel.backend)(*arguments), listed(cell, x, arguments[9:], *options), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("layer", ["no bias", "lengths", "reset"])
+def test_opcheck_of_other_cells(other_kernel, layer):
+    kind, place = other_kernel
+    arguments = forward_arguments(place.device, False, True, cell=kind.cell, **LAYERS[layer])
+    torch.library.opcheck(ops.forward_op(place.backend), arguments)
+    cell, x, bidirectional, h0, c0, lengths, reset, _, _, *weights = arguments
+    y, hn, _, c, reserve = ops.forward_op(place.backend)(*arguments)
+    given = (cell, torch.randn_like(y), torch.randn_like(hn), None, None, x, bidirectional, h0, c0, lengths, reset)
+    needs = [True, h0 is not None, False, *[True] * len(weights)]
+    torch.library.opcheck(ops.backward_op(place.backend), (*given, y, c, reserve, needs, *weights))
 
 
 @pytest.mark.parametrize("layer", ["plain", "no bias", "both directions", "projection", "hx"])

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fusedrnn
 from fusedrnn import CompilableLSTM, Report, convert, patch, revert
+from fusedrnn.module import BASES
 
 EARLY = nn.LSTM  # as `from torch.nn import LSTM` at the top of somebody's file
 TABLE = {"lstm": nn.LSTM, "cell": nn.LSTMCell, "gru": nn.GRU}
@@ -115,6 +116,10 @@ class Ours(fusedrnn.LSTM):
     pass
 
 
+class Foreign(nn.RNNBase):
+    """A layer of somebody's own, which is none of torch's."""
+
+
 class Model(nn.Module):
     def __init__(self):
         super().__init__()
@@ -124,6 +129,7 @@ class Model(nn.Module):
         self.last = Doubled(4, 3, batch_first=True)
         self.gru = nn.GRU(3, 3)
         self.rnn_cell = nn.RNNCell(3, 3)
+        self.foreign = Foreign("GRU", 3, 3)
         self.again = self.first
 
     def forward(self, x):
@@ -131,12 +137,15 @@ class Model(nn.Module):
         y = self.middle[0](y)
         cell, h = self.middle[1][0], None
         y = torch.stack([(h := cell(step, h))[0] for step in y.unbind(1)], 1)
-        return self.last(y)[0]
+        y = self.gru(self.last(y)[0])[0]
+        return y + self.rnn_cell(y[:, 0]).unsqueeze(1)
 
 
 SWAPPED = {
     "first": "nn.LSTM -> fusedrnn.LSTM",
     "middle.1.0": "nn.LSTMCell -> fusedrnn.LSTMCell",
+    "gru": "nn.GRU -> fusedrnn.GRU",
+    "rnn_cell": "nn.RNNCell -> fusedrnn.RNNCell",
 }
 
 
@@ -160,7 +169,8 @@ def test_convert_swaps_in_place_and_returns_the_model():
     assert isinstance(model.last, Doubled)
     assert isinstance(model.last, fusedrnn.LSTM)
     assert model.again is model.first
-    assert type(model.gru) is nn.GRU
+    assert (type(model.gru), type(model.rnn_cell)) == (fusedrnn.GRU, fusedrnn.RNNCell)
+    assert type(model.foreign) is Foreign
     close(model(x), expected)
 
 
@@ -172,10 +182,7 @@ def test_report_says_what_was_swapped_and_what_was_left_and_why():
         f"{package}.Doubled -> {package}.Doubled (its own forward is kept, and ours is what its super().forward finds)"
     )
     assert report.swapped == {**SWAPPED, "last": last}
-    assert report.left == {
-        "gru": "nn.GRU: fusedrnn has no kernels for it yet",
-        "rnn_cell": "nn.RNNCell: fusedrnn has no kernels for it yet",
-    }
+    assert report.left == {"foreign": f"{package}.Foreign: fusedrnn has no class for it"}
     again = Report()
     convert(model, report=again)
     assert again.swapped == {}
@@ -183,12 +190,14 @@ def test_report_says_what_was_swapped_and_what_was_left_and_why():
         "first": "fusedrnn.LSTM: it is fusedrnn's already",
         "middle.1.0": "fusedrnn.LSTMCell: it is fusedrnn's already",
         "last": f"{package}.Doubled: it is fusedrnn's already",
+        "gru": "fusedrnn.GRU: it is fusedrnn's already",
+        "rnn_cell": "fusedrnn.RNNCell: it is fusedrnn's already",
         **report.left,
     }
     text = str(report)
     assert "swapped first: nn.LSTM -> fusedrnn.LSTM" in text
-    assert "left gru: nn.GRU: fusedrnn has no kernels for it yet" in text
-    assert str(Report()) == "no LSTM found"
+    assert f"left foreign: {package}.Foreign: fusedrnn has no class for it" in text
+    assert str(Report()) == "no LSTM, GRU or RNN found"
 
 
 def test_a_module_that_is_itself_an_lstm():
@@ -300,7 +309,7 @@ def test_subclass(cls):
 
 def test_subclasses_forward_finds_ours(monkeypatch):
     module, seen = convert(Doubled(3, 4, factor=3)), []
-    monkeypatch.setattr(fusedrnn.module, "lstm", lambda *args, **kwargs: seen.append(args) or (torch.ones(1), ()))
+    monkeypatch.setattr(fusedrnn.module, "layers", lambda *args, **kwargs: seen.append(args) or (torch.ones(1), ()))
     assert module(torch.zeros(5, 2, 3))[0] == 3
     assert len(seen) == 1
     with pytest.raises(TypeError):  # its own forward, and so its own signature
@@ -442,7 +451,7 @@ def test_what_is_left_of_a_forward_that_was_taken_away_again(cls, monkeypatch):
     assert isinstance(module, (fusedrnn.LSTM, fusedrnn.LSTMCell))
     close(module(x)[0], expected)
     with monkeypatch.context() as patched:
-        name = "lstm_cell" if cls is nn.LSTMCell else "lstm"
+        name = "step" if cls is nn.LSTMCell else "layers"
         patched.setattr(fusedrnn.module, name, lambda *_, **__: (torch.zeros(1), None))
         assert module(x)[0] == 0
     close(copy.deepcopy(module)(x)[0], expected)
@@ -845,6 +854,110 @@ def test_compilable_after_an_ordinary_conversion():
     assert again.left == {"": "fusedrnn.CompilableLSTM: it is fusedrnn's already"}
 
 
+# GRU and RNN
+
+
+class WideGRU(nn.GRU):
+    """A subclass with arguments, a forward, and a check of its own."""
+
+    def __init__(self, *args, factor=2, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.factor, self.checked = factor, []
+
+    def forward(self, input, hx=None):
+        y, h = super().forward(input, hx)
+        return (y._replace(data=y.data * self.factor) if isinstance(y, PackedSequence) else y * self.factor), h
+
+    def check_forward_args(self, input, hidden, batch_sizes):
+        self.checked.append((tuple(input.shape), tuple(hidden.shape)))
+        super().check_forward_args(input, hidden, batch_sizes)
+
+
+class ReluCell(nn.RNNCell):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, nonlinearity="relu", **kwargs)
+
+    def forward(self, input, hx=None):
+        return 3 * super().forward(input, hx)
+
+
+def test_a_subclass_of_a_gru(monkeypatch):
+    module, x = WideGRU(3, 4, factor=3), torch.randn(5, 2, 3)
+    h0, packed = torch.randn(1, 2, 4), pack_padded_sequence(x, [2, 5], enforce_sorted=False)
+    results = module(x), module(x, h0), module(x[:, 0], h0[:, 0]), module(packed, h0)
+    checked, module.checked = module.checked, []
+    report = Report()
+    convert(module, compilable=True, report=report)
+    assert isinstance(module, WideGRU)
+    assert isinstance(module, fusedrnn.GRU)
+    assert "still an nn.GRU, because its class is derived from it" in report.swapped[""]
+    for clone in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert type(clone) is type(module)
+        clone.checked = []
+        for (y, h), (expected, expected_h) in zip(
+            (clone(x), clone(x, h0), clone(x[:, 0], h0[:, 0]), clone(packed, h0)), results, strict=True
+        ):
+            close(getattr(y, "data", y), getattr(expected, "data", expected))
+            close(h, expected_h)
+        assert clone.checked == checked[:3]  # what is packed is asked for by words of our own
+    assert type(revert(module)) is WideGRU
+
+
+def test_a_subclass_of_an_rnn_cell():
+    module, x = ReluCell(3, 4), torch.randn(2, 3)
+    expected = module(x, torch.ones(2, 4))
+    convert(module)
+    assert isinstance(module, fusedrnn.RNNCell)
+    close(pickle.loads(pickle.dumps(module))(x, torch.ones(2, 4)), expected)
+    assert type(revert(module)) is ReluCell
+
+
+@pytest.mark.parametrize("compilable", [False, True])
+def test_parametrized_gru_and_rnn(compilable):
+    for cls in (nn.GRU, nn.RNN):
+        module, x = parametrizations.weight_norm(cls(3, 4), "weight_hh_l0"), torch.randn(5, 2, 3)
+        expected = module(x)
+        original = type(module)
+        convert(module, compilable=compilable)
+        assert isinstance(module, cls) == (not compilable)
+        for mine, other in zip(module(x), expected, strict=True):
+            close(mine, other)
+        module(x)[0].sum().backward()
+        assert module.parametrizations.weight_hh_l0.original1.grad is not None
+        assert type(revert(module)).__bases__ == original.__bases__
+
+
+def test_compilable_gru_and_rnn():
+    model = nn.ModuleList([nn.GRU(3, 4), nn.RNN(3, 4, nonlinearity="relu"), nn.GRUCell(3, 4)])
+    convert(model, compilable=True)
+    assert [type(m) for m in model] == [fusedrnn.CompilableGRU, fusedrnn.CompilableRNN, fusedrnn.GRUCell]
+    assert not any(isinstance(m, (nn.GRU, nn.RNN)) for m in model)
+    assert (model[1].mode, model[1].nonlinearity) == ("RNN_RELU", "relu")
+    revert(model)
+    assert [type(m) for m in model] == [nn.GRU, nn.RNN, nn.GRUCell]
+
+
+@pytest.mark.parametrize("cls", [nn.GRU, nn.RNN, nn.GRUCell, nn.RNNCell])
+def test_other_tools_and_gru(cls):
+    """fx calls the module, script says what to do instead, and weights replaced by plain tensors are used."""
+    model = convert(nn.Sequential(cls(3, 4)))
+    assert [node.op for node in torch.fx.symbolic_trace(model).graph.nodes] == ["placeholder", "call_module", "output"]
+    with pytest.raises(NotImplementedError, match="record the model"):
+        torch.jit.script(model)
+    module, x = model[0], torch.randn(2, 3)
+    name = next(name for name, _ in module.named_parameters() if name.startswith("weight_hh"))
+    weight = nn.Parameter(torch.randn_like(getattr(module, name)))
+    theirs = cls(3, 4)
+    theirs.load_state_dict({**module.state_dict(), name: 2 * weight.detach()})
+    delattr(module, name)
+    setattr(module, name, 2 * weight)
+    h = torch.ones(1, 4) if cls in (nn.GRU, nn.RNN) else torch.ones(2, 4)
+    y, expected = module(x, h), theirs(x, h)
+    close(y[0] if isinstance(y, tuple) else y, expected[0] if isinstance(expected, tuple) else expected)
+    (y[0] if isinstance(y, tuple) else y).sum().backward()
+    assert weight.grad is not None
+
+
 # revert
 
 
@@ -859,7 +972,7 @@ def test_revert_undoes_it_exactly():
         assert revert(model, report=report) is model
         assert set(report.swapped) == {*SWAPPED, "last"}
         assert report.swapped["middle.1.0"] == "fusedrnn.LSTMCell -> nn.LSTMCell"
-        assert report.left == {"gru": "nn.GRU: it is not fusedrnn's", "rnn_cell": "nn.RNNCell: it is not fusedrnn's"}
+        assert report.left == {"foreign": f"{Foreign.__module__.split('.')[0]}.Foreign: it is not fusedrnn's"}
         assert {name: type(m) for name, m in model.named_modules()} == classes
         assert torch.equal(model(x), expected)
         for name, module in model.named_modules():
@@ -869,12 +982,12 @@ def test_revert_undoes_it_exactly():
 
 
 def test_revert_of_modules_that_were_built_as_ours():
-    model = nn.Sequential(fusedrnn.LSTM(3, 4), CompilableLSTM(3, 4), fusedrnn.LSTMCell(3, 4), Ours(3, 4))
+    model = nn.Sequential(*(cls(3, 4) for cls in BASES), Ours(3, 4))
     report = Report()
     revert(model, report=report)
-    assert [type(m) for m in model] == [nn.LSTM, nn.LSTM, nn.LSTMCell, Ours]
+    assert [type(m) for m in model] == [*BASES.values(), Ours]
     package = Ours.__module__.split(".")[0]
-    assert report.left == {"3": f"{package}.Ours: its class was written as a subclass of fusedrnn's"}
+    assert report.left == {str(len(BASES)): f"{package}.Ours: its class was written as a subclass of fusedrnn's"}
     assert report.swapped["1"] == "fusedrnn.CompilableLSTM -> nn.LSTM"
 
 
@@ -893,15 +1006,20 @@ def test_patch_however_the_code_came_by_the_class():
             sys.modules["torch.nn"].LSTM(input_size=3, hidden_size=4),
         ]
         cells = [nn.LSTMCell(3, 4), TABLE["cell"](3, 4)]
-        others = [nn.GRU(3, 4), TABLE["gru"](3, 4)]
+        grus = [nn.GRU(3, 4), TABLE["gru"](3, 4)]
+        others = [nn.RNN(3, 4, 1, "relu"), nn.RNN(3, 4, nonlinearity="relu"), nn.GRUCell(3, 4), nn.RNNCell(3, 4)]
+        foreign = Foreign("GRU", 3, 4)
         assert nn.LSTM is EARLY
     assert {type(m) for m in built} == {fusedrnn.LSTM}
     assert {type(m) for m in cells} == {fusedrnn.LSTMCell}
-    assert {type(m) for m in others} == {nn.GRU}
+    assert {type(m) for m in grus} == {fusedrnn.GRU}
+    assert [type(m) for m in others] == [fusedrnn.RNN, fusedrnn.RNN, fusedrnn.GRUCell, fusedrnn.RNNCell]
+    assert [m.mode for m in others[:2]] == ["RNN_RELU"] * 2
+    assert type(foreign) is Foreign
     assert all(isinstance(m, nn.LSTM) for m in built)
     now = nn.LSTM, nn.LSTMCell, EARLY, TABLE["lstm"], TABLE["cell"], nn.LSTM.__init__, nn.LSTMCell.__init__
     assert all(before is after for before, after in zip(classes, now, strict=True))
-    assert type(nn.LSTM(3, 4)) is nn.LSTM
+    assert [type(cls(3, 4)) for cls in (nn.LSTM, nn.GRU, nn.RNNCell)] == [nn.LSTM, nn.GRU, nn.RNNCell]
 
 
 def test_patch_gives_the_weights_of_nn_lstm():
@@ -913,7 +1031,7 @@ def test_patch_gives_the_weights_of_nn_lstm():
     assert type(model.first) is fusedrnn.LSTM
     assert type(model.middle[1][0]) is fusedrnn.LSTMCell
     assert isinstance(model.last, fusedrnn.LSTM)
-    assert (model.last.factor, type(model.gru)) == (2, nn.GRU)
+    assert (model.last.factor, type(model.gru)) == (2, fusedrnn.GRU)
     assert list(model.state_dict()) == list(expected.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
     x = torch.randn(2, 6, 3)
@@ -924,9 +1042,9 @@ def test_patch_gives_the_weights_of_nn_lstm():
 
 def test_patch_and_our_own_classes():
     with patch():
-        built = fusedrnn.LSTM(3, 4), CompilableLSTM(3, 4), fusedrnn.LSTMCell(3, 4), Ours(3, 4)
+        built = [*(cls(3, 4) for cls in BASES), Ours(3, 4)]
         left = Closed(3, 4)
-    assert [type(m) for m in built] == [fusedrnn.LSTM, CompilableLSTM, fusedrnn.LSTMCell, Ours]
+    assert [type(m) for m in built] == [*BASES, Ours]
     assert type(left) is Closed
 
 

@@ -192,6 +192,32 @@ def test_per_sample_gradients_of_the_layer(pair, assert_same):
         assert_same(list(found[1].values()), list(found[0].values()))
 
 
+@pytest.mark.parametrize("cls", [nn.GRU, nn.RNN, nn.GRUCell, nn.RNNCell])
+def test_tools_around_other_cells(cls, assert_same):
+    """A GRU or RNN: pruning, averaging, and per-sample gradients by torch.func."""
+    theirs = cls(3, 4).double()
+    ours = fusedrnn.convert(copy.deepcopy(theirs))
+    name = next(name for name, _ in theirs.named_parameters() if name.startswith("weight_hh"))
+    x = torch.randn(6, 2, 3, dtype=torch.float64) if issubclass(cls, nn.RNNBase) else batch(B=2)[:, 0, :3]
+    found = []
+    for model in (ours, theirs):
+        torch.manual_seed(1)
+        average = AveragedModel(model)
+        average.update_parameters(model)
+        prune.random_unstructured(model, name, 0.5)
+        pruned = model(x)
+        prune.remove(model, name)
+
+        def loss(weights, x, model=model):
+            outputs = torch.func.functional_call(model, weights, (x,))
+            return (outputs[0] if isinstance(outputs, tuple) else outputs).square().sum()
+
+        weights = dict(model.named_parameters())
+        each = [list(torch.func.grad(loss)(weights, part).values()) for part in x.split(1, dim=-2)]
+        found.append([*(pruned if isinstance(pruned, tuple) else (pruned,)), average(x), *each])
+    assert_same(found[0], found[1])
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_captum(pair, assert_same):
     attr = pytest.importorskip("captum.attr")

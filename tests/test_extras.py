@@ -11,7 +11,8 @@ import torch
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import fusedrnn
-from fusedrnn import ops
+from fusedrnn import ops, testing
+from fusedrnn.testing import Case
 
 T, B, I, H = 5, 4, 3, 4
 LENGTHS = [3, 0, 5, 1]
@@ -364,6 +365,49 @@ def test_gradient_of_one_cell_state(kernel, twins):
     assert bool((dx[3:] == 0).all())
     assert bool((dx[:3] != 0).any(-1).all())
     assert bool((dc0 != 0).all())
+
+
+OF_OTHER_CELLS = [
+    {"lengths": True},
+    {"lengths": True, "hx": False, "bidirectional": True, "batch_first": True},
+    {"reset": True, "bias": False},
+    {"lengths": True, "reset": True, "states": True, "layers": 2, "bidirectional": True, "strided": True},
+    {"packed": True, "reset": True, "states": True, "layers": 2, "bidirectional": True, "batch_first": True},
+]
+
+
+@pytest.mark.parametrize("options", OF_OTHER_CELLS, ids=lambda options: Case(5, 4, 3, 5, **options).id)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_other_cells_against_torchs_one_by_one(other_kernel, options, dtype):
+    """Values and gradients by the rule; torch's own is called one step at a time where it lacks what is asked for."""
+    kind, place = other_kernel
+    case = Case(5, 4, 3, 5, cell=kind.cell, dtype=dtype, **options)
+    with testing.poisoned():
+        found = testing.evaluate(testing.call, kind.ours, case, place.device)
+    answers = testing.answers(case, place.device)
+    assert found.keys() == answers.keys()
+    assert {"y", "hn", "dx"} <= found.keys()
+    assert not {"cn", "c_l0", "dc0"} & found.keys()
+    for name, answer in answers.items():
+        testing.assert_as_exact_as(name, found[name], *answer)
+
+
+def test_states_of_other_cells(other_kernel):
+    """A tuple of every layer's h under a name; the last one is the output, and their ends are h_n."""
+    kind, place = other_kernel
+    module = kind.ours(3, 5, 2, **kind.options, device=place.device)
+    x, lengths = torch.randn(4, 2, 3, device=place.device), torch.tensor([4, 2], device=place.device)
+    y, h, states = module(x, lengths=lengths, return_states=True)
+    assert type(states) is fusedrnn.RNNStates
+    assert states._fields == ("h",)
+    assert y is states.h[-1]
+    for layer, last in zip(states.h, h, strict=True):
+        assert torch.equal(torch.stack([layer[3, 0], layer[1, 1]]), last)
+        assert not layer[2:, 1].any()
+    packed = pack_padded_sequence(x, lengths.cpu())
+    data, _, of_rows = module(packed, return_states=True)
+    assert all(torch.equal(rows.batch_sizes, packed.batch_sizes) for rows in of_rows.h)
+    torch.testing.assert_close(pad_packed_sequence(data)[0], y)
 
 
 # Errors

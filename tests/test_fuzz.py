@@ -1,4 +1,4 @@
-"""Random sequences of what people do to and around a module: after every call fusedrnn agrees with nn.LSTM.
+"""Random sequences of what people do to and around a module: after every call fusedrnn agrees with torch's module.
 
 Three modules go through the same operations: one that is converted (and reverted, and converted again), its twin, a
 torch.nn module, and a torch.nn module in float64, which tells what is exact for the rule of `fusedrnn.testing`.
@@ -77,7 +77,8 @@ class Problem:
     """The numbers of a call for a module, the same ones whatever its dtype."""
 
     def __init__(self, call, module):
-        self.call, self.cell = call, isinstance(module, nn.LSTMCell)
+        self.call, self.cell = call, isinstance(module, nn.RNNCellBase)
+        self.paired = isinstance(module, (nn.LSTM, fusedrnn.CompilableLSTM, nn.LSTMCell))  # hx is (h0, c0)
         generator = torch.Generator().manual_seed(call.seed)
 
         def random(*shape):
@@ -91,21 +92,28 @@ class Problem:
         sizes = (*batch, call.T) if self.batch_first else (call.T, *batch)
         self.x = random(*sizes, I + 2)[..., 1:-1]
         self.x = self.x if call.strided else self.x.contiguous()
-        self.hx = (random(*rows, *batch, P or H), random(*rows, *batch, H)) if call.hx else None
+        sizes = (P or H, H) if self.paired else (H,)
+        self.hx = tuple(random(*rows, *batch, size) for size in sizes) if call.hx else None
         self.lengths = torch.randint(1, call.T + 1, (call.B,), generator=generator)
         self.generator = generator
 
     def outputs(self, module, x, hx):
+        """y and the last states; hx is a tuple or None, whatever the module takes."""
+
+        def states(hx):
+            return tuple(hx) if self.paired else (hx,)
+
+        hx = hx if self.paired or not hx else hx[0]
         if self.cell:
             steps = []
             for step in x:
                 hx = module(step, hx)
-                steps.append(hx[0])
-            return [torch.stack(steps), *hx]
+                steps.append(states(hx)[0])
+            return [torch.stack(steps), *states(hx)]
         if self.call.form == "packed":
             x = pack_padded_sequence(x, self.lengths, self.batch_first, enforce_sorted=False)
-        y, (hn, cn) = module(x, hx)
-        return [y.data if isinstance(y, PackedSequence) else y, hn, cn]
+        y, last = module(x, hx)
+        return [y.data if isinstance(y, PackedSequence) else y, *states(last)]
 
 
 def nudged(tensor, roundoff, generator):
@@ -202,7 +210,7 @@ def evaluate(module, problem, dtype, *, exact=False, nudge=0, out_of_place=False
     if problem.call.strided:
         x = torch.nn.functional.pad(x, (1, 1))[..., 1:-1]
     x, hx = x.detach(), hx and tuple(s.detach() for s in hx)
-    leaves = {"x": x, **({"h0": hx[0], "c0": hx[1]} if hx else {})}
+    leaves = {"x": x, **dict(zip(("h0", "c0"), hx or (), strict=False))}
     if differentiated:
         for leaf in leaves.values():
             leaf.requires_grad_()
@@ -213,7 +221,7 @@ def evaluate(module, problem, dtype, *, exact=False, nudge=0, out_of_place=False
     with values, mode(), autocast:
         y, *states = called(module, problem, x, hx, call.via)
         y = changed(y, call.in_place, exact or out_of_place)
-        outputs = dict(zip(("y", "hn", "cn"), (y, *states), strict=True))
+        outputs = dict(zip(("y", "hn", "cn"), (y, *states), strict=False))
         results = {name: value.detach().clone() for name, value in outputs.items()}
         if not differentiated:
             return results
@@ -281,14 +289,16 @@ class Modules(RuleBasedStateMachine):
         batch_first=st.booleans(),
         projected=st.booleans(),
         compilable=st.booleans(),
+        kind=st.sampled_from(["LSTM", "LSTM", "GRU", "RNN"]),
     )
-    def build(self, H, layers, bias, bidirectional, batch_first, projected, compilable):
+    def build(self, H, layers, bias, bidirectional, batch_first, projected, compilable, kind):
         torch.manual_seed(H)
         if self.cell:
-            self.theirs = nn.LSTMCell(I, H, bias=bias)
+            self.theirs = getattr(nn, f"{kind}Cell")(I, H, bias=bias)
         else:
-            self.theirs = nn.LSTM(
-                I, H, layers, bias, batch_first, bidirectional=bidirectional, proj_size=2 if projected else 0
+            own = {"proj_size": 2 if projected else 0} if kind == "LSTM" else {}
+            self.theirs = getattr(nn, kind)(
+                I, H, layers, bias=bias, batch_first=batch_first, bidirectional=bidirectional, **own
             )
         self.ours = fusedrnn.convert(copy.deepcopy(self.theirs), compilable=compilable)
         self.exact = copy.deepcopy(self.theirs).double()
@@ -594,7 +604,7 @@ class Cells(Modules):
 
 
 @pytest.mark.timeout(300 + SECONDS)
-@pytest.mark.parametrize("machine", [Modules, Cells], ids=["LSTM", "LSTMCell"])
+@pytest.mark.parametrize("machine", [Modules, Cells], ids=["layers", "cell"])
 def test_sequences_of_operations(machine):
     """Seed after seed until the time is over: each is the same set of sequences wherever it runs."""
     until, k = time.monotonic() + SECONDS / 2, FIRST_SEED

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fusedrnn
 from fusedrnn import functional
+from fusedrnn.module import BASES
 
 T, B, I, H = 4, 3, 3, 5
 
@@ -37,9 +38,16 @@ def leaf(*shape, device):
 
 
 def states(module, *batch, device):
-    """h0 and c0 as leaves, of a shape that may have more dimensions in the middle than the batch."""
+    """h0, and c0 of an LSTM, as leaves, of a shape that may have more dimensions in the middle than the batch."""
     rows = module.num_layers * (2 if module.bidirectional else 1)
-    return [leaf(rows, *batch, size, device=device) for size in (module.proj_size or H, H)]
+    sizes = (module.proj_size or H, H) if module.mode == "LSTM" else (H,)
+    return [leaf(rows, *batch, size, device=device) for size in sizes]
+
+
+def given(states):
+    """hx as a module takes it."""
+    first, *rest = states
+    return (first, *rest) if rest else first
 
 
 def padded(module, T, B, *rest, device):
@@ -48,7 +56,7 @@ def padded(module, T, B, *rest, device):
 
 def whole(module, device):
     x, hx = padded(module, T, B, I, device=device), states(module, B, device=device)
-    return [x, *hx], (x, tuple(hx))
+    return [x, *hx], (x, given(hx))
 
 
 def without_hx(module, device):
@@ -63,7 +71,7 @@ def hx_is_a_list(module, device):
 
 def unbatched(module, device):
     x, hx = leaf(T, I, device=device), states(module, device=device)
-    return [x, *hx], (x, tuple(hx))
+    return [x, *hx], (x, given(hx))
 
 
 def unbatched_without_hx(module, device):
@@ -73,12 +81,12 @@ def unbatched_without_hx(module, device):
 
 def one_step(module, device):
     x, hx = padded(module, 1, B, I, device=device), states(module, B, device=device)
-    return [x, *hx], (x, tuple(hx))
+    return [x, *hx], (x, given(hx))
 
 
 def one_sequence(module, device):
     x, hx = padded(module, T, 1, I, device=device), states(module, 1, device=device)
-    return [x, *hx], (x, tuple(hx))
+    return [x, *hx], (x, given(hx))
 
 
 def permuted(module, device):
@@ -117,20 +125,19 @@ def expanded_over_the_batch(module, device):
 def states_by_index(module, device):
     """Picked out of a store of states, so that neither is contiguous."""
     x, store = padded(module, T, B, I, device=device), states(module, B, 2, device=device)
-    h0, c0 = (s[:, :, 1] for s in store)
-    assert not h0.is_contiguous()
-    return [x, *store], (x, (h0, c0))
+    picked = [s[:, :, 1] for s in store]
+    assert not picked[0].is_contiguous()
+    return [x, *store], (x, given(picked))
 
 
 def states_transposed(module, device):
-    x, (h, c) = padded(module, T, B, I, device=device), states(module, B, device=device)
-    h0, c0 = (s.transpose(0, 2).contiguous().transpose(0, 2) for s in (h, c))
-    return [x, h, c], (x, (h0, c0))
+    x, store = padded(module, T, B, I, device=device), states(module, B, device=device)
+    return [x, *store], (x, given(s.transpose(0, 2).contiguous().transpose(0, 2) for s in store))
 
 
 def states_expanded_over_the_batch(module, device):
     x, store = padded(module, T, B, I, device=device), states(module, 1, device=device)
-    return [x, *store], (x, tuple(s.expand(-1, B, -1) for s in store))
+    return [x, *store], (x, given(s.expand(-1, B, -1) for s in store))
 
 
 def states_from_one_tensor(module, device):
@@ -176,6 +183,51 @@ def test_padded_and_unbatched(place, twins, assert_twins, options, form):
     assert_twins(theirs, ours, lambda: form(ours, place.device))
 
 
+OTHER_OPTIONS = [name for name, o in OPTIONS.items() if "proj_size" not in o]
+OTHER_FORMS = [form for form in FORMS if form not in (hx_is_a_list, states_from_one_tensor)]
+
+
+@pytest.mark.parametrize(("options", "form"), each_with_some(OTHER_OPTIONS, OTHER_FORMS, ["plain"], [whole]))
+def test_padded_and_unbatched_of_other_cells(other_place, twins, assert_twins, options, form):
+    kind, place = other_place
+    theirs, ours = twins(I, H, cls=kind.ours, device=place.device, **kind.options, **OPTIONS[options])
+    assert_twins(theirs, ours, lambda: form(ours, place.device))
+
+
+def test_other_cells_without_a_batch_and_step_by_step(other_place, twins, assert_same, gradients):
+    """B = 0; states put in again; inference; no output shares memory with another or with hx; dropout's masks."""
+    kind, place = other_place
+    theirs, ours = twins(I, H, 2, cls=kind.ours, device=place.device, **kind.options)
+    x, (h0,) = leaf(T, B, I, device=place.device), states(ours, B, device=place.device)
+    y, h = ours(x[:, :0], h0[:, :0])
+    assert (y.shape, h.shape) == ((T, 0, H), (2, 0, H))
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients((y, h), list(ours.parameters())))
+    outputs, hx = [], h0
+    for step in x.split(1):
+        y, hx = ours(step, hx)
+        outputs.append(y)
+    stepwise, at_once = (torch.cat(outputs), hx), theirs(x, h0)
+    assert_same(stepwise, at_once)
+    leaves = [x, h0]
+    expected = gradients(at_once, [*leaves, *theirs.parameters()])
+    assert_same(gradients(stepwise, [*leaves, *ours.parameters()]), expected)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            y, h = ours(x, h0)
+            assert_same((y, h), at_once)
+            assert not y.requires_grad
+            kept, last = h.clone(), h0.clone()
+            y.add_(1)
+            assert torch.equal(h, kept)
+            assert torch.equal(h0, last)
+    for module in (ours, theirs):
+        module.dropout = 0.5
+    torch.manual_seed(1)
+    expected = theirs(x, h0)
+    torch.manual_seed(1)
+    assert_same(ours(x, h0), expected)
+
+
 def test_arguments_by_keyword(place, twins, assert_same):
     theirs, ours = twins(I, H, device=place.device)
     _, (x, hx) = whole(ours, place.device)
@@ -187,7 +239,7 @@ def test_arguments_by_keyword(place, twins, assert_same):
 def test_empty_batch(place, twins, gradients, options):
     theirs, ours = twins(I, H, device=place.device, **OPTIONS[options])
     x, hx = padded(ours, T, 0, I, device=place.device), states(ours, 0, device=place.device)
-    for args, leaves in (((x,), [x]), ((x, tuple(hx)), [x, *hx])):
+    for args, leaves in (((x,), [x]), ((x, given(hx)), [x, *hx])):
         (y, state), (expected, expected_state) = ours(*args), theirs(*args)
         for mine, other in zip((y, *state), (expected, *expected_state), strict=True):
             assert (mine.shape, mine.dtype) == (other.shape, other.dtype)
@@ -323,6 +375,20 @@ def test_packed(place, twins, assert_twins, options, with_hx, pack):
     assert_twins(theirs, ours, make)
 
 
+@pytest.mark.parametrize(
+    ("options", "pack"), each_with_some(OTHER_OPTIONS, PACKED, ["two layers both ways"], [packed_unsorted])
+)
+def test_packed_of_other_cells(other_place, twins, assert_twins, options, pack):
+    kind, place = other_place
+    theirs, ours = twins(I, H, cls=kind.ours, device=place.device, **kind.options, **OPTIONS[options])
+
+    def make():
+        x, hx = padded(ours, T, B, I, device=place.device), states(ours, B, device=place.device)
+        return [x, *hx], (pack(x, ours.batch_first), given(hx))
+
+    assert_twins(theirs, ours, make)
+
+
 @pytest.mark.parametrize("pack", PACKED)
 def test_packed_output_reuses_what_the_input_came_with(place, pack):
     module = fusedrnn.LSTM(I, H, dtype=torch.float64, device=place.device)
@@ -378,6 +444,24 @@ def test_functional_lstm_cell(place, twins, assert_same):
     _, (x, hx) = cell_batched(place.device)
     assert_same(functional.lstm_cell(x, hx, *ours.parameters()), theirs(x, hx))
     assert_same(functional.lstm_cell(x, None, *ours.parameters()), theirs(x))
+
+
+def test_functional_gru_and_rnn(other_place, twins, assert_same):
+    """Layers and one time step, with the weights in the order of the state_dict, and packed data."""
+    kind, place = other_place
+    name = kind.ours.__name__.lower()
+    layers, step = getattr(functional, name), getattr(functional, f"{name}_cell")
+    theirs, ours = twins(I, H, 2, cls=kind.ours, device=place.device, bidirectional=True, **kind.options)
+    own = {"num_layers": 2, "bidirectional": True, **kind.options}
+    weights = list(theirs.state_dict().values())
+    _, (x, hx) = whole(ours, place.device)
+    assert_same(layers(x, weights, hx, **own), theirs(x, hx))
+    packed = packed_sorted(x, False)
+    assert_same(layers(packed.data, weights, hx, batch_sizes=packed.batch_sizes, **own), theirs(packed, hx))
+    theirs, ours = twins(I, H, cls=kind.step, device=place.device, **kind.options)
+    x, h = leaf(B, I, device=place.device), leaf(B, H, device=place.device)
+    for given_h in (h, None):
+        assert_same(step(x, given_h, *ours.parameters(), **kind.options), theirs(x, given_h))
 
 
 # Dropout
@@ -503,6 +587,45 @@ def test_autocast_dtypes_of_lstm_cell(place, autocast, weights, x):
         with torch.autocast(place.device, autocast):
             ours, theirs = (dtypes(module(input, hx)) for module in modules)
         assert ours == theirs
+
+
+def torch_can_compute(dtype):
+    """float16 on the CPU: torch has it for some processors only."""
+    try:
+        nn.GRUCell(I, H, dtype=dtype)(torch.randn(B, I, dtype=dtype))
+    except RuntimeError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("autocast", LOW)
+@pytest.mark.parametrize("form", ["padded", "unbatched", "packed", "equal lengths", "one step"])
+def test_autocast_dtypes_of_other_cells(other_place, autocast, form):
+    """On the CPU a GRU's state is as wide as it came, in every form, and an RNN's is what the products are."""
+    kind, place = other_place
+    if not torch_can_compute(autocast):
+        pytest.skip(f"torch itself does not compute {autocast} on this processor")
+    cls = kind.step if form == "one step" else kind.ours
+    for weights, x, hx in itertools.product(
+        (torch.float32, autocast), (torch.float32, autocast), (None, torch.float32, autocast)
+    ):
+        modules = [c(I, H, **kind.options, device=place.device, dtype=weights) for c in (cls, BASES[cls])]
+        modules[0].load_state_dict(modules[1].state_dict())
+        input = torch.randn(
+            *((T, 3, I) if form in ("padded", "packed", "equal lengths") else (B, I)), device=place.device, dtype=x
+        )
+        state = hx and torch.randn(
+            *{"unbatched": (1, H), "one step": (B, H)}.get(form, (1, 3, H)), device=place.device, dtype=hx
+        )
+        if form in ("packed", "equal lengths"):
+            input = pack_padded_sequence(input, torch.tensor([T, 2, 1] if form == "packed" else [T, T, T]))
+        results = []
+        with torch.autocast(place.device, autocast):
+            for module in modules:
+                y, *h = module(input, state) if form != "one step" else (module(input, state),)
+                results.append([getattr(y, "data", y) if form in ("packed", "equal lengths") else y, *h])
+        assert [t.dtype for t in results[0]] == [t.dtype for t in results[1]]
+        torch.testing.assert_close(*results, rtol=0.05, atol=0.05)
 
 
 def test_autocast_leaves_float64(place, twins, assert_same):
@@ -734,6 +857,22 @@ def test_cell_in_a_loop(place, twins, assert_same, gradients):
             steps.append(hx)
         results.append((steps, gradients(steps, [x, *cell.parameters()])))
     assert_same(results[1], results[0])
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize(
+    "form",
+    [cell_batched, cell_without_hx, cell_unbatched, cell_unbatched_without_hx, cell_strided, cell_empty_batch],
+)
+def test_step_of_other_cells(other_place, twins, assert_twins, form, bias):
+    kind, place = other_place
+    theirs, ours = twins(I, H, bias=bias, cls=kind.step, device=place.device, **kind.options)
+
+    def make():
+        leaves, (x, *hx) = form(place.device)
+        return leaves[:2], (x, *(state[0] for state in hx))
+
+    assert_twins(theirs, ours, make)
 
 
 @pytest.mark.parametrize("cls", [fusedrnn.LSTM, fusedrnn.LSTMCell])

@@ -37,6 +37,13 @@ SCAN = [  # what it cannot
     replace(PLAIN, states=True, hx=False),
     replace(PLAIN, dtype=torch.float16, proj_size=2, bidirectional=True, lengths=True, reset=True, states=True),
 ]
+OTHERS = ["gru", "rnn_tanh", "rnn_relu"]
+NODES = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN", "rnn_relu": "RNN"}
+OTHER_NODES = [replace(case, cell=cell) for cell in OTHERS for case in (LSTM[0], LSTM[2], LSTM[3])]
+OTHER_SCANS = [
+    replace(PLAIN, cell=cell, states=True, reset=True, lengths=True, layers=2, bidirectional=True, dtype=torch.float64)
+    for cell in OTHERS
+]
 EXPORTERS = pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])
 
 
@@ -53,14 +60,16 @@ class Model(nn.Module):
 
     def forward(self, x, h0=None, c0=None, lengths=None, reset=None):
         x, h0, c0 = (None if t is None else t.to(self.case.dtype) for t in (x, h0, c0))
-        outputs = testing.call(self.lstm, self.case, Inputs(x, None if h0 is None else (h0, c0), lengths, reset))
+        hx = h0 if c0 is None else (h0, c0)
+        outputs = testing.call(self.lstm, self.case, Inputs(x, hx, lengths, reset))
         return tuple(t.float() if t.dtype == torch.bfloat16 else t for t in outputs.values())
 
 
 def inputs(case):
     """What `Model` is called with, by name."""
     x, hx, lengths, reset = case.inputs()
-    named = {"x": x, "h0": hx and hx[0], "c0": hx and hx[1], "lengths": lengths, "reset": reset}
+    h0, c0 = (hx, None) if isinstance(hx, torch.Tensor) else hx or (None, None)
+    named = {"x": x, "h0": h0, "c0": c0, "lengths": lengths, "reset": reset}
     return {
         name: value.float() if value.dtype == torch.bfloat16 else value
         for name, value in named.items()
@@ -124,19 +133,19 @@ def export_case(case, dynamo, compilable=True):
 
 
 @EXPORTERS
-@cases(LSTM)
+@cases([*LSTM, *OTHER_NODES])
 def test_onnx_runtime_agrees(case, dynamo):
     file = export_case(case, dynamo)
-    assert operators(file).count("LSTM") == case.layers
+    assert operators(file).count(NODES[case.cell]) == case.layers
     assert "Scan" not in operators(file)
     check(case, file)
 
 
-@cases(SCAN)
+@cases([*SCAN, *OTHER_SCANS])
 def test_onnx_runtime_agrees_where_a_layer_is_a_scan(case):
     file = export_case(case, dynamo=True)
     assert operators(file).count("Scan") == case.layers * (2 if case.bidirectional else 1)
-    assert "LSTM" not in operators(file)
+    assert NODES[case.cell] not in operators(file)
     check(case, file)
 
 
@@ -222,6 +231,28 @@ def test_cell(bias, dynamo):
     for x, results in expected:
         for result, wanted in zip(run(file, {"x": x}), results, strict=True):
             torch.testing.assert_close(result, wanted.detach())
+
+
+class Walk(nn.Module):
+    """Two steps of cells with one state."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru, self.rnn = nn.GRUCell(4, 4), nn.RNNCell(4, 4, nonlinearity="relu")
+
+    def forward(self, x):
+        h = self.gru(x)
+        return self.rnn(h, self.gru(h, h))
+
+
+@EXPORTERS
+def test_cells_with_one_state(dynamo):
+    walk = Walk().eval()
+    expected = [(x := torch.randn(B, 4), walk(x)) for B in (3, 1, 8)]
+    file = export(fusedrnn.convert(walk), {"x": expected[0][0]}, {"x": {0: "B"}}, dynamo)
+    assert [operators(file).count(name) for name in ("GRU", "RNN")] == [2, 1]
+    for x, wanted in expected:
+        torch.testing.assert_close(run(file, {"x": x})[0], wanted.detach())
 
 
 class Packed(nn.Module):

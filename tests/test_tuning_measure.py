@@ -331,7 +331,8 @@ def test_a_program_writes_a_profile_and_goes_on_with_it(tmp_path):
 @pytest.mark.parametrize(
     ("model", "options", "error", "message"),
     [
-        (nn.Linear(4, 4), {}, ValueError, "no LSTM and no LSTMCell"),
+        (nn.Linear(4, 4), {}, ValueError, "no LSTM, GRU or RNN of the model"),
+        (nn.GRU(4, 4), {}, RuntimeError, "there is nothing to measure: only torch's own"),
         (nn.LSTM(4, 4), {"modes": ["fast"]}, ValueError, "modes must be of"),
         (print, {}, TypeError, "model must be a torch.nn.Module"),
     ],

@@ -51,8 +51,9 @@ class Key(NamedTuple):
 
     @property
     def label(self) -> str:
-        """For people: sizes, and what is not plain."""
-        parts = [f"{name} {getattr(self, name)}" for name in _SIZES[:4]]
+        """For people: the cell if it is no LSTM, sizes, and what is not plain."""
+        parts = [] if self.cell == "lstm" else [self.cell]
+        parts += [f"{name} {getattr(self, name)}" for name in _SIZES[:4]]
         parts += [f"{self.L} layers"] if self.L > 1 else []
         parts += ["both directions"] if self.D > 1 else []
         parts += ["one cell"] if self.step else []
