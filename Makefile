@@ -20,7 +20,7 @@ ARCHIVE ?=
 GPU ?=
 
 BIN := $(VENV)/bin
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cells/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 CUDA_SOURCES := $(wildcard csrc/cuda/*.h csrc/cuda/*.cu csrc/cuda/*.cuh csrc/cuda/host/*.h csrc/cuda/host/*.cpp benchmarks/cuda/*)
 CXX ?= g++
 

@@ -40,6 +40,7 @@ except ImportError:
     )
 
 ROOT = Path(__file__).parent
+CELLS = Path("csrc/cells")
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "fusedrnn" / "version.py").read_text()).group(1)
 SOURCES = runpy.run_path(str(ROOT / "fusedrnn" / "sources.py"))
 SANITIZE = os.environ.get("FUSEDRNN_SANITIZE", "")
@@ -214,13 +215,15 @@ class BuildNative(BuildExtension):
         return objects
 
     def _compiled(self, commands):
-        """The object of each source, made by the command beside it unless one is there that is as new as the folder."""
+        """The object of each source, made by the command beside it unless one is there that is as new as the folder's
+        headers and the cells'."""
 
         def compiled(source, command):
             folder = Path(self.build_temp) / source.parent
             folder.mkdir(parents=True, exist_ok=True)
             target, made_by = folder / f"{source.stem}.o", folder / f"{source.stem}.command"
-            headers = (path for path in source.parent.glob("*") if path.suffix in (".h", ".cuh"))
+            others = (*source.parent.glob("*"), *CELLS.glob("*"))
+            headers = (path for path in others if path.suffix in (".h", ".cuh"))
             newest = max(path.stat().st_mtime for path in (source, *headers))
             fresh = target.is_file() and target.stat().st_mtime > newest
             if not (fresh and made_by.is_file() and made_by.read_text() == shlex.join(command)):
@@ -263,7 +266,7 @@ def extension(name):
     return CppExtension(
         f"fusedrnn._{name}",
         [f"csrc/{name}_ops.cpp", *(["csrc/cpu/instruction_sets.cpp"] if name == "cpu" else [])],
-        depends=[str(path) for path in (*Path("csrc").glob(f"{name}_*.h"), *folder.glob("*.h"))],
+        depends=[str(path) for path in (*Path("csrc").glob(f"{name}_*.h"), *folder.glob("*.h"), *CELLS.glob("*.h"))],
         extra_compile_args={"cxx": [*FLAGS, *(["-DUSE_CUDA"] if name == "cuda" else [])]},
         extra_link_args=CUDA_LINK if name == "cuda" else [f"-fsanitize={SANITIZE}"] if SANITIZE else [],
         py_limited_api=True,

@@ -50,6 +50,15 @@ Dtype dtype_of(ScalarType dtype) {
 
 const Kernels& kernels_of(ScalarType dtype) { return (*isa().kernels)[static_cast<size_t>(dtype_of(dtype))]; }
 
+CellKind cell_of(const std::string& name) {
+  const auto& cells = (*isa().kernels)[0].cells;
+  for (size_t k = 0; k < cells.size(); ++k) {
+    if (name == cells[k].spec.name) return static_cast<CellKind>(k);
+  }
+  STD_TORCH_CHECK(false, "the cpu backend has no kernel for the cell ", name);
+  return CellKind::kCount;
+}
+
 // One layer's weights, contiguous, direction after direction in nn.LSTM's order; see fusedrnn/layout.py.
 struct Weights {
   Weights(const Tensors& flat, bool bidirectional) : directions(bidirectional ? 2 : 1) {
@@ -94,7 +103,7 @@ std::vector<int64_t> offsets_of(const Tensor& lengths, int64_t N) {
 // One layer of a stack: h0 and c0 are of all layers. x is [T, B, I]; or, with lengths, [N, I], the rows of a
 // PackedSequence; or [B, I] of a cell, with h0 and c0 without a dimension for layers.
 struct Layer {
-  Layer(const Tensor& x_in, const Tensors& flat, bool bidirectional, const OptionalTensor& h0_in,
+  Layer(CellKind kind, const Tensor& x_in, const Tensors& flat, bool bidirectional, const OptionalTensor& h0_in,
         const OptionalTensor& c0_in, const OptionalTensor& lengths_in, const OptionalTensor& reset_in,
         int64_t index_in = 0, int64_t layers_in = 1)
       : index(index_in),
@@ -107,28 +116,33 @@ struct Layer {
         reset(dense(reset_in)),
         offsets(is_packed() ? offsets_of(*lengths, x.size(0)) : std::vector<int64_t>()),
         compute(compute_type(x_in)),
-        kernels(kernels_of(x_in.scalar_type())) {
+        kernels(kernels_of(x_in.scalar_type())),
+        cell(kernels.cells[static_cast<size_t>(kind)]),
+        spec(cell.spec) {
     const bool fits = x.dim() == 3 || is_packed() || (is_cell() && layers * weights.directions == 1);
     STD_TORCH_CHECK(fits && weights.w_hh(0).dim() == 2, "x and w_hh must have 3 and 2 dimensions");
     Sizes& s = sizes;
     const Tensor& w_hh = weights.w_hh(0);
+    const int64_t G = spec.gates;
     s.T = is_packed() ? static_cast<int64_t>(offsets.size()) - 1 : is_cell() ? 1 : x.size(0);
     s.B = is_packed() ? lengths->size(0) : x.size(x.dim() - 2);
     s.N = is_packed() ? x.size(0) : s.T * s.B;
     s.I = x.size(x.dim() - 1);
-    s.H = w_hh.size(0) / 4;
+    s.H = w_hh.size(0) / G;
     s.P = w_hh.size(1);
     s.D = weights.directions;
     s.projected = weights.projected();
     STD_TORCH_CHECK(s.T > 0, "x must have at least one time step");
+    STD_TORCH_CHECK(spec.projects || !s.projected, "a layer of the cell ", spec.name, " has no projection");
+    STD_TORCH_CHECK(has_cell() || !c0.has_value(), "a layer of the cell ", spec.name, " takes no c0");
     for (int64_t d = 0; d < s.D; ++d) {
-      check_size("w_ih", weights.w_ih(d), {4 * s.H, s.I});
-      check_size("w_hh", weights.w_hh(d), {4 * s.H, s.P});
-      if (weights.biased()) check_size("b_ih", weights.b_ih(d), {4 * s.H});
-      if (weights.biased()) check_size("b_hh", weights.b_hh(d), {4 * s.H});
+      check_size("w_ih", weights.w_ih(d), {G * s.H, s.I});
+      check_size("w_hh", weights.w_hh(d), {G * s.H, s.P});
+      if (weights.biased()) check_size("b_ih", weights.b_ih(d), {G * s.H});
+      if (weights.biased()) check_size("b_hh", weights.b_hh(d), {G * s.H});
       if (s.projected) check_size("w_hr", weights.w_hr(d), {s.P, s.H});
     }
-    STD_TORCH_CHECK(s.projected || s.P == s.H, "w_hh must be [4H, H] without a projection");
+    STD_TORCH_CHECK(s.projected || s.P == s.H, "w_hh must be [", G, "H, H] without a projection");
     for (const Tensor& weight : weights.all) {
       STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type(), "weights must have the dtype of x");
     }
@@ -154,6 +168,13 @@ struct Layer {
     STD_TORCH_CHECK(tensor->scalar_type() == x.scalar_type(), name, " must have the dtype of x");
   }
 
+  bool has_cell() const { return spec.carry == Carry::kCell; }
+  bool has_carry() const { return spec.carry != Carry::kNone; }
+  // How many numbers c has.
+  int64_t C() const { return has_cell() ? sizes.H : 0; }
+  // Whether the input's maps are as many numbers as what is saved, so that the one may take the place of the other.
+  bool saves_maps() const { return spec.input.end - spec.input.begin == spec.saved; }
+
   int64_t compute_bytes() const { return bytes_of(compute); }
 
   bool is_packed() const { return x.dim() == 2 && lengths.has_value(); }
@@ -175,18 +196,20 @@ struct Layer {
     }
   }
 
-  // The gates, [D, T, B, 4H], or [D, N, 4H].
-  Tensor recycled_gates() const {
+  // What is saved, [D, T, B, S*H], or [D, N, S*H].
+  Tensor recycled_saved() const {
     const Sizes& s = sizes;
     const ScalarType dtype = x.scalar_type();
-    return is_packed() ? recycled({s.D, s.N, 4 * s.H}, dtype) : recycled({s.D, s.T, s.B, 4 * s.H}, dtype);
+    const int64_t row = spec.saved * s.H;
+    return is_packed() ? recycled({s.D, s.N, row}, dtype) : recycled({s.D, s.T, s.B, row}, dtype);
   }
-  void check_gates(const Tensor& gates) const {
+  void check_saved(const Tensor& saved) const {
     const Sizes& s = sizes;
+    const int64_t row = spec.saved * s.H;
     if (is_packed()) {
-      check_size("reserve", gates, {s.D, s.N, 4 * s.H});
+      check_size("reserve", saved, {s.D, s.N, row});
     } else {
-      check_size("reserve", gates, {s.D, s.T, s.B, 4 * s.H});
+      check_size("reserve", saved, {s.D, s.T, s.B, row});
     }
   }
 
@@ -214,6 +237,8 @@ struct Layer {
   std::vector<int64_t> offsets;  // only where packed
   ScalarType compute;
   const Kernels& kernels;
+  const CellKernels& cell;
+  const CellSpec& spec;
   Sizes sizes;
 };
 

@@ -16,14 +16,11 @@
 namespace fusedrnn {
 namespace {
 
-void check_cell(const std::string& cell) {
-  STD_TORCH_CHECK(cell == "lstm", "the cpu backend has no kernel for the cell ", cell);
-}
-
 // ---------------------------------------------------------------------------------------------- launching
 
 Team plan_team(const Layer& layer) {
-  return plan_team(layer.sizes, layer.kernels, layer.compute == ScalarType::Double, torch::stable::get_num_threads());
+  return plan_team(layer.sizes, layer.spec, layer.kernels, layer.compute == ScalarType::Double,
+                   torch::stable::get_num_threads());
 }
 
 // Runs f(worker) for every worker of a team, at the same time as far as threads are free.
@@ -73,35 +70,37 @@ void forward_step(const Layer& layer, ForwardParams& params) {
     return std::max<int64_t>(1, static_cast<int64_t>(kSerialFlops) / std::max<int64_t>(1, flops));
   };
   const int64_t lanes = layer.kernels.lanes;
-  layer.kernels.step_start(params);
-  torch::stable::parallel_for(0, s.D * blocks_of(s.H, lanes), grain(lanes * 8 * s.B * (s.I + s.P)),
-                              [&](int64_t begin, int64_t end) { layer.kernels.step(params, begin, end); });
+  layer.cell.step_start(params);
+  torch::stable::parallel_for(0, s.D * blocks_of(s.H, lanes), grain(lanes * 2 * layer.spec.gates * s.B * (s.I + s.P)),
+                              [&](int64_t begin, int64_t end) { layer.cell.step(params, begin, end); });
   if (!s.projected) return;
   torch::stable::parallel_for(0, s.D * s.P, grain(2 * s.B * s.H),
-                              [&](int64_t begin, int64_t end) { layer.kernels.step_project(params, begin, end); });
+                              [&](int64_t begin, int64_t end) { layer.cell.step_project(params, begin, end); });
 }
 
 // Steps whose input's affine maps are computed at a time: so many that they pass through a cache, where they are not
 // kept, and still fill the rows of a matrix product for every thread.
 int64_t steps_at_a_time(const Layer& layer) {
   const Sizes& s = layer.sizes;
-  const int64_t row_bytes = s.D * 4 * s.H * layer.compute_bytes();
+  const int64_t row_bytes = s.D * layer.spec.gates * s.H * layer.compute_bytes();
   const int64_t rows = std::max(kChunkBytes / row_bytes, kGemmRows * torch::stable::get_num_threads());
   const int64_t parts = blocks_of(s.N, rows);
   return blocks_of(s.T, parts);
 }
 
-// b_ih + b_hh of each direction, as the affine maps begin with them.
+// The biases of maps [begin, end) of each direction, as these maps begin with them.
 class Biases {
  public:
-  Biases(const Layer& layer, const ForwardParams& params, bool in_blocks) {
-    if (!layer.weights.biased()) return;
+  Biases(const Layer& layer, const ForwardParams& params, int begin, int end, bool in_chunks = true) {
+    if (!layer.weights.biased() || begin == end) return;
     const Sizes& s = layer.sizes;
-    const int64_t lanes = layer.kernels.lanes;
-    of_direction_ = std::max(blocks_of(4 * s.H, 4 * lanes), blocks_of(s.H, lanes)) * 4 * lanes * layer.compute_bytes();
+    const int64_t lanes = layer.kernels.lanes, blocks = chunk_blocks(layer.spec.gates);
+    // Of each map whole chunks, and at the end a whole panel.
+    of_direction_ =
+        blocks_of((end - begin) * blocks_of(s.H, blocks * lanes) * blocks, 4) * 4 * lanes * layer.compute_bytes();
     storage_.emplace(s.D * of_direction_);
     for (int64_t d = 0; d < s.D; ++d) {
-      layer.kernels.add_biases(params.b_ih[d], params.b_hh[d], s.H, in_blocks, of(d));
+      layer.cell.add_biases(params.b_ih[d], params.b_hh[d], s.H, begin, end, in_chunks, of(d));
     }
   }
 
@@ -114,15 +113,15 @@ class Biases {
 
 // A whole sequence: the input's affine maps as matrix products, and the launches that use them; or one launch that does
 // both, where the sequence is short, or where tiles are full.
-void forward_sequence(const Layer& layer, ForwardParams& params, const OptionalTensor& gates) {
+void forward_sequence(const Layer& layer, ForwardParams& params, const OptionalTensor& saved) {
   const Sizes& s = layer.sizes;
   const Kernels& kernels = layer.kernels;
-  const bool unpacked = is_short(s, kernels, gates.has_value());
-  // The gates take the place of their affine maps where both are kept, in one dtype.
-  const bool in_place = gates.has_value() && layer.x.scalar_type() == layer.compute;
+  const bool unpacked = is_short(s, kernels, saved.has_value());
+  // What is saved takes the place of the input's maps where both are kept, in one dtype.
+  const bool in_place = saved.has_value() && layer.saves_maps() && layer.x.scalar_type() == layer.compute;
   const SharedPanels panels =
       unpacked            ? std::make_shared<Panels>(Panels{std::nullopt, std::nullopt, packed_projection(layer)})
-      : gates.has_value() ? packed_weights(layer, in_place)  // of training: other ones at the next call
+      : saved.has_value() ? packed_weights(layer, in_place)  // of training: other ones at the next call
                           : kept_weights(layer);
   params.panel_hh = pointer(panels->w_hh);
   params.panel_hr = pointer(panels->w_hr);
@@ -131,34 +130,36 @@ void forward_sequence(const Layer& layer, ForwardParams& params, const OptionalT
     params.begin = begin;
     params.end = end;
     const Lines lines(params.team, s, kernels);
-    launch(params.team, [&](int worker) { kernels.forward(params, worker); });
+    launch(params.team, [&](int worker) { layer.cell.forward(params, worker); });
   };
   if (unpacked) return run(0, s.T);
 
   const OptionalTensor padded = padded_rows(kernels, layer.x);
   const Tensor x = padded.has_value() ? *padded : kernels.take_pairs() ? layer.x : as(layer.x, layer.compute);
   const int64_t x_stride = kernels.padded(s.I);
-  const Biases biases(layer, params, !in_place);
-  if (fuses_input(s, kernels)) {
+  const bool fused = fuses_input(s, kernels);
+  const Biases others(layer, params, fused ? 0 : layer.spec.input.end, layer.spec.maps);
+  for (int64_t d = 0; d < s.D; ++d) params.biases[d] = others.of(d);
+  if (fused) {
     params.panel_ih = pointer(panels->w_ih);
     params.x_padded = x.const_data_ptr();
     params.x_stride = x_stride;
-    for (int64_t d = 0; d < s.D; ++d) params.biases[d] = biases.of(d);
     return run(0, s.T);
   }
+  const Biases biases(layer, params, layer.spec.input.begin, layer.spec.input.end, !in_place);
   const int64_t steps = in_place ? s.T : steps_at_a_time(layer), most_rows = std::min(steps * s.B, s.N);
-  const int64_t G = in_place ? 4 * s.H : blocks_of(s.H, kernels.lanes) * 4 * kernels.lanes;
-  OptionalScratch xg;
-  if (!in_place) xg.emplace(s.D * most_rows * G, layer.compute);
   const Packing packing = input_packing(layer, in_place);
+  const int64_t columns = in_place ? layer.spec.gates * s.H : packing.panels * 4 * kernels.lanes;
+  OptionalScratch xg;
+  if (!in_place) xg.emplace(s.D * most_rows * columns, layer.compute);
   for (int64_t begin = 0; begin < s.T; begin += steps) {
     const int64_t end = std::min(begin + steps, s.T);
     for (int64_t d = 0; d < s.D; ++d) {
       const int64_t t = d == 0 ? begin : s.T - end, first = layer.row(t), rows = layer.row(t + end - begin) - first;
-      const int64_t own = d * most_rows * G;
-      void* const out = in_place ? at(*gates, own) : xg->at(own);
+      const int64_t own = d * most_rows * columns;
+      void* const out = in_place ? at(*saved, own) : xg->at(own);
       gemm(kernels, {.M = rows,
-                     .N = G,
+                     .N = columns,
                      .K = packing.inputs,
                      .a = at(x, first * x_stride),
                      .a_stride = x_stride,
@@ -181,13 +182,13 @@ Tensor empty_state(const Layer& layer, int64_t N) {
                          : empty({layer.layers * s.D, s.B, N}, layer.x.scalar_type());
 }
 
-// What a forward writes: y; hn and cn, of all layers; and c and the gates, where they are wanted.
+// What a forward writes: y; hn and cn, of all layers; and c and what is saved, where they are wanted.
 struct Outputs {
   explicit Outputs(const Layer& layer)
-      : y(empty_y(layer)), hn(empty_state(layer, layer.sizes.P)), cn(empty_state(layer, layer.sizes.H)) {}
+      : y(empty_y(layer)), hn(empty_state(layer, layer.sizes.P)), cn(empty_state(layer, layer.C())) {}
 
   Tensor y, hn, cn;
-  OptionalTensor c, gates;
+  OptionalTensor c, saved;
 };
 
 void forward(const Layer& layer, Outputs& out) {
@@ -197,10 +198,11 @@ void forward(const Layer& layer, Outputs& out) {
   const int64_t line = CacheLines::kLine, bytes = layer.compute_bytes();
   const auto in_lines = [&](int64_t numbers) { return blocks_of(numbers * bytes, line) * line; };
   const int64_t h_size = in_lines(2 * s.D * s.B * layer.kernels.padded(s.P));
-  const int64_t c_size = in_lines(s.D * s.B * blocks_of(s.H, layer.kernels.lanes) * layer.kernels.lanes);
-  const CacheLines scratch(h_size + c_size + (s.projected ? in_lines(s.D * s.B * s.H) : 0));
+  const int64_t units = blocks_of(s.H, layer.kernels.lanes) * layer.kernels.lanes;
+  const int64_t carry_size = layer.has_carry() ? in_lines(s.D * s.B * units) : 0;
+  const CacheLines scratch(h_size + carry_size + (s.projected ? in_lines(s.D * s.B * s.H) : 0));
   char* const h = scratch.begin();
-  char* const c_state = h + h_size;
+  char* const carry = h + h_size;
 
   ForwardParams params{};
   params.sizes = s;
@@ -213,20 +215,20 @@ void forward(const Layer& layer, Outputs& out) {
     params.b_hh[d] = layer.weights.biased() ? layer.weights.b_hh(d).const_data_ptr() : nullptr;
   }
   params.h0 = layer.h0.has_value() ? at(*layer.h0, layer.own(s.P)) : nullptr;
-  params.c0 = layer.c0.has_value() ? at(*layer.c0, layer.own(s.H)) : nullptr;
+  params.c0 = layer.c0.has_value() ? at(*layer.c0, layer.own(layer.C())) : nullptr;
   params.y = pointer(out.y);
   params.hn = at(out.hn, layer.own(s.P));
-  params.cn = at(out.cn, layer.own(s.H));
+  params.cn = at(out.cn, layer.own(layer.C()));
   params.c = pointer(out.c);
-  params.gates = pointer(out.gates);
+  params.saved = pointer(out.saved);
   params.h = h;
-  params.c_state = c_state;
-  params.m = s.projected ? c_state + c_size : nullptr;
+  params.carry = carry;
+  params.m = s.projected ? carry + carry_size : nullptr;
   params.x = layer.x.const_data_ptr();
-  if (s.T == 1 && is_short(s, layer.kernels, out.gates.has_value())) {
+  if (s.T == 1 && is_short(s, layer.kernels, out.saved.has_value())) {
     forward_step(layer, params);
   } else {
-    forward_sequence(layer, params, out.gates);
+    forward_sequence(layer, params, out.saved);
   }
 }
 
@@ -234,39 +236,38 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_forward(
     std::string cell, Tensor x, bool bidirectional, OptionalTensor h0, OptionalTensor c0, OptionalTensor lengths,
     OptionalTensor reset, bool cell_states, bool reserve, Tensor w0, Tensor w1, OptionalTensor w2, OptionalTensor w3,
     OptionalTensor w4, OptionalTensor w5, OptionalTensor w6, OptionalTensor w7, OptionalTensor w8, OptionalTensor w9) {
-  check_cell(cell);
   const NoGrad no_grad;
   const Tensors flat = listed(w0, w1, {&w2, &w3, &w4, &w5, &w6, &w7, &w8, &w9});
-  const Layer layer(x, flat, bidirectional, h0, c0, lengths, reset);
+  const Layer layer(cell_of(cell), x, flat, bidirectional, h0, c0, lengths, reset);
   const Sizes& s = layer.sizes;
   const ScalarType dtype = x.scalar_type();
   Outputs out(layer);
   if (cell_states || reserve) {
-    out.c = cell_states ? layer.empty_rows(s.D * s.H, dtype) : layer.recycled_rows(s.D * s.H, dtype);
+    const int64_t row = s.D * layer.C();
+    out.c = cell_states ? layer.empty_rows(row, dtype) : layer.recycled_rows(row, dtype);
   }
-  if (reserve) out.gates = layer.recycled_gates();
+  if (reserve) out.saved = layer.recycled_saved();
   forward(layer, out);
   const auto or_empty = [&](const OptionalTensor& tensor) { return tensor.has_value() ? *tensor : empty({0}, dtype); };
-  return {out.y, out.hn, out.cn, or_empty(out.c), or_empty(out.gates)};
+  return {out.y, out.hn, out.cn, or_empty(out.c), or_empty(out.saved)};
 }
 
 // torch moves the weights out of the list that it is called with. It is for functional.py alone, whose list is made for
 // the call, and is never recorded in a program.
 std::tuple<Tensor, Tensor, Tensor> cpu_infer(std::string cell, Tensor x, Tensors flat, int64_t layers,
                                              bool bidirectional, OptionalTensor h0, OptionalTensor c0) {
-  check_cell(cell);
   const NoGrad no_grad;
   const int64_t all = static_cast<int64_t>(flat.size());
   STD_TORCH_CHECK(layers > 0 && all % layers == 0, "weights must be as many for each of ", layers, " layers");
   std::optional<Outputs> out;
   for (int64_t index = 0; index < layers; ++index) {
     const auto first = flat.begin() + index * (all / layers);
-    const Layer layer(index == 0 ? x : out->y, Tensors(first, first + all / layers), bidirectional, h0, c0,
-                      std::nullopt, std::nullopt, index, layers);
+    const Layer layer(cell_of(cell), index == 0 ? x : out->y, Tensors(first, first + all / layers), bidirectional, h0,
+                      c0, std::nullopt, std::nullopt, index, layers);
     if (index == 0) {
       out.emplace(layer);
     } else {
-      STD_TORCH_CHECK(layer.sizes.H == out->cn.size(2) && layer.sizes.P == out->hn.size(2),
+      STD_TORCH_CHECK(layer.C() == out->cn.size(2) && layer.sizes.P == out->hn.size(2),
                       "all layers must have states of one size");
       out->y = empty_y(layer);
     }
@@ -277,14 +278,61 @@ std::tuple<Tensor, Tensor, Tensor> cpu_infer(std::string cell, Tensor x, Tensors
 
 // ---------------------------------------------------------------------------------------------- backward
 
+// The part of a row of da that a product of its maps takes: where it begins, and how many numbers it has. Where
+// operands are pairs it begins with a whole one, maybe with a number of the map before, and ends with whole inputs.
+struct MapInputs {
+  MapInputs(const Kernels& kernels, const MapWindow& maps, int64_t H)
+      : begin(maps.begin * H - skipped(kernels, maps, H)),
+        rows((maps.end - maps.begin) * H),
+        skips(maps.begin * H - begin),
+        numbers(kernels.padded(skips + rows)),
+        maps(&maps),
+        H(H) {}
+
+  static int64_t skipped(const Kernels& kernels, const MapWindow& maps, int64_t H) {
+    return kernels.take_pairs() ? maps.begin * H % 2 : 0;
+  }
+
+  // Row of torch's weights that the k-th number is multiplied with, or -1.
+  int64_t weight(int64_t k) const {
+    int64_t unit = k - skips;
+    if (unit < 0 || unit >= rows) return -1;
+    const int* gate = maps->gates;
+    for (; unit >= H; unit -= H) ++gate;
+    return *gate * H + unit;
+  }
+
+  int64_t begin, rows, skips, numbers;
+  const MapWindow* maps;
+  int64_t H;
+};
+
 // What the launch leaves for the matrix products, of each direction: in the compute dtype, but for da, which is in the
 // layer's where its products take pairs.
 struct StepGradients {
-  Scratch da;  // [N][da_stride]: [N][4H], and zeros
+  Scratch da;  // [N][da_stride]: the gradients of all maps, [N][M*H], and zeros
   int64_t da_stride;
   OptionalScratch h_in;       // the panels of the states that entered each step, only if w_hh needs a gradient
   OptionalScratch dh_out, m;  // [N][P] and [N][H], only with a projection
 };
+
+// The panels of weights whose rows are multiplied with maps of da, of so many columns.
+template <class F>
+Scratch packed_for_maps(const Layer& layer, const MapInputs& inputs, int64_t columns, const F& matrix) {
+  const Kernels& kernels = layer.kernels;
+  const Packing packing = inputs_of(kernels, columns, inputs.numbers);
+  const int64_t numbers = packing.numbers(kernels);
+  Scratch panels(layer.sizes.D * numbers, layer.compute);
+  for_each_part(kernels, packing, layer.sizes.D, [&](int64_t d, int64_t begin, int64_t end) {
+    const Tensor& w = matrix(d);
+    const auto row = [&](int64_t k) -> const void* {
+      const int64_t weight = inputs.weight(k);
+      return weight < 0 ? nullptr : at(w, weight * columns);
+    };
+    pack_inputs(kernels, packing, row, columns, panels.at(d * numbers), begin, end);
+  });
+  return panels;
+}
 
 // The recurrence backwards. params holds the tensors that came from the caller, or go to it.
 StepGradients backward_sequence(const Layer& layer, BackwardParams& params, bool needs_w_hh) {
@@ -293,17 +341,20 @@ StepGradients backward_sequence(const Layer& layer, BackwardParams& params, bool
   const int64_t N = s.N;
   const auto make = [&](int64_t numbers) { return Scratch(s.D * numbers, layer.compute); };
   const ScalarType da_type = kernels.take_pairs() ? layer.x.scalar_type() : layer.compute;
-  const int64_t G = 4 * s.H, stride = kernels.padded(G);
+  const MapInputs of_input(kernels, layer.spec.input, s.H), of_state(kernels, layer.spec.recurrent, s.H);
+  const int64_t maps = layer.spec.maps * s.H;
+  const int64_t least = std::max(of_input.begin + of_input.numbers, of_state.begin + of_state.numbers);
+  const int64_t stride = kernels.padded(std::max(maps, least));
   StepGradients steps{Scratch(s.D * N * stride, da_type), stride, std::nullopt, std::nullopt, std::nullopt};
-  for (int64_t row = 0; stride > G && row < s.D * N; ++row) {
-    std::memset(steps.da.at(row * stride + G), 0, (stride - G) * bytes_of(da_type));
+  for (int64_t row = 0; stride > maps && row < s.D * N; ++row) {
+    std::memset(steps.da.at(row * stride + maps), 0, (stride - maps) * bytes_of(da_type));
   }
   if (s.projected) steps.dh_out.emplace(make(N * s.P));
   if (s.projected) steps.m.emplace(make(N * s.H));
-  const Scratch dh_state = make(s.B * s.P), dc_state = make(s.B * s.H);
+  const Scratch dh_state = make(s.B * s.P), dcarry = make(layer.has_carry() ? s.B * s.H : 0);
   OptionalScratch panel_hh, panel_hr;
   if (s.T > 1 || params.dh0 != nullptr) {
-    panel_hh.emplace(packed(layer, inputs_of(kernels, s.P, G), [&](int64_t d) { return layer.weights.w_hh(d); }));
+    panel_hh.emplace(packed_for_maps(layer, of_state, s.P, [&](int64_t d) { return layer.weights.w_hh(d); }));
   }
   if (s.projected) {
     panel_hr.emplace(packed(layer, columns_of(kernels, s.H, s.P), [&](int64_t d) { return layer.weights.w_hr(d); }));
@@ -311,13 +362,16 @@ StepGradients backward_sequence(const Layer& layer, BackwardParams& params, bool
   params.panel_hh = pointer(panel_hh);
   params.panel_hr = pointer(panel_hr);
   params.da = steps.da.begin();
+  params.da_stride = stride;
+  params.da_begin = of_state.begin;
+  params.da_inputs = of_state.numbers;
   params.dh_out = pointer(steps.dh_out);
   params.m = pointer(steps.m);
   params.dh_state = dh_state.begin();
-  params.dc_state = dc_state.begin();
+  params.dcarry = dcarry.begin();
   params.team = plan_team(layer);
   const Lines lines(params.team, s, kernels);
-  launch(params.team, [&](int worker) { kernels.backward(params, worker); });
+  launch(params.team, [&](int worker) { layer.cell.backward(params, worker); });
   if (needs_w_hh) {
     const Packing states = inputs_of(kernels, s.P, N);
     steps.h_in.emplace(make(states.numbers(kernels)));
@@ -335,13 +389,14 @@ Tensor input_gradient(const Layer& layer, const StepGradients& steps) {
   const Kernels& kernels = layer.kernels;
   const bool is_narrow = kernels.operands == Operands::kTiles && s.D == 1;
   Tensor dx = layer.recycled_rows(s.I, is_narrow ? layer.x.scalar_type() : layer.compute);
-  const Packing w_ih = inputs_of(kernels, s.I, 4 * s.H);
-  const Scratch panels = packed(layer, w_ih, [&](int64_t d) { return layer.weights.w_ih(d); });
+  const MapInputs of_input(kernels, layer.spec.input, s.H);
+  const Packing w_ih = inputs_of(kernels, s.I, of_input.numbers);
+  const Scratch panels = packed_for_maps(layer, of_input, s.I, [&](int64_t d) { return layer.weights.w_ih(d); });
   for (int64_t d = 0; d < s.D; ++d) {
     gemm(kernels, {.M = s.N,
                    .N = s.I,
                    .K = w_ih.inputs,
-                   .a = steps.da.at(d * s.N * steps.da_stride),
+                   .a = steps.da.at(d * s.N * steps.da_stride + of_input.begin),
                    .a_stride = steps.da_stride,
                    .panels = panels.at(d * w_ih.numbers(kernels)),
                    .c = pointer(dx),
@@ -374,27 +429,57 @@ void sum_rows(const void* rows, int64_t count, int64_t columns, void* sum) {
   }
 }
 
-// The gradient of a bias, [4H]: the sum over all steps.
+// The gradients of the biases of all maps, [M*H]: the sum over all steps.
 Tensor bias_gradients(const Layer& layer, StepGradients& steps, int64_t d) {
   const Sizes& s = layer.sizes;
-  const int64_t N = s.N, G = 4 * s.H, stride = steps.da_stride;
+  const int64_t N = s.N, maps = layer.spec.maps * s.H, stride = steps.da_stride;
   if (N > kUnpackedRows || layer.kernels.take_pairs()) {
     Tensor rows = steps.da.matrix(d * N * stride, N, stride);
-    rows = torch::stable::narrow(rows, 1, 0, G);
+    rows = torch::stable::narrow(rows, 1, 0, maps);
     return torch::stable::sum(rows, std::array<int64_t, 1>{0});
   }
   // Of a few rows the sum takes less than the way to torch's.
-  Tensor sum = empty({G}, layer.compute);
+  Tensor sum = empty({maps}, layer.compute);
   const auto of = layer.compute == ScalarType::Double ? sum_rows<double> : sum_rows<float>;
-  of(steps.da.at(d * N * G), N, G, pointer(sum));
+  of(steps.da.at(d * N * maps), N, maps, pointer(sum));
   return sum;
 }
 
-// A vector once more.
-Tensor copied(const Tensor& vector) {
-  Tensor copy = empty({vector.numel()}, vector.scalar_type());
-  std::memcpy(pointer(copy), vector.const_data_ptr(), vector.numel() * vector.element_size());
-  return copy;
+// Of gradients of all maps those of a product, in torch's order; in memory of their own.
+Tensor rows_of_maps(const Layer& layer, const MapWindow& maps, const Tensor& gradients) {
+  const int64_t H = layer.sizes.H, bytes = H * static_cast<int64_t>(gradients.element_size());
+  Tensor rows = empty({layer.spec.gates * H}, gradients.scalar_type());
+  for (int map = maps.begin; map < maps.end; ++map) {
+    std::memcpy(at(rows, maps.gates[map - maps.begin] * H), at(gradients, map * H), bytes);
+  }
+  return rows;
+}
+
+// Maps next to each other that the same products have, and for each of these the first of their rows in torch's order,
+// which lie next to each other as well.
+struct MapRun {
+  int begin, end;
+  int input, recurrent;  // a gate, or -1
+};
+std::vector<MapRun> runs_of(const CellSpec& spec) {
+  const auto gate = [](const MapWindow& window, int map) {
+    return window.begin <= map && map < window.end ? window.gates[map - window.begin] : -1;
+  };
+  const auto follows = [](int first, int count, int next) { return first < 0 ? next < 0 : next == first + count; };
+  std::vector<MapRun> runs;
+  for (int map = 0; map < spec.maps; ++map) {
+    const int input = gate(spec.input, map), recurrent = gate(spec.recurrent, map);
+    if (!runs.empty()) {
+      MapRun& last = runs.back();
+      const int count = last.end - last.begin;
+      if (follows(last.input, count, input) && follows(last.recurrent, count, recurrent)) {
+        ++last.end;
+        continue;
+      }
+    }
+    runs.push_back({map, map + 1, input, recurrent});
+  }
+  return runs;
 }
 
 // The weight gradients, each as one matrix product, or sum, over all steps; empty where not needed.
@@ -405,10 +490,10 @@ Tensors weight_gradients(const Layer& layer, StepGradients& steps, const Needs& 
   Tensors dweights;
   OptionalScratch x;
   for (int64_t d = 0; d < s.D; ++d) {
-    // transposed [N][rows] @ panels of [N][columns]
-    const auto product = [&](const Kernels& kernels, const void* transposed, int64_t stride, Tensor& out,
-                             const void* panels) {
-      return GemmParams{.M = out.size(0),
+    // rows [first, first + rows) of out = transposed [N][rows] @ panels of [N][columns]
+    const auto product = [&](const Kernels& kernels, const void* transposed, int64_t stride, Tensor& out, int64_t first,
+                             int64_t rows, const void* panels) {
+      return GemmParams{.M = rows,
                         .N = out.size(1),
                         .K = kernels.inputs(N),
                         .a = transposed,
@@ -416,42 +501,44 @@ Tensors weight_gradients(const Layer& layer, StepGradients& steps, const Needs& 
                         .a_transposed = true,
                         .a_rows = N,
                         .panels = panels,
-                        .c = pointer(out),
+                        .c = at(out, first * out.size(1)),
                         .c_is_narrow = out.scalar_type() != layer.compute};
     };
     const Kernels& kernels = layer.kernels;
-    const void* const da = steps.da.at(d * N * steps.da_stride);
     const ScalarType out_type = kernels.operands == Operands::kTiles ? layer.x.scalar_type() : layer.compute;
     const auto append = [&](int64_t k, const auto& gradient) {
       const bool needed = needs_weight(d, k);
       dweights.push_back(needed ? as(gradient(), layer.x.scalar_type()) : empty({0}, layer.x.scalar_type()));
     };
-    Tensor dw_ih = recycled({needs_weight(d, 0) ? 4 * s.H : 0, s.I}, out_type);
-    Tensor dw_hh = recycled({needs_weight(d, 1) ? 4 * s.H : 0, s.P}, out_type);
-    std::optional<GemmParams> of_x, of_h;  // da is packed once for both
-    if (needs_weight(d, 0)) {
-      if (!x.has_value()) x.emplace(packed_steps(layer));
-      of_x = product(kernels, da, steps.da_stride, dw_ih, pointer(x));
-    }
-    if (needs_weight(d, 1)) {
-      const int64_t states = inputs_of(kernels, s.P, N).numbers(kernels);
-      of_h = product(kernels, da, steps.da_stride, dw_hh, steps.h_in->at(d * states));
-      of_h->also = of_x.has_value() ? &*of_x : nullptr;
-    }
-    if (of_x.has_value() || of_h.has_value()) {
-      gemm(kernels, of_h.has_value() ? *of_h : *of_x);
+    const int64_t rows = layer.spec.gates * s.H;
+    Tensor dw_ih = recycled({needs_weight(d, 0) ? rows : 0, s.I}, out_type);
+    Tensor dw_hh = recycled({needs_weight(d, 1) ? rows : 0, s.P}, out_type);
+    if (needs_weight(d, 0) && !x.has_value()) x.emplace(packed_steps(layer));
+    for (const MapRun& run : runs_of(layer.spec)) {
+      const void* const da = steps.da.at(d * N * steps.da_stride + run.begin * s.H);
+      const int64_t count = (run.end - run.begin) * s.H;
+      std::optional<GemmParams> of_x, of_h;  // da is packed once for both
+      if (needs_weight(d, 0) && run.input >= 0) {
+        of_x = product(kernels, da, steps.da_stride, dw_ih, run.input * s.H, count, pointer(x));
+      }
+      if (needs_weight(d, 1) && run.recurrent >= 0) {
+        const int64_t states = inputs_of(kernels, s.P, N).numbers(kernels);
+        const void* const h_in = steps.h_in->at(d * states);
+        of_h = product(kernels, da, steps.da_stride, dw_hh, run.recurrent * s.H, count, h_in);
+        of_h->also = of_x.has_value() ? &*of_x : nullptr;
+      }
+      if (of_x.has_value() || of_h.has_value()) gemm(kernels, of_h.has_value() ? *of_h : *of_x);
     }
     append(0, [&] { return dw_ih; });
     append(1, [&] { return dw_hh; });
     if (layer.weights.biased()) {
-      OptionalTensor db;
-      const auto bias_gradient = [&] {
-        if (db.has_value()) return copied(*db);  // both biases have the same
-        db = bias_gradients(layer, steps, d);
-        return *db;
+      OptionalTensor db;  // of all maps
+      const auto of = [&](const MapWindow& maps) {
+        if (!db.has_value()) db = bias_gradients(layer, steps, d);
+        return rows_of_maps(layer, maps, *db);
       };
-      append(2, bias_gradient);
-      append(3, bias_gradient);
+      append(2, [&] { return of(layer.spec.input); });
+      append(3, [&] { return of(layer.spec.recurrent); });
     }
     if (s.projected) {
       append(layer.weights.count - 1, [&] {
@@ -462,7 +549,7 @@ Tensors weight_gradients(const Layer& layer, StepGradients& steps, const Needs& 
           kernels.pack_columns(steps.m->at(d * N * s.H), N, s.H, m.begin(), begin, end);
         });
         Tensor dw_hr = recycled({s.P, s.H}, layer.compute);
-        gemm(kernels, product(kernels, steps.dh_out->at(d * N * s.P), s.P, dw_hr, m.begin()));
+        gemm(kernels, product(kernels, steps.dh_out->at(d * N * s.P), s.P, dw_hr, 0, s.P, m.begin()));
         return dw_hr;
       });
     }
@@ -484,10 +571,9 @@ Gradients cpu_backward(std::string cell, OptionalTensor dy, OptionalTensor dhn, 
                        OptionalTensor reset, Tensor y, Tensor c, Tensor reserve, std::vector<bool> needs, Tensor w0,
                        Tensor w1, OptionalTensor w2, OptionalTensor w3, OptionalTensor w4, OptionalTensor w5,
                        OptionalTensor w6, OptionalTensor w7, OptionalTensor w8, OptionalTensor w9) {
-  check_cell(cell);
   const NoGrad no_grad;
   const Tensors flat = listed(w0, w1, {&w2, &w3, &w4, &w5, &w6, &w7, &w8, &w9});
-  const Layer layer(x, flat, bidirectional, h0, c0, lengths, reset);
+  const Layer layer(cell_of(cell), x, flat, bidirectional, h0, c0, lengths, reset);
   const Sizes& s = layer.sizes;
   const ScalarType dtype = x.scalar_type();
   STD_TORCH_CHECK(needs.size() == 3 + flat.size(), "needs must have one entry for x, h0, c0 and each weight");
@@ -498,13 +584,13 @@ Gradients cpu_backward(std::string cell, OptionalTensor dy, OptionalTensor dhn, 
   c = dense(c);
   reserve = dense(reserve);
   layer.check_rows("y", y, s.D * s.P);
-  layer.check_rows("c", c, s.D * s.H);
-  layer.check_gates(reserve);
+  layer.check_rows("c", c, s.D * layer.C());
+  layer.check_saved(reserve);
   const std::array<OptionalTensor, 4> gradients{dense(dy), dense(dhn), dense(dcn), dense(dc)};
   layer.check_rows("dy", gradients[0], s.D * s.P);
   layer.check_state("dhn", gradients[1], s.P);
-  layer.check_state("dcn", gradients[2], s.H);
-  layer.check_rows("dc", gradients[3], s.D * s.H);
+  layer.check_state("dcn", gradients[2], layer.C());
+  layer.check_rows("dc", gradients[3], s.D * layer.C());
   for (const OptionalTensor& tensor :
        {gradients[0], gradients[3], OptionalTensor(y), OptionalTensor(c), OptionalTensor(reserve)}) {
     if (tensor.has_value())
@@ -512,7 +598,7 @@ Gradients cpu_backward(std::string cell, OptionalTensor dy, OptionalTensor dhn, 
   }
 
   Tensor dh0 = needs_h0 ? empty({s.D, s.B, s.P}, dtype) : empty({0}, dtype);
-  Tensor dc0 = needs_c0 ? empty({s.D, s.B, s.H}, dtype) : empty({0}, dtype);
+  Tensor dc0 = needs_c0 ? empty({s.D, s.B, layer.C()}, dtype) : empty({0}, dtype);
   if (s.B == 0) {
     Tensors dweights;
     Tensor dx = needs_x ? layer.empty_rows(s.I, dtype) : empty({0}, dtype);
@@ -528,15 +614,15 @@ Gradients cpu_backward(std::string cell, OptionalTensor dy, OptionalTensor dhn, 
   params.sequence = layer.sequence();
   params.dy = pointer(gradients[0]);
   params.dhn = pointer(gradients[1]);
-  params.dcn = pointer(gradients[2]);
-  params.dc = pointer(gradients[3]);
+  params.dcn = layer.has_cell() ? pointer(gradients[2]) : nullptr;
+  params.dc = layer.has_cell() ? pointer(gradients[3]) : nullptr;
   params.h0 = pointer(layer.h0);
-  params.c0 = pointer(layer.c0);
   params.y = y.const_data_ptr();
-  params.c = c.const_data_ptr();
-  params.gates = reserve.const_data_ptr();
+  params.saved = reserve.const_data_ptr();
+  params.carry0 = layer.has_cell() ? pointer(layer.c0) : params.h0;
+  params.carry = layer.has_cell() ? c.const_data_ptr() : params.y;
   params.dh0 = needs_h0 ? pointer(dh0) : nullptr;
-  params.dc0 = needs_c0 ? pointer(dc0) : nullptr;
+  params.dc0 = needs_c0 && layer.has_cell() ? pointer(dc0) : nullptr;
   bool needs_w_hh = false;
   for (int64_t d = 0; d < s.D; ++d) needs_w_hh |= needs_weight(d, 1);
   StepGradients steps = backward_sequence(layer, params, needs_w_hh);
@@ -554,13 +640,13 @@ std::string cpu_isa(std::optional<std::string> select) {
 }
 
 std::string cpu_plan(std::string cell, int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int64_t D, bool float64) {
-  check_cell(cell);
   const Sizes s{T, B, T * B, I, H, P, D, P != H};
   const Dtype dtype = float64 ? Dtype::kFloat64 : Dtype::kFloat32;
   const Kernels& kernels = (*isa().kernels)[static_cast<size_t>(dtype)];
   const std::string name = std::string(isa().name) + ", ";
   if (T == 1 && is_short(s, kernels, false)) return name + "one step, weights read as they lie";
-  const Team team = plan_team(s, kernels, float64, torch::stable::get_num_threads());
+  const CellSpec& spec = kernels.cells[static_cast<size_t>(cell_of(cell))].spec;
+  const Team team = plan_team(s, spec, kernels, float64, torch::stable::get_num_threads());
   return name + std::to_string(team.workers) + (team.workers == 1 ? " thread" : " threads") + " by " +
          (team.split == Team::Split::kRows ? "batch rows, no synchronisation" : "hidden units, meeting at every step");
 }

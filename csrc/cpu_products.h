@@ -10,17 +10,20 @@
 namespace fusedrnn {
 namespace {
 
-// Panels (panel.h): how many blocks of how many inputs, and which of the two are counted where packing is shared.
+// Panels (panel.h): how many of how many inputs, and which of the two are counted where packing is shared.
 struct Packing {
-  int64_t blocks, inputs;
-  bool by_blocks;
-  Pack Kernels::* pack = nullptr;  // or null: Kernels::pack_input, input by input
+  int64_t panels, inputs;
+  bool by_panels;
+  Pack Kernels::* pack = nullptr;   // or null: Kernels::pack_input, input by input
+  const MapWindow* maps = nullptr;  // or not null: Kernels::pack_maps
 
-  int64_t numbers(const Kernels& kernels) const { return blocks * inputs * 4 * kernels.lanes; }
+  int64_t numbers(const Kernels& kernels) const { return panels * inputs * 4 * kernels.lanes; }
 };
-// Of weights by hidden units, and of weights or steps by inputs: as the kernels' operands are.
-Packing gates_of(const Kernels& kernels, int64_t H, int64_t inputs) {
-  return {blocks_of(H, kernels.lanes), kernels.inputs(inputs), true, &Kernels::pack_gates};
+// Of the maps of a product by hidden units, and of weights or steps by inputs: as the kernels' operands are.
+Packing maps_of(const Kernels& kernels, const MapWindow& maps, int64_t H, int64_t inputs) {
+  const int64_t count = maps.end - maps.begin, blocks = chunk_blocks(count);
+  const int64_t panels = blocks_of(blocks_of(H, kernels.lanes), blocks) * count * blocks / 4;
+  return {panels, kernels.inputs(inputs), true, nullptr, &maps};
 }
 Packing inputs_of(const Kernels& kernels, int64_t outputs, int64_t inputs) {
   return {blocks_of(outputs, 4 * kernels.lanes), kernels.inputs(inputs), false};
@@ -33,10 +36,10 @@ Packing columns_of(const Kernels& kernels, int64_t outputs, int64_t inputs) {
   return {blocks_of(outputs, 4 * kernels.lanes), inputs, false, &Kernels::pack_columns};
 }
 
-// Runs f(d, begin, end) for parts of the blocks, or inputs, of D matrices.
+// Runs f(d, begin, end) for parts of the panels, or inputs, of D matrices.
 template <class F>
 void for_each_part(const Kernels& kernels, const Packing& packing, int64_t D, const F& f) {
-  const int64_t count = packing.by_blocks ? packing.blocks : packing.inputs;
+  const int64_t count = packing.by_panels ? packing.panels : packing.inputs;
   const int64_t grain = std::max<int64_t>(1, 16384 * count / std::max<int64_t>(1, packing.numbers(kernels)));
   torch::stable::parallel_for(0, D * count, grain, [&](int64_t begin, int64_t end) {
     for (int64_t d = 0; d < D; ++d) {
@@ -65,6 +68,9 @@ Scratch packed(const Layer& layer, const Packing& packing, const F& matrix) {
   for_each_part(kernels, packing, layer.sizes.D, [&](int64_t d, int64_t begin, int64_t end) {
     const Tensor& w = matrix(d);
     void* const own = panels.at(d * numbers);
+    if (packing.maps != nullptr) {
+      return kernels.pack_maps(w.const_data_ptr(), *packing.maps, layer.sizes.H, w.size(1), own, begin, end);
+    }
     if (packing.pack != nullptr) {
       return (kernels.*packing.pack)(w.const_data_ptr(), w.size(0), w.size(1), own, begin, end);
     }

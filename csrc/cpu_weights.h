@@ -23,13 +23,15 @@ struct Panels {
 };
 using SharedPanels = std::shared_ptr<const Panels>;
 
-// Affine maps of the input that take the place of gates come out in GateOrder, others block after block.
+// The input's maps that take the place of saved values come out in SavedOrder, others panel after panel.
 Packing input_packing(const Layer& layer, bool in_place) {
   const Sizes& s = layer.sizes;
-  return in_place && !gates_in_blocks(s.H, layer.kernels.lanes) ? rows_of(layer.kernels, 4 * s.H, s.I)
-                                                                : gates_of(layer.kernels, s.H, s.I);
+  return in_place && !saved_in_blocks(s.H, layer.kernels.lanes) ? rows_of(layer.kernels, layer.spec.gates * s.H, s.I)
+                                                                : maps_of(layer.kernels, layer.spec.input, s.H, s.I);
 }
-Packing recurrent_packing(const Layer& layer) { return gates_of(layer.kernels, layer.sizes.H, layer.sizes.P); }
+Packing recurrent_packing(const Layer& layer) {
+  return maps_of(layer.kernels, layer.spec.recurrent, layer.sizes.H, layer.sizes.P);
+}
 Packing projection_packing(const Layer& layer) { return rows_of(layer.kernels, layer.sizes.P, layer.sizes.H); }
 
 OptionalScratch packed_projection(const Layer& layer) {
@@ -125,7 +127,7 @@ SharedPanels kept_weights(const Layer& layer) {
   const int64_t bytes = panel_bytes(layer);
   if (bytes > kept.limit()) return packed_weights(layer);
   const Sizes& s = layer.sizes;
-  std::vector<intptr_t> place{reinterpret_cast<intptr_t>(&layer.kernels), s.I, s.H, s.P, s.projected};
+  std::vector<intptr_t> place{reinterpret_cast<intptr_t>(&layer.cell), s.I, s.H, s.P, s.projected};
   for (const Tensor& weight : layer.weights.all) place.push_back(reinterpret_cast<intptr_t>(weight.const_data_ptr()));
   if (std::optional<SharedPanels> panels = kept.find(place, fingerprint_of(layer))) return *panels;
   // Another thread may write the weights meanwhile, and write them back. So panels and fingerprint are made of one

@@ -115,7 +115,7 @@ def _refuse_vmap(*_: Any) -> NoReturn:
 
 
 class LayerFunction(torch.autograd.Function):
-    """forward: (*_FIXED, *weights) -> y, hn, cn, c, reserve. See docs/lstm_math.md for both directions.
+    """forward: (*_FIXED, *weights) -> y, hn, cn, c, reserve. See docs/math.md for both directions.
 
     Of a single step without lengths x, h0, c0, hn and cn may be without their first dimension: views made outside would
     be nodes of the graph, each of which a short step feels.

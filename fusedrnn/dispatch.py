@@ -177,7 +177,7 @@ TABLE = {
     for backend in (
         Backend("cuda", ops.cuda_unavailable, _cuda_unsupported, partial(_gpu_plan, "cuda"), cells=_LSTM_ALONE),
         Backend("triton", ops.triton_unavailable, _triton_unsupported, partial(_gpu_plan, "triton")),
-        Backend("cpu", lambda: ops.cpu_unavailable, _cpu_unsupported, _cpu_plan, True, _LSTM_ALONE),
+        Backend("cpu", lambda: ops.cpu_unavailable, _cpu_unsupported, _cpu_plan, True),
         Backend("aten", lambda: None, _aten_unsupported, _aten_plan),
         Backend("reference", lambda: None, _dtype_unsupported, lambda _: "a Python loop over the time steps"),
     )

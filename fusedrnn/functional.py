@@ -29,7 +29,7 @@ def lstm(
     reset: Tensor | None = None,
     return_states: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]] | tuple[Tensor, tuple[Tensor, Tensor], LSTMStates]:
-    """A stack of LSTM layers over whole sequences (equations: torch.nn.LSTM, docs/lstm_math.md).
+    """A stack of LSTM layers over whole sequences (equations: torch.nn.LSTM, docs/math.md).
 
     Args:
         input: [T, B, I], or [B, T, I] with batch_first, or [T, I] unbatched, or with `batch_sizes` the data [N, I] of a

@@ -4,7 +4,7 @@ Everything else in this project is measured against this file. It favours being 
 direction is a loop over time around `step`, and a step is a product of each kind and the pointwise function of a cell
 (fusedrnn/cells). `layer` is differentiable by autograd, to any order; `layer_backward` is
 the same derivative by hand, so that a wrong kernel and wrong mathematics can be told apart. The derivation is in
-docs/lstm_math.md, in the same letters.
+docs/math.md, in the same letters.
 
 Precision: bfloat16 and float16 are computed in float32. h_t is rounded to the dtype of x before it is multiplied, so
 that the state a product reads is the state that was returned; a cell's carry (c_t of an LSTM, h_t of a GRU) stays in

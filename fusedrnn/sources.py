@@ -6,7 +6,8 @@ from pathlib import Path
 
 def digest(root: Path, name: str) -> str:
     """Of all that the library "cpu" or "cuda" is compiled from, in a checkout at `root`."""
-    kernels = [path for path in (root / "csrc" / name).rglob("*") if path.suffix in (".h", ".cuh", ".cpp", ".cu")]
+    folders = (root / "csrc" / folder for folder in (name, "cells"))
+    kernels = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".h", ".cuh", ".cpp", ".cu")]
     sources = [path for path in kernels if "host" not in path.relative_to(root).parts]  # which is for tests
     sources += (root / "csrc").glob(f"{name}_*")
     found = hashlib.sha256()

@@ -19,7 +19,8 @@ import pytest
 import torch
 
 import fusedrnn
-from fusedrnn import ops, sequence, testing
+from fusedrnn import autograd, ops, sequence, testing
+from fusedrnn.cells import CELLS
 from fusedrnn.testing import Case
 
 pytestmark = pytest.mark.skipif(ops.cpu_unavailable is not None, reason=str(ops.cpu_unavailable))
@@ -370,6 +371,243 @@ def test_same_bits_twice(isa):
         first, second = (testing.evaluate(testing.call, fusedrnn.LSTM, case) for _ in range(2))
     for name in first:
         assert torch.equal(first[name], second[name]), name
+
+
+# ------------------------------------------------------------------------------------------------ every cell
+
+OTHERS = ["gru", "rnn_tanh", "rnn_relu"]  # beside the LSTM, of which all else here is
+
+
+def layer_weights(name, case):
+    """Weights of one layer of a cell in torch's order, as torch draws them."""
+    G, D = len(CELLS[name].gates), 2 if case.bidirectional else 1
+    generator, bound = torch.Generator().manual_seed(case.seed), case.H**-0.5
+    sizes = [(G * case.H, case.I), (G * case.H, case.H), *[(G * case.H,)] * (2 if case.bias else 0)] * D
+    return [torch.empty(size).uniform_(-bound, bound, generator=generator).to(case.dtype) for size in sizes]
+
+
+def evaluate_layer(backend, name, case, dtype=None, nudge=0):
+    """As testing.evaluate, of one layer of a cell by a backend. What is packed are the rows of a PackedSequence."""
+    x, hx, lengths, reset = case.inputs()
+    if case.packed:
+        lengths, order = lengths.sort(descending=True)
+        rows = torch.arange(case.T).unsqueeze(1) < lengths
+        x, hx, reset = x[:, order][rows], [s[:, order] for s in hx], None if reset is None else reset[:, order]
+    signs = torch.Generator().manual_seed(nudge)
+
+    def entering(values):
+        values = values.detach().to(dtype or case.dtype, copy=True)
+        if nudge:
+            sign = torch.randint(0, 2, values.shape, generator=signs).mul_(2).sub_(1).to(values)
+            values *= 1 + sign * testing.roundoff(case.dtype)
+        return values
+
+    leaves = {"x": x} | ({"h0": hx[0]} if case.hx else {}) | ({"c0": hx[1]} if case.hx and name == "lstm" else {})
+    leaves |= {f"w{k}": weight for k, weight in enumerate(layer_weights(name, case))}
+    leaves = {key: entering(leaf).requires_grad_() for key, leaf in leaves.items()}
+    weights = [leaf for key, leaf in leaves.items() if key[0] == "w"]
+    states = (leaves.get("h0"), leaves.get("c0"), lengths, reset)
+    y, hn, cn, c = autograd.layer(
+        backend, name, leaves["x"], weights, case.bidirectional, *states, name == "lstm" and case.states
+    )
+    outputs = {"y": y, "hn": hn} | ({"cn": cn} if name == "lstm" else {}) | ({"c": c} if c.numel() else {})
+    if name != "lstm":
+        assert cn.shape == (*hn.shape[:2], 0)
+    random = torch.Generator().manual_seed(case.seed + 1)
+    douts = [entering(torch.randn(out.shape, generator=random).to(case.dtype)) for out in outputs.values()]
+    grads = torch.autograd.grad(list(outputs.values()), list(leaves.values()), douts)
+    return {key: out.detach() for key, out in outputs.items()} | dict(
+        zip(map("d{}".format, leaves), grads, strict=True)
+    )
+
+
+@cache
+def layer_answers(name, case):
+    """What the reference, in the dtype and in float64, holds a layer to."""
+    measure = evaluate_layer("reference", name, case)
+    exact, *nudged = (evaluate_layer("reference", name, case, F64, nudge) for nudge in range(4))
+    return {
+        key: (measure[key], exact[key], max(testing._error(other[key], exact[key]) for other in nudged))
+        for key in exact
+    }
+
+
+def check_layer(name, case):
+    with testing.poisoned():
+        ours = evaluate_layer("cpu", name, case)
+    expected = layer_answers(name, case)
+    assert ours.keys() == expected.keys()
+    for key, answer in expected.items():
+        testing.assert_as_exact_as(f"{name} {case.id}: {key}", ours[key], *answer)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_layers_float32(isa, name, size):
+    check_layer(name, Case(*size))
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("dtype", [F64, BF16, F16], ids=str)
+@pytest.mark.parametrize(
+    "size", [(1, 3, 31, 30), (2, 17, 33, 129), (33, 1, 9, 129), (33, 3, 30, 64), (21, 25, 402, 98)]
+)
+def test_layers_of_other_dtypes(isa, name, size, dtype):
+    check_layer(name, Case(*size, dtype=dtype))
+
+
+@pytest.mark.parametrize("T", [1, 3, 7], ids=["one-step", "short", "packed-weights"])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bidirectional": True},
+        {"bias": False},
+        {"hx": False},
+        {"lengths": True, "bidirectional": True},
+        {"reset": True, "bidirectional": True},
+        {"lengths": True, "reset": True},
+        {"packed": True, "bidirectional": True, "bias": False},
+        {"packed": True, "reset": True, "bidirectional": True},
+    ],
+    ids="-".join,
+)
+def test_layer_options(isa, name, options, dtype, T):
+    check_layer(name, Case(T, 5, 6, 37, dtype=dtype, **options))
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("H", [1, 2, 3, 15, 16, 17, 31, 33, 47, 64, 65])
+def test_layers_of_any_width(isa, name, H):
+    """Of the maps of a row that is multiplied in pairs or tiles, a product takes some, wherever they begin and end."""
+    check_layer(name, Case(6, 7, 5, H, dtype=BF16))
+    check_layer(name, Case(6, 7, 5, H))
+
+
+@pytest.mark.parametrize("count", [1, 2], ids=["one-thread", "two-threads"])
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize(
+    "case", [case for case in TILED if not case.proj_size and case.layers == 1], ids=lambda c: c.id
+)
+def test_layers_by_tiles(isa, threads, name, case, count):
+    threads(count)
+    check_layer(name, dataclasses.replace(case, dtype=BF16))
+
+
+# Units are shared between threads, or rows.
+SHARED = [
+    Case(40, 1, 16, 200),
+    Case(40, 1, 16, 200, bidirectional=True, lengths=True, reset=True),
+    Case(20, 3, 16, 512),
+    Case(20, 4, 16, 400, bidirectional=True, packed=True, reset=True),
+    Case(9, 1, 16, 512, bidirectional=True),
+    Case(5, 3, 7, 110, bidirectional=True, lengths=True, reset=True),
+    Case(40, 17, 24, 72, bidirectional=True, lengths=True, reset=True),
+]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("case", SHARED, ids=lambda case: case.id)
+def test_layers_shared_by_threads(isa, threads, name, case):
+    threads(2)
+    check_layer(name, case)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("case", SHARED, ids=lambda case: case.id)
+def test_number_of_threads_does_not_change_a_bit_of_a_layer(isa, threads, name, case, dtype):
+    results = []
+    for count in (1, 2, 3):
+        threads(count)
+        results.append(evaluate_layer("cpu", name, dataclasses.replace(case, dtype=dtype)))
+    for other in results[1:]:
+        for key in other:
+            assert torch.equal(results[0][key], other[key]), key
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [Case(67, 62, 5, 129), Case(131, 17, 24, 260, bidirectional=True, packed=True, reset=True)],
+    ids=lambda c: c.id,
+)
+def test_inference_of_a_layer_has_the_bits_of_training(isa, threads, name, case, dtype):
+    """In parts that pass through a cache as well as at once."""
+    threads(2)
+    case = dataclasses.replace(case, dtype=dtype)
+    training = evaluate_layer("cpu", name, case)
+    with testing.poisoned(), torch.no_grad():
+        x, hx, lengths, reset = case.inputs()
+        if case.packed:
+            lengths, order = lengths.sort(descending=True)
+            x, hx, reset = (
+                x[:, order][torch.arange(case.T).unsqueeze(1) < lengths],
+                [s[:, order] for s in hx],
+                reset[:, order],
+            )
+        weights = layer_weights(name, case)
+        y, hn, *_ = autograd.layer("cpu", name, x, weights, case.bidirectional, hx[0], None, lengths, reset, False)
+    assert torch.equal(y, training["y"])
+    assert torch.equal(hn, training["hn"])
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("T", [1, 12])
+def test_layers_in_one_call(isa, threads, name, T):
+    """cpu_infer gives the bits of the layers one by one."""
+    threads(2)
+    first, second = Case(T, 3, 20, 40, bidirectional=True), Case(T, 3, 80, 40, bidirectional=True, seed=1)
+    (x, hx, *_), (_, other, *_) = first.inputs(), second.inputs()
+    layers = [layer_weights(name, case) for case in (first, second)]
+    h0 = torch.cat([hx[0], other[0]])
+    y, hn, cn = torch.ops.fusedrnn.cpu_infer(name, x, [w for layer in layers for w in layer], 2, True, h0, None)
+    for k, weights in enumerate(layers):
+        x, own, *_ = autograd.layer("cpu", name, x, weights, True, h0[2 * k : 2 * k + 2], None, None, None, False)
+        assert torch.equal(own, hn[2 * k : 2 * k + 2])
+    assert torch.equal(x, y)
+    assert cn.shape == (4, 3, 0)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_not_finite_stays_in_its_sequence(isa, name):
+    for value, dtype in itertools.product((math.inf, -math.inf, math.nan), (F32, BF16)):
+        case = Case(8, 4, 6, 32, dtype=dtype, hx=False)
+        x = torch.zeros(8, 4, 6, dtype=dtype)
+        x[3, 1, 2] = value
+        y = autograd.layer("cpu", name, x, layer_weights(name, case), False, None, None, None, None, False)[0]
+        expected = autograd.layer("reference", name, x, layer_weights(name, case), False, *[None] * 4, False)[0]
+        assert torch.equal(y.isnan(), expected.isnan())
+        assert torch.equal(y.isfinite(), expected.isfinite())
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"c0": torch.ones(1, 2, 4)},
+        {"c0": torch.ones(1, 2, 0)},
+        {"h0": torch.ones(1, 2, 5)},
+        {"projection": torch.ones(3, 4)},
+        {"w_hh": torch.ones(16, 4)},
+        {"w_hh": torch.ones(12, 3)},
+    ],
+    ids="-".join,
+)
+def test_operator_refuses_what_a_cell_has_not(name, change):
+    w_ih, w_hh, *_ = layer_weights(name, Case(3, 2, 5, 4))
+    given = {"h0": None, "c0": None, "w_hh": w_hh, **change}
+    weights = [w_ih, given["w_hh"], *[given["projection"]] * ("projection" in change)]
+    states = (given["h0"], given["c0"])
+    with pytest.raises(RuntimeError):
+        torch.ops.fusedrnn.cpu_forward(name, torch.ones(3, 2, 5), weights, False, *states, None, None, False, True)
+
+
+def test_operator_names_a_cell_that_it_does_not_know():
+    with pytest.raises(RuntimeError, match="the cpu backend has no kernel for the cell peephole"):
+        torch.ops.fusedrnn.cpu_plan("peephole", 1, 1, 1, 1, 1, 1, False)
 
 
 def units_in_the_last_place(values, exact):

@@ -85,6 +85,13 @@ def test_no_sum_is_stored_in_a_round(isa):
             assert not spills, f"{name}\n" + "\n".join(body)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_all_cells_share_the_products(isa):
+    """Another cell adds no loop to those above, and none that could spill."""
+    of_cells = [name for name in functions()[isa] if any(cell in name for cell in ("Lstm", "Gru", "Rnn"))]
+    assert of_cells == []
+
+
 def test_a_spill_would_be_seen():
     body = [
         "  10:\tvmovups (%rsi),%zmm1",

@@ -117,4 +117,45 @@ FUSEDRNN_INLINE void apply(Vec<A> (&x)[sizeof...(F)]) {
   ((x[k] = F::result(scale[k], r[k], p[k]), ++k), ...);
 }
 
+// What the cells in csrc/cells take for F: of vectors, up to four of which a nonlinearity takes in turns.
+template <class A>
+struct VectorMath {
+  using Number = A;
+  using V = Vec<A>;
+  using Sigmoid = FUSEDRNN_ISA::Sigmoid<A>;
+  using Tanh = FUSEDRNN_ISA::Tanh<A>;
+
+  template <class... G>
+  static FUSEDRNN_INLINE void apply(V (&x)[sizeof...(G)]) {
+    FUSEDRNN_ISA::apply<A, G...>(x);
+  }
+  template <int N>
+  static FUSEDRNN_INLINE void sigmoid(V (&x)[N]) {
+    each<Sigmoid>(x);
+  }
+  template <int N>
+  static FUSEDRNN_INLINE void tanh(V (&x)[N]) {
+    each<Tanh>(x);
+  }
+  static FUSEDRNN_INLINE V relu(V x) { return at_least<A>(0, x); }
+  static FUSEDRNN_INLINE V where_positive(V x, V value) { return x > V{} ? value : V{}; }
+
+ private:
+  template <class G, int N>
+  static FUSEDRNN_INLINE void each(V (&x)[N]) {
+    if constexpr (N == 1) {
+      apply<G>(x);
+    } else if constexpr (N == 2) {
+      apply<G, G>(x);
+    } else if constexpr (N == 3) {
+      apply<G, G, G>(x);
+    } else if constexpr (N == 4) {
+      apply<G, G, G, G>(x);
+    } else {
+      each<G>(reinterpret_cast<V(&)[4]>(x[0]));
+      each<G>(reinterpret_cast<V(&)[N - 4]>(x[4]));
+    }
+  }
+};
+
 }  // namespace fusedrnn::FUSEDRNN_ISA

@@ -1,9 +1,11 @@
 // Backward of one layer, both directions: one launch over the whole sequence, against the order of its steps.
 //
-//   dh_t = dy_t + da_{t+1} @ w_hh       dm = dh_t  or  dh_t @ w_hr       da_t, dc_{t-1} from dm and dc_t: cell.h
+//   dh_t = dy_t + da_{t+1} @ w_hh       dm = dh_t  or  dh_t @ w_hr       da_t, dcarry_{t-1} from dm and dcarry_t:
+//   csrc/cells
 //
-// (t+1 stands for the step after t in the direction's own order.) The weight gradients are matrix products over all
-// steps at once and not part of this: the launch leaves da and, with a projection, dh and m for them.
+// (t+1 stands for the step after t in the direction's own order.) The product takes those maps of da that the state is
+// in. The weight gradients are matrix products over all steps at once and not part of this: the launch leaves da and,
+// with a projection, dh and m for them.
 //
 // Work: a block is 4 * lanes hidden units next to each other. Its product da_{t+1} @ w_hh is dh of exactly these units,
 // so that the derivative of the cell follows in registers; with a projection dh has to be complete first. Workers share
@@ -11,6 +13,7 @@
 // a product waits for the next.
 #pragma once
 
+#include "activations.h"
 #include "geometry.h"
 #include "panel.h"
 #include "team.h"
@@ -18,8 +21,49 @@
 
 namespace fusedrnn::FUSEDRNN_ISA {
 
+// The hidden states that entered each step, zero where it was reset or the step does not exist; packed.
+template <class S, Operands kOperands>
+class EnteringStates {
+ public:
+  explicit EnteringStates(const BackwardParams& params) : p_(params), s_(params.sizes) {}
+
+  // Inputs [begin, end) of the panels of all directions.
+  void run(int64_t begin, int64_t end) const {
+    constexpr bool kPairs = kOperands != Operands::kNumbers;
+    constexpr int64_t kAtATime = inputs_at_a_time(kOperands);
+    const int64_t inputs = blocks_of(s_.N, kAtATime) * kAtATime / (kPairs ? 2 : 1);
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t d = index / inputs, input = index % inputs;
+      const Direction direction(s_, p_.sequence, d);
+      A* const panels = static_cast<A*>(p_.h_in) + d * blocks_of(s_.P, kWide<A>) * inputs * kWide<A>;
+      if constexpr (kPairs) {
+        pack_input(of_row(direction, d, 2 * input), of_row(direction, d, 2 * input + 1), s_.P, panels, inputs, input);
+      } else {
+        pack_input(of_row(direction, d, input), s_.P, panels, inputs, input);
+      }
+    }
+  }
+
+ private:
+  using A = Compute<S>;
+
+  // The state that entered the step of a row, or null for zeros.
+  const S* of_row(const Direction& direction, int64_t d, int64_t row) const {
+    if (row >= s_.N) return nullptr;
+    const int64_t t = direction.step_of(row), b = row - direction.row(t, 0);
+    if (!direction.exists(t, b) || direction.is_reset(t, b)) return nullptr;
+    if (!direction.is_first(t, b)) {
+      return static_cast<const S*>(p_.y) + time_major(s_, direction.row(direction.before(t), b), d, s_.P);
+    }
+    return p_.h0 == nullptr ? nullptr : static_cast<const S*>(p_.h0) + state(s_, d, b, s_.P);
+  }
+
+  const BackwardParams& p_;
+  const Sizes& s_;
+};
+
 // With Operands that are pairs da is kept in S.
-template <class S, Operands kOperands = Operands::kNumbers>
+template <class Cell, class S, Operands kOperands = Operands::kNumbers>
 class Backward {
  public:
   static constexpr bool kPairs = kOperands != Operands::kNumbers, kTiles = kOperands == Operands::kTiles;
@@ -28,7 +72,7 @@ class Backward {
   using Gradient = std::conditional_t<kPairs, S, A>;
   using E = std::conditional_t<kPairs, Pair, A>;
 
-  explicit Backward(const BackwardParams& params) : p_(params), s_(params.sizes), order_(params.sizes.H) {}
+  explicit Backward(const BackwardParams& params) : p_(params), s_(params.sizes), order_(params.sizes.H, kSaved) {}
 
   // Steps count as in forward; after the first step of a row comes one more round for dh0 and dc0.
   void run(int index) const {
@@ -43,7 +87,7 @@ class Backward {
             outputs(pipeline, n, d, in_turns(n, k, output_blocks()), rows.begin, rows.end);
           }
           pipeline.finish();
-          if (!s_.projected || n < 0) continue;
+          if (!projected() || n < 0) continue;
           for (int64_t k = 0; k < unit_blocks(); ++k) {
             projected_units(n, d, in_turns(n, k, unit_blocks()), rows.begin, rows.end);
           }
@@ -53,7 +97,7 @@ class Backward {
       return;
     }
     const int64_t blocks = unit_blocks();
-    Worker worker(p_.team, s_.D * blocks, index, s_.B * kWide<A> * kGates * s_.H);
+    Worker worker(p_.team, s_.D * blocks, index, s_.B * kWide<A> * kSpec.gates * s_.H);
     worker.phase([&](int64_t chunk) {
       if (chunk % blocks == 0) start(chunk / blocks, 0, s_.B);
     });
@@ -63,7 +107,7 @@ class Backward {
             if (chunk % blocks < output_blocks()) outputs(pipeline, n, chunk / blocks, chunk % blocks, 0, s_.B);
           },
           [&] { pipeline.finish(); });
-      if (!s_.projected || n < 0) continue;
+      if (!projected() || n < 0) continue;
       worker.phase([&](int64_t chunk) { projected_units(n, chunk / blocks, chunk % blocks, 0, s_.B); });
     }
     worker.phase([&](int64_t chunk) {
@@ -71,55 +115,30 @@ class Backward {
     });
   }
 
-  // The hidden state that entered each step, zero where it was reset or the step does not exist; packed.
-  void entering_states(int64_t begin, int64_t end) const {
-    const int64_t inputs = padded(s_.N) / (kPairs ? 2 : 1);
-    for (int64_t index = begin; index < end; ++index) {
-      const int64_t d = index / inputs, input = index % inputs;
-      const Direction direction(s_, p_.sequence, d);
-      A* const panels = static_cast<A*>(p_.h_in) + d * blocks_of(s_.P, kWide<A>) * inputs * kWide<A>;
-      if constexpr (kPairs) {
-        pack_input(entering(direction, d, 2 * input), entering(direction, d, 2 * input + 1), s_.P, panels, inputs,
-                   input);
-      } else {
-        pack_input(entering(direction, d, input), s_.P, panels, inputs, input);
-      }
-    }
-  }
-
  private:
-  // The state that entered the step of a row, or null for zeros.
-  const S* entering(const Direction& direction, int64_t d, int64_t row) const {
-    if (row >= s_.N) return nullptr;
-    const int64_t t = direction.step_of(row), b = row - direction.row(t, 0);
-    if (!direction.exists(t, b) || direction.is_reset(t, b)) return nullptr;
-    if (!direction.is_first(t, b)) {
-      return static_cast<const S*>(p_.y) + time_major(s_, direction.row(direction.before(t), b), d, s_.P);
-    }
-    return p_.h0 == nullptr ? nullptr : static_cast<const S*>(p_.h0) + state(s_, d, b, s_.P);
-  }
+  static constexpr CellSpec kSpec = Cell::kSpec;
+  static constexpr int kMaps = kSpec.maps, kSaved = kSpec.saved;
+  static constexpr bool kHasCarry = kSpec.carry != Carry::kNone, kHasCell = kSpec.carry == Carry::kCell;
 
   struct Rest;
-  using Pipeline = std::conditional_t<kTiles, TilePipeline<Rest>, NoPipeline>;
+  using Pipeline = std::conditional_t<kTiles, TilePipeline<Rest, 1>, NoPipeline>;
 
-  static int64_t padded(int64_t K) { return blocks_of(K, inputs_at_a_time(kOperands)) * inputs_at_a_time(kOperands); }
-  // Rows of da.
-  int64_t da_stride() const { return padded(kGates * s_.H); }
-
+  bool projected() const { return kSpec.projects && s_.projected; }
   int64_t unit_blocks() const { return blocks_of(s_.H, kWide<A>); }
   int64_t output_blocks() const { return blocks_of(s_.P, kWide<A>); }
 
   Gradient* da(int64_t d, int64_t row) const {
-    return static_cast<Gradient*>(p_.da) + direction_major(s_, d, row, da_stride());
+    return static_cast<Gradient*>(p_.da) + direction_major(s_, d, row, p_.da_stride);
   }
   A* dh_state(int64_t d, int64_t b) const { return static_cast<A*>(p_.dh_state) + state(s_, d, b, s_.P); }
-  A* dc_state(int64_t d, int64_t b) const { return static_cast<A*>(p_.dc_state) + state(s_, d, b, s_.H); }
+  // Gradients of the carry of sequences from b on.
+  A* dcarry(int64_t d, int64_t b) const { return static_cast<A*>(p_.dcarry) + state(s_, d, b, s_.H); }
   A* dh_out(int64_t d, int64_t row) const { return static_cast<A*>(p_.dh_out) + direction_major(s_, d, row, s_.P); }
 
   void start(int64_t d, int64_t row_begin, int64_t row_end) const {
     for (int64_t b = row_begin; b < row_end; ++b) {
       copy(dh_state(d, b), static_cast<const S*>(p_.dhn), state(s_, d, b, s_.P), s_.P);
-      copy(dc_state(d, b), static_cast<const S*>(p_.dcn), state(s_, d, b, s_.H), s_.H);
+      if (kHasCarry) copy(dcarry(d, b), static_cast<const S*>(p_.dcn), state(s_, d, b, s_.H), s_.H);
     }
   }
 
@@ -130,10 +149,10 @@ class Backward {
   }
 
   void finish(int64_t d, int64_t row_begin, int64_t row_end) const {
-    if (p_.dc0 == nullptr) return;
+    if (!kHasCell || p_.dc0 == nullptr) return;
     for (int64_t b = row_begin; b < row_end; ++b) {
       for (int64_t k = 0; k < s_.H; k += kUnits<A>) {
-        store(static_cast<S*>(p_.dc0) + state(s_, d, b, s_.H) + k, load(dc_state(d, b) + k, s_.H - k), s_.H - k);
+        store(static_cast<S*>(p_.dc0) + state(s_, d, b, s_.H) + k, load(dcarry(d, b) + k, s_.H - k), s_.H - k);
       }
     }
   }
@@ -150,7 +169,7 @@ class Backward {
       row_end = direction.clipped(t, row_end);
       if (row_end < next_end) row_end = next_end;
     }
-    const int64_t inputs = da_stride() / (kPairs ? 2 : 1);
+    const int64_t inputs = p_.da_inputs / (kPairs ? 2 : 1), stride = p_.da_stride / (kPairs ? 2 : 1);
     const E* panel = static_cast<const E*>(p_.panel_hh) + (d * output_blocks() + block) * inputs * kWide<A>;
     if constexpr (kTiles) {
       for (int64_t b = row_begin; b < row_end; b += kTileChunk) {
@@ -159,12 +178,11 @@ class Backward {
                       next_end < end ? next_end : end);
       }
     } else {
-      for_each_chunk(row_begin, row_end, [&](int64_t b, int64_t rows) {
+      for_each_part(row_begin, row_end, [&](int64_t b, int64_t rows) {
         V sum[kRowsAtATime][4];
         if (b < next_end) {
-          multiply<E>(sum, reinterpret_cast<const E*>(da(d, direction.row(next, b))), inputs, panel, inputs,
-                      next_end - b < rows ? next_end - b : rows, s_.B == 1,
-                      [&](int64_t first, int64_t count) { return direction.any_exists(next, b + first, count); });
+          multiply<E>(sum, reinterpret_cast<const E*>(da(d, direction.row(next, b)) + p_.da_begin), stride, panel,
+                      inputs, next_end - b < rows ? next_end - b : rows, s_.B == 1, {&direction, next, b});
         }
         const Block own(*this, direction, n, d, b, block, rows);
         for (int v = 0; v < 4; ++v) own.gradients(v, 0, rows, sum);
@@ -199,7 +217,7 @@ class Backward {
   // are the worker's; those up to next_end have a next step.
   void tiled_outputs(Pipeline& pipeline, const Block& own, const E* panel, int64_t inputs, int64_t row_begin,
                      int64_t next_end) const {
-    V(*const sums)[4] = pipeline.sums();
+    V(*const sums)[4] = pipeline.sums()[0];
     const int64_t next = own.direction.after(own.direction.at(own.n)), b = own.b, rows = next_end - b;
     if (rows <= 0 || !own.direction.any_exists(next, b, rows)) {
       return pipeline.run(0, [](const auto&) {}, {own, sums});
@@ -209,9 +227,9 @@ class Backward {
     const int64_t all = next_end - first, second = all > kTileRowsMost ? next_end - kTileRowsMost : first;
     const int64_t blocks = inputs / kTilePairs;
     pipeline.tiles.configure(all < kTileRowsMost ? all : kTileRowsMost);
-    const TileOperand operand{da(own.d, own.direction.row(next, first)),
-                              da(own.d, own.direction.row(next, second)),
-                              da_stride() * int64_t{sizeof(S)},
+    const TileOperand operand{da(own.d, own.direction.row(next, first)) + p_.da_begin,
+                              da(own.d, own.direction.row(next, second)) + p_.da_begin,
+                              p_.da_stride * int64_t{sizeof(S)},
                               kTileBytes,
                               panel,
                               inputs,
@@ -263,6 +281,7 @@ class Backward {
         dh = load(handed_on + r * P, count);
       }
       if (dh0 != nullptr) {
+        if (kHasCarry && !kHasCell) dh += load(dcarry(d, b) + output + r * P, count);
         store(dh0 + r * P, dh, count);
         continue;
       }
@@ -288,10 +307,9 @@ class Backward {
     const int64_t t = direction.at(n);
     row_end = direction.clipped(t, row_end);
     const A* panel = static_cast<const A*>(p_.panel_hr) + (d * unit_blocks() + block) * s_.P * kWide<A>;
-    for_each_chunk(row_begin, row_end, [&](int64_t b, int64_t rows) {
+    for_each_part(row_begin, row_end, [&](int64_t b, int64_t rows) {
       V sum[kRowsAtATime][4];
-      multiply<A>(sum, dh_out(d, direction.row(t, b)), s_.P, panel, s_.P, rows, s_.B == 1,
-                  [&](int64_t first, int64_t count) { return direction.any_exists(t, b + first, count); });
+      multiply<A>(sum, dh_out(d, direction.row(t, b)), s_.P, panel, s_.P, rows, s_.B == 1, {&direction, t, b});
       for (int v = 0; v < 4; ++v) {
         const int64_t unit = block * kWide<A> + v * kUnits<A>;
         if (unit >= s_.H) break;
@@ -303,7 +321,7 @@ class Backward {
     });
   }
 
-  // Some hidden units of rows from b on at step t: from dm to da, and dc for the step before.
+  // Some hidden units of rows from b on at step t: from dm to da, and dcarry for the step before.
   struct Units {
     Units(const Backward& backward, const Direction& direction, int64_t t, int64_t d, int64_t b, int64_t unit)
         : direction(direction),
@@ -311,62 +329,69 @@ class Backward {
           t(t),
           b(b),
           H(backward.s_.H),
-          c_step(backward.s_.D * H),
-          da_step(backward.da_stride()) {
+          carry_step(backward.s_.D * H),
+          da_step(backward.p_.da_stride) {
       const Sizes& s = backward.s_;
       const BackwardParams& p = backward.p_;
       const int64_t row = direction.row(t, b), before = direction.before(t);
-      const int64_t c_at = time_major(s, row, d, H) + unit, gates_at = direction_major(s, d, row, kGates * H);
+      const int64_t carry_at = time_major(s, row, d, H) + unit, saved_at = direction_major(s, d, row, kSaved * H);
       first = direction.is_first(t, b);
-      gates = static_cast<const S*>(p.gates) + gates_at + order(unit);
+      saved = static_cast<const S*>(p.saved) + saved_at + order(unit);
       da = backward.da(d, row) + unit;
-      c = static_cast<const S*>(p.c) + c_at;
-      c_before = before < 0 || before >= s.T ? c : c + (direction.row(before, b) - row) * c_step;  // not of the first
-      c0 = p.c0 == nullptr ? nullptr : static_cast<const S*>(p.c0) + state(s, d, b, H) + unit;
-      dc_all = p.dc == nullptr ? nullptr : static_cast<const S*>(p.dc) + c_at;
-      dc_state = backward.dc_state(d, b) + unit;
-      m = p.m == nullptr ? nullptr : static_cast<A*>(p.m) + direction_major(s, d, row, H) + unit;
+      if constexpr (kHasCarry) {
+        carry = static_cast<const S*>(p.carry) + carry_at;
+        carry_before = before < 0 || before >= s.T  // not of the first
+                           ? carry
+                           : carry + (direction.row(before, b) - row) * carry_step;
+        carry0 = p.carry0 == nullptr ? nullptr : static_cast<const S*>(p.carry0) + state(s, d, b, H) + unit;
+        dcarry = backward.dcarry(d, b) + unit;
+      }
+      dc_all = !kHasCell || p.dc == nullptr ? nullptr : static_cast<const S*>(p.dc) + carry_at;
+      m = !backward.projected() ? nullptr : static_cast<A*>(p.m) + direction_major(s, d, row, H) + unit;
     }
 
     template <bool kRagged>
     FUSEDRNN_INLINE void gradients(int64_t r, int64_t count, bool exists, V dm) const {
       if (!exists) {
-        for (int gate = 0; gate < kGates; ++gate) store(da + r * da_step + gate * H, V{}, count);
+        for (int k = 0; k < kMaps; ++k) store(da + r * da_step + k * H, V{}, count);
         if (m != nullptr) store(m + r * H, V{}, count);
         return;
       }
       const bool cut = kRagged && direction.is_reset(t, b + r);
-      V c_in{};
-      if (!cut && !(kRagged ? direction.is_first(t, b + r) : first)) {
-        c_in = load(c_before + r * c_step, count);
-      } else if (!cut && c0 != nullptr) {
-        c_in = load(c0 + r * H, count);
+      V entered{}, left{}, dleft{};  // the carry
+      if constexpr (kHasCarry) {
+        if (!cut && !(kRagged ? direction.is_first(t, b + r) : first)) {
+          entered = load(carry_before + r * carry_step, count);
+        } else if (!cut && carry0 != nullptr) {
+          entered = load(carry0 + r * H, count);
+        }
+        left = load(carry + r * carry_step, count);
+        dleft = load(dcarry + r * H, count);
+        if (dc_all != nullptr) dleft += load(dc_all + r * carry_step, count);
       }
-      V dc = load(dc_state + r * H, count);
-      if (dc_all != nullptr) dc += load(dc_all + r * c_step, count);
-      V gate[kGates];
-      const S* row = gates + r * kGates * H;
-      for (int k = 0; k < kGates; ++k) gate[k] = load(row + order(0, k), count);
-      for (int k = 0; k < kGates; ++k) __builtin_prefetch(row + kAhead * kGates * H + order(0, k));
-      const V out = LstmCell<A>::backward(gate, c_in, load(c + r * c_step, count), dm, dc);
-      for (int k = 0; k < kGates; ++k) store(da + r * da_step + k * H, gate[k], count);
+      V a[kMaps];
+      const S* row = saved + r * kSaved * H;
+      for (int k = 0; k < kSaved; ++k) a[k] = load(row + order(0, k), count);
+      for (int k = 0; k < kSaved; ++k) __builtin_prefetch(row + kAhead * kSaved * H + order(0, k));
+      const V out = Cell::template backward<VectorMath<A>>(a, entered, left, dm, dleft);
+      for (int k = 0; k < kMaps; ++k) store(da + r * da_step + k * H, a[k], count);
       if (m != nullptr) store(m + r * H, out, count);
-      store(dc_state + r * H, cut ? V{} : dc, count);
+      if constexpr (kHasCarry) store(dcarry + r * H, cut ? V{} : dleft, count);
     }
 
-    static constexpr int kAhead = 4;  // rows whose gates are on their way
+    static constexpr int kAhead = 4;  // rows whose saved values are on their way
     const Direction& direction;
-    const GateOrder<A>& order;
-    int64_t t, b, H, c_step, da_step;
+    const SavedOrder<A>& order;
+    int64_t t, b, H, carry_step, da_step;
     bool first;
-    const S *gates, *c, *c_before, *c0, *dc_all;
+    const S *saved, *carry = nullptr, *carry_before = nullptr, *carry0 = nullptr, *dc_all;
     Gradient* da;
-    A *dc_state, *m;
+    A *dcarry = nullptr, *m;
   };
 
   const BackwardParams& p_;
   const Sizes& s_;
-  const GateOrder<A> order_;
+  const SavedOrder<A> order_;
 };
 
 }  // namespace fusedrnn::FUSEDRNN_ISA

@@ -1,18 +1,23 @@
 // Forward of one layer, both directions: one launch over the whole sequence, or a few over parts of it.
 //
-//   a_t = xg_t + h_{t-1} @ w_hh^T         i, f, o = sigmoid(a_i, a_f, a_o)     g = tanh(a_g)
-//   c_t = f * c_{t-1} + i * g             m_t = o * tanh(c_t)                  h_t = m_t  or  m_t @ w_hr^T
+//   a_t = xg_t + h_{t-1} @ w_hh^T         m_t, carry_t, saved_t = cell(a_t, carry_{t-1})
+//   h_t = m_t  or  m_t @ w_hr^T
 //
-// Work: a block is `lanes` hidden units with their four gates (panel.h). The product, the nonlinearities and the cell
-// update of a block happen in registers, and h, c and, for training, the gates are written once. The cells of some rows
-// are computed in turns, because one alone is a long chain; a single row has those of some blocks computed so.
-// Split by rows: a worker takes its rows through all steps and never waits. Split by units: a chunk is a block, or some
-// of a single row, and workers meet after each step, or twice a step with a projection (team.h). h_{t-1} and h_t lie in
+// where a_t are the maps of a cell (csrc/cells), and the input's part of them, xg, and the state's are each in some.
+//
+// Work: a block is `lanes` hidden units, a chunk a block or four of them, whose maps fill whole panels (params.h). The
+// sums of a chunk stay in the first-level cache; the cells of a block happen in registers, and h, the carry and, for
+// training, what is saved are written once. The cells of some rows are computed in turns, because one alone is a long
+// chain; a single row has those of some blocks computed so.
+// Split by rows: a worker takes its rows through all steps and never waits. Split by units: a phase is cut into chunks,
+// or some of a single row, and workers meet after each step, or twice a step with a projection (team.h). h_{t-1} and
+// h_t lie in
 // two buffers, so that no block reads what another has written in the same step. A few rows in a few steps have no use
 // for a tile: the weights are read as they lie, as dot products along K, and nothing is packed.
 // With tiles (tile_product.h) a product goes through memory of the worker, and its cells wait for the next one.
 #pragma once
 
+#include "activations.h"
 #include "geometry.h"
 #include "panel.h"
 #include "team.h"
@@ -20,32 +25,50 @@
 
 namespace fusedrnn::FUSEDRNN_ISA {
 
-// b_ih + b_hh of `count` gates from the first-th on, zeros where there are none.
+// Whether a product has a map, and the block of rows of torch's weights that it is of.
+constexpr FUSEDRNN_INLINE bool has_map(const MapWindow& window, int map) {
+  return window.begin <= map && map < window.end;
+}
+constexpr FUSEDRNN_INLINE int64_t gate_of(const MapWindow& window, int map) { return window.gates[map - window.begin]; }
+
+// The biases of `count` units from `unit` on, of the products that a map has; zeros where there are none.
 template <class S>
-FUSEDRNN_INLINE Vec<Compute<S>> sum_of_biases(const void* b_ih, const void* b_hh, int64_t first, int64_t count) {
-  if (b_ih == nullptr) return Vec<Compute<S>>{};
-  return load(static_cast<const S*>(b_ih) + first, count) + load(static_cast<const S*>(b_hh) + first, count);
+FUSEDRNN_INLINE Vec<Compute<S>> sum_of_biases(const CellSpec& spec, int map, const void* b_ih, const void* b_hh,
+                                              int64_t H, int64_t unit, int64_t count) {
+  Vec<Compute<S>> sum{};
+  if (b_ih == nullptr) return sum;
+  const auto bias = [&](const MapWindow& window, const void* from) {
+    return load(static_cast<const S*>(from) + gate_of(window, map) * H + unit, count);
+  };
+  if (has_map(spec.input, map)) sum = bias(spec.input, b_ih);
+  if (has_map(spec.recurrent, map)) sum += bias(spec.recurrent, b_hh);
+  return sum;
 }
 
-// to[0..4H) = b_ih + b_hh, in GateOrder; or block after block, with zeros where there is no unit.
-template <class S>
-void add_biases(const void* b_ih, const void* b_hh, int64_t H, bool in_blocks, void* to) {
+// See CellKernels.
+template <class Cell, class S>
+void add_biases(const void* b_ih, const void* b_hh, int64_t H, int begin, int end, bool in_chunks, void* to) {
   using A = Compute<S>;
-  const GateOrder<A> order(H);
-  for (int64_t unit = 0; unit < H; unit += kUnits<A>) {
-    for (int64_t gate = 0; gate < kGates; ++gate) {
-      const Vec<A> sum = sum_of_biases<S>(b_ih, b_hh, gate * H + unit, H - unit);
-      if (in_blocks) {
-        store(static_cast<A*>(to) + unit * kGates + gate * kUnits<A>, sum);
-      } else {
-        store(static_cast<A*>(to) + order(unit, gate), sum, H - unit);
+  constexpr CellSpec kSpec = Cell::kSpec;
+  constexpr int64_t kChunk = chunk_blocks(kSpec.gates);
+  const SavedOrder<A> order(H, kSpec.saved);
+  const int64_t blocks = blocks_of(blocks_of(H, kUnits<A>), kChunk) * kChunk;
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t unit = block * kUnits<A>, count = H - unit;
+    for (int map = begin; map < end; ++map) {
+      const Vec<A> sum = count > 0 ? sum_of_biases<S>(kSpec, map, b_ih, b_hh, H, unit, count) : Vec<A>{};
+      if (in_chunks) {
+        const int64_t at = (block / kChunk * (end - begin) + map - begin) * kChunk + block % kChunk;
+        store(static_cast<A*>(to) + at * kUnits<A>, sum);
+      } else if (count > 0) {
+        store(static_cast<A*>(to) + order(unit, map), sum, count);
       }
     }
   }
 }
 
 // With Operands that are pairs the state is kept in S.
-template <class S, Operands kOperands = Operands::kNumbers>
+template <class Cell, class S, Operands kOperands = Operands::kNumbers>
 class Forward {
  public:
   using A = Compute<S>;
@@ -55,7 +78,7 @@ class Forward {
   using E = std::conditional_t<kPairs, Pair, A>;
 
   explicit Forward(const ForwardParams& params)
-      : p_(params), s_(params.sizes), order_(params.sizes.H), blocks_at_a_time_(blocks_at_a_time()) {}
+      : p_(params), s_(params.sizes), order_(params.sizes.H, kSaved), blocks_at_a_time_(blocks_at_a_time()) {}
 
   void run(int index) const {
     Pipeline pipeline;
@@ -78,7 +101,7 @@ class Forward {
     }
     // One Worker serves phases of different chunk counts by using the larger one; the surplus chunks are empty.
     const int64_t chunks = unit_chunks();
-    Worker worker(p_.team, s_.D * chunks, index, s_.B * blocks_at_a_time_ * kWide<A> * s_.P);
+    Worker worker(p_.team, s_.D * chunks, index, s_.B * blocks_at_a_time_ * kSpec.gates * kUnits<A> * s_.P);
     worker.phase([&](int64_t chunk) {
       if (chunk % chunks == 0 && p_.begin == 0) start(chunk / chunks, 0, s_.B);
     });
@@ -86,7 +109,7 @@ class Forward {
       prefetch_entering(n);
       worker.phase([&](int64_t chunk) { units(pipeline, n, chunk / chunks, chunk % chunks, 0, s_.B); },
                    [&] { pipeline.finish(); });
-      if (!s_.projected) continue;
+      if (!projected()) continue;
       worker.phase([&](int64_t chunk) {
         if (chunk % chunks < output_blocks()) outputs(n, chunk / chunks, chunk % chunks, 0, s_.B);
       });
@@ -101,9 +124,8 @@ class Forward {
   // T = 1: blocks [begin, end) of D * unit_blocks(), for all rows.
   void step(int64_t begin, int64_t end) const {
     for (int64_t block = begin; block < end; ++block) {
-      const int64_t d = block / unit_blocks(), unit = block % unit_blocks() * kUnits<A>;
-      const int64_t rows = Direction(s_, p_.sequence, d).rows(0);
-      dot_units(0, d, unit, s_.H - unit < kUnits<A> ? s_.H - unit : kUnits<A>, 0, rows);
+      const int64_t d = block / unit_blocks(), rows = Direction(s_, p_.sequence, d).rows(0);
+      dot_units(0, d, block % unit_blocks(), 0, rows);
     }
   }
 
@@ -124,17 +146,34 @@ class Forward {
   }
 
  private:
+  static constexpr CellSpec kSpec = Cell::kSpec;
+  static constexpr int kMaps = kSpec.maps, kSaved = kSpec.saved, kInputMaps = kSpec.input.end - kSpec.input.begin;
+  static constexpr bool kHasCarry = kSpec.carry != Carry::kNone, kHasCell = kSpec.carry == Carry::kCell;
+  static_assert(kSaved <= kMaps && kSpec.input.begin == 0 && kInputMaps == kSpec.gates);
+  static_assert(kSpec.recurrent.end == kMaps && kMaps - kSpec.recurrent.begin == kSpec.gates);
+
+  // Panels of a chunk, of all maps; and of each product, among these.
+  static constexpr int64_t kChunk = chunk_blocks(kSpec.gates), kPanels = kMaps * kChunk / 4;
+  static constexpr int64_t kInputPanels = kInputMaps * kChunk / 4;
+  static constexpr int64_t kRecurrentPanels = kSpec.gates * kChunk / 4, kFirstRecurrent = kPanels - kRecurrentPanels;
+  static_assert(kChunk == 4 || kPanels == 1);
+  // Rows of the sums of a chunk: fewer where it has more panels, so that they stay in the first-level cache.
+  static constexpr int64_t kSumRows = kTiles ? kTileChunk : kPanels > 1 ? 24 : kRowsAtATime;
+  using PanelSums = V (*)[kSumRows][4];
+
   static constexpr int kTogether = 4;  // rows, or blocks of a single one, whose cells are computed at the same time
 
   struct Rest;
-  using Pipeline = std::conditional_t<kTiles, TilePipeline<Rest>, NoPipeline>;
+  using Pipeline = std::conditional_t<kTiles, TilePipeline<Rest, kPanels>, NoPipeline>;
 
+  bool projected() const { return kSpec.projects && s_.projected; }
   int64_t unit_blocks() const { return blocks_of(s_.H, kUnits<A>); }
   int64_t unit_chunks() const { return blocks_of(unit_blocks(), blocks_at_a_time_); }
 
-  // How many blocks of a single row a chunk has: as many as leave nobody more blocks than the smallest chunks would.
+  // How many blocks a worker takes at a time: a chunk; or some of a single row, as many as leave nobody more blocks
+  // than the smallest chunks would.
   int64_t blocks_at_a_time() const {
-    if (s_.B > 1) return 1;
+    if (kChunk > 1 || s_.B > 1) return kChunk;
     const int64_t workers = p_.team.split == Team::Split::kUnits ? p_.team.workers : 1;
     int64_t best = 1, least = blocks_of(s_.D * unit_blocks(), workers);
     for (int64_t count = 2; count <= kTogether; ++count) {
@@ -145,7 +184,7 @@ class Forward {
   }
 
   // No more than there are chunks of units.
-  int64_t output_blocks() const { return s_.projected ? blocks_of(s_.P, kWide<A>) : 0; }
+  int64_t output_blocks() const { return projected() ? blocks_of(s_.P, kWide<A>) : 0; }
 
   // Whether a state enters the n-th step that may be other than zero.
   bool enters(int64_t n) const { return n > 0 || p_.h0 != nullptr; }
@@ -156,26 +195,37 @@ class Forward {
   static int64_t padded(int64_t K) { return blocks_of(K, inputs_at_a_time(kOperands)) * inputs_at_a_time(kOperands); }
   static int64_t inputs(int64_t K) { return padded(K) / (kPairs ? 2 : 1); }
 
-  // Affine maps of the input: of a row, those of gate `gate` of a block; see ForwardParams::xg.
+  // The input's maps: of a row, the first one of a block; see ForwardParams::xg.
   struct Maps {
-    const A* at;
-    int64_t row, block, gate;  // from one of them to the next
+    const A* at = nullptr;
+    int64_t row = 0, block = 0, map = 0;  // from one of them to the next, of blocks within a chunk
   };
   Maps maps(const Direction& direction, int64_t d, int64_t t, int64_t b, int64_t block) const {
     const A* const all = static_cast<const A*>(p_.xg[d]);
-    if (all == nullptr) return {nullptr, 0, 0, 0};
+    if (all == nullptr) return {};
     const int64_t first = d == 0 ? p_.begin : s_.T - p_.end, row = direction.row(t, b) - direction.row(first, 0);
-    const bool in_blocks = p_.xg_rows[d] > 0;
-    Maps maps{all, in_blocks ? kWide<A> : kGates * s_.H, in_blocks ? p_.xg_rows[d] * kWide<A> : order_(kUnits<A>),
-              in_blocks ? kUnits<A> : order_(0, 1)};
-    maps.at += row * maps.row + block * maps.block;
-    return maps;
+    if (p_.xg_rows[d] == 0) {
+      const int64_t of_row = kSaved * s_.H, of_block = order_(kUnits<A>);
+      return {all + row * of_row + block * of_block, of_row, of_block, order_(0, 1)};
+    }
+    const int64_t panel = p_.xg_rows[d] * kWide<A>;
+    const A* const at = all + row * kWide<A> + block / kChunk * kInputPanels * panel + block % kChunk * kUnits<A>;
+    if constexpr (kChunk == 1) return {at, kWide<A>, panel, kUnits<A>};
+    return {at, kWide<A>, kUnits<A>, panel};
   }
+
+  // Sums of a block: the map-th of each row; or, of the only row, of each block of a chunk.
+  struct Sums {
+    V& operator()(int64_t r, int64_t map) const { return kChunk == 1 ? at[r * 4 + map] : at[r * row + map * of_map]; }
+
+    V* at;
+    int64_t row = 4, of_map = kChunk == 1 ? 1 : 4 * kSumRows;  // from one of them to the next
+  };
 
   // The following only ask memory for what is used soon. They have to be inlined: the compiler takes a call of a
   // function that does nothing else for one without an effect, and leaves it out.
-  static FUSEDRNN_INLINE void prefetch_gates(const Maps& maps, int64_t row) {
-    for (int64_t gate = 0; gate < kGates; ++gate) __builtin_prefetch(maps.at + row * maps.row + gate * maps.gate);
+  static FUSEDRNN_INLINE void prefetch_maps(const Maps& maps, int64_t row) {
+    for (int64_t k = 0; k < kInputMaps; ++k) __builtin_prefetch(maps.at + row * maps.row + k * maps.map);
   }
   // A state of few lines, of which some have just been written by other cores: none of them is waited for alone.
   FUSEDRNN_INLINE void prefetch_entering(int64_t n) const {
@@ -187,14 +237,14 @@ class Forward {
   }
   // Where a block of the only row is going to be written: others can be told of it only when the lines are here.
   FUSEDRNN_INLINE void prefetch_written(const Direction& direction, int64_t n, int64_t d, int64_t unit) const {
-    if (s_.projected) return;
+    if (projected()) return;
     __builtin_prefetch(static_cast<S*>(p_.y) + time_major(s_, direction.row(direction.at(n), 0), d, s_.P) + unit, 1);
     __builtin_prefetch(h(n + 1, d) + unit, 1);
   }
 
-  // The cell state of a unit, the first of a block: `lanes` numbers for each row.
-  A* c_state(int64_t d, int64_t unit) const {
-    return static_cast<A*>(p_.c_state) + (d * unit_blocks() * kUnits<A> + unit) * s_.B;
+  // The carry of a unit, the first of a block: `lanes` numbers for each row.
+  A* carry(int64_t d, int64_t unit) const {
+    return static_cast<A*>(p_.carry) + (d * unit_blocks() * kUnits<A> + unit) * s_.B;
   }
 
   // The state before the first step, and the final state of the rows that have no step at all.
@@ -202,7 +252,7 @@ class Forward {
     const Direction direction(s_, p_.sequence, d);
     for (int64_t b = row_begin; b < row_end; ++b) {
       const S* h0 = static_cast<const S*>(p_.h0);
-      const S* c0 = static_cast<const S*>(p_.c0);
+      const S* c0 = static_cast<const S*>(kHasCell ? p_.c0 : p_.h0);  // of the size of a carry
       const bool cut = direction.is_reset(direction.first(b), b);
       for (int64_t k = 0; k < s_.P; k += kUnits<A>) {
         const V value = h0 == nullptr ? V{} : load(h0 + state(s_, d, b, s_.P) + k, s_.P - k);
@@ -213,13 +263,13 @@ class Forward {
       for (int64_t n = 0; n < 2; ++n) {
         std::memset(h(n, d) + b * h_stride() + s_.P, 0, (h_stride() - s_.P) * sizeof(State));
       }
-      for (int64_t k = 0; k < s_.H; k += kUnits<A>) {
+      for (int64_t k = 0; kHasCarry && k < s_.H; k += kUnits<A>) {
         const V value = c0 == nullptr ? V{} : load(c0 + state(s_, d, b, s_.H) + k, s_.H - k);
-        store(c_state(d, k) + b * kUnits<A>, value);
+        store(carry(d, k) + b * kUnits<A>, value);
       }
       if (direction.length(b) > 0) continue;
       copy_state(static_cast<S*>(p_.hn), h0, state(s_, d, b, s_.P), s_.P);
-      copy_state(static_cast<S*>(p_.cn), c0, state(s_, d, b, s_.H), s_.H);
+      if (kHasCell) copy_state(static_cast<S*>(p_.cn), c0, state(s_, d, b, s_.H), s_.H);
     }
   }
 
@@ -231,111 +281,145 @@ class Forward {
     }
   }
 
+  // Units of a block.
+  int64_t count(int64_t block) const {
+    const int64_t units = s_.H - block * kUnits<A>;
+    return units < kUnits<A> ? units : kUnits<A>;
+  }
+
   // The n-th step of a chunk of hidden units, for rows [row_begin, row_end).
   void units(Pipeline& pipeline, int64_t n, int64_t d, int64_t chunk, int64_t row_begin, int64_t row_end) const {
     const Direction direction(s_, p_.sequence, d);
-    if (s_.B == 1) {
-      const int64_t begin = chunk * blocks_at_a_time_, end = begin + blocks_at_a_time_;
-      return single_row(direction, n, d, begin, end < unit_blocks() ? end : unit_blocks());
-    }
-    const int64_t t = direction.at(n), unit = chunk * kUnits<A>;
-    const int64_t count = s_.H - unit < kUnits<A> ? s_.H - unit : kUnits<A>;
+    const int64_t begin = chunk * blocks_at_a_time_, after = begin + blocks_at_a_time_;
+    const int64_t end = after < unit_blocks() ? after : unit_blocks(), t = direction.at(n);
+    if (s_.B == 1) return single_row(direction, n, d, begin, end);
     row_end = direction.clipped(t, row_end);
-    if (p_.panel_hh == nullptr) return dot_units(n, d, unit, count, row_begin, row_end);
+    if (p_.panel_hh == nullptr) {
+      for (int64_t block = begin; block < end; ++block) dot_units(n, d, block, row_begin, row_end);
+      return;
+    }
     if constexpr (kTiles) {
       for (int64_t b = row_begin; b < row_end; b += kTileChunk) {
         tiled_units(pipeline, direction, n, d, chunk, row_begin, b,
                     row_end - b < kTileChunk ? row_end - b : kTileChunk);
       }
     } else {
-      for_each_chunk(row_begin, row_end, [&](int64_t b, int64_t rows) {
-        const Maps own = maps(direction, d, t, b, chunk);
-        for (int64_t r = 0; r < rows; ++r) prefetch_gates(own, r);  // while the product runs
-        V sum[kRowsAtATime][kGates];
-        multiply<E>(
-            sum, entering(n, d, b), inputs(s_.P), panel(p_.panel_hh, d, chunk, s_.P), inputs(s_.P), rows, false,
-            [&](int64_t first, int64_t count) { return enters(n) && direction.any_exists(t, b + first, count); });
-        Cells<false>(*this, direction, n, d, b, unit).all(0, rows, count, sum);
+      for_each_part<kSumRows>(row_begin, row_end, [&](int64_t b, int64_t rows) {
+        for (int64_t block = begin; block < end; ++block) {
+          const Maps own = maps(direction, d, t, b, block);
+          for (int64_t r = 0; r < rows; ++r) prefetch_maps(own, r);  // while the product runs
+        }
+        V sums[kPanels][kSumRows][4];
+        for (int64_t k = 0; k < kRecurrentPanels; ++k) {
+          multiply<E>(sums[kFirstRecurrent + k], entering(n, d, b), inputs(s_.P), recurrent_panel(d, chunk, k),
+                      inputs(s_.P), rows, false, {&direction, t, b, enters(n)});
+        }
+        for (int64_t block = begin; block < end; ++block) {
+          Cells(*this, direction, n, d, b, block).all(0, rows, count(block), {&sums[0][0][block - begin]});
+        }
       });
     }
   }
 
-  // The same of rows [b, b + rows), at most kTileChunk, of a worker's from row_begin on: both affine maps by tiles,
-  // where the input's were not computed before, and meanwhile the cells of the product before.
+  // The same of rows [b, b + rows), at most kTileChunk, of a worker's from row_begin on: both products by tiles, where
+  // the input's was not computed before, and meanwhile the cells of the chunk before.
   void tiled_units(Pipeline& pipeline, const Direction& direction, int64_t n, int64_t d, int64_t chunk,
                    int64_t row_begin, int64_t b, int64_t rows) const {
-    const int64_t t = direction.at(n), unit = chunk * kUnits<A>, end = b + rows;
+    const int64_t t = direction.at(n), end = b + rows;
     // A tile has 16 rows where there are as many: some from before are computed again.
     const int64_t first = rows < kTileRowsMost && row_begin + kTileRowsMost <= end ? end - kTileRowsMost : b;
     const int64_t all = end - first, second = all > kTileRowsMost ? end - kTileRowsMost : first;
     pipeline.tiles.configure(all < kTileRowsMost ? all : kTileRowsMost);
-    TileOperand operands[2];
-    int count = 0;
-    int64_t blocks = 0;
-    const auto add = [&](const S* left, int64_t stride, const void* panels, int64_t K) {
-      const int64_t own = inputs(K) / kTilePairs;
-      operands[count++] = {left + first * stride,
-                           left + second * stride,
-                           stride * int64_t{sizeof(S)},
-                           kTileBytes,
-                           panel(panels, d, chunk, K),
-                           inputs(K),
-                           0,
-                           own};
-      blocks += all > kTileRowsMost ? 2 * own : own;
+    const bool exists = direction.any_exists(t, b, rows), fused = p_.panel_ih != nullptr;
+    const bool by_input = exists && fused, by_state = exists && enters(n);
+    const auto operand = [&](const S* left, int64_t stride, const E* panel, int64_t K) {
+      const int64_t blocks = inputs(K) / kTilePairs;
+      return TileOperand{left + first * stride,
+                         left + second * stride,
+                         stride * int64_t{sizeof(S)},
+                         kTileBytes,
+                         panel,
+                         inputs(K),
+                         0,
+                         blocks};
     };
-    if (direction.any_exists(t, b, rows)) {
-      if (p_.panel_ih != nullptr) {
-        add(static_cast<const S*>(p_.x_padded) + direction.row(t, 0) * p_.x_stride, p_.x_stride, p_.panel_ih, s_.I);
+    const auto of_input = [&](int64_t k) {
+      const S* const x = static_cast<const S*>(p_.x_padded) + direction.row(t, 0) * p_.x_stride;
+      return operand(x, p_.x_stride, panel(p_.panel_ih, d, chunk * kInputPanels + k, kInputPanels, s_.I), s_.I);
+    };
+    const auto of_state = [&](int64_t k) {
+      return operand(h(n, d), h_stride(), recurrent_panel(d, chunk, k - kFirstRecurrent), s_.P);
+    };
+    // Panels with their biases, and with the input's maps where these were computed before.
+    const Maps before = maps(direction, d, t, first, chunk * kChunk);
+    const auto start = [&](int64_t k) -> TileStart {
+      if (!fused && k < kInputPanels) {
+        const A* const at = before.at + k * before.map;
+        return {at, at + (second - first) * before.row, before.row * int64_t{sizeof(A)}};
       }
-      if (enters(n)) add(h(n, d), h_stride(), p_.panel_hh, s_.P);
-    }
-    TileStart start{};
-    if (p_.panel_ih == nullptr) {
-      const Maps own = maps(direction, d, t, first, chunk);
-      start = {own.at, own.at + (second - first) * own.row, own.row * int64_t{sizeof(A)}};
-    } else if (p_.biases[d] != nullptr) {
-      const A* const biases = static_cast<const A*>(p_.biases[d]) + unit * kGates;
-      start = {biases, biases, 0};
-    }
-    V(*const sums)[kGates] = pipeline.sums();
-    const auto multiply = [&](const auto& between) { multiply_by_tiles(sums, start, operands, count, all, between); };
-    pipeline.run(blocks, multiply,
-                 {Cells<false>(*this, direction, n, d, b, unit), rows,
-                  s_.H - unit < kUnits<A> ? s_.H - unit : kUnits<A>, sums + (b - first)});
+      if (p_.biases[d] == nullptr) return {};
+      const int64_t panel = fused ? chunk * kPanels + k : chunk * (kPanels - kInputPanels) + k - kInputPanels;
+      const A* const biases = static_cast<const A*>(p_.biases[d]) + panel * kWide<A>;
+      return {biases, biases, 0};
+    };
+    const PanelSums sums = pipeline.sums();
+    const auto multiply = [&](const auto& between) {
+      for (int64_t k = 0; k < kPanels; ++k) {
+        TileOperand operands[2];
+        int count = 0;
+        if (by_input && k < kInputPanels) operands[count++] = of_input(k);
+        if (by_state && k >= kFirstRecurrent) operands[count++] = of_state(k);
+        multiply_by_tiles(sums[k], start(k), operands, count, all, between);
+      }
+    };
+    const int64_t blocks =
+        (by_input ? kInputPanels * inputs(s_.I) : 0) + (by_state ? kRecurrentPanels * inputs(s_.P) : 0);
+    const int64_t first_block = chunk * kChunk, after = first_block + kChunk;
+    pipeline.run(blocks / kTilePairs * (all > kTileRowsMost ? 2 : 1), multiply,
+                 {Cells(*this, direction, n, d, b, first_block), this, direction, n, d, b, first_block,
+                  after < unit_blocks() ? after : unit_blocks(), rows, &sums[0][b - first][0]});
   }
 
   // The n-th step of blocks [begin, end), at most kTogether, of the only row.
   void single_row(const Direction& direction, int64_t n, int64_t d, int64_t begin, int64_t end) const {
     const int64_t t = direction.at(n), full = end * kUnits<A> <= s_.H ? end : end - 1;
-    V gates[kTogether][kGates];
+    V sums[kChunk == 1 ? kTogether : kMaps][4];
+    Sums all{&sums[0][0]};
+    if (kChunk > 1) all.row = 1, all.of_map = 4;
+    const Sums of_last{&all(full - begin, 0), all.row, all.of_map};
+    const auto product = [&](V(*to)[4], const E* panel) {
+      multiply<E>(to, entering(n, d, 0), inputs(s_.P), panel, inputs(s_.P), 1, true, {&direction, t, 0, enters(n)});
+    };
     for (int64_t k = 0; k < end - begin; ++k) {
-      const int64_t block = begin + in_turns(n - p_.begin, k, end - begin), unit = block * kUnits<A>;
-      V(*const own)[kGates] = gates + (block - begin);
+      const int64_t block = begin + in_turns(n - p_.begin, k, end - begin);
       if (p_.panel_hh == nullptr) {
-        dots(own, n, d, unit, block < full ? kUnits<A> : s_.H - unit, 0, 1);
-      } else {
-        prefetch_gates(maps(direction, d, t, 0, block), 0);
-        prefetch_written(direction, n, d, unit);
-        multiply<E>(own, entering(n, d, 0), inputs(s_.P), panel(p_.panel_hh, d, block, s_.P), inputs(s_.P), 1, true,
-                    [&](int64_t, int64_t) { return enters(n) && direction.exists(t, 0); });
+        dots({&all(block - begin, 0), all.row, all.of_map}, n, d, block, 0, 1);
+        continue;
+      }
+      prefetch_maps(maps(direction, d, t, 0, block), 0);
+      prefetch_written(direction, n, d, block * kUnits<A>);
+      if constexpr (kChunk == 1) product(sums + (block - begin), recurrent_panel(d, block, 0));
+    }
+    if (kChunk > 1 && p_.panel_hh != nullptr) {
+      for (int64_t k = 0; k < kRecurrentPanels; ++k) {
+        const int64_t own = in_turns(n - p_.begin, k, kRecurrentPanels);
+        product(sums + kFirstRecurrent + own, recurrent_panel(d, begin / kChunk, own));
       }
     }
-    if (begin < full) {
-      Cells<true>(*this, direction, n, d, 0, begin * kUnits<A>).all(0, full - begin, kUnits<A>, gates);
-    }
-    if (full < end) {
-      const int64_t unit = full * kUnits<A>;
-      Cells<true>(*this, direction, n, d, 0, unit).all(0, 1, s_.H - unit, gates + (full - begin));
-    }
+    if (begin < full) Cells(*this, direction, n, d, 0, begin, true).all(0, full - begin, kUnits<A>, all);
+    if (full < end) Cells(*this, direction, n, d, 0, full, true).all(0, 1, count(full), of_last);
   }
 
-  // Rows of the state that enters a step, and the panel of a block of weights with K inputs.
+  // Rows of the state that enters a step; a panel of K inputs, of which a chunk has so many; and one of the state's.
   const E* entering(int64_t n, int64_t d, int64_t b) const {
     return reinterpret_cast<const E*>(h(n, d) + b * h_stride());
   }
-  const E* panel(const void* panels, int64_t d, int64_t block, int64_t K) const {
-    return static_cast<const E*>(panels) + (d * unit_blocks() + block) * inputs(K) * kWide<A>;
+  const E* panel(const void* panels, int64_t d, int64_t index, int64_t of_chunk, int64_t K) const {
+    const int64_t of_direction = blocks_of(unit_blocks(), kChunk) * of_chunk;
+    return static_cast<const E*>(panels) + (d * of_direction + index) * inputs(K) * kWide<A>;
+  }
+  const E* recurrent_panel(int64_t d, int64_t chunk, int64_t k) const {
+    return panel(p_.panel_hh, d, chunk * kRecurrentPanels + k, kRecurrentPanels, s_.P);
   }
 
   // The n-th step of a block of projected outputs.
@@ -343,11 +427,10 @@ class Forward {
     const Direction direction(s_, p_.sequence, d);
     row_end = direction.clipped(direction.at(n), row_end);
     const A* panel = static_cast<const A*>(p_.panel_hr) + (d * output_blocks() + block) * s_.H * kWide<A>;
-    for_each_chunk(row_begin, row_end, [&](int64_t b, int64_t rows) {
+    for_each_part(row_begin, row_end, [&](int64_t b, int64_t rows) {
       V sum[kRowsAtATime][4];
-      multiply<A>(
-          sum, static_cast<const A*>(p_.m) + state(s_, d, b, s_.H), s_.H, panel, s_.H, rows, s_.B == 1,
-          [&](int64_t first, int64_t count) { return direction.any_exists(direction.at(n), b + first, count); });
+      multiply<A>(sum, static_cast<const A*>(p_.m) + state(s_, d, b, s_.H), s_.H, panel, s_.H, rows, s_.B == 1,
+                  {&direction, direction.at(n), b});
       for (int v = 0; v < 4; ++v) {
         const int64_t output = block * kWide<A> + v * kUnits<A>;
         if (output >= s_.P) break;
@@ -396,152 +479,187 @@ class Forward {
     State* h_out;
   };
 
-  // Cells of some hidden units at the n-th step: of `unit` and those behind it, of rows from b on; or, of the only row,
-  // of one block after the other.
-  template <bool kBlocks>
+  // Cells of a block of hidden units at the n-th step, of rows from b on; or, of the only row, of one block of a chunk
+  // after the other.
   struct Cells {
-    Cells(const Forward& forward, const Direction& direction, int64_t n, int64_t d, int64_t b, int64_t unit)
-        : outputs(forward, direction, n, d, b, unit, kBlocks), order(forward.order_) {
+    Cells(const Forward& forward, const Direction& direction, int64_t n, int64_t d, int64_t b, int64_t block,
+          bool blocks = false)
+        : outputs(forward, direction, n, d, b, block * kUnits<A>, blocks), order(forward.order_) {
       const Sizes& s = forward.s_;
       const ForwardParams& p = forward.p_;
-      const int64_t t = direction.at(n), H = s.H, row = direction.row(t, b);
-      state_step = kBlocks ? kUnits<A> : H;
-      maps = kTiles && !kBlocks ? Maps{} : forward.maps(direction, d, t, b, unit / kUnits<A>);  // a product has them
-      gates_step = kBlocks ? order(kUnits<A>) : kGates * H;
-      c_step = kBlocks ? kUnits<A> : s.D * H;
-      gates_all = p.gates == nullptr ? nullptr
-                                     : static_cast<S*>(p.gates) + direction_major(s, d, row, kGates * H) + order(unit);
-      c_all = p.c == nullptr ? nullptr : static_cast<S*>(p.c) + time_major(s, row, d, H) + unit;
-      c_state = forward.c_state(d, unit) + b * kUnits<A>;
-      m_all = s.projected ? static_cast<A*>(p.m) + state(s, d, b, H) + unit : nullptr;
-      cn = static_cast<S*>(p.cn) + state(s, d, b, H) + unit;
+      const int64_t t = direction.at(n), H = s.H, row = direction.row(t, b), unit = block * kUnits<A>;
+      state_step = blocks ? kUnits<A> : H;
+      maps = kTiles && !blocks ? Maps{} : forward.maps(direction, d, t, b, block);  // a product has them
+      if (blocks) maps.row = maps.block;
+      bias_step = blocks ? kUnits<A> : 0;
+      saved_step = blocks ? order(kUnits<A>) : kSaved * H;
+      c_step = blocks ? kUnits<A> : s.D * H;
+      if (p.saved != nullptr) {
+        saved = static_cast<S*>(p.saved) + direction_major(s, d, row, kSaved * H) + order(unit);
+      }
+      if (kMaps > kInputMaps && p.biases[d] != nullptr) {
+        constexpr int64_t kOthers = kMaps - kInputMaps;
+        const int64_t at = block / kChunk * kOthers * kChunk + block % kChunk;
+        biases = static_cast<const A*>(p.biases[d]) + at * kUnits<A>;
+      }
+      if (kHasCell && p.c != nullptr) c_all = static_cast<S*>(p.c) + time_major(s, row, d, H) + unit;
+      if (kHasCarry) carry = forward.carry(d, unit) + b * kUnits<A>;
+      if (forward.projected()) m_all = static_cast<A*>(p.m) + state(s, d, b, H) + unit;
+      if (kHasCell) cn = static_cast<S*>(p.cn) + state(s, d, b, H) + unit;
     }
 
     Cells() = default;  // of nothing
 
-    // From the recurrent affine maps, or both where there are no maps of the input, to everything that is written about
-    // [begin, end) of them. What is known when compiled needs no test for each row.
-    FUSEDRNN_INLINE void all(int64_t begin, int64_t end, int64_t count, V (*gates)[kGates]) const {
+    // From the sums of the recurrent product, or of all maps where there are none of the input, to everything that is
+    // written about [begin, end) of them. What is known when compiled needs no test for each row.
+    FUSEDRNN_INLINE void all(int64_t begin, int64_t end, int64_t count, Sums sums) const {
       if (count < kUnits<A> || outputs.direction.ragged()) {
-        each<Kind::kRagged>(begin, end, count, gates);
-      } else if (c_all != nullptr || gates_all != nullptr || m_all != nullptr || outputs.final) {
-        each<Kind::kWhole>(begin, end, kUnits<A>, gates);
+        each<true>(begin, end, count, sums);
       } else {
-        each<Kind::kStateOnly>(begin, end, kUnits<A>, gates);
+        each<false>(begin, end, kUnits<A>, sums);
       }
     }
 
    private:
-    enum class Kind { kRagged, kWhole, kStateOnly };
-
-    template <Kind kKind>
-    void each(int64_t begin, int64_t end, int64_t count, V (*gates)[kGates]) const {
+    template <bool kRagged>
+    void each(int64_t begin, int64_t end, int64_t count, Sums sums) const {
       for (int64_t r = begin; r < end; r += kTogether) {
         with_rows<kTogether>(end - r < kTogether ? end - r : kTogether,
-                             [&](auto R) { some<kKind, R.kCount>(r, count, gates + r); });
+                             [&](auto R) { some<kRagged, R.kCount>(r, count, sums); });
       }
     }
 
     // R of them from the first-th on.
-    template <Kind kKind, int R>
-    FUSEDRNN_INLINE void some(int64_t first, int64_t count, V (*gates)[kGates]) const {
-      constexpr bool kRagged = kKind == Kind::kRagged;
+    template <bool kRagged, int R>
+    FUSEDRNN_INLINE void some(int64_t first, int64_t count, Sums sums) const {
       const Direction& direction = outputs.direction;
-      const auto row = [&](int64_t r) { return kBlocks ? outputs.b : outputs.b + r; };
-      V c[R], m[R];
+      const auto row = [&](int64_t r) { return outputs.b + r * outputs.row_step; };
+      V a[R][kMaps], c[R], m[R];
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         const bool cut = kRagged && direction.is_reset(outputs.t, row(first + r));
-        c[r] = cut ? V{} : load(c_state + (first + r) * kUnits<A>);
+        c[r] = !kHasCarry || cut ? V{} : load(carry + (first + r) * kUnits<A>);
       }
-      if (maps.at != nullptr) {
-        const int64_t step = kBlocks ? maps.block : maps.row;
-        const A* row = maps.at + first * step;
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r, row += step) {
-          for (int gate = 0; gate < kGates; ++gate) gates[r][gate] += load(row + gate * maps.gate, count);
-          if (!kBlocks) prefetch_gates(maps, first + r + kTogether);
-        }
-      }
-      LstmCell<A>::template forward<R>(gates, c, m);
+      load_maps(a, first, count, sums);
+      Cell::template forward<VectorMath<A>, R>(a, c, m);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         const int64_t at = first + r;
         const bool exists = !kRagged || direction.exists(outputs.t, row(at));
-        if (exists) store(c_state + at * kUnits<A>, c[r]);
-        if constexpr (kKind != Kind::kStateOnly) {
-          if (c_all != nullptr) store(c_all + at * c_step, exists ? c[r] : V{}, count);
-          for (int gate = 0; gates_all != nullptr && gate < kGates; ++gate) {
-            store(gates_all + at * gates_step + order(0, gate), exists ? gates[r][gate] : V{}, count);
-          }
-          if (exists && (kRagged ? direction.is_last(outputs.t, row(at)) : outputs.final)) {
-            store(cn + at * state_step, c[r], count);
-          }
-          if (m_all != nullptr) {
-            if (exists) store(m_all + at * state_step, m[r], count);
-            continue;
-          }
+        if (kHasCarry && exists) store(carry + at * kUnits<A>, c[r]);
+        if (c_all != nullptr) store(c_all + at * c_step, exists ? c[r] : V{}, count);
+        for (int k = 0; saved != nullptr && k < kSaved; ++k) {
+          store(saved + at * saved_step + order(0, k), exists ? a[r][k] : V{}, count);
+        }
+        if (kHasCell && exists && (kRagged ? direction.is_last(outputs.t, row(at)) : outputs.final)) {
+          store(cn + at * state_step, c[r], count);
+        }
+        if (kSpec.projects && m_all != nullptr) {
+          if (exists) store(m_all + at * state_step, m[r], count);
+          continue;
         }
         outputs.template write<kRagged>(at, m[r], count);
       }
     }
 
+    // Complete maps. The product has them all where there are none of the input.
+    template <int R>
+    FUSEDRNN_INLINE void load_maps(V (&a)[R][kMaps], int64_t first, int64_t count, Sums sums) const {
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+        for (int k = kSpec.recurrent.begin; k < kMaps; ++k) a[r][k] = sums(first + r, k);
+      }
+      if (maps.at == nullptr) {
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+          for (int k = 0; k < kSpec.recurrent.begin; ++k) a[r][k] = sums(first + r, k);
+        }
+        return;
+      }
+      const A* row = maps.at + first * maps.row;
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r, row += maps.row) {
+#pragma GCC unroll 4
+        for (int k = 0; k < kInputMaps; ++k) {
+          const V x = load(row + k * maps.map, count);
+          a[r][k] = k < kSpec.recurrent.begin ? x : a[r][k] + x;
+        }
+        for (int k = kInputMaps; biases != nullptr && k < kMaps; ++k) {
+          a[r][k] += load(biases + (k - kInputMaps) * kChunk * kUnits<A> + (first + r) * bias_step);
+        }
+        prefetch_maps(maps, first + r + kTogether);
+      }
+    }
+
     Outputs outputs;
-    GateOrder<A> order;
-    int64_t state_step, gates_step, c_step;  // from one of them to the next
+    SavedOrder<A> order;
+    int64_t state_step, saved_step, c_step, bias_step;  // from one of them to the next
     Maps maps;
-    S *gates_all, *c_all, *cn;
-    A *c_state, *m_all;
+    const A* biases = nullptr;  // of the maps that the input has not
+    S *saved = nullptr, *c_all = nullptr, *cn = nullptr;
+    A *carry = nullptr, *m_all = nullptr;
   };
 
-  // Cells that follow a product by tiles.
+  // Cells of a chunk that follow its products by tiles: those of its blocks [block, end), of so many rows from b on.
   struct Rest {
-    int64_t groups() const { return blocks_of(rows - at, kTogether); }
+    int64_t groups() const {
+      return blocks_of(rows - at, kTogether) +
+             (kChunk > 1 && end > block ? (end - block - 1) * blocks_of(rows, kTogether) : 0);
+    }
     void step() {
       const int64_t begin = at;
       at = rows - at < kTogether ? rows : at + kTogether;
-      cells.all(begin, at, count, sums);
+      cells.all(begin, at, forward->count(block), {sums});
+      if (kChunk == 1 || at < rows || block + 1 == end) return;
+      ++block;
+      at = 0;
+      sums += 1;
+      cells = Cells(*forward, direction, n, d, b, block);
     }
 
-    Cells<false> cells;
-    int64_t rows = 0, count = 0;
-    V (*sums)[kGates] = nullptr;
+    Cells cells;
+    const Forward* forward = nullptr;
+    Direction direction;
+    int64_t n = 0, d = 0, b = 0, block = 0, end = 0, rows = 0;
+    V* sums = nullptr;
     int64_t at = 0;
   };
 
-  // The n-th step of the hidden units [unit, unit + count), at most `lanes`, for rows [row_begin, row_end): dot
-  // products with the weights as they lie.
-  void dot_units(int64_t n, int64_t d, int64_t unit, int64_t count, int64_t row_begin, int64_t row_end) const {
+  // The n-th step of a block of hidden units, for rows [row_begin, row_end): dot products with the weights as they lie.
+  void dot_units(int64_t n, int64_t d, int64_t block, int64_t row_begin, int64_t row_end) const {
     const Direction direction(s_, p_.sequence, d);
-    for_each_chunk(row_begin, row_end, [&](int64_t b, int64_t rows) {
-      V gates[kRowsAtATime][kGates];
-      dots(gates, n, d, unit, count, b, rows);
-      Cells<false>(*this, direction, n, d, b, unit).all(0, rows, count, gates);
+    for_each_part<kSumRows>(row_begin, row_end, [&](int64_t b, int64_t rows) {
+      V sums[kPanels][kSumRows][4];
+      const Sums own{&sums[0][0][0]};
+      dots(own, n, d, block, b, rows);
+      Cells(*this, direction, n, d, b, block).all(0, rows, count(block), own);
     });
   }
 
-  // Their affine maps, biases and all.
-  void dots(V (*gates)[kGates], int64_t n, int64_t d, int64_t unit, int64_t count, int64_t b, int64_t rows) const {
+  // Their maps, biases and all.
+  void dots(Sums all, int64_t n, int64_t d, int64_t block, int64_t b, int64_t rows) const {
     const Direction direction(s_, p_.sequence, d);
-    const S* w_hh = static_cast<const S*>(p_.w_hh[d]) + unit * s_.P;
-    const S* x = static_cast<const S*>(p_.x) + direction.row(direction.at(n), 0) * s_.I;
-    for (int gate = 0; gate < kGates; ++gate) {
-      const V bias = sum_of_biases<S>(p_.b_ih[d], p_.b_hh[d], gate * s_.H + unit, count);
+    const int64_t unit = block * kUnits<A>, count = this->count(block);
+    const S* const x = static_cast<const S*>(p_.x) + direction.row(direction.at(n), 0) * s_.I;
+    const auto weights = [&](const void* w, const MapWindow& window, int map, int64_t K) -> const S* {
+      return has_map(window, map) ? static_cast<const S*>(w) + (gate_of(window, map) * s_.H + unit) * K : nullptr;
+    };
+    for (int map = 0; map < kMaps; ++map) {
+      const V bias = sum_of_biases<S>(kSpec, map, p_.b_ih[d], p_.b_hh[d], s_.H, unit, count);
+      const S* const w_ih = weights(p_.w_ih[d], kSpec.input, map, s_.I);
+      const S* const w_hh = enters(n) ? weights(p_.w_hh[d], kSpec.recurrent, map, s_.P) : nullptr;
       for (int64_t r = 0; r < rows; ++r) {
-        V sums[kUnits<A>];
-        for (int64_t u = 0; u < kUnits<A>; ++u) sums[u] = V{};
-        const S* w_ih = static_cast<const S*>(p_.w_ih[d]) + (gate * s_.H + unit) * s_.I;
-        add_dots<A>(sums, w_ih, count, x + (b + r) * s_.I, s_.I);
         // The states of rows that are reset were made zero where they were written.
-        if (enters(n)) add_dots<A>(sums, w_hh + gate * s_.H * s_.P, count, h(n, d) + (b + r) * s_.P, s_.P);
-        gates[r][gate] = sum_each<A>(sums) + bias;
+        const A* const state = reinterpret_cast<const A*>(h(n, d)) + (b + r) * s_.P;
+        all(r, map) = dots_of_units(w_ih, x + (b + r) * s_.I, s_.I, w_hh, state, s_.P, count) + bias;
       }
     }
   }
 
   const ForwardParams& p_;
   const Sizes& s_;
-  const GateOrder<A> order_;
+  const SavedOrder<A> order_;
   const int64_t blocks_at_a_time_;
 };
 

@@ -163,8 +163,8 @@ class Gemm {
       const int64_t end = depth - first < kInputsAtATime ? depth : first + kInputsAtATime;
       for (int64_t row = m; row < m_end; row += kSliverRows) {
         A* at = to + (row - m) / kSliverRows * sliver(depth) + first * kSliverRows;
-        const A* from = static_cast<const A*>(p_.a) + (k + first) * p_.M + row;
-        for (int64_t i = first; i < end; ++i, at += kSliverRows, from += p_.M) {
+        const A* from = static_cast<const A*>(p_.a) + (k + first) * p_.a_stride + row;
+        for (int64_t i = first; i < end; ++i, at += kSliverRows, from += p_.a_stride) {
           for (int64_t v = 0; v < kSliverRows; v += kUnits<A>) store(at + v, load(from + v, p_.M - row - v));
         }
       }

@@ -74,20 +74,20 @@ FUSEDRNN_INLINE int64_t direction_major(const Sizes& s, int64_t d, int64_t row, 
 }
 FUSEDRNN_INLINE int64_t state(const Sizes& s, int64_t d, int64_t b, int64_t size) { return (d * s.B + b) * size; }
 
-// Where the gates of hidden units lie in a row of 4H: gate `gate` of units from `unit` on, a multiple of `lanes`. Block
-// after block, as in a panel, where H is a multiple of `lanes`, so that a step touches one place for each row and
-// block; else as in nn.LSTM, gate after gate.
+// Where the saved values of hidden units lie in a row of S*H of them: the k-th of units from `unit` on, a multiple of
+// `lanes`. Block after block where H is a multiple of `lanes`, so that a step touches one place for each row and block;
+// else the first values of all units, then the second ones.
 template <class A>
-class GateOrder {
+class SavedOrder {
  public:
-  GateOrder() = default;  // of nothing
-  explicit GateOrder(int64_t H)
-      : gate_(gates_in_blocks(H, Simd<A>::kLanes) ? Simd<A>::kLanes : H), unit_(gate_ == H ? 1 : 4) {}
+  SavedOrder() = default;  // of nothing
+  SavedOrder(int64_t H, int64_t saved)
+      : value_(saved_in_blocks(H, Simd<A>::kLanes) ? Simd<A>::kLanes : H), unit_(value_ == H ? 1 : saved) {}
 
-  int64_t operator()(int64_t unit, int64_t gate = 0) const { return unit * unit_ + gate * gate_; }
+  int64_t operator()(int64_t unit, int64_t k = 0) const { return unit * unit_ + k * value_; }
 
  private:
-  int64_t gate_ = 0, unit_ = 0;
+  int64_t value_ = 0, unit_ = 0;
 };
 
 // Of D * B sequences, shared so that every worker has about as many steps: where those of a worker begin.

@@ -1,6 +1,10 @@
 // The table of one instruction set. Included once by each kernels_*.cpp.
 #pragma once
 
+#include "../cells/gru.h"
+#include "../cells/lstm.h"
+#include "../cells/rnn.h"
+#include "activations.h"
 #include "backward.h"
 #include "fingerprint.h"
 #include "forward.h"
@@ -29,29 +33,43 @@ template <class S>
 using GemmOf = Gemm<Compute<S>>;
 #endif
 
+template <class Cell, class S>
+constexpr CellKernels cell_kernels() {
+  CellKernels kernels = {
+      Cell::kSpec,
+      [](const ForwardParams& params, int worker) {
+        if constexpr (kOperands<S> != Operands::kNumbers) {
+          if (params.panel_hh != nullptr) return Forward<Cell, S, kOperands<S>>(params).run(worker);
+        }
+        Forward<Cell, S>(params).run(worker);
+      },
+      add_biases<Cell, S>,
+      [](const ForwardParams& params) { Forward<Cell, S>(params).step_start(); },
+      [](const ForwardParams& params, int64_t begin, int64_t end) { Forward<Cell, S>(params).step(begin, end); },
+      nullptr,
+      [](const BackwardParams& params, int worker) { Backward<Cell, S, kOperands<S>>(params).run(worker); },
+  };
+  if constexpr (Cell::kSpec.projects) {
+    kernels.step_project = [](const ForwardParams& params, int64_t begin, int64_t end) {
+      Forward<Cell, S>(params).step_project(begin, end);
+    };
+  }
+  return kernels;
+}
+
 template <class S>
 constexpr Kernels kernels_for() {
   return {
       kOperands<S>,
-      [](const ForwardParams& params, int worker) {
-        if constexpr (kOperands<S> != Operands::kNumbers) {
-          if (params.panel_hh != nullptr) return Forward<S, kOperands<S>>(params).run(worker);
-        }
-        Forward<S>(params).run(worker);
-      },
-      add_biases<S>,
-      [](const ForwardParams& params) { Forward<S>(params).step_start(); },
-      [](const ForwardParams& params, int64_t begin, int64_t end) { Forward<S>(params).step(begin, end); },
-      [](const ForwardParams& params, int64_t begin, int64_t end) { Forward<S>(params).step_project(begin, end); },
-      [](const BackwardParams& params, int worker) { Backward<S, kOperands<S>>(params).run(worker); },
+      {cell_kernels<Lstm, S>(), cell_kernels<Gru, S>(), cell_kernels<RnnTanh, S>(), cell_kernels<RnnRelu, S>()},
       [](const BackwardParams& params, int64_t begin, int64_t end) {
-        Backward<S, kOperands<S>>(params).entering_states(begin, end);
+        EnteringStates<S, kOperands<S>>(params).run(begin, end);
       },
       [](const GemmParams& params, int64_t m, int64_t m_end, int64_t half, int64_t half_end, void* own) {
         GemmOf<S>(params).run(m, m_end, half, half_end, own);
       },
       [](const GemmParams& params) { return GemmOf<S>(params).scratch(); },
-      pack_gates<S, kOperands<S>>,
+      pack_maps<S, kOperands<S>>,
       pack_rows<S>,
       pack_columns<S>,
       [](const void* first, const void* second, int64_t N, void* panels, int64_t inputs, int64_t k) {

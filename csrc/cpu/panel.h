@@ -1,11 +1,11 @@
 // The matrix product under everything: batch rows times a panel.
 //
 // A panel holds the weights of one block of outputs for all K inputs: four vectors for each of them, in two halves,
-// [2][K][2][lanes]. In forward the four are the gates of `lanes` hidden units; elsewhere they are 4 * lanes outputs
-// next to each other. A tile of R rows and V of the four vectors stays in R * V registers while K runs: every panel
-// element is loaded once per tile, and every number of the rows is broadcast. With 16 registers V is two where there
-// are many rows, so that half a panel, kDepth deep, stays in the first-level cache while the rows pass by, and four
-// where there are so few that a pass over the panel is all there is. With 32 registers it is always four.
+// [2][K][2][lanes]. In forward they are maps of a chunk of hidden units (params.h); elsewhere they are 4 * lanes
+// outputs next to each other. A tile of R rows and V of the four vectors stays in R * V registers while K runs: every
+// panel element is loaded once per tile, and every number of the rows is broadcast. With 16 registers V is two where
+// there are many rows, so that half a panel, kDepth deep, stays in the first-level cache while the rows pass by, and
+// four where there are so few that a pass over the panel is all there is. With 32 registers it is always four.
 //
 // Where operands are pairs of 16-bit numbers, an input of a panel is two of the matrix; those that the matrix does not
 // have are zero.
@@ -14,14 +14,14 @@
 // shares one with, and therefore not on the number of threads.
 #pragma once
 
-#include "cell.h"
+#include "geometry.h"
 
 namespace fusedrnn::FUSEDRNN_ISA {
 
 template <class A>
-constexpr int64_t kUnits = Simd<A>::kLanes;  // hidden units of a forward block
+constexpr int64_t kUnits = Simd<A>::kLanes;  // hidden units of a block
 template <class A>
-constexpr int64_t kWide = 4 * Simd<A>::kLanes;  // outputs of every other block
+constexpr int64_t kWide = 4 * Simd<A>::kLanes;  // outputs of a panel
 
 // A tile: so many rows by so many vectors as the registers hold beside their operands (32 registers with AVX-512, else
 // 16). Of 24 sums 6 by 4 take 37 instructions an input, and 12 by 2 take 42, which a core that is shared with another
@@ -209,11 +209,20 @@ __attribute__((noinline)) void single_row_product(const E* row, const E* panel, 
                          [&](int r, int v, V value) { sum[r][v] = value; });
 }
 
+// Rows [b, ..) at step t, of which a product is wanted where any of some exists; or of none.
+struct WantedRows {
+  bool operator()(int64_t first, int64_t count) const { return any && direction->any_exists(t, b + first, count); }
+
+  const Direction* direction;
+  int64_t t, b;
+  bool any = true;
+};
+
 // sum[r] = a[r] @ panel for r in [0, rows), rows at most kRowsAtATime. Tiles without a row that is wanted(first, count)
 // are left out: their sums are zero. `alone` says that the layer has a single row, which then needs no tile.
-template <class E, class Wanted>
-inline void multiply(Vec<Compute<E>> (*sum)[4], const E* a, int64_t stride, const E* panel, int64_t K, int64_t rows,
-                     bool alone, const Wanted& wanted) {
+template <class E>
+__attribute__((noinline)) void multiply(Vec<Compute<E>> (*sum)[4], const E* a, int64_t stride, const E* panel,
+                                        int64_t K, int64_t rows, bool alone, const WantedRows& wanted) {
   using A = Compute<E>;
   for (int64_t r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = sum[r][2] = sum[r][3] = Vec<A>{};
   if (rows <= kFewRows) {
@@ -246,10 +255,10 @@ inline void multiply(Vec<Compute<E>> (*sum)[4], const E* a, int64_t stride, cons
   }
 }
 
-// f(first row, rows) for chunks of at most kRowsAtATime that cover [begin, end), as even as possible.
-template <class F>
-FUSEDRNN_INLINE void for_each_chunk(int64_t begin, int64_t end, const F& f) {
-  const int64_t chunks = blocks_of(end - begin, kRowsAtATime);
+// f(first row, rows) for parts of at most kMost rows that cover [begin, end), as even as possible.
+template <int64_t kMost = kRowsAtATime, class F>
+FUSEDRNN_INLINE void for_each_part(int64_t begin, int64_t end, const F& f) {
+  const int64_t chunks = blocks_of(end - begin, kMost);
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     const int64_t first = begin + chunk * (end - begin) / chunks;
     f(first, begin + (chunk + 1) * (end - begin) / chunks - first);
@@ -295,24 +304,27 @@ FUSEDRNN_INLINE void transpose_pairs_into(const BFloat16* w, int64_t units, int6
   }
 }
 
-// For each block: the gate-th vector of input k, lane by lane, = w[gate * H + block * lanes + lane][k] for w [4H][K];
-// of pairs there are as many inputs as kOperands take.
+// Panels [begin, end) of the maps of a product, for w [gates][H][K]; see params.h. Of pairs there are as many inputs as
+// kOperands take.
 template <class S, Operands kOperands>
-void pack_gates(const void* w, int64_t rows, int64_t K, void* panel, int64_t begin, int64_t end) {
+void pack_maps(const void* w, const MapWindow& window, int64_t H, int64_t K, void* panels, int64_t begin, int64_t end) {
   using A = Compute<S>;
   constexpr bool kPairs = kOperands != Operands::kNumbers;
   constexpr int64_t kAtATime = inputs_at_a_time(kOperands);
   const S* from = static_cast<const S*>(w);
-  A* to = static_cast<A*>(panel);
-  const int64_t H = rows / kGates, inputs = blocks_of(K, kAtATime) * kAtATime / (kPairs ? 2 : 1);
-  for (int64_t block = begin; block < end; ++block) {
-    for (int64_t gate = 0; gate < kGates; ++gate) {
-      const int64_t unit = block * kUnits<A>, units = H - unit;
-      A* const part = to + block * inputs * kWide<A> + in_panel<A>(inputs, 0, gate);
+  A* to = static_cast<A*>(panels);
+  const int64_t inputs = blocks_of(K, kAtATime) * kAtATime / (kPairs ? 2 : 1);
+  const int64_t maps = window.end - window.begin, blocks = chunk_blocks(maps), of_chunk = maps * blocks / 4;
+  for (int64_t panel = begin; panel < end; ++panel) {
+    for (int64_t v = 0; v < 4; ++v) {
+      const int64_t index = panel % of_chunk * 4 + v;  // among the vectors of a chunk: map after map, block after block
+      const int64_t unit = (panel / of_chunk * blocks + index % blocks) * kUnits<A>, units = H - unit;
+      const S* const rows = from + (window.gates[index / blocks] * H + (units > 0 ? unit : 0)) * K;
+      A* const part = to + panel * inputs * kWide<A> + in_panel<A>(inputs, 0, v);
       if constexpr (kPairs) {
-        transpose_pairs_into(from + (gate * H + unit) * K, units, K, inputs, part);
+        transpose_pairs_into(rows, units, K, inputs, part);
       } else {
-        transpose_into(from + (gate * H + unit) * K, units, K, part);
+        transpose_into(rows, units, K, part);
       }
     }
   }
@@ -395,6 +407,19 @@ FUSEDRNN_INLINE void add_dots(Vec<A> (&sums)[kUnits<A>], const S* w, int64_t uni
   if (whole == K) return;
   const Vec<A> value = load(a + whole, K - whole);
   for (int64_t u = 0; u < units; ++u) sums[u] += load(w + u * K + whole, K - whole) * value;
+}
+
+// Lane u is the sum of both products of unit u, w_ih[u] @ x + w_hh[u] @ h, for w_ih [units][I] and w_hh [units][P]; or
+// of one of them, where the other's weights are null. A function of its own, which all cells share.
+template <class S>
+__attribute__((noinline)) Vec<Compute<S>> dots_of_units(const S* w_ih, const S* x, int64_t I, const S* w_hh,
+                                                        const Compute<S>* h, int64_t P, int64_t units) {
+  using A = Compute<S>;
+  Vec<A> sums[kUnits<A>];
+  for (int64_t u = 0; u < kUnits<A>; ++u) sums[u] = Vec<A>{};
+  if (w_ih != nullptr) add_dots<A>(sums, w_ih, units, x, I);
+  if (w_hh != nullptr) add_dots<A>(sums, w_hh, units, h, P);
+  return sum_each<A>(sums);
 }
 
 }  // namespace fusedrnn::FUSEDRNN_ISA

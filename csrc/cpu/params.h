@@ -1,24 +1,34 @@
 // The plain structs that the CPU kernels take: pointers, sizes, nothing of torch.
 //
 // Letters: T time, B batch, H hidden, P projection (P = H without one), D directions, N the steps of all sequences
-// together, which are rows of x: T * B of them, one for each sequence at each step, or those of a PackedSequence. S is
-// the dtype tensors are stored in, A the dtype of the arithmetic: float for bfloat16, float16 and float, double for
-// double. Everything is contiguous and row-major in the shape given beside it. No two pointers may alias unless it says
-// so. A null pointer where "or null" stands means zeros for an input and "not wanted" for an output.
+// together, which are rows of x: T * B of them, one for each sequence at each step, or those of a PackedSequence. A
+// cell (csrc/cells/spec.h) has so many gates, maps and saved values; of its maps, those of the input's product are
+// `input_maps`. S is the dtype tensors are stored in, A the dtype of the arithmetic: float for bfloat16, float16 and
+// float, double for double. Everything is contiguous and row-major in the shape given beside it. No two pointers may
+// alias unless it says so. A null pointer where "or null" stands means zeros for an input and "not wanted" for an
+// output.
+//
+// Forward works on chunks of hidden units: so many blocks of `lanes` units that the maps of a product fill whole panels
+// (panel.h), which have four vectors. Four maps of one block do; otherwise a chunk has four blocks, and each map fills
+// a panel. "[chunks][maps]" below stands for such panels, [ceil(H / (blocks * lanes))][maps][blocks][lanes].
 #pragma once
 
 #include <array>
 #include <cstddef>
 #include <cstdint>
 
+#include "../cells/spec.h"
+
 namespace fusedrnn {
 
 // How many blocks of `width` outputs there are, the last one perhaps not full.
 static constexpr int64_t blocks_of(int64_t outputs, int64_t width) { return (outputs + width - 1) / width; }
 
-// Whether a row of 4H affine maps, or gates, lies block after block, as in a panel; else gate after gate. See
-// GateOrder.
-static constexpr bool gates_in_blocks(int64_t H, int64_t lanes) { return H % lanes == 0; }
+// How many blocks of `lanes` units a chunk has, by how many maps a product has.
+static constexpr int64_t chunk_blocks(int64_t maps) { return maps % 4 == 0 ? 1 : 4; }
+
+// Whether a row of saved values lies block after block; else value after value. See SavedOrder.
+static constexpr bool saved_in_blocks(int64_t H, int64_t lanes) { return H % lanes == 0; }
 
 // Storage of 16-bit floating point numbers.
 struct BFloat16 {
@@ -70,38 +80,39 @@ struct Team {
 struct ForwardParams {
   Sizes sizes;
   Sequence sequence;
-  // Where N is small, both affine maps are dot products with the weights as they are in nn.LSTM, and there are no
-  // panels. Elsewhere the weights are packed, and the input's affine maps are computed before (xg), or in the launch
-  // (panel_ih).
+  // Where N is small, both products are dot products with the weights as they lie, and there are no panels. Elsewhere
+  // the weights are packed, and the input's maps are computed before (xg), or in the launch (panel_ih).
   const void* x;  // S [N][I]
   // The steps of this launch, counted as each direction goes through them; other launches do the others, in order.
   int64_t begin, end;
-  // x @ w_ih^T + b_ih + b_hh of the rows of these steps, by time, for each direction; or null. Where xg_rows is not 0,
-  // A [ceil(H / lanes)][xg_rows][4][lanes]; else A [rows][4H], each row in GateOrder.
+  // The input's maps of the rows of these steps, by time, for each direction; or null. With biases: b_ih, and b_hh
+  // where the state's map is added to it. Where xg_rows is not 0, A [chunks][input_maps][xg_rows], of each panel a row;
+  // else A [rows][input_maps * H], each row in SavedOrder, which is only where a cell saves as many values as that.
   const void* xg[2];
   int64_t xg_rows[2];
-  const void* w_ih[2];   // S [4H][I]
-  const void* w_hh[2];   // S [4H][P]
+  const void* w_ih[2];   // S [gates * H][I]
+  const void* w_hh[2];   // S [gates * H][P]
   const void* w_hr[2];   // S [P][H], or null
   const void* panel_ih;  // as panel_hh, of w_ih, or null: only of tiles
-  const void* panel_hh;  // packed by Kernels::pack_gates: one buffer per direction; or null
+  const void* panel_hh;  // packed by Kernels::pack_maps: one buffer per direction; or null
   const void* panel_hr;  // A, packed by pack_rows from w_hr, or null
   const void* x_padded;  // with panel_ih: S [N][x_stride], x with zeros up to the inputs of a panel; may be x
   int64_t x_stride;
-  const void* biases[2];  // with panel_ih: A [ceil(H / lanes)][4][lanes]: b_ih + b_hh, or null
-  const void* b_ih[2];    // S [4H] for each direction, or null
-  const void* b_hh[2];    // S [4H] for each direction, or null
-  const void* h0;         // S [D][B][P] or null
-  const void* c0;         // S [D][B][H] or null
-  void* y;                // S [N][D][P]
-  void* hn;               // S [D][B][P]
-  void* cn;               // S [D][B][H]
-  void* c;                // S [N][D][H] or null
-  void* gates;            // S [D][N][4H], each row in GateOrder, or null; may hold xg where S is A
+  // Biases that are not in xg, or null: A [chunks][maps] with panel_ih, else of the maps behind the input's.
+  const void* biases[2];
+  const void* b_ih[2];  // S [gates * H] for each direction, or null
+  const void* b_hh[2];  // S [gates * H] for each direction, or null
+  const void* h0;       // S [D][B][P] or null
+  const void* c0;       // S [D][B][H] or null; this, cn and c only of a cell with a cell state
+  void* y;              // S [N][D][P]
+  void* hn;             // S [D][B][P]
+  void* cn;             // S [D][B][H]
+  void* c;              // S [N][D][H] or null
+  void* saved;          // S [D][N][saved * H], each row in SavedOrder, or null; may hold xg where S is A
   // Scratch, uninitialised.
   void* h;  // A [2][D][B][P], or S [2][D][B][P, padded] with panels of pairs: the state entering this step and the next
-  void* c_state;  // A [D][ceil(H / lanes)][B][lanes]
-  void* m;        // A [D][B][H], only where projected: o * tanh(c)
+  void* carry;  // A [D][ceil(H / lanes)][B][lanes], where the cell has one
+  void* m;      // A [D][B][H], only where projected
   Team team;
 };
 
@@ -115,22 +126,28 @@ struct BackwardParams {
   const void* dcn;       // S [D][B][H] or null
   const void* dc;        // S [N][D][H] or null
   const void* h0;        // S [D][B][P] or null
-  const void* c0;        // S [D][B][H] or null
   const void* y;         // S [N][D][P]
-  const void* c;         // S [N][D][H]
-  const void* gates;     // S [D][N][4H], each row in GateOrder
-  // Gradients before the nonlinearities: A [D][N][4H]; or, of Operands that are pairs, S [D][N][4H, padded], where the
-  // padding is zero already.
+  const void* saved;     // S [D][N][saved * H], each row in SavedOrder
+  // What was carried, rounded: that before the first step, and that of each. They are h0 and y where h is the carry,
+  // and only where there is one.
+  const void* carry0;  // S [D][B][H] or null
+  const void* carry;   // S [N][D][H]
+  // Gradients of the maps, map after map: A [D][N][maps * H]; or, of Operands that are pairs, S [D][N][da_stride],
+  // where what lies behind the maps is zero already.
   void* da;
+  int64_t da_stride;
+  // The part of a row of da that is multiplied with panel_hh: a multiple of `inputs_at_a_time` from an even number on.
+  // It holds the recurrent maps, and panel_hh has zeros for all else.
+  int64_t da_begin, da_inputs;
   void* dh0;  // S [D][B][P] or null
   void* dc0;  // S [D][B][H] or null
   // What the weight gradients need besides da.
   void* h_in;    // [D] panels as by pack_columns from [N][P], or null: the hidden state that entered each step
   void* dh_out;  // A [D][N][P], only where projected: gradient of h_t
-  void* m;       // A [D][N][H], only where projected: o * tanh(c)
+  void* m;       // A [D][N][H], only where projected
   // Scratch, uninitialised.
   void* dh_state;  // A [D][B][P]: gradient of the hidden state where it passes a step that does not exist
-  void* dc_state;  // A [D][B][H]
+  void* dcarry;    // A [D][B][H], where the cell has a carry
   Team team;
 };
 
@@ -157,25 +174,37 @@ constexpr int64_t kGemmRows = 192;  // of c, that a worker computes at a time: a
 // Each call packs [begin, end) of the blocks, or of the inputs.
 using Pack = void (*)(const void* w, int64_t rows, int64_t columns, void* panel, int64_t begin, int64_t end);
 
-// The kernels of one instruction set and one dtype. A worker function is called once for every worker of the team.
-struct Kernels {
-  Operands operands;  // of the products with weights and steps; those of a projection are always of numbers
+// The cells in csrc/cells.
+enum class CellKind : int { kLstm, kGru, kRnnTanh, kRnnRelu, kCount };
+
+// The kernels of a cell. A worker function is called once for every worker of the team.
+struct CellKernels {
+  CellSpec spec;
   void (*forward)(const ForwardParams&, int worker);
-  // A to[4H]: their sum, in GateOrder; or as in ForwardParams::biases, zero where there is no unit.
-  void (*add_biases)(const void* b_ih, const void* b_hh, int64_t H, bool in_blocks, void* to);
+  // Biases of maps [begin, end), each with those of the products that it has: A to[chunks][maps], zero where there is
+  // no unit; or to[maps * H] in SavedOrder.
+  void (*add_biases)(const void* b_ih, const void* b_hh, int64_t H, int begin, int end, bool in_chunks, void* to);
   // T = 1: once step_start; then blocks of `lanes` units, [begin, end) of D * ceil(H / lanes); then, where projected,
   // outputs [begin, end) of D * P.
   void (*step_start)(const ForwardParams&);
   void (*step)(const ForwardParams&, int64_t begin, int64_t end);
-  void (*step_project)(const ForwardParams&, int64_t begin, int64_t end);
+  void (*step_project)(const ForwardParams&, int64_t begin, int64_t end);  // or null
   void (*backward)(const BackwardParams&, int worker);
+};
+
+// The kernels of one instruction set and one dtype.
+struct Kernels {
+  Operands operands;  // of the products with weights and steps; those of a projection are always of numbers
+  std::array<CellKernels, static_cast<size_t>(CellKind::kCount)> cells;
   // Fills h_in for inputs [begin, end) of D * inputs(N).
   void (*entering_states)(const BackwardParams&, int64_t begin, int64_t end);
   // Rows [m, m_end), at most kGemmRows, and half panels [half, half_end) of c; all of those of `also`. own:
   // gemm_scratch bytes.
   void (*gemm)(const GemmParams&, int64_t m, int64_t m_end, int64_t half, int64_t half_end, void* own);
   int64_t (*gemm_scratch)(const GemmParams&);  // bytes
-  Pack pack_gates;    // blocks of w_hh [4H][P]: a block is `lanes` hidden units, four gates each
+  // Panels [begin, end) of the maps of a product, from w [gates * H][K].
+  void (*pack_maps)(const void* w, const MapWindow& maps, int64_t H, int64_t K, void* panels, int64_t begin,
+                    int64_t end);
   Pack pack_rows;     // of numbers: blocks of w [N][K]: a block is 4 * lanes outputs, which are rows of w
   Pack pack_columns;  // of numbers: inputs of w [K][N]: a block is 4 * lanes outputs, which are columns of w
   // Input k of panels of `inputs` as by pack_columns, from a row of N columns, or two where operands are pairs; null

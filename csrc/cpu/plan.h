@@ -28,16 +28,22 @@ inline bool fuses_input(const Sizes& s, const Kernels& kernels) {
   return kernels.operands == Operands::kTiles && s.B >= kernels.tile_rows / 2;
 }
 
+// Blocks of `lanes` units that a worker takes at a time, where units are shared: see ForwardParams.
+inline int64_t shared_blocks(const Sizes& s, const CellSpec& cell, const Kernels& kernels) {
+  return blocks_of(blocks_of(s.H, kernels.lanes), chunk_blocks(cell.gates));
+}
+
 // Rows need no synchronisation; units are shared where there are fewer rows than threads, and steps long enough to meet
 // after each; or where a core would read the weights from afar, of which each then streams its part alone: those that
 // do not fit its cache, and half as many where its rows do not fill a tile, which then waits for what it reads. That
 // takes some blocks of units for each of them, to share evenly; with fewer, rows that fill tiles are better.
-inline Team plan_team(const Sizes& s, const Kernels& kernels, bool is_double, int64_t threads) {
-  const double flops = 8.0 * s.N * s.D * s.H * (s.P + (s.projected ? s.P / 4.0 : 0));
+inline Team plan_team(const Sizes& s, const CellSpec& cell, const Kernels& kernels, bool is_double, int64_t threads) {
+  const int64_t G = cell.gates;
+  const double flops = 2.0 * s.N * s.D * s.H * (G * s.P + (s.projected ? s.P : 0));
   if (flops < kSerialFlops) threads = 1;
-  const int64_t rows = s.D * s.B, units = s.D * blocks_of(s.H, kernels.lanes);
-  if (rows * 4 * s.H * s.P < kSerialStep) threads = std::min(threads, rows);
-  const int64_t weights = 4 * s.H * s.P * (is_double ? 8 : 4);
+  const int64_t rows = s.D * s.B, units = s.D * shared_blocks(s, cell, kernels);
+  if (rows * G * s.H * s.P < kSerialStep) threads = std::min(threads, rows);
+  const int64_t weights = G * s.H * s.P * (is_double ? 8 : 4);
   const bool fill_tiles = rows >= threads * kernels.tile_rows, are_few = units < 4 * threads;
   const bool are_near = are_few      ? fill_tiles || weights <= kCacheBytes
                         : fill_tiles ? weights <= kCacheBytes

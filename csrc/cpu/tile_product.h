@@ -125,17 +125,17 @@ inline void multiply_by_tiles(Vec<float> (*sum)[4], const TileStart& start, cons
   }
 }
 
-// The product that is computed, and what follows the one before: a Rest has so many groups() of rows left, and step()
-// does one.
-template <class Rest>
+// The products of some panels that are computed, and what follows those before: a Rest has so many groups() of rows
+// left, and step() does one.
+template <class Rest, int64_t kPanels>
 class TilePipeline {
  public:
   Tiles tiles;
 
-  // Where the sums of the next product go.
-  Vec<float> (*sums())[4] { return sums_[next_]; }
+  // Where the sums of the next products go, panel after panel.
+  Vec<float> (*sums()) [kTileChunk][4] { return sums_[next_]; }
 
-  // Runs multiply(between), a product in `blocks` blocks, into sums(); `rest` follows it.
+  // Runs multiply(between), products in `blocks` blocks, into sums(); `rest` follows it.
   template <class Multiply>
   FUSEDRNN_INLINE void run(int64_t blocks, const Multiply& multiply, const Rest& rest) {
     int64_t due = 0;
@@ -157,7 +157,7 @@ class TilePipeline {
   }
 
  private:
-  Vec<float> sums_[2][kTileChunk][4];
+  Vec<float> sums_[2][kPanels][kTileChunk][4];
   int next_ = 0;
   Rest rest_;
 };

@@ -1,5 +1,5 @@
 // The LSTM cell: what happens between the affine map of the gates and the new state, and its derivative. The only place
-// that knows it; another cell with four gates would replace this struct. docs/lstm_math.md derives both.
+// that knows it; another cell with four gates would replace this struct. docs/math.md derives both.
 #pragma once
 
 #include "device.h"

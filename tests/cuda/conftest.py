@@ -201,7 +201,7 @@ class Problem:
         return "-".join(part for part in [*parts, *(flag for flag in flags if getattr(self, flag))] if part)
 
     @property
-    def P(self) -> int:  # noqa: N802 - the letter of docs/lstm_math.md
+    def P(self) -> int:  # noqa: N802 - the letter of docs/math.md
         """Size of what is fed back."""
         return self.proj or self.H
 
