@@ -65,11 +65,11 @@ BELOW["check"] = {*BELOW}
 # What measures the modules, with the benchmarks' means.
 BELOW["tuning.grid"] = {"tuning.profile"}
 BELOW["tuning.report"] = {"tuning.profile"}
-BELOW["tuning.worker"] = {"benchmarks", "dispatch", "functional", "module", "tuning.profile"}
+BELOW["tuning.worker"] = {"benchmarks", "dispatch", "module", "tuning.profile"}
 BELOW["tuning.session"] = {"benchmarks", "tuning.machine", "tuning.profile"}
 _MEASURING = {f"tuning.{name}" for name in ("choice", "grid", "profile", "report", "session", "worker")}
-BELOW["tuning.command"] = {"benchmarks", "testing", *_MEASURING}
-BELOW["tuning.api"] = {"cells", "dispatch", "layout", *_MEASURING}
+BELOW["tuning.command"] = {"benchmarks", "cells", "testing", *_MEASURING}
+BELOW["tuning.api"] = {"dispatch", "layout", *_MEASURING}
 BELOW["cli"] = {*BELOW, "__init__", "benchmarks"}
 BELOW["__main__"] = {"cli"}
 BELOW["__init__"] = {"convert", "dispatch", "functional", "module", "tuning.api", "version"}

@@ -14,16 +14,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .. import dispatch
-from ..cells import LSTM
 from ..layout import cell_of
 from . import choice
 from .profile import Key, Measurement
 
 if TYPE_CHECKING:
     from . import session
-
-
-_MEASURED = (LSTM.name,)  # the cells that worker.py can measure
 
 
 @dataclass(frozen=True)
@@ -47,9 +43,7 @@ def tune(
     seconds: float = 1.0,
     out: Path | str | None = None,
 ) -> Tuning:
-    """Verifies and measures the backends for the LSTMs of a model, and lets `auto` know what is fastest.
-
-    A GRU or RNN is not measured: no backend but torch's own has kernels for these.
+    """Verifies and measures the backends for the recurrent layers of a model, and lets `auto` know what is fastest.
 
     The model is called once, in evaluation mode and without gradients, to see what its layers are called with; these
     sizes are then measured with random numbers in a process of its own. Interrupting it keeps what was measured.
@@ -68,7 +62,7 @@ def tune(
     Raises:
         TypeError: model is not a Module.
         ValueError: no LSTM, GRU or RNN was called, or a mode is unknown.
-        RuntimeError: there is nothing to measure: no LSTM was called, or no backend has kernels for the device of one.
+        RuntimeError: there is nothing to measure on the device of a layer.
         OSError: the profile cannot be written.
     """
     if not isinstance(model, nn.Module):
@@ -80,9 +74,6 @@ def tune(
     problems = _called_with(model, example_inputs)
     if not problems:
         raise ValueError("no LSTM, GRU or RNN of the model, and no cell of one, was called with these inputs")
-    problems = [problem for problem in problems if problem.cell in _MEASURED]
-    if not problems:
-        raise RuntimeError("there is nothing to measure: only torch's own layers have kernels for a GRU or RNN")
     keys: dict[str, list[Key]] = {}
     for problem in problems:
         of_device = keys.setdefault(problem.device, [])

@@ -13,6 +13,7 @@ import torch
 from .. import testing
 from ..benchmarks import arguments, progress
 from ..benchmarks.cases import DTYPES, parse_shape
+from ..cells import CELLS
 from . import choice, grid, profile, report, session, worker
 from .profile import Key
 
@@ -65,11 +66,11 @@ def _parser() -> argparse.ArgumentParser:
     settings = session.Settings()
     parser = argparse.ArgumentParser(
         prog="python -m fusedrnn tune",
-        description="Check the backends on this machine against torch's own LSTM, measure them against it, and save "
+        description="Check the backends on this machine against torch's own layers, measure them against it, and save "
         "the times as a profile, from which `auto` knows what is fastest here. It is saved in "
         f"{profile.CACHE_VARIABLE}, or the platform's folder for caches. All of it runs in a process of its own: a "
-        "kernel that hangs or crashes is a line in the table. Without arguments it takes some ten minutes; the machine "
-        "should do nothing else meanwhile.",
+        "kernel that hangs or crashes is a line in the table. Without arguments it takes some fifteen minutes; the "
+        "machine should do nothing else meanwhile.",
     )
     add = parser.add_argument
     add("--quick", action="store_true", help="the most important sizes only, in less than a minute")
@@ -88,6 +89,13 @@ def _parser() -> argparse.ArgumentParser:
         choices=tuple(DTYPES),
         metavar="NAME",
         help=f"{', '.join(DTYPES)}; by default float32 (on a GPU tf32 and float16) and bfloat16; may be given again",
+    )
+    add(
+        "--cell",
+        action="append",
+        choices=tuple(CELLS),
+        metavar="NAME",
+        help=f"{', '.join(CELLS)}; by default {', '.join(grid.CELLS)}, for --quick or --shape lstm; again for more",
     )
     add("--backend", action="append", type=arguments.backend, metavar="NAME", help="by default all that have kernels")
     add("--threads", type=arguments.whole(1), help="of the CPU; by default as many as torch takes")
@@ -119,9 +127,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _keys(options: argparse.Namespace, device: str, dtypes: list[str]) -> list[Key]:
+    cells = options.cell or (["lstm"] if options.quick or options.shape else list(grid.CELLS))
+    return [key for cell in cells for key in _keys_of(cell, options, device, dtypes)]
+
+
+def _keys_of(cell: str, options: argparse.Namespace, device: str, dtypes: list[str]) -> list[Key]:
     if options.shape:
-        return grid.shapes(options.shape, dtypes)
-    return grid.quick(dtypes) if options.quick else grid.standard(device, dtypes)
+        return grid.shapes(options.shape, dtypes, cell=cell)
+    return grid.quick(dtypes, cell) if options.quick else grid.standard(device, dtypes, cell)
 
 
 def _tune(

@@ -29,8 +29,14 @@ _CELLS = [(1, B, H, H) for B in (1, 16, 128) for H in (64, 256, 1024)]
 _LARGE = [(64, B, H, H) for H in (256, 1024) for B in (128, 256)]
 
 
-def standard(device: str, dtypes: list[str]) -> list[Key]:
-    """Everything; on a GPU larger batches as well."""
+CELLS = ("lstm", "gru", "rnn_tanh")
+
+
+def standard(device: str, dtypes: list[str], cell: str = "lstm") -> list[Key]:
+    """Everything for a cell; on a GPU larger batches as well. Of other cells than the LSTM layers alone, and fewer."""
+    if cell != "lstm":
+        few = [*_COARSE, *_STEPS[::3], *((64, B, H, H) for H in (256, 1024) for B in (1, 16, 64)), *_OPTIONS[:2]]
+        return shapes(few, dtypes, cell=cell)
     plain = [*_COARSE, *_STEPS, *_BATCHES, *_LENGTHS, *_OPTIONS, *(_LARGE if device == "cuda" else [])]
     return [
         *shapes(plain, dtypes),
@@ -40,12 +46,12 @@ def standard(device: str, dtypes: list[str]) -> list[Key]:
     ]
 
 
-def quick(dtypes: list[str]) -> list[Key]:
+def quick(dtypes: list[str], cell: str = "lstm") -> list[Key]:
     """A few sizes from all over it."""
-    return shapes([(1, 1, 128, 128), *_COARSE, (64, 32, 256, 256), (64, 8, 256, 256)], dtypes)
+    return shapes([(1, 1, 128, 128), *_COARSE, (64, 32, 256, 256), (64, 8, 256, 256)], dtypes, cell=cell)
 
 
-def shapes(sizes: Iterable[tuple[int, ...]], dtypes: list[str], **flags: bool) -> list[Key]:
+def shapes(sizes: Iterable[tuple[int, ...]], dtypes: list[str], **flags: Any) -> list[Key]:
     """Keys for sizes T, B, I, H and, unless they are 1, L and D, each once.
 
     Training and inference stand next to each other, because they share what they are checked with.

@@ -56,7 +56,7 @@ class Key(NamedTuple):
         parts += [f"{name} {getattr(self, name)}" for name in _SIZES[:4]]
         parts += [f"{self.L} layers"] if self.L > 1 else []
         parts += ["both directions"] if self.D > 1 else []
-        parts += ["one cell"] if self.step else []
+        parts += ["one step"] if self.step else []
         parts += [name for name in ("packed", "projected") if getattr(self, name)]
         return ", ".join([*parts, self.dtype, "training" if self.train else "inference"])
 

@@ -136,7 +136,7 @@ def measure(
 ) -> None:
     """Verifies and measures each key, in processes of their own.
 
-    A backend that hangs, crashes, raises or is wrong is left out for the rest of its dtype, and `keep` is told.
+    A backend that hangs, crashes, raises or is wrong is left out for the rest of its cell and dtype; `keep` is told.
 
     Args:
         keys: what to measure, in this order.
@@ -153,7 +153,7 @@ def measure(
         "rounds": how.rounds,
         "budget": how.budget,
     }
-    bad: dict[str, set[str]] = {}  # dtype -> backends
+    bad: dict[tuple[str, str], set[str]] = {}  # cell and dtype -> backends
     worker: Worker | None = None
     try:
         for key in keys:
@@ -161,7 +161,8 @@ def measure(
                 break
             lost: dict[str, str] = {}
             while True:
-                trusted = [name for name in backends if name not in bad.setdefault(key.dtype, set())]
+                about = key.cell, key.dtype
+                trusted = [name for name in backends if name not in bad.setdefault(about, set())]
                 if not trusted:
                     if lost:
                         keep(Measurement(key, failures=lost))
@@ -174,7 +175,7 @@ def measure(
                     worker = None
                     if error.backend in trusted:
                         lost[error.backend] = str(error)
-                        bad[key.dtype].add(error.backend)
+                        bad[about].add(error.backend)
                         continue
                     if error.backend != BASELINE:  # it did not even begin
                         raise RuntimeError(f"the process that measures cannot work: {error}") from None
@@ -182,7 +183,7 @@ def measure(
                         keep(Measurement(key, failures=lost))
                     break
                 answer = Measurement(key, answer.ms, answer.ratios, answer.failures | lost, answer.samples)
-                bad[key.dtype] |= answer.failures.keys()
+                bad[about] |= answer.failures.keys()
                 keep(answer)
                 if device != "cpu" and answer.failures:
                     worker.close()

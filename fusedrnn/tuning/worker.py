@@ -13,13 +13,15 @@ import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from statistics import median, quantiles
 from typing import Any, TextIO
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from .. import dispatch, functional, module
+from .. import dispatch, module
 from ..benchmarks import cases, contenders, memory, run, timing
 from ..benchmarks.cases import Cell
 from ..benchmarks.contender import OURS, Contender
@@ -133,55 +135,71 @@ def _announced(active: Callable[[], Any], name: str, at_work: Callable[[str], No
 
 def _cell(key: Key, device: str) -> Cell:
     shape = (key.T, key.B, key.I, key.H, key.L, key.D)
-    made = cases.cell(shape, "train" if key.train else "infer", key.dtype, "packed" if key.packed else "plain", device)
+    mode, variant = "train" if key.train else "infer", "packed" if key.packed else "plain"
+    made = cases.cell(shape, mode, key.dtype, variant, device, key.cell)
     case = replace(made.case, proj_size=max(key.H // 2, 1) if key.projected else 0)
     return replace(made, case=replace(case, hx=True) if key.step else case)
 
 
 def _contenders(key: Key, backends: list[str]) -> list[tuple[str, Contender]]:
     """torch's own layer first, by the name of the backend that it is."""
-    found = [c for c in contenders.entered(backends, []) if c.unavailable is None]
+    found = [c for c in contenders.entered(backends, [], key.cell) if c.unavailable is None]
     named = [(BASELINE if not c.name.startswith(OURS) else c.name.removeprefix(OURS), c) for c in found]
     if not key.step:
         return named
-    step = {True: (_TorchCell, nn.LSTMCell), False: (_Cell, module.LSTMCell)}
-    return [
-        (name, replace(c, build=step[name == BASELINE][0], work=_cell_work(step[name == BASELINE][1], key.train)))
-        for name, c in named
-    ]
+    return [(name, _of_a_step(c, key, name == BASELINE)) for name, c in named]
 
 
-class _Cell(nn.LSTM):
-    """An LSTMCell in the clothes of an nn.LSTM, to be checked as one."""
-
-    function: Any = staticmethod(functional.lstm_cell)
-
-    def forward(self, input: Tensor, hx: Any = None) -> Any:  # type: ignore[override]
-        h0, c0 = hx
-        h, c = type(self).function(input[0], (h0[0], c0[0]), *self._flat_weights)
-        return h.unsqueeze(0), (h.unsqueeze(0), c.unsqueeze(0))
+# Layer, torch's module for one time step, and ours.
+_STEPS: dict[str, tuple[type[nn.RNNBase], type[nn.RNNCellBase], type[nn.RNNCellBase]]] = {
+    "lstm": (nn.LSTM, nn.LSTMCell, module.LSTMCell),
+    "gru": (nn.GRU, nn.GRUCell, module.GRUCell),
+    "rnn_tanh": (nn.RNN, nn.RNNCell, module.RNNCell),
+    "rnn_relu": (nn.RNN, nn.RNNCell, module.RNNCell),
+}
 
 
-class _TorchCell(_Cell):
-    function = staticmethod(torch._VF.lstm_cell)
+def _of_a_step(contender: Contender, key: Key, is_torchs: bool) -> Contender:
+    """A contender that computes one time step by the module for that, checked as a layer."""
+    layer, torchs, ours = _STEPS[key.cell]
+    step: Any = partial(torchs if is_torchs else ours, **_options(key.cell))
+
+    class Step(layer):  # type: ignore[misc, valid-type]
+        def forward(self, input: Tensor, hx: Any = None) -> Any:
+            result = functional_call(
+                step(self.input_size, self.hidden_size, device="meta"),
+                dict(zip(("weight_ih", "weight_hh", "bias_ih", "bias_hh"), self._flat_weights, strict=True)),
+                (input[0], tuple(s[0] for s in hx) if isinstance(hx, tuple) else hx[0]),
+            )
+            h, *last = (s.unsqueeze(0) for s in (result if isinstance(result, tuple) else (result,)))
+            return h, (h, *last) if last else h
+
+    return replace(contender, build=Step, work=partial(_step_work, step, key.train))
 
 
-def _cell_work(cls: type[nn.LSTMCell], train: bool) -> Callable[..., Callable[[], object]]:
+def _options(cell: str) -> dict[str, Any]:
+    return {"nonlinearity": cell.removeprefix("rnn_")} if cell.startswith("rnn_") else {}
+
+
+def _step_work(
+    build: Callable[..., nn.Module], train: bool, layer: Any, x: Tensor, hx: Any, _: dict[str, Any], __: bool
+) -> Callable[[], object]:
     """One call of the real module, with gradients where they are asked for."""
+    step = build(layer.input_size, layer.hidden_size, device=x.device, dtype=x.dtype)
+    with torch.no_grad():
+        for own, theirs in zip(step.parameters(), layer.parameters(), strict=True):
+            own.copy_(theirs)
+    x, hx = x.detach()[0], tuple(s[0] for s in hx) if isinstance(hx, tuple) else hx[0]
+    if not train:
+        return lambda: step(x, hx)
+    leaves = [x.requires_grad_(), *step.parameters()]
+    dh = torch.ones_like(hx[0] if isinstance(hx, tuple) else hx)
 
-    def work(layer: Any, x: Tensor, hx: Any, _: dict[str, Any], __: bool) -> Callable[[], object]:
-        cell = cls(layer.input_size, layer.hidden_size, device=x.device, dtype=x.dtype)
-        with torch.no_grad():
-            for own, theirs in zip(cell.parameters(), layer.parameters(), strict=True):
-                own.copy_(theirs)
-        x, h, c = x.detach()[0], hx[0][0], hx[1][0]
-        if not train:
-            return lambda: cell(x, (h, c))
-        leaves = [x.requires_grad_(), *cell.parameters()]
-        dh = torch.ones_like(h)
-        return lambda: torch.autograd.grad(cell(x, (h, c))[0], leaves, dh)
+    def run() -> object:
+        result = step(x, hx)
+        return torch.autograd.grad(result[0] if isinstance(result, tuple) else result, leaves, dh)
 
-    return work
+    return run
 
 
 def supported(device: str) -> list[str]:
