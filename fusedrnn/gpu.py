@@ -135,11 +135,9 @@ def forward(
     # Where xg has as many columns, the kernel reads a tile of it before it writes the same tile of what is saved.
     fits = xg is not None and len(kind.gates) == S
     saved = None if not keep else xg if fits else x.new_empty(D, T, B, S * H)
-    carry = (c0, cn, c) if kind.has_cell_state else (h0 if kind.carry == "hidden" else None, None, None)
+    first, *carry = _carry(kind, h0, c0), cn if C else None, c if C else None
     w_ih, w_hh, b_ih, b_hh, w_hr = zip(*directions, strict=True)
-    launch.forward(
-        plan, x, xg, w_ih, b_ih, b_hh, w_hh, w_hr, h0, carry[0], lengths, reset, y, hn, carry[1], carry[2], saved
-    )
+    launch.forward(plan, x, xg, w_ih, b_ih, b_hh, w_hh, w_hr, h0, first, lengths, reset, y, hn, *carry, saved)
     return y, hn, cn, empty if c is None else c, empty.clone() if saved is None else saved
 
 
@@ -169,7 +167,7 @@ def backward(
     )
     directions = split_directions(flat, bidirectional)
     (T, B, _), D, (P, H) = x.shape, len(directions), _sizes(directions)
-    C, hidden = kind.cell_size(H), kind.carry == "hidden"
+    C = kind.cell_size(H)
     needs_x, needs_h0, needs_c0, *needs_weights = needs
     empty = x.new_empty(0)
     if B == 0:
@@ -187,40 +185,25 @@ def backward(
     dh_out = x.new_empty(D, T, B, P) if shape.projected else None
     dh0 = x.new_empty(D, B, P) if needs_h0 else None
     dc0 = x.new_empty(D, B, C) if needs_c0 else None
-    carry = (dcn, dc, c0, c, dc0) if kind.has_cell_state else (None, None, h0, y, None) if hidden else [None] * 5
+    dcarry = (dcn, dc) if C else (None, None)
+    first, carries = _carry(kind, h0, c0), _carry(kind, y, c)
     _, w_hh, _, _, w_hr = zip(*directions, strict=True)
     plan = launch.plan_for("backward", shape, x.device)
-    m = launch.backward(
-        plan,
-        dy,
-        dhn,
-        carry[0],
-        carry[1],
-        w_hh,
-        w_hr,
-        carry[2],
-        lengths,
-        reset,
-        carry[3],
-        saved,
-        da,
-        dh_out,
-        dh0,
-        carry[4],
-    )
+    results = (da, dh_out, dh0, dc0 if C else None)
+    m = launch.backward(plan, dy, dhn, *dcarry, w_hh, w_hr, first, lengths, reset, carries, saved, *results)
 
     with _gemms_in(shape.precision, x):
         dx = _gradient_of_input(kind, da, directions).view_as(x) if needs_x else empty
         needed, dweights = iter(needs_weights), []
         for d, w in enumerate(directions):
             of_input, of_state = _window(da[d], kind.input), _window(da[d], kind.recurrent)
-            y_d, c_d = y[..., d * P : (d + 1) * P], c[..., d * C : (d + 1) * C] if c is not None else None
+            y_d, c_d = y[..., d * P : (d + 1) * P], c[..., d * C : (d + 1) * C]
             first = None if h0 is None else h0[d]
-            if next(needed):
-                dw = of_input.flatten(0, 1).T @ x.flatten(0, 1)
-                dweights.append(_in_order_of_gates(dw, kind.input))
-            else:
-                dweights.append(empty.clone())
+            dweights.append(
+                _in_order_of_gates(of_input.flatten(0, 1).T @ x.flatten(0, 1), kind.input)
+                if next(needed)
+                else empty.clone()
+            )
             recurrent = next(needed)
             dweights.append(
                 _gradient_of_recurrence(of_state, y_d, first, steps, reset, d == 1) if recurrent else empty.clone()
@@ -238,6 +221,11 @@ def backward(
 
 def _contiguous(*tensors: Tensor | None) -> list[Any]:
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+def _carry(cell: Cell, h: Tensor | None, c: Tensor | None) -> Tensor | None:
+    """Of a hidden state and a cell state, what the cell carries."""
+    return c if cell.carry == "cell" else h if cell.carry == "hidden" else None
 
 
 def _sizes(directions: Sequence[DirectionWeights]) -> tuple[int, int]:

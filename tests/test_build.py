@@ -256,7 +256,8 @@ def test_sdist_holds_what_a_build_needs_and_no_top_level_kernels_package_is_inst
     built = setup(checkout, "build", "--build-lib", "lib", FUSEDRNN_BUILD_CPU="0")
     assert built.returncode == 0, built.stderr
     assert [path.name for path in (checkout / "lib").iterdir()] == ["fusedrnn"]
-    assert (checkout / "lib" / "fusedrnn" / "kernels" / "__init__.py").is_file()
+    for name in ("__init__.py", "cells/lstm.py"):
+        assert (checkout / "lib" / "fusedrnn" / "kernels" / name).is_file()
     profiles = Path("fusedrnn") / "tuning" / "profiles"
     assert {path.name for path in (checkout / "lib" / profiles).iterdir()} == {
         path.name for path in (checkout / profiles).glob("*.json")

@@ -442,7 +442,7 @@ def test_operator_clamps_lengths():
     x, weights, two, h0, c0, _, reset, *flags = operator_arguments()
     run = torch.ops.fusedrnn.triton_forward
     wild, tame = (
-        run(x, weights, two, h0, c0, torch.tensor(n, device=DEVICE), reset, *flags) for n in ([-5, 99], [0, 3])
+        run("lstm", x, weights, two, h0, c0, torch.tensor(n, device=DEVICE), reset, *flags) for n in ([-5, 99], [0, 3])
     )
     for a, b in zip(wild, tame, strict=True):
         assert torch.equal(a, b)
