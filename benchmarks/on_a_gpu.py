@@ -46,7 +46,7 @@ def add_actions(actions: Any) -> None:
     everything = actions.add_parser("gpu", help=what, description=what)
     add = everything.add_argument
     add("--out", type=Path, metavar="FOLDER", help="where everything goes; by default out/gpu/DATE")
-    add("--budget", type=arguments.seconds, metavar="SECONDS", help="for all of it (540)")
+    add("--budget", type=arguments.seconds, metavar="SECONDS", help="for all of it (540; of a dry run 3600)")
     add("--archive", type=Path, metavar="FILE", help="keep the folder in this .tar.gz too; --resume unpacks it")
     add("--smoke", action="store_true", help="the first parts alone, in 200 seconds unless --budget says otherwise")
     add("--only", action="append", default=[], metavar="PART", help="do this part, done before or not; again for more")
@@ -234,7 +234,8 @@ def _gpu(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     signal.signal(signal.SIGTERM, interrupt)
     interrupted = False
     try:
-        made.run(options.budget or (200.0 if options.smoke else 540.0), options.only)
+        usual = 3600.0 if options.dry_run else 200.0 if options.smoke else 540.0
+        made.run(options.budget or usual, options.only)
     except KeyboardInterrupt:
         interrupted = True
     for outcome in made.outcomes.values():

@@ -20,13 +20,13 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import fusedrnn
-from fusedrnn import ops
+from fusedrnn import ops, sources
 
 from . import micro, plans, predict, provenance, smoke
 from .report import markdown
@@ -38,6 +38,7 @@ _LEAST = 5.0  # seconds: with less no part is begun
 _GRACE = 8.0  # seconds that a part has to end by itself after it was interrupted
 _RESERVE = 20.0  # seconds of the session that are kept for the report
 _ARCHIVED_EVERY = 15.0  # seconds
+_DRY_PATIENCE = 8  # times what a part has on a GPU: an interpreter computes, on a machine that may be busy
 DIGEST = 8000  # characters
 DEBUG = ROOT / "build" / "debug" / "fusedrnn" / "_cuda.abi3.so"
 
@@ -107,7 +108,8 @@ def parts(folder: Path, dry: bool) -> list[Part]:
     # Its test of two launches at once comes last, as what is promised of that is written nowhere.
     found += _tests(folder, dry, [] if dry else [name for name, (skip, _) in backends.items() if not skip])
     drawing = (*bench, "plot", str(results))
-    return [*found, Part("report", "tables and pictures of the grid", 30, drawing, last=True, needs=results)]
+    found.append(Part("report", "tables and pictures of the grid", 30, drawing, last=True, needs=results))
+    return [replace(part, seconds=_DRY_PATIENCE * part.seconds) for part in found] if dry else found
 
 
 def _smoke_test(folder: Path, backends: dict[str, tuple[str, dict[str, str]]], dry: bool) -> list[Part]:
@@ -240,6 +242,16 @@ def _untestable(path: str) -> str:
     return "" if (ROOT / path).exists() else f"{path} is not here: run it in a checkout"
 
 
+def _stale_debug() -> str | None:
+    """As `ops.stale`, of the debug build."""
+    note = DEBUG.with_name("_build.json")
+    if not (DEBUG.is_file() and note.is_file() and (ROOT / "csrc" / "cuda").is_dir()):
+        return None
+    if json.loads(note.read_text(encoding="utf-8"))["sources"]["cuda"] == sources.digest(ROOT, "cuda"):
+        return None
+    return "the debug build of fusedrnn/_cuda is of other sources than those in csrc: build it again"
+
+
 # ------------------------------------------------------------------------------------------------ a session
 
 
@@ -269,7 +281,7 @@ class Session:
             if outcome.status == "running":
                 outcome.status, outcome.reason = "cut off", "the session ended while it ran"
         self._facts = provenance.collect("cpu" if dry else "cuda")
-        self._stale = [why for name in ("cpu", "cuda") if (why := ops.stale(name)) is not None]
+        self._stale = [why for why in (ops.stale("cpu"), ops.stale("cuda"), _stale_debug()) if why is not None]
         (folder / "logs").mkdir(exist_ok=True)
 
     @property

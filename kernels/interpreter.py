@@ -1,9 +1,12 @@
 """Triton's interpreter: bfloat16, which it cuts off where the GPU rounds and multiplies as the integers of its bits;
-and the integer that Python asks of a scalar, which the one of Triton 3.6 cannot give with NumPy 2.4 and later.
+the integer that Python asks of a scalar, which the one of Triton 3.6 cannot give with NumPy 2.4 and later; and the
+language, which it looks through and replaces again for every function that a kernel calls, a third of all its time.
 
 `launch.py` puts this right where the interpreter is in use (TRITON_INTERPRET=1): tests, on a machine without a GPU.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,12 +16,14 @@ from triton.runtime import interpreter
 
 
 def repair() -> None:
-    """Replaces two methods of the interpreter, and one that it gives to tensors; a second time, it changes nothing."""
+    """Replaces methods and functions of the interpreter; a second time, it changes nothing."""
     builder: Any = interpreter.InterpreterBuilder
     if getattr(builder, "fusedrnn_repaired", False):
         return
     builder.fusedrnn_repaired = True
-    cast, dot, patch = builder.cast_impl, builder.create_dot, interpreter._patch_lang_tensor
+    cast, dot = builder.cast_impl, builder.create_dot
+    patch_of_tensor, patch_of_language = interpreter._patch_lang_tensor, interpreter._patch_lang
+    scopes: dict[int, Any] = {}  # of the launch that is running, by the globals of the functions they were made for
 
     def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
         kinds = (src.dtype.scalar, dst_type.scalar)
@@ -35,8 +40,23 @@ def repair() -> None:
         return dot(self, a, b, *rest)
 
     def patch_tensor(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
+        patch_of_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
+    def patch_language(fn: Any) -> Any:
+        if id(fn.__globals__) in scopes:
+            return interpreter._LangPatchScope()  # in which nothing has been replaced
+        scope: Any = patch_of_language(fn)
+        if not scopes:  # of the kernel: it ends with the launch, and those of functions with it
+            scope.restore = partial(end_launch, scope.restore)
+        scopes[id(fn.__globals__)] = scope
+        return scope
+
+    def end_launch(restore: Callable[[], None]) -> None:
+        for nested in reversed([*scopes.values()][1:]):
+            nested.restore()
+        scopes.clear()
+        restore()
+
     builder.cast_impl, builder.create_dot = cast_impl, create_dot
-    interpreter._patch_lang_tensor = patch_tensor
+    interpreter._patch_lang_tensor, interpreter._patch_lang = patch_tensor, patch_language

@@ -58,13 +58,12 @@ def forward(
     T, B, _ = y.shape
     D, (P, H) = len(w_hh), _sizes(w_hh, w_hr)
     m = y.new_empty(D, B, H) if plan.columns else None
-    if not plan.inputs:
-        x, w_ih, b_ih = None, [None] * D, [None] * D  # type: ignore[list-item]
-        b_hh = b_hh if cells.adds_bias(plan.cell) else [None] * D
-    sizes = {"T": T, "B": B, "I": x.shape[2] if x is not None else 0, "H": H, "P": P}
-    tensors = (x, *_both(w_ih), *_both(b_ih), *_both(b_hh), xg, *_both(w_hh), *_both(w_hr))
-    tensors += (h0, c0, lengths, reset, y, hn, cn, c, saved, m)
-    _launch("forward", plan, y, tensors, sizes, T, D, H)
+    if plan.inputs:
+        inputs, I = (x, *_both(w_ih), *_both(b_ih), *_both(b_hh)), x.shape[2]  # type: ignore[union-attr]
+    else:
+        inputs, I = (*_NO_INPUTS, *(_both(b_hh) if cells.adds_bias(plan.cell) else (None, None))), 0
+    tensors = (*inputs, xg, *_both(w_hh), *_both(w_hr), h0, c0, lengths, reset, y, hn, cn, c, saved, m)
+    _launch("forward", plan, y, tensors, (T, B, I, H, P), T, D)
 
 
 def backward(
@@ -91,10 +90,9 @@ def backward(
     """
     D, T, B, _ = da.shape
     P, H = _sizes(w_hh, w_hr)
-    sizes = {"T": T, "B": B, "H": H, "P": P}
     tensors = (dy, dhn, dcn, dc, *_both(w_hh), *_both(w_hr), c0, lengths, reset, c, saved, da, dh_out, dh0, dc0)
     steps = T if plan.carried or dh0 is None else T + 1
-    _launch("backward", plan, da, tensors, sizes, steps, D, H)
+    _launch("backward", plan, da, tensors, (T, B, H, P), steps, D)
 
 
 def _sizes(w_hh: Sequence[Tensor], w_hr: Sequence[Tensor | None]) -> tuple[int, int]:
@@ -107,40 +105,59 @@ def _both(of_directions: Sequence[Any]) -> tuple[Any, Any]:
 
 
 _KERNELS: dict[str, Any] = {"forward": layer_forward, "backward": layer_backward}
+_NO_INPUTS = (None,) * 5  # x, w_ih and b_ih
 
 
 def _launch(
-    kernel: str, plan: Plan, like: Tensor, tensors: tuple[Any, ...], sizes: dict[str, int], steps: int, D: int, H: int
+    kernel: str, plan: Plan, like: Tensor, tensors: tuple[Any, ...], sizes: tuple[int, ...], steps: int, D: int
 ) -> None:
-    B = sizes["B"]
-    grid = (plan.groups * plan.programs,)
-    function = _KERNELS[kernel]
-    constants = {**sizes, "D": D, **plan.constants(kernel), **cells.constants(kernel, plan.cell)}
+    """One launch over all steps, on the device of `like`; in the interpreter many.
+
+    Args:
+        tensors, sizes: as the kernel takes them, before and after `carry` and `counters`.
+    """
+    function = _KERNELS[kernel][(plan.groups * plan.programs,)]
     if INTERPRETED:
-        constants["PRECISION"] = "ieee"  # what it multiplies float32 in
-    counters = torch.zeros(plan.groups, 32, dtype=torch.int32, device=like.device)
-    if not INTERPRETED:
-        with torch.cuda.device_of(like):
-            function[grid](
-                *tensors,
-                None,
-                counters,
-                begin=0,
-                end=steps,
-                MEET=plan.programs > 1,
-                PHASE=0,
-                **constants,
-                **plan.options,
-            )
-    elif plan.programs == 1:
-        function[grid](*tensors, None, counters, begin=0, end=steps, MEET=False, PHASE=0, **constants)
-    else:
-        carry = torch.empty(D, B, H, dtype=torch.float32, device=like.device)
-        for step in range(steps):
-            for phase in (1, 2) if plan.columns else (0,):
-                function[grid](
-                    *tensors, carry, counters, begin=step, end=step + 1, MEET=False, PHASE=phase, **constants
-                )
+        _interpret(function, kernel, plan, like, tensors, sizes, steps, D)
+        return
+    with torch.cuda.device_of(like):
+        counters = _zeros(plan.groups, like.device) if plan.programs > 1 else _unread(like.device)
+        constants = cells.constants(kernel, plan.cell)
+        function(*tensors, None, counters, *sizes, 0, steps, D=D, **constants, **plan.keywords[kernel])
+
+
+def _interpret(
+    function: Any,
+    kernel: str,
+    plan: Plan,
+    like: Tensor,
+    tensors: tuple[Any, ...],
+    sizes: tuple[int, ...],
+    steps: int,
+    D: int,
+) -> None:
+    """Programs that would meet are launched for each step, and each phase of it."""
+    constants = {**plan.constants(kernel), **cells.constants(kernel, plan.cell), "D": D, "MEET": False}
+    constants["PRECISION"] = "ieee"  # what it multiplies float32 in
+    counters = _zeros(plan.groups, like.device)
+    if plan.programs == 1:
+        function(*tensors, None, counters, *sizes, 0, steps, PHASE=0, **constants)
+        return
+    B, H = sizes[1], sizes[-2]
+    carry = torch.empty(D, B, H, dtype=torch.float32, device=like.device)
+    for step in range(steps):
+        for phase in (1, 2) if plan.columns else (0,):
+            function(*tensors, carry, counters, *sizes, step, step + 1, PHASE=phase, **constants)
+
+
+def _zeros(groups: int, device: torch.device) -> Tensor:
+    return torch.zeros(groups, 32, dtype=torch.int32, device=device)
+
+
+@lru_cache
+def _unread(device: torch.device) -> Tensor:
+    """Stands for the counters where nobody meets."""
+    return _zeros(1, device)
 
 
 @lru_cache
@@ -148,8 +165,13 @@ def _device(index: int) -> Device:
     return device_of(torch.cuda.get_device_properties(index))
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=4096)
 def _plan(kernel: str, shape: Shape, device: Device) -> Plan:
+    return _rounded_plan(kernel, shape._replace(T=min(power_of_2(shape.T), 1024), B=power_of_2(shape.B)), device)
+
+
+@lru_cache(maxsize=1024)
+def _rounded_plan(kernel: str, shape: Shape, device: Device) -> Plan:
     return planner.plan(kernel, shape, device)
 
 
@@ -161,7 +183,6 @@ def plan_for(kernel: str, shape: Shape, device: torch.device) -> Plan:
     Raises:
         ValueError: no plan fits.
     """
-    shape = shape._replace(T=min(power_of_2(shape.T), 1024), B=power_of_2(shape.B))
     if INTERPRETED:
         return _plan(kernel, shape, planner.INTERPRETER)
     return _plan(kernel, shape, _device(device.index if device.index is not None else torch.cuda.current_device()))

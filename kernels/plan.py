@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 from ..cells import CELLS
@@ -123,6 +124,12 @@ class Plan:
             "enable_fp_fusion": True,  # which Triton 3.10 turns off
             "launch_cooperative_grid": self.programs > 1,
         }
+
+    @cached_property
+    def keywords(self) -> dict[str, dict[str, int | bool | str]]:
+        """Of each kernel, the arguments of a launch on a GPU that the plan decides, by name."""
+        meet = {"PHASE": 0, "MEET": self.programs > 1}
+        return {kernel: {**self.constants(kernel), **meet, **self.options} for kernel in ("forward", "backward")}
 
     def __str__(self) -> str:
         explained = {

@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 from fusedrnn.benchmarks import session
@@ -283,7 +285,35 @@ def test_a_library_of_other_sources_is_told(tmp_path, monkeypatch):
     assert made.digest().startswith("STALE LIBRARY: fusedrnn/_cpu was built from other sources")
 
 
-def test_a_short_dry_run(tmp_path, capsys, monkeypatch):
+def test_a_debug_build_of_other_sources_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(session.ops, "stale", lambda name: None)
+    library = tmp_path / "debug" / "_cuda.abi3.so"
+    library.parent.mkdir()
+    library.touch()
+    monkeypatch.setattr(session, "DEBUG", library)
+    built = {"this": session.sources.digest(session.ROOT, "cuda"), "another": "0" * 64}
+    for digest in built.values():
+        library.with_name("_build.json").write_text(json.dumps({"sources": {"cuda": digest}}))
+        told = Session(tmp_path, [python("good", "")], dry=True).digest()
+        assert told.startswith("STALE LIBRARY: the debug build") == (digest == built["another"])
+
+
+@pytest.fixture
+def commands_here(monkeypatch):
+    """Commands of `python -m fusedrnn` run in this process, but for `info`: each loads torch, which takes seconds."""
+    in_process_of_its_own = Session._run
+
+    def run(made, part, seconds):
+        if part.name == "info" or part.command[:2] != ("-m", "fusedrnn"):
+            return in_process_of_its_own(made, part, seconds)
+        with (made.folder / "logs" / f"{part.name}.log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
+            status = cli.main(list(part.command[2:]))
+        return ("failed", f"exit status {status}") if status else ("passed", "")
+
+    monkeypatch.setattr(Session, "_run", run)
+
+
+def test_a_short_dry_run(tmp_path, capsys, monkeypatch, commands_here):
     """The same steps on the CPU: every part that was asked for has passed, or says why not."""
     monkeypatch.setattr(session, "_backends", lambda dry: {"cpu": ("", {}), "warp": ("there is no such backend", {})})
     asked = [
@@ -334,6 +364,45 @@ def test_without_a_gpu(capsys, tmp_path):
     assert exit.value.code == 2
     assert "--dry-run goes through the same steps on the CPU" in " ".join(capsys.readouterr().err.split())
     assert not list(tmp_path.iterdir())
+
+
+INSTALLED = """
+import contextlib, io, json, sys
+for name in ("numpy", "matplotlib", "tqdm", "triton", "pytest"):
+    sys.modules[name] = None
+from fusedrnn import cli
+def said(*arguments):
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()) as output:
+        try:
+            status = cli.main(["bench", *arguments])
+        except SystemExit as exit:
+            status = exit.code
+    return status, " ".join((output.getvalue() + errors.getvalue()).split())
+commands = ["micro"], ["micro", "--host"], ["gpu", "--prepare"], ["gpu", "--dry-run", "--list"]
+print(json.dumps([said(*command) for command in commands]))
+"""
+
+
+def test_an_installed_package_says_that_a_checkout_is_needed(tmp_path, report):
+    """As a wheel lays it out, beside torch alone: no sources, no tests."""
+    root = session.ROOT
+    package = tmp_path / "site" / "fusedrnn"
+    shutil.copytree(root / "fusedrnn", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for folder in ("benchmarks", "kernels"):
+        shutil.copytree(
+            root / folder, package / folder, ignore=shutil.ignore_patterns("cuda", "results", "__pycache__")
+        )
+    micro, host, prepare, listed = report(INSTALLED, tmp_path, PYTHONPATH=str(package.parent), PYTHONWARNINGS="ignore")
+    for status, text in (micro, host, prepare):
+        assert status == 2
+        assert re.search(
+            r"error: .*the sources of the microbenchmarks are not here \(micro\S*\): run it in a checkout", text
+        )
+    assert listed[0] == 0
+    assert (
+        "tests/test_triton.py is not here: run it in a checkout" in listed[1] or "pytest is not installed" in listed[1]
+    )
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")

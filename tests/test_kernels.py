@@ -774,7 +774,7 @@ def work():
 
 for _ in range(3):
     threading.Thread(target=work, daemon=True).start()
-end = time.time() + 10
+end = time.time() + 6
 for k in range(300):
     if time.time() > end:
         break

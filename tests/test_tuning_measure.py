@@ -47,6 +47,27 @@ def forgotten():
     choice.forget()
 
 
+class WorkerHere:
+    """Answers as session.Worker does, without a process, which takes seconds to load torch."""
+
+    def __init__(self, setup, command):
+        self.setup = setup
+
+    def ask(self, job, limit):
+        settings = worker.run.Settings(self.setup["rounds"], self.setup["budget"], check_flops=1e9)
+        key = profile.from_line(job["key"]).key
+        return worker.measure(key, self.setup["device"], job["backends"], settings, lambda name: None)
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Measures in this process: for tests of what is measured, and of what becomes of it."""
+    monkeypatch.setattr(session, "Worker", WorkerHere)
+
+
 def measured(keys, tmp_path=None, behaviour=None, **changes):
     """What comes of measuring keys, with a cpu backend that does as told."""
     settings, made = QUICK, []
@@ -176,7 +197,7 @@ def test_the_command_saves_what_calls_then_find(cache, capsys):
     assert f"{os.listdir(cache)[0]}: measured on this machine" in capsys.readouterr().out
 
 
-def test_the_command_goes_on_with_what_is_there(cache, capsys):
+def test_the_command_goes_on_with_what_is_there(cache, capsys, here):
     assert tune("--shape", "3,2,4,8", "--dtype", "float32") == 0
     assert tune("--shape", "3,2,4,8", "--shape", "3,2,4,9", "--dtype", "float32", "--resume") == 0
     out = capsys.readouterr().out.split("profile: ")[1]
@@ -291,7 +312,7 @@ class Model(nn.Module):
         return self.second(y[:, -1])[0]
 
 
-def test_tune_measures_what_a_model_calls(cache):
+def test_tune_measures_what_a_model_calls(cache, here):
     model = Model().train()
     mean = model.norm.running_mean.clone()
     tuning = fusedrnn.tune(model, torch.randn(2, 3, 4), seconds=0.0)
@@ -309,7 +330,7 @@ def test_tune_measures_what_a_model_calls(cache):
     )
 
 
-def test_tune_takes_keywords_packed_input_one_mode_and_a_file(tmp_path):
+def test_tune_takes_keywords_packed_input_one_mode_and_a_file(tmp_path, here):
     packed = pack_sequence([torch.randn(3, 4), torch.randn(2, 4)])
     lstm = nn.LSTM(4, 8)
     tuning = fusedrnn.tune(lstm, {"input": packed}, modes=["infer"], seconds=0.0, out=tmp_path / "p.json")
@@ -319,7 +340,7 @@ def test_tune_takes_keywords_packed_input_one_mode_and_a_file(tmp_path):
     assert [m.key for m in again.measurements] == [m.key for m in tuning.measurements]
 
 
-def test_a_program_writes_a_profile_and_goes_on_with_it(tmp_path):
+def test_a_program_writes_a_profile_and_goes_on_with_it(tmp_path, here):
     first = api.write_profile(tmp_path / "p.json", "cpu", [SMALL])
     second = api.write_profile(str(tmp_path / "p.json"), "cpu", [SMALL, OTHER])
     assert [m.key for m in first.measurements] == [SMALL]

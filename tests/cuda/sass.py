@@ -2,7 +2,9 @@
 
 One lane of one warp is emulated: integers, predicates and branches exactly, with the sizes, the plan and the pointers
 in the constant bank as a launch has them, so that the path through the kernel is the one that this plan takes. What is
-loaded is zero; waits for other blocks are over as soon as the time model says. The clock advances by the stall counts
+loaded is zero, and so is what matrix instructions give; other floating-point numbers are computed, since the range of a
+denominator decides whether its reciprocal is called as a function. Waits for other blocks are over as soon as the time
+model says. The clock advances by the stall counts
 that the instructions carry, and waits where an instruction names a scoreboard (its bits 105 to 125). A step is the
 difference of two launches of different length.
 
@@ -22,6 +24,7 @@ a step is no shorter than the instructions of all of them.
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 from collections.abc import Iterator
@@ -109,6 +112,7 @@ class Count:
     loads: float = 0  # from global memory, asynchronous copies included
     stores: float = 0  # to global memory
     pushes: float = 0
+    calls: float = 0  # of functions, which are what reciprocals and quotients of unusual numbers take
 
     def minus(self, other: Count, steps: int) -> Count:
         return Count(**{k: (v - getattr(other, k)) / steps for k, v in vars(self).items()})
@@ -192,6 +196,19 @@ class Warp:
             self.set(name, value)
             self.set(_next(name), value >> 32)
 
+    def double(self, text: str) -> float:
+        """A pair of registers, or a literal, as float64."""
+        if text.startswith("-") and not text[1].isdigit():
+            return -self.double(text[1:])
+        if text.startswith("|"):
+            return abs(self.double(text[1:-1]))
+        return _double(self.wide(text)) if text[0] in "RUc" else float(text.replace("QNAN", "nan"))
+
+    def set_float(self, name: str, value: float, parts: list[str]) -> None:
+        if "SAT" in parts:
+            value = min(max(value, 0.0), 1.0)
+        self.set(name, _bits(value))
+
     def set_pred(self, name: str, value: bool) -> None:
         if name not in ("PT", "UPT"):
             self.p[name] = value
@@ -218,10 +235,11 @@ class Warp:
                         self.now += 8  # the fetch behind a branch that is taken
                         continue
                 elif i.parts[0] == "CALL":
+                    self.count.calls += 1
                     at = self.f.labels[i.operands[-1][2:-1]]
                     continue
                 elif i.parts[0] == "RET":
-                    at = self.reg(i.operands[0].split(".")[0]) // 16
+                    at = self.reg(i.operands[0].split()[0]) // 16  # R32 `(the function)
                     continue
                 else:
                     self._execute(i)
@@ -295,7 +313,7 @@ class Warp:
         handler = getattr(self, "_" + name.removeprefix("U").lower(), None)  # U: on uniform registers
         if handler is not None:
             handler(i.operands, i.parts)
-        elif name in FLOATING and i.operands and i.operands[0].startswith("R"):
+        elif name in ZERO and i.operands and i.operands[0].startswith("R"):
             self.set(i.operands[0], 0)  # its value decides nothing
         elif name not in IGNORED:
             raise NotImplementedError(f"{i.name} {', '.join(i.operands)}")
@@ -475,14 +493,52 @@ class Warp:
 
     def _fsetp(self, o: list[str], parts: list[str]) -> None:
         a, b = (_float(self.value(x, True)) for x in o[2:4])
-        compare = parts[1]
-        result = {"EQ": a == b, "NE": a != b, "LT": a < b, "LE": a <= b, "GT": a > b, "GE": a >= b}.get(
-            compare[:2], True
-        )
-        self._combined(o, parts, result, self.pred(o[4]))
+        self._combined(o, parts, _compared(parts[1], a, b), self.pred(o[4]))
+
+    def _fadd(self, o: list[str], parts: list[str]) -> None:
+        a, b = (_float(self.value(x, True)) for x in o[1:3])
+        self.set_float(o[0], a + b, parts)
+
+    def _fmul(self, o: list[str], parts: list[str]) -> None:
+        a, b = (_float(self.value(x, True)) for x in o[1:3])
+        self.set_float(o[0], a * b, parts)
+
+    def _ffma(self, o: list[str], parts: list[str]) -> None:
+        a, b, c = (_float(self.value(x, True)) for x in o[1:4])
+        self.set_float(o[0], a * b + c, parts)
+
+    def _fmnmx(self, o: list[str], parts: list[str]) -> None:
+        a, b = (_float(self.value(x, True)) for x in o[1:3])
+        self.set_float(o[0], min(a, b) if self.pred(o[3]) else max(a, b), parts)
+
+    def _dadd(self, o: list[str], parts: list[str]) -> None:
+        self.set_wide(o[0], _wide_bits(self.double(o[1]) + self.double(o[2])))
+
+    def _dmul(self, o: list[str], parts: list[str]) -> None:
+        self.set_wide(o[0], _wide_bits(self.double(o[1]) * self.double(o[2])))
+
+    def _dfma(self, o: list[str], parts: list[str]) -> None:
+        self.set_wide(o[0], _wide_bits(self.double(o[1]) * self.double(o[2]) + self.double(o[3])))
+
+    def _dsetp(self, o: list[str], parts: list[str]) -> None:
+        self._combined(o, parts, _compared(parts[1], self.double(o[2]), self.double(o[3])), self.pred(o[4]))
+
+    def _f2f(self, o: list[str], parts: list[str]) -> None:
+        if parts[-2:] == ["F64", "F32"]:
+            self.set_wide(o[0], _wide_bits(_float(self.value(o[1], True))))
+        else:
+            self.set(o[0], _bits(self.double(o[1])) if parts[-2:] == ["F32", "F64"] else 0)
+
+    def _hfma2(self, o: list[str], parts: list[str]) -> None:
+        """As compilers use it: 0 * 0 + two halves, to load a constant."""
+        halves = o[3:5] if o[1:3] == ["-RZ", "RZ"] and len(o) == 5 else ["0", "0"]
+        self.set(o[0], int.from_bytes(struct.pack("<ee", float(halves[1]), float(halves[0])), "little"))
 
     def _sel(self, o: list[str], parts: list[str]) -> None:
-        self.set(o[0], self.value(o[1]) if self.pred(o[3]) else self.value(o[2]))
+        floating = parts[0] == "FSEL"
+        self.set(o[0], self.value(o[1] if self.pred(o[3]) else o[2], floating))
+
+    _fsel = _sel
 
     def _vimnmx(self, o: list[str], parts: list[str]) -> None:
         a, b = self.value(o[1]), self.value(o[2])
@@ -535,11 +591,20 @@ class Warp:
             self.set(o[0], min(max(value, 0), 0xFFFFFFFF))
 
     def _mufu(self, o: list[str], parts: list[str]) -> None:
+        if "RCP64H" in parts:  # of the upper half of a number, the upper half of its reciprocal
+            self.set(o[0], _wide_bits(_reciprocal(_double(self.value(o[1], True) << 32))) >> 32)
+            return
         value = _float(self.value(o[1], True))
-        self.set(o[0], _bits(1.0 / value) if "RCP" in parts and value else 0)
+        results = {"RCP": _reciprocal(value), "EX2": 2.0 ** min(value, 128.0), "TANH": math.tanh(value)}
+        self.set(o[0], _bits(results.get(parts[1], 0.0)))
 
     def _popc(self, o: list[str], parts: list[str]) -> None:
         self.set(o[0], self.value(o[1]).bit_count())
+
+    def _shfl(self, o: list[str], parts: list[str]) -> None:
+        """As if all lanes had the same."""
+        self.set_pred(o[0], True)
+        self.set(o[1], self.value(o[2]))
 
     def _vote(self, o: list[str], parts: list[str]) -> None:
         """As if all lanes had the same."""
@@ -551,8 +616,8 @@ class Warp:
     _voteu = _vote
 
 
-FLOATING = {"FADD", "FMUL", "FFMA", "FSEL", "FMNMX", "F2FP", "F2F", "HMMA", "SHFL", "HADD2", "HMUL2", "HFMA2", "FCHK"}
-FLOATING |= {"DADD", "DMUL", "DFMA", "DSETP", "DMNMX", "LDSM", "LDL", "MAPA"}
+# Whose results are taken to be zero.
+ZERO = {"F2FP", "HMMA", "DMMA", "HADD2", "HMUL2", "FCHK", "DMNMX", "LDSM", "LDL", "MAPA"}
 IGNORED = {
     "NOP",
     "STS",
@@ -569,7 +634,7 @@ IGNORED = {
     "YIELD",
 }
 IGNORED |= {"MEMBAR", "ERRBAR", "CGAERRBAR", "FENCE", "UCGABAR_ARV", "UCGABAR_WAIT", "ENDCOLLECTIVE", "BREAK", "BMOV"}
-IGNORED |= {"DSETP", "ST", "STL", "WARPSYNC", "NANOSLEEP", "UBLKCP", "ELECT", "ULDS", "RPCMOV"}
+IGNORED |= {"ST", "STL", "NANOSLEEP", "UBLKCP", "ELECT", "ULDS", "RPCMOV"}
 
 
 def _next(name: str) -> str:
@@ -583,14 +648,34 @@ def _signed(value: int) -> int:
 
 
 def _bits(value: float) -> int:
+    """float32, rounded to nearest, whatever the instruction says."""
     try:
         return struct.unpack("<I", struct.pack("<f", value))[0]
     except OverflowError:
-        return 0x7F800000
+        return 0x7F800000 if value > 0 else 0xFF800000
 
 
 def _float(bits: int) -> float:
     return struct.unpack("<f", struct.pack("<I", bits & 0xFFFFFFFF))[0]
+
+
+def _wide_bits(value: float) -> int:
+    return struct.unpack("<Q", struct.pack("<d", value))[0]
+
+
+def _double(bits: int) -> float:
+    return struct.unpack("<d", struct.pack("<Q", bits))[0]
+
+
+def _reciprocal(value: float) -> float:
+    return 1.0 / value if value else math.copysign(math.inf, value)
+
+
+def _compared(how: str, a: float, b: float) -> bool:
+    """LT, LTU, ...: those that end with U hold for NaN too."""
+    if math.isnan(a) or math.isnan(b):
+        return how.endswith("U") or how == "NAN"
+    return {"EQ": a == b, "NE": a != b, "LT": a < b, "LE": a <= b, "GT": a > b, "GE": a >= b}.get(how[:2], how == "NUM")
 
 
 # -------------------------------------------------------------------------------------------- steps of the kernels

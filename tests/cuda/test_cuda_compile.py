@@ -140,6 +140,7 @@ PLANS = [
     ("bf16", 512, 16, "backward", "scatter"),
     ("bf16", 1024, 16, "forward", "grid"),
     ("bf16", 1024, 16, "backward", "grid"),
+    ("tf32", 256, 16, "forward", "cluster"),
     ("tf32", 256, 16, "backward", "scatter"),
 ]
 
@@ -195,6 +196,21 @@ def test_steps(machine_code, cuda_host, capsys):
             )
     with capsys.disabled():
         print("\n\n" + "\n".join(lines))
+
+
+@pytest.mark.parametrize("math", ["tf32", "fp32", "fp64"])
+@pytest.mark.parametrize(
+    ("pass_", "exchange"),
+    [("forward", "cluster"), ("forward", "grid"), ("backward", "scatter"), ("backward", "grid")],
+)
+def test_the_step_of_every_arithmetic_is_counted(machine_code, cuda_host, math, pass_, exchange):
+    """To the end of a launch, and on the way that numbers of a usual size take."""
+    shape = Shape(128, 16, 64, 64, 64, 1, 8 if math == "fp64" else 4, "ieee" if math == "fp32" else "tf32")
+    plan = next(p for p in planner.ranked(pass_, shape, H200) if (p.exchange, p.rows) == (exchange, 8))
+    count = sass.step(machine_code(math), cuda_host, pass_, shape, plan, 0).count
+    assert count.instructions > 100
+    assert count.clocks > count.instructions
+    assert count.calls == 0
 
 
 @pytest.mark.parametrize(

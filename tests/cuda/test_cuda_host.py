@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-SCHEDULES = 50
+SCHEDULES = 50  # in which a launch without a synchronisation may fail; the fifth is the last that was needed
+FEWER_SCHEDULES = 20  # in which a kernel gives the same bits
 EXCHANGES = ["grid", "cluster"]
 SANITIZED = "FUSEDRNN_CUDA_HOST_SANITIZE" in os.environ
 MATHS = ["bf16", "fp64"] if SANITIZED else ["bf16", "fp16", "tf32", "fp32", "fp64"]
@@ -294,7 +295,7 @@ def test_every_schedule_in_parts_gives_the_same_bits(layer, kit, math, proj, inp
 def same_in_every_schedule(one):
     one.check()
     first = one.all()
-    for seed in range(1, SCHEDULES):
+    for seed in range(1, FEWER_SCHEDULES):
         made, _ = one.forward(seed)
         back, _ = one.backward(made, seed)
         for name, value in (made | back).items():
