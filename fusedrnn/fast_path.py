@@ -11,6 +11,7 @@ from . import aten, autograd, dispatch, ops, stack, validate
 from .autograd import wants_gradient
 from .cells import Cell
 from .dispatch import TABLE
+from .sequence import Form
 from .tuning import choice
 
 
@@ -86,12 +87,7 @@ def _torchs_layers(
     bidirectional: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """torch's own layers, which take some arguments that do not fit each other."""
-    D, B, I = 2 if bidirectional else 1, x.shape[1], x.shape[2]
+    D, form = 2 if bidirectional else 1, Form(x.shape[0], x.shape[1])
     validate.options(cell, weights, num_layers, D, 0.0)
-    sizes = weights[1].shape[1], weights[1].shape[0] // len(cell.gates)
-    validate.input_size(x, weights)
-    validate.hx_sizes(cell, h0, c0, num_layers * D, B, sizes)
-    if not validate.are_alike(x, weights, h0, c0):
-        raise TypeError("dtypes and devices differ")
-    validate.weight_shapes(cell, weights, num_layers, D, I)
-    return aten.layers(cell, x, None, weights, h0, c0, B, num_layers, 0.0, bidirectional)
+    validate.layers(cell, x, weights, None, h0, c0, form, num_layers, D)
+    return aten.layers(cell, x, None, weights, h0, c0, form.B, num_layers, 0.0, bidirectional)
