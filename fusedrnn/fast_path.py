@@ -51,6 +51,7 @@ def attempt(
         asks = input.numel() > choice.small[train][dims == 2] or cell.name not in TABLE["cpu"].cells
         if asks and dispatch.is_torchs_faster(cell, input, weights, num_layers, batch_first, bidirectional, train):
             if dims == 2:
+                validate.weight_shapes(cell, weights, 1, 1, x.shape[1])  # torch's own adds a bias of any size
                 hn, cn = aten.step(cell, x, weights, h0, c0)
                 y = hn
             else:
