@@ -11,6 +11,7 @@ from . import aten, autograd, dispatch, ops, stack, validate
 from .autograd import wants_gradient
 from .cells import Cell
 from .dispatch import TABLE
+from .sequence import Form
 from .tuning import choice
 
 
@@ -50,6 +51,7 @@ def attempt(
         asks = input.numel() > choice.small[train][dims == 2] or cell.name not in TABLE["cpu"].cells
         if asks and dispatch.is_torchs_faster(cell, input, weights, num_layers, batch_first, bidirectional, train):
             if dims == 2:
+                validate.weight_shapes(cell, weights, 1, 1, x.shape[1])  # torch's own adds a bias of any size
                 hn, cn = aten.step(cell, x, weights, h0, c0)
                 y = hn
             else:
@@ -86,12 +88,7 @@ def _torchs_layers(
     bidirectional: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """torch's own layers, which take some arguments that do not fit each other."""
-    D, B, I = 2 if bidirectional else 1, x.shape[1], x.shape[2]
+    D, form = 2 if bidirectional else 1, Form(x.shape[0], x.shape[1])
     validate.options(cell, weights, num_layers, D, 0.0)
-    sizes = weights[1].shape[1], weights[1].shape[0] // len(cell.gates)
-    validate.input_size(x, weights)
-    validate.hx_sizes(cell, h0, c0, num_layers * D, B, sizes)
-    if not validate.are_alike(x, weights, h0, c0):
-        raise TypeError("dtypes and devices differ")
-    validate.weight_shapes(cell, weights, num_layers, D, I)
-    return aten.layers(cell, x, None, weights, h0, c0, B, num_layers, 0.0, bidirectional)
+    validate.layers(cell, x, weights, None, h0, c0, form, num_layers, D)
+    return aten.layers(cell, x, None, weights, h0, c0, form.B, num_layers, 0.0, bidirectional)

@@ -57,8 +57,7 @@ def layers(
         quick = None
     validate.layer_input(cell, input, batch_sizes)
     form = sequence.form_of(input, batch_first, batch_sizes)
-    caller = cell.title.lower()
-    h0, c0 = validate.split_hx(cell, hx, caller)
+    h0, c0 = validate.split_hx(cell, hx, cell.title.lower())
     validate.hx_dims(h0, c0, form)
     D = 2 if bidirectional else 1
     validate.options(cell, weights, num_layers, D, dropout)
@@ -74,26 +73,15 @@ def layers(
         validate.input_dtype(input, weights)
     if form.unbatched:
         h0, c0 = (None if s is None else s.unsqueeze(1) for s in (h0, c0))
-    T, B, I = form.T, form.B, input.shape[-1]
-    G = len(cell.gates)
-    H, P = weights[1].shape[0] // G, weights[1].shape[1]
-    validate.input_size(input, weights)
-    validate.hx_sizes(cell, h0, c0, num_layers * D, B, (P, H))
-    if cell.has_cell_state:
-        validate.two_states(hx, caller)
-    alike = validate.are_alike(input, weights, h0, c0)
-    if not alike:
-        validate.devices(input, weights, h0, c0)
-    if T == 0:
-        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    if not alike:
-        validate.dtypes(input, weights, h0, c0)
-    validate.weight_shapes(cell, weights, num_layers, D, I)
+    validate.layers(cell, input, weights, hx, h0, c0, form, num_layers, D)
     if lengths is not None:
         lengths = validate.lengths(lengths, form, input.device)
     if reset is not None:
         reset = validate.reset(reset, form, input.device)
 
+    T, B, I = form.T, form.B, input.shape[-1]
+    G = len(cell.gates)
+    H, P = weights[1].shape[0] // G, weights[1].shape[1]
     packed, extras = form.batch_sizes is not None, (lengths is not None, reset is not None, return_states)
     train = autograd.wants_gradient(input, h0, c0, *weights)
     problem = dispatch.Problem(

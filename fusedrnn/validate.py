@@ -115,8 +115,37 @@ def hx_dims(h0: Tensor | None, c0: Tensor | None, form: Form) -> None:
         )
 
 
-def hx_sizes(cell: Cell, h0: Tensor | None, c0: Tensor | None, rows: int, B: int, sizes: tuple[int, int]) -> None:
-    """The sizes of a layer's states: rows are those of all layers and directions, sizes those of h and c."""
+def layers(
+    cell: Cell,
+    input: Tensor,
+    weights: Sequence[Tensor],
+    hx: Any,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    form: Form,
+    num_layers: int,
+    D: int,
+) -> None:
+    """Whether the input of a stack of layers, its states [L*D, B, ...] and its weights fit each other."""
+    if weights[0].shape[1] != input.shape[-1]:
+        raise RuntimeError(
+            f"input.size(-1) must be equal to input_size. Expected {weights[0].shape[1]}, got {input.shape[-1]}"
+        )
+    _hx_sizes(cell, h0, c0, num_layers * D, form.B, (weights[1].shape[1], weights[1].shape[0] // len(cell.gates)))
+    if cell.has_cell_state:
+        two_states(hx, cell.title.lower())
+    alike = are_alike(input, weights, h0, c0)
+    if not alike:
+        devices(input, weights, h0, c0)
+    if form.T == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    if not alike:
+        dtypes(input, weights, h0, c0)
+    weight_shapes(cell, weights, num_layers, D, input.shape[-1])
+
+
+def _hx_sizes(cell: Cell, h0: Tensor | None, c0: Tensor | None, rows: int, B: int, sizes: tuple[int, int]) -> None:
+    """rows are those of all layers and directions, sizes those of h and c."""
     for index, (s, size) in enumerate(zip((h0, c0), sizes, strict=True)):
         if s is not None and s.shape != (rows, B, size):
             name = f"hidden[{index}]" if cell.has_cell_state else "hidden"
@@ -153,14 +182,6 @@ def input_dtype(input: Tensor, weights: Sequence[Tensor]) -> None:
         raise ValueError(
             f"RNN input dtype ({input.dtype}) does not match weight dtype ({weights[0].dtype}). "
             f"Convert input: input.to({weights[0].dtype}), or convert model: model.to({input.dtype})"
-        )
-
-
-def input_size(input: Tensor, weights: Sequence[Tensor]) -> None:
-    """The features of a layer's input."""
-    if weights[0].shape[1] != input.shape[-1]:
-        raise RuntimeError(
-            f"input.size(-1) must be equal to input_size. Expected {weights[0].shape[1]}, got {input.shape[-1]}"
         )
 
 

@@ -44,7 +44,7 @@ BELOW = {
     "sequence": {"dispatch", "packing"},
     "validate": {"cells", "dispatch", "sequence"},
     "stack": {"autograd", "cells"},
-    "fast_path": {"aten", "autograd", "cells", "dispatch", "ops", "stack", "tuning.choice", "validate"},
+    "fast_path": {"aten", "autograd", "cells", "dispatch", "ops", "sequence", "stack", "tuning.choice", "validate"},
     "forward": {
         "aten",
         "autograd",

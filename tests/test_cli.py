@@ -14,9 +14,9 @@ from fusedrnn.cells import CELLS
 
 @pytest.fixture
 def small(monkeypatch):
-    """Two options at one size are enough to see what becomes of an outcome."""
+    """Two options of one cell at one size are enough to see what becomes of an outcome."""
+    monkeypatch.setattr(check, "CELLS", ("lstm",))
     monkeypatch.setattr(check, "_OPTIONS", ({}, {"lengths": True}))
-    monkeypatch.setattr(check, "_OWN_OPTIONS", ({"lengths": True},))
     monkeypatch.setattr(check, "_QUICK_SIZES", ((7, 3, 5, 33),))
 
 

@@ -860,6 +860,22 @@ def test_functional_gru_and_rnn_check_their_own_arguments(function, G):
         function(zeros(5, 2, 3), weights, hidden_size=4)
 
 
+@pytest.mark.parametrize(("function", "G"), [(functional.gru_cell, 3), (functional.rnn_cell, 1)])
+@pytest.mark.usefixtures("grad_mode")
+def test_functional_cells_of_one_state_check_their_own_arguments(function, G):
+    w_ih, w_hh, bias = zeros(G * 4, 3), zeros(G * 4, 4), zeros(G * 4)
+    assert function(zeros(2, 3), None, w_ih, w_hh, bias, bias).shape == (2, 4)
+    for bad, text in (
+        ((w_ih, w_hh, bias, None), "b_ih and b_hh must be given both or not at all"),
+        ((w_ih, w_hh, zeros(1), bias), rf"weights\[2\] must have shape \[{4 * G}\], got \[1\]"),
+        ((w_ih, w_hh, bias, zeros(1)), rf"weights\[3\] must have shape \[{4 * G}\], got \[1\]"),
+        ((w_ih, zeros(5, 4), bias, bias), "must have shape"),
+        ((w_ih[0], w_hh, bias, bias), r"weights\[0\] must be 2-D, got 1-D"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            function(zeros(2, 3), None, *bad)
+
+
 def test_functional_rnn_knows_two_nonlinearities():
     for call in (
         lambda: functional.rnn(zeros(5, 2, 3), [], nonlinearity="sin"),

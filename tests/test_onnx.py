@@ -37,12 +37,15 @@ SCAN = [  # what it cannot
     replace(PLAIN, states=True, hx=False),
     replace(PLAIN, dtype=torch.float16, proj_size=2, bidirectional=True, lengths=True, reset=True, states=True),
 ]
-OTHERS = ["gru", "rnn_tanh", "rnn_relu"]
 NODES = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN", "rnn_relu": "RNN"}
-OTHER_NODES = [replace(case, cell=cell) for cell in OTHERS for case in (LSTM[0], LSTM[2], LSTM[3])]
+OTHER_NODES = [
+    *(replace(case, cell="gru") for case in (LSTM[0], LSTM[2], LSTM[3])),
+    replace(LSTM[3], cell="rnn_tanh"),
+    replace(LSTM[2], cell="rnn_relu"),
+]
 OTHER_SCANS = [
     replace(PLAIN, cell=cell, states=True, reset=True, lengths=True, layers=2, bidirectional=True, dtype=torch.float64)
-    for cell in OTHERS
+    for cell in ("gru", "rnn_relu")
 ]
 EXPORTERS = pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])
 

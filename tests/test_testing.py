@@ -8,6 +8,7 @@ from torch import nn
 
 import fusedrnn
 from fusedrnn import testing
+from fusedrnn.cells import CELLS
 from fusedrnn.testing import Case, InexactError, assert_as_exact_as, excess
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -163,6 +164,7 @@ def test_ids_tell_cases_apart():
     cases += [case(dtype=F16), case(seed=1)]
     assert len({c.id for c in cases}) == len(cases)
     assert case().id == "T6-B4-I3-H5-float32"
+    assert case(cell="gru").id == "gru-T6-B4-I3-H5-float32"
 
 
 def test_inputs_follow_from_the_seed():
@@ -229,6 +231,16 @@ def test_step_by_step_is_nn_lstm(options, packed):
     )
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("cell", ["gru", "rnn_tanh", "rnn_relu"])
+def test_step_by_step_is_torchs_own(cell, packed):
+    for options in ({}, {"layers": 2, "bidirectional": True, "batch_first": True, "bias": False}):
+        whole = case(dtype=F64, packed=packed, cell=cell, **options)
+        found = testing.evaluate(testing._call_stepwise, None, whole)
+        assert_close(found, testing.evaluate(testing.call, None, whole))
+        assert list(found)[:4] == ["y", "hn", "dx", "dh0"]
+
+
 def test_step_by_step_with_reset_starts_anew():
     case = Case(8, 1, 3, 5, dtype=F64, reset=True, seed=2)
     module, inputs = case.module(), case.inputs()
@@ -263,6 +275,18 @@ def test_step_by_step_returns_every_state():
         assert torch.equal(outputs[f"c_l{k}"][:, -1], outputs["cn"][k])
 
 
+def test_cases_of_other_cells():
+    """The default class and its nonlinearity, hx as a tensor, and states without c."""
+    for cell, kind in (("gru", nn.GRU), ("rnn_tanh", nn.RNN), ("rnn_relu", nn.RNN)):
+        some = Case(5, 3, 3, 5, cell=cell, states=True, layers=2)
+        module, inputs = some.module(), some.inputs()
+        assert type(module) is kind
+        assert module.mode == cell.upper()
+        assert inputs.hx.shape == (2, 3, 5)
+        assert list(testing.call_torch(module, some, inputs)) == ["y", "hn", "h_l0", "h_l1"]
+    assert testing.roundoff(F32, CELLS["rnn_tanh"]) < testing.roundoff(F32, CELLS["gru"]) == testing.roundoff(F32)
+
+
 def test_evaluate_names_every_result():
     results = testing.evaluate(testing.call, nn.LSTM, case(bias=False))
     assert list(results) == ["y", "hn", "cn", "dx", "dh0", "dc0", "dweight_ih_l0", "dweight_hh_l0"]
@@ -279,11 +303,14 @@ def test_nudged_inputs_move_the_results_a_little():
 
 @pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (5, 3, 4, 6)], ids=str)
-def test_the_reference_is_as_exact_as_torch_says(sizes, dtype):
-    for seed in range(4):
-        case = Case(*sizes, dtype=dtype, seed=seed, lengths=True, reset=True, states=True, bidirectional=True)
+@pytest.mark.parametrize("cell", CELLS)
+def test_the_reference_is_as_exact_as_torch_says(cell, sizes, dtype):
+    every = {"lengths": True, "reset": True, "states": True, "bidirectional": True}
+    for seed in range(4 if cell == "lstm" else 2):
+        case = Case(*sizes, dtype=dtype, seed=seed, cell=cell, **every)
+        cls = getattr(fusedrnn, testing.LAYERS[cell].__name__)
         with fusedrnn.use_backend("reference"), testing.poisoned():
-            ours = testing.evaluate(testing.call, fusedrnn.LSTM, case)
+            ours = testing.evaluate(testing.call, cls, case)
         answers = testing.answers(case)
         assert ours.keys() == answers.keys()
         for name, answer in answers.items():
