@@ -174,6 +174,7 @@ def test_arithmetic_and_bytes_of_a_cell():
     assert plain.flops == 2 * 10 * 2 * 16 * (3 + 4)
     assert plain.bytes == 4 * (16 * (3 + 4 + 2) + 20 * (3 + 4))
     assert replace(plain, mode="train").flops == 3 * plain.flops
+    assert cell((10, 2, 3, 4), "infer", kind="gru").flops == plain.flops * 3 / 4
     stacked = cell((10, 2, 3, 4, 2, 2), "infer")
     assert stacked.flops == 2 * 20 * 2 * 16 * ((3 + 4) + (8 + 4))
     ragged = cell((10, 2, 3, 4), "infer", variant="packed")
@@ -209,6 +210,36 @@ def test_baselines_compute_what_they_say(name, made):
     if contender.unavailable:
         pytest.skip(contender.unavailable)
     assert verify.worst_error(made, contender, made.case.module(contender.build)) <= 1
+
+
+OTHER_CELLS = [
+    pytest.param(contender, made, id=f"{contender.name}-{made.id}-{made.mode}")
+    for kind in ("gru", "rnn_tanh", "rnn_relu")
+    for contender in contenders.entered(["auto"], ["onnxruntime"], kind)
+    for shape, variant in (((5, 3, 4, 6, 2, 2), "plain"), ((5, 3, 4, 6), "lengths"), ((5, 3, 4, 6), "reset"))
+    for made in (cell(shape, mode, variant=variant, kind=kind) for mode in ("train", "infer"))
+    if contender.unsupported(made) is None
+]
+
+
+@pytest.mark.parametrize(("contender", "made"), OTHER_CELLS)
+def test_layers_of_other_cells(contender, made):
+    if contender.unavailable:
+        pytest.skip(contender.unavailable)
+    assert verify.worst_error(made, contender, made.case.module(contender.build)) <= 1
+
+
+def test_layers_of_other_cells_are_set_against_torchs_own(tmp_path, capsys):
+    arguments = ["--cell", "gru", "--cell", "rnn_tanh", "--shape", "3,2,4,5", "--mode", "infer", "--rounds", "2"]
+    arguments += ["--time-budget", "0", "--backend", "reference", "--baseline", "LSTMCell", "--out", tmp_path]
+    assert bench(*arguments) == 0
+    found = [(row.contender, row.case) for row in rows_of(tmp_path)]
+    gru, rnn = "gru-T3-B2-I4-H5-float32", "rnn_tanh-T3-B2-I4-H5-float32"
+    ours = OURS + "reference"
+    assert found == [("nn.GRU", gru), (ours, gru), ("nn.RNN", rnn), (ours, rnn)]
+    assert all(row.ratio for row in rows_of(tmp_path))
+    assert "geometric mean of the ratios to nn.GRU, nn.RNN:" in capsys.readouterr().out
+    assert "nn.LSTM" not in (tmp_path / "report.md").read_text()
 
 
 def test_baselines_refuse_what_they_cannot_do():

@@ -92,6 +92,10 @@ def measured(keys, tmp_path=None, behaviour=None, **changes):
         Key("float32", False, 1, 2, 4, 8),
         Key("float32", False, 1, 2, 4, 8, step=True),
         Key("float32", True, 1, 2, 4, 8, step=True),
+        Key("float32", True, 3, 2, 4, 8, 2, 2, cell="gru"),
+        Key("bfloat16", False, 3, 2, 4, 8, packed=True, cell="rnn_relu"),
+        Key("float32", True, 1, 2, 4, 8, step=True, cell="gru"),
+        Key("float32", False, 1, 2, 4, 8, step=True, cell="rnn_relu"),
     ],
     ids=lambda key: key.label,
 )
@@ -353,7 +357,6 @@ def test_a_program_writes_a_profile_and_goes_on_with_it(tmp_path, here):
     ("model", "options", "error", "message"),
     [
         (nn.Linear(4, 4), {}, ValueError, "no LSTM, GRU or RNN of the model"),
-        (nn.GRU(4, 4), {}, RuntimeError, "there is nothing to measure: only torch's own"),
         (nn.LSTM(4, 4), {"modes": ["fast"]}, ValueError, "modes must be of"),
         (print, {}, TypeError, "model must be a torch.nn.Module"),
     ],
