@@ -15,6 +15,11 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
+
+# Read when torch is loaded. Threads that spin while they wait keep their cores from the other process with tests: what
+# computes on two threads then takes five times as long.
+os.environ["OMP_WAIT_POLICY"] = "passive"
+
 import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence

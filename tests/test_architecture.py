@@ -179,7 +179,7 @@ def test_benchmarks_use_what_users_and_checks_use(path):
     found = siblings(path.read_text(), "fusedrnn.benchmarks")
     # Of the kernels only the planners, which are arithmetic: what they predict is compared with what was measured. On a
     # GPU launches are timed by themselves, and libraries looked at.
-    below = {"gpu", "ops"} if path.stem in ("smoke", "session") else set()
+    below = {"gpu", "ops", "sources"} if path.stem in ("smoke", "session") else set()
     assert found <= {"__init__", "benchmarks", "cells", "dispatch", "testing", "kernels", "cuda_plan", "cuda", *below}
     planner = {name for name in imported(path.read_text(), "fusedrnn.benchmarks") if "fusedrnn.kernels" in name}
     assert planner <= {"fusedrnn.kernels", "fusedrnn.kernels.device", "fusedrnn.kernels.plan"}
