@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
@@ -86,7 +85,16 @@ def gru(
     input: Tensor,
     weights: Sequence[Tensor],
     hx: Tensor | None = None,
-    **options: Any,
+    *,
+    num_layers: int = 1,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+    return_states: bool = False,
 ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, RNNStates]:
     """A stack of GRU layers over whole sequences (equations: torch.nn.GRU, fusedrnn/cells/gru.py).
 
@@ -95,8 +103,8 @@ def gru(
         weights: the tensors of nn.GRU's state_dict in its order: for each layer and direction w_ih [3H, I or D*H],
             w_hh [3H, H], then b_ih [3H] and b_hh [3H] if there are biases; gates in the order r, z, n.
         hx: h0 [L*D, B, H], without B for unbatched input, or None for zeros. A tensor, no tuple: there is no c0.
-        options: num_layers, batch_first, dropout, training, bidirectional, batch_sizes, lengths, reset and
-            return_states, as of `lstm`.
+        num_layers, batch_first, dropout, training, bidirectional, batch_sizes, lengths, reset, return_states: as of
+            `lstm`.
 
     Returns:
         output [T, B, D*H] (or as input is laid out) and h_n [L*D, B, H]; with return_states an `RNNStates` as well.
@@ -105,7 +113,21 @@ def gru(
         TypeError: an argument is not of its type. If that is hx, the error is an AttributeError too, as nn.GRU's is.
         ValueError, RuntimeError, NotImplementedError: as `lstm`; with the wording of nn.GRU.
     """
-    return forward.layers(GRU, input, weights, hx, **options)
+    return forward.layers(
+        GRU,
+        input,
+        weights,
+        hx,
+        num_layers,
+        batch_first,
+        dropout,
+        training,
+        bidirectional,
+        batch_sizes,
+        lengths,
+        reset,
+        return_states,
+    )
 
 
 def rnn(
@@ -114,7 +136,15 @@ def rnn(
     hx: Tensor | None = None,
     *,
     nonlinearity: str = "tanh",
-    **options: Any,
+    num_layers: int = 1,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+    return_states: bool = False,
 ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, RNNStates]:
     """A stack of plain recurrent layers over whole sequences (equations: torch.nn.RNN, fusedrnn/cells/rnn.py).
 
@@ -124,7 +154,8 @@ def rnn(
             w_hh [H, H], then b_ih [H] and b_hh [H] if there are biases.
         hx: h0 [L*D, B, H], without B for unbatched input, or None for zeros. A tensor, no tuple: there is no c0.
         nonlinearity: "tanh" or "relu".
-        options: as of `gru`.
+        num_layers, batch_first, dropout, training, bidirectional, batch_sizes, lengths, reset, return_states: as of
+            `lstm`.
 
     Returns:
         output [T, B, D*H] (or as input is laid out) and h_n [L*D, B, H]; with return_states an `RNNStates` as well.
@@ -133,7 +164,21 @@ def rnn(
         TypeError: an argument is not of its type. If that is hx, the error is an AttributeError too, as nn.RNN's is.
         ValueError, RuntimeError, NotImplementedError: as `lstm`; with the wording of nn.RNN.
     """
-    return forward.layers(_rnn(nonlinearity), input, weights, hx, **options)
+    return forward.layers(
+        _rnn(nonlinearity),
+        input,
+        weights,
+        hx,
+        num_layers,
+        batch_first,
+        dropout,
+        training,
+        bidirectional,
+        batch_sizes,
+        lengths,
+        reset,
+        return_states,
+    )
 
 
 def lstm_cell(
