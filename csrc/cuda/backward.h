@@ -6,9 +6,9 @@
 // steps at once and not part of this: the launch leaves da for them.
 //
 // Blocks exchange da, gathering it, and hold the rows of w_hh^T that give dh of their own units: the forward's exchange
-// and product with another K, and a result that is the same whatever the plan but for the order of K. The other way
-// round, which scatter.h has inside of clusters, blocks exchange partial sums of dh: a block receives H numbers of 32
-// bits for each batch row in the place of 4 H of the storage dtype.
+// and product with another K, and a result that is the same whatever the plan but for the order of K. In a cluster
+// this is for layers with a projection; others exchange partial sums of dh there, H numbers of 32 bits for each batch
+// row in the place of 4 H of the storage dtype: scatter.h.
 //
 // Grid and groups: as in forward.h. A block owns 16 * plan.tiles hidden units, a warp a tile of 16 and a part of K,
 // which is 4H here; a lane ends with dh of two units for two batch rows of each column tile. With a projection, the

@@ -100,6 +100,11 @@ FUSEDRNN_BOTH constexpr int register_blocks(Exchange exchange, Pass pass, Stage 
 
 FUSEDRNN_BOTH constexpr bool is_cluster(const Plan& plan) {
   return plan.exchange == Exchange::kCluster || plan.exchange == Exchange::kScatter;
+// Whether the blocks of a group gather an operand, h or da. In a cluster the backward without a projection does not:
+// of what it could exchange da is never the less, and kScatter takes its place.
+FUSEDRNN_BOTH constexpr bool gathers(Pass pass, Exchange exchange, bool projected) {
+  return exchange != Exchange::kScatter && (exchange != Exchange::kCluster || pass == Pass::kForward || projected);
+}
 }
 
 // Of kScatter. splits: warps for each tile of 16 units that a block owns.
@@ -233,8 +238,8 @@ FUSEDRNN_BOTH constexpr int kept_numbers(Pass pass, int rows, bool projected) {
   return rows / kColumns * (pass == Pass::kBackward ? 8 : projected ? 6 : 4);
 }
 
-// Whether the forward copies xg ahead and stores its outputs 16 bytes at a time. In float64 it would take too many
-// registers.
+// Whether what a step takes beside the operand is copied ahead, and what it leaves is stored 16 bytes at a time: of the
+// forward and of a backward that gathers. In float64 it would take too many registers.
 FUSEDRNN_BOTH constexpr bool moves_in_runs(Exchange exchange, Math math, bool projected) {
   return exchange != Exchange::kParts && math != Math::kFloat64 && !projected;
 }
@@ -405,3 +410,4 @@ FUSEDRNN_BOTH constexpr const char* invalid(Pass pass, const Sizes& sizes, const
 }
 
 }  // namespace fusedrnn::cuda
+  if (!gathers(pass, plan.exchange, sizes.projected != 0)) return "without a projection, a cluster scatters";

@@ -133,11 +133,11 @@ def test_plans(layer, kit, exchange, math, options, H, projected):
 @pytest.mark.parametrize("math", WIDE)
 def test_more_k_blocks_than_registers(layer, host, kit, exchange, math, rows, shared_blocks):
     problem = kit.Problem(2, 2, 170 if math == "tf32" else 330)
-    plan = kit.Plan(exchange, math, tiles=4, rows=rows, shared_blocks=shared_blocks)
-    for direction in (kit.FORWARD, kit.BACKWARD):
+    one = layer(problem, kit.Plan(exchange, math, tiles=4, rows=rows, shared_blocks=shared_blocks))
+    for direction, plan in ((kit.FORWARD, one.plan), (kit.BACKWARD, one.backward_plan)):
         needs, _ = host.needs(direction, problem.sizes, host.struct(plan, direction, problem.H, problem.B))
         assert needs.streamed[0] > 0
-    layer(problem, plan).check()
+    one.check()
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -233,11 +233,15 @@ def test_inference_writes_no_more_than_outputs(layer, kit, exchange, math):
 
 
 def test_plans_give_the_same_bits(layer, kit, exchange, math):
-    """Groups, blocks, rows and where the weights lie do not change the order of any sum; only splits of K do."""
+    """Groups, blocks, rows and where the weights lie do not change the order of any sum; only splits of K do, and the
+    blocks of the backward in a cluster."""
     problem = kit.Problem(3, 9, 40, D=2)
     first, *others = (
-        layer(problem, kit.Plan(exchange, math, **options)).all()
-        for options in ({}, {"tiles": 3}, {"rows": rows_of(math)}, {"groups": 1}, {"tiles": 2, "shared_blocks": 3})
+        one.forward()[0] if exchange == "cluster" else one.all()
+        for one in (
+            layer(problem, kit.Plan(exchange, math, **options))
+            for options in ({}, {"tiles": 3}, {"rows": rows_of(math)}, {"groups": 1}, {"tiles": 2, "shared_blocks": 3})
+        )
     )
     for other in others:
         assert all(torch.equal(first[name], other[name]) for name in first)
@@ -386,10 +390,17 @@ def caught(one, direction, name, expected):
     return None
 
 
-@pytest.mark.parametrize("proj", [0, 17], ids=["", "projected"])
-@pytest.mark.parametrize(
-    ("direction", "inputs"), [("forward", False), ("forward", True), ("backward", False)], ids=lambda part: str(part)
-)
+# A cluster scatters in the backward without a projection, which has a test of its own.
+REMOVALS = [
+    (exchange, direction, inputs, proj)
+    for exchange in EXCHANGES
+    for direction, inputs in (("forward", False), ("forward", True), ("backward", False))
+    for proj in (0, 17)
+    if (exchange, direction, proj) != ("cluster", "backward", 0)
+]
+
+
+@pytest.mark.parametrize(("exchange", "direction", "inputs", "proj"), REMOVALS)
 def test_no_synchronisation_can_be_left_out(layer, kit, exchange, direction, inputs, proj):
     """The test of the tests: each is removed in turn, and that has to be noticed. So none is redundant either."""
     problem = kit.Problem(**{**RACE, "B": 20}, proj=proj, I=37)
@@ -498,14 +509,15 @@ def test_invalid_plans(host, kit, sizes, options, why):
     ],
     ids=str,
 )
-def test_invalid_plans_of_scatter(host, kit, sizes, options, why):
+def test_invalid_plans_of_the_backward_in_a_cluster(host, kit, sizes, options, why):
     sizes = {"T": 3, "B": 4, "H": 40, "P": 40, "D": 1, **sizes}
-    plan = host.struct(kit.Plan("scatter", **options), kit.BACKWARD, sizes["H"], sizes["B"])
+    plan = host.struct(kit.Plan(**{"exchange": "scatter", **options}), kit.BACKWARD, sizes["H"], sizes["B"])
     assert why in host.needs(kit.BACKWARD, kit.Sizes(**sizes), plan)[1]
 
 
 def test_needs(host, kit):
     """Sizes worked out by hand: bfloat16, H 512, a cluster of 8 blocks of 8 tiles, 8 rows."""
+        ({}, {"exchange": "cluster", "tiles": 2, "splits": 4}, "without a projection, a cluster scatters"),
     sizes = kit.Sizes(T=9, B=16, H=512, P=512, D=2)
     plan = host.struct(kit.Plan("cluster", "bf16", tiles=8, rows=8, shared_blocks=9), kit.FORWARD, 512, 16)
     needs, why = host.needs(kit.FORWARD, sizes, plan)
