@@ -24,9 +24,14 @@ def shapes():
 
 
 def fits_whole(kernel, shape, device):
-    """Whether a slice of 8 rows of the operands has room, with something to spare for what goes with it."""
-    operands = sum(p.stride for p in planner.products(kernel, shape, planner.math_of(shape)).values())
-    return 8 * operands + 16 * 1024 <= device.shared and 8 * 8 * device.multiprocessors // shape.D >= shape.H
+    """Whether a slice of 8 rows of the operands has room, with something to spare for what goes with it, and with what
+    each of the fewest warps has on its way: four K blocks of weights, and three steps of a tile."""
+    products = planner.products(kernel, shape, planner.math_of(shape)).values()
+    operands, weights = sum(p.stride for p in products), sum(4 * p.fragment for p in products)
+    warps = cdiv(max(p.tiles for p in products), device.multiprocessors // shape.D)
+    steps = 3 * 8 * (7 if kernel == "backward" else 5) * 16 * max(4, shape.itemsize)
+    spare = 16 * 1024 + warps * (weights + steps)
+    return 8 * operands + spare <= device.shared and 8 * 8 * device.multiprocessors // shape.D >= shape.H
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
