@@ -234,12 +234,8 @@ def register_blocks(exchange: str, kernel: str, stage: int, math: str, rows: int
     if projected:
         return 5 if forward else 8
     if forward:
-        if math == "tf32":
-            return 5 if rows == _COLUMNS else 3
-        return 2 if rows > _COLUMNS else 6
-    if math == "tf32":
-        return 1 if rows > _COLUMNS else 12
-    return 3 if rows > _COLUMNS else 10
+        return 2 if rows > _COLUMNS else 5 if math == "tf32" else 6
+    return 10 if rows == _COLUMNS else 1 if math == "tf32" else 3
 
 
 # Of "scatter".
@@ -534,11 +530,11 @@ PATHS = {
     "backward, loaded": Path(2400, 3000, 60, 113, 130, 1700),  # in float64, with a projection and in parts
     "scatter": Path(610, 230, 20, 150, 200, 300),
 }
-_L2_LATENCY = 600  # clocks until a copy out of L2 is there, which others use as well: a guess
+_L2_LATENCY = 280  # clocks until a copy out of L2 is there, where nobody else takes its bandwidth
 _PROJECTED = 800  # more clocks behind what is sent, with a projection
-_COPIED_ROW = 140  # clocks to copy 32 quads of a row of the operand out of L2
+_COPIED_ROW = 35  # clocks to copy 32 quads of a row of the operand out of L2
 _ROW_OF_X, _X = 230, 350  # clocks to copy as many quads of a row of x, and to wait for x
-_TWO_PARTS, _PART = 130, 110  # clocks of a sum of two parts of K, and for each of more
+_TWO_PARTS, _PART = 130, 60  # clocks of a sum of two parts of K, and for each of more
 _PACK, _GEMM = 3.0, 6.0  # microseconds of a launch before the launch: for one kind of weights, and for one direction
 
 

@@ -97,8 +97,9 @@ FUSEDRNN_BOTH constexpr int register_blocks(Exchange exchange, Pass pass, Stage 
   if (stage == Stage::kProjection) return 1;
   if (math == Math::kFloat32) return 2;
   if (projected) return forward ? 5 : 8;
-  if (forward) return math == Math::kTf32 ? (narrow ? 5 : 3) : narrow ? 6 : 2;
-  return math == Math::kTf32 ? (narrow ? 12 : 1) : narrow ? 10 : 3;
+  const bool tf32 = math == Math::kTf32;
+  if (forward) return !narrow ? 2 : tf32 ? 5 : 6;
+  return narrow ? 10 : tf32 ? 1 : 3;
 }
 
 // Whether the blocks of a group gather an operand, h or da. In a cluster the backward without a projection does not:
