@@ -148,6 +148,7 @@ RECURRENT, PROJECTION, INPUT = range(3)  # the stages of a step: with w_hh, w_hr
 _QUAD = 16  # bytes that are loaded at a time
 _K_BLOCK = 64  # bytes of an operand's row
 _COLUMNS = 8  # batch rows of a matrix instruction
+_STREAM_AHEAD, _STREAM_SLOTS = 3, 4  # K blocks of streamed weights on their way to a warp, and of its ring
 _OUTPUTS = 16  # of a tile of the projection
 _MOST_WARPS = 8
 _MOST_HIDDEN = 1 << 20
@@ -233,10 +234,8 @@ def register_blocks(exchange: str, kernel: str, stage: int, math: str, rows: int
     if projected:
         return 5 if forward else 8
     if forward:
-        if math == "tf32":
-            return 5 if rows == _COLUMNS else 3
-        return 4 if rows > _COLUMNS else 6 if exchange == "grid" else 7
-    return 4 if rows > _COLUMNS else 12 if math == "tf32" else 10
+        return 2 if rows > _COLUMNS else 5 if math == "tf32" else 6
+    return 10 if rows == _COLUMNS else 1 if math == "tf32" else 3
 
 
 # Of "scatter".
@@ -264,20 +263,26 @@ def scatter_outputs(shape: Shape, plan: Plan) -> tuple[int, int]:
     """Tiles of dh that a warp multiplies, and how many of which it has the weights in registers."""
     blocks = 8 if plan.math == "fp32" else 0
     if plan.math in _ON_MATRIX_UNIT:
-        wide = 0 if plan.math == "tf32" else 8
+        wide = 0 if plan.math == "tf32" or plan.tiles > 2 else 8
         blocks = wide if plan.rows > _COLUMNS else 16 if plan.tiles <= 2 else 12
     return cdiv(cdiv(shape.H, 16), plan.tiles * plan.splits), min(4, blocks // scatter_blocks(plan))
 
 
 def _needs_of_scatter(shape: Shape, plan: Plan) -> Needs:
     p = products("backward", shape, plan.math)[RECURRENT]
-    blocks, columns, size = scatter_blocks(plan), plan.rows // _COLUMNS, _STORAGE[plan.math]
+    blocks, columns = scatter_blocks(plan), plan.rows // _COLUMNS
     shared = plan.tiles * plan.splits * plan.shared_blocks * p.fragment + 2 * plan.rows * _stride(blocks)
     shared += 2 * plan.blocks * plan.tiles * columns * 128 * (8 if plan.math == "fp64" else 4)
-    shared += _STEPS_COPIED * plan.rows * (_COPIED_ARRAYS * 16 * plan.tiles * size + _QUAD) + 16
+    shared += _STEPS_COPIED * plan.rows * _copied_row(16 * plan.tiles, plan.math) + 16
     outputs, in_registers = scatter_outputs(shape, plan)
     streamed = max(0, outputs - in_registers - plan.shared_blocks // blocks) * blocks
+    shared += _ring(plan, p) if streamed else 0
     return Needs(shared, 0, 0, (shape.D * p.tiles * p.blocks * p.fragment, 0, 0), (streamed, 0, 0))
+
+
+def _ring(plan: Plan, p: Product) -> int:
+    """Bytes of the rings of a block, through which weights are streamed."""
+    return _STREAM_SLOTS * plan.tiles * plan.splits * p.fragment
 
 
 def turns(tiles: int, plan: Plan) -> int:
@@ -285,8 +290,15 @@ def turns(tiles: int, plan: Plan) -> int:
     return cdiv(tiles, plan.blocks * plan.tiles)
 
 
-def _step_bytes(math: str) -> int:
-    """Of a tile and eight rows of the forward: three steps of xg, and one of what is stored."""
+def _copied_row(units: int, math: str) -> int:
+    """Of the backward: bytes of what a step takes of so many units and a row."""
+    return _COPIED_ARRAYS * units * _STORAGE[math] + _QUAD
+
+
+def _step_bytes(kernel: str, math: str) -> int:
+    """Of a tile and eight rows: three steps of xg, and one of what is stored; or three of what the backward takes."""
+    if kernel == "backward":
+        return _COLUMNS * 3 * _copied_row(16, math)
     return _COLUMNS * (3 * (4 * 8 * 4 + 16) + 6 * 8 * _STORAGE[math] + 16)
 
 
@@ -298,8 +310,8 @@ def needs(kernel: str, shape: Shape, plan: Plan) -> Needs:
     exchanges = 2 if shape.projected else 1
     compute = 8 if plan.math == "fp64" else 4
     shared = warps * _COLUMNS * max(p.chunk for p in stages.values()) + 16 * exchanges
-    if kernel == "forward" and plan.exchange != "parts" and plan.math != "fp64" and not shape.projected:
-        shared += plan.tiles * (plan.rows // _COLUMNS) * _step_bytes(plan.math)
+    if plan.exchange != "parts" and plan.math != "fp64" and not shape.projected:
+        shared += plan.tiles * (plan.rows // _COLUMNS) * _step_bytes(kernel, plan.math)
     exchanged, packed, streamed = 0, [0, 0, 0], [0, 0, 0]
     for k, p in stages.items():
         buffers = 2 if plan.exchange != "grid" or k == INPUT else 1
@@ -312,6 +324,7 @@ def needs(kernel: str, shape: Shape, plan: Plan) -> Needs:
         packed[k] = shape.D * p.tiles * p.blocks * p.fragment
         resident = register_blocks(plan.exchange, kernel, k, plan.math, plan.rows, shape.projected) + plan.kept[k]
         streamed[k] = max(0, cdiv(p.blocks, plan.splits) - resident)
+        shared += _ring(plan, p) if streamed[k] else 0
     launched = shape.D * plan.groups * plan.blocks
     flags = 0 if plan.exchange == "cluster" else exchanges * launched
     if plan.exchange == "parts":
@@ -466,16 +479,23 @@ def _fitted(kernel: str, shape: Shape, device: Device, bare: Plan, occupancy: Oc
     stages, alone = products(kernel, shape, bare.math, bare.inputs), needs(kernel, shape, bare)
     if bare.exchange == "cluster" and any(bare.rows * p.row >= _MOST_COUNTED for k, p in stages.items() if k != INPUT):
         return None
-    free = device.shared - alone.shared
+    # What is not streamed needs no ring: first without, for all weights, then with what is left beside the rings.
+    rings = {k: _ring(bare, p) if alone.streamed[k] else 0 for k, p in stages.items()}
+    free = device.shared - alone.shared + sum(rings.values())
+    kept = [0, 0, 0]
+    for k, p in stages.items():
+        bytes_of_one = bare.tiles * bare.splits * p.fragment
+        step = scatter_blocks(bare) if bare.exchange == "scatter" else 1  # K blocks, of whole tiles
+        later = sum(ring for j, ring in rings.items() if j > k)
+        wanted = cdiv(alone.streamed[k], step) * step if bare.exchange != "parts" else 0
+        if wanted and wanted * bytes_of_one + later <= free:
+            kept[k] = wanted
+        else:
+            free -= rings[k]
+            kept[k] = min(wanted, max(0, free - later) // bytes_of_one) // step * step
+        free -= kept[k] * bytes_of_one
     if free < 0:
         return None
-    kept = [0, 0, 0]
-    for k, p in stages.items() if bare.exchange != "parts" else ():
-        bytes_of_one = bare.tiles * bare.splits * p.fragment
-        kept[k] = min(alone.streamed[k], free // bytes_of_one)
-        if bare.exchange == "scatter":  # of whole tiles
-            kept[k] -= kept[k] % scatter_blocks(bare)
-        free -= kept[k] * bytes_of_one
     plan = replace(bare, shared_blocks=kept[0], shared_projection_blocks=kept[1], shared_input_blocks=kept[2])
     taken = needs(kernel, shape, plan)
     plan = replace(plan, shared=taken.shared, streamed=sum(taken.streamed))
@@ -499,20 +519,31 @@ class Path(NamedTuple):
     before: float  # from what was received to the last that is sent, without the product
     after: float  # from there to the wait for what others send
     block: float  # of the product, for a K block whose weights lie in registers
-    shared_block: float  # and for one whose weights lie in shared memory
+    shared_block: float  # for one whose weights lie in shared memory
+    streamed_block: float  # and for one whose weights are streamed, with copying another one
     instructions: float
 
 
 PATHS = {
-    "forward": Path(730, 850, 46, 113, 550),
-    "backward": Path(2400, 3000, 60, 113, 1700),
-    "scatter": Path(610, 270, 20, 170, 400),
+    "forward": Path(590, 590, 46, 113, 130, 370),
+    "backward": Path(1060, 230, 25, 113, 130, 700),
+    "backward, loaded": Path(2400, 3000, 60, 113, 130, 1700),  # in float64, with a projection and in parts
+    "scatter": Path(610, 230, 20, 150, 200, 300),
 }
+_L2_LATENCY = 280  # clocks until a copy out of L2 is there, where nobody else takes its bandwidth
 _PROJECTED = 800  # more clocks behind what is sent, with a projection
-_COPIED_ROW = 140  # clocks to copy 32 quads of a row of the operand out of L2
+_COPIED_ROW = 35  # clocks to copy 32 quads of a row of the operand out of L2
 _ROW_OF_X, _X = 230, 350  # clocks to copy as many quads of a row of x, and to wait for x
-_TWO_PARTS, _PART = 130, 110  # clocks of a sum of two parts of K, and for each of more
+_TWO_PARTS, _PART = 130, 60  # clocks of a sum of two parts of K, and for each of more
 _PACK, _GEMM = 3.0, 6.0  # microseconds of a launch before the launch: for one kind of weights, and for one direction
+
+
+def _path(kernel: str, shape: Shape, p: Plan) -> str:
+    """Which of PATHS is that of a plan."""
+    if kernel == "forward":
+        return kernel
+    loaded = shape.projected or p.exchange == "parts" or p.math == "fp64"
+    return "scatter" if p.exchange == "scatter" else "backward, loaded" if loaded else kernel
 
 
 def _predicted(kernel: str, shape: Shape, device: Device, p: Plan) -> Plan:
@@ -522,7 +553,7 @@ def _predicted(kernel: str, shape: Shape, device: Device, p: Plan) -> Plan:
     running = min(shape.D * p.groups, p.at_once)
     crowd = cdiv(running * p.blocks, device.multiprocessors)  # blocks that share a multiprocessor
     l2 = min(_L2_PER_CLOCK * clocks, device.l2 / min(running * p.blocks, device.multiprocessors))
-    columns, path = p.rows // _COLUMNS, PATHS["scatter" if p.exchange == "scatter" else kernel]
+    columns, path = p.rows // _COLUMNS, PATHS[_path(kernel, shape, p)]
     rate = {"fp32": costs.single, "fp64": costs.double, "tf32": costs.half / 2}.get(p.math, costs.half)
     stages = products(kernel, shape, p.math, p.inputs)
 
@@ -540,8 +571,9 @@ def _predicted(kernel: str, shape: Shape, device: Device, p: Plan) -> Plan:
         from_shared = warps * (operands * p.rows * _K_BLOCK + min(p.kept[k], block) * of.fragment)
         from_l2 = warps * taken.streamed[k] * of.fragment
         from_l2 += p.rows * of.row if k == INPUT or p.exchange == "parts" else 0
-        in_shared = min(p.kept[k], block) if k != INPUT else block
-        latency = (block - in_shared) * path.block + in_shared * path.shared_block
+        in_shared, streamed = min(p.kept[k], block), taken.streamed[k]
+        latency = (block - in_shared - streamed) * path.block + in_shared * path.shared_block
+        latency += streamed * max(path.streamed_block, _L2_LATENCY / _STREAM_AHEAD)
         other = max(
             crowd * from_shared / (_SHARED_PER_CLOCK * clocks),
             crowd * from_l2 / l2,

@@ -6,24 +6,24 @@
 // steps at once and not part of this: the launch leaves da for them.
 //
 // Blocks exchange da, gathering it, and hold the rows of w_hh^T that give dh of their own units: the forward's exchange
-// and product with another K, and a result that is the same whatever the plan but for the order of K. The other way
-// round, which scatter.h has inside of clusters, blocks exchange partial sums of dh: a block receives H numbers of 32
-// bits for each batch row in the place of 4 H of the storage dtype.
+// and product with another K, and a result that is the same whatever the plan but for the order of K. In a cluster
+// this is for layers with a projection; others exchange partial sums of dh there, H numbers of 32 bits for each batch
+// row in the place of 4 H of the storage dtype: scatter.h.
 //
 // Grid and groups: as in forward.h. A block owns 16 * plan.tiles hidden units, a warp a tile of 16 and a part of K,
 // which is 4H here; a lane ends with dh of two units for two batch rows of each column tile. With a projection, the
 // first warps of the group own a tile of 16 numbers of h as well, and da_{t+1} @ w_hh is for these. Registers: the
-// first K blocks of the warp's weights, dh and dc of the lane's units, and the gates, c, dy and dc of the next step,
-// loaded before the wait for da, in 16 bits as they are stored. Shared memory: further weights, da of all units for the
-// rows of the slice, partial sums of split K, and what is about to be sent. K is in the order of the tiles: 8 units of
-// gate i, of f, of g, of o, and on with the next 8 units. Synchronisation: one exchange of da per step inside a group,
-// with a projection one of dh as well; and, where K is split, one barrier of the warps of a tile. Limits: as in
-// forward.h, with da, which is four times h. In parts there is none here either: in a step, the tiles take turns to
-// send dh, where there is a projection, to get da and send it, and to get dh from da.
+// first K blocks of the warp's weights, dh and dc of the lane's units. Shared memory: further weights, da of all units
+// for the rows of the slice, partial sums of split K, what is about to be sent, and for each tile the gates, c, dy and
+// dc of three steps, copied asynchronously (backward_inputs.h; in float64, with a projection and in parts, they are
+// loaded before the wait for da). K is in the order of the tiles: 8 units of gate i, of f, of g, of o, and on with the
+// next 8 units. Synchronisation: one exchange of da per step inside a group, with a projection one of dh as well; and,
+// where K is split, one barrier of the warps of a tile. Limits: as in forward.h, with da, which is four times h. In
+// parts there is none here either: in a step, the tiles take turns to send dh, where there is a projection, to get da
+// and send it, and to get dh from da.
 #pragma once
 
-#include <type_traits>
-
+#include "backward_inputs.h"
 #include "exchange.h"
 #include "geometry.h"
 #include "turns.h"
@@ -51,19 +51,19 @@ class Backward {
   static_assert(kUnits == kTileOutputs && kUnits == 8 * kSegments);  // a lane's units and numbers of h have one index
   static constexpr int kRows = kColumnTiles * kColumns;
   template <Stage kStage>
-  using Multiplier =
-      WarpProduct<M, kSegments, kColumnTiles,
-                  register_blocks(Channel::kExchange, kPass, kStage, kMath, kRows, kProjected), Channel::kInParts>;
+  using Multiplier = WarpProduct<M, kSegments, kColumnTiles,
+                                 register_blocks(Channel::kExchange, kPass, kStage, kMath, kRows, kProjected),
+                                 Channel::kInParts, kProjected ? 1 : 2>;
   using Recurrent = Multiplier<Stage::kRecurrent>;
   using Projection = Multiplier<Stage::kProjection>;
-  // What a step needs of a cell is held as it is stored, and converted when the step comes, where registers allow it: a
-  // conversion waits for each number where it is loaded.
-  static constexpr bool kRaw = sizeof(S) == 2 && kColumnTiles == 1 && !kProjected && !Channel::kInParts;
-  using Held = std::conditional_t<kRaw, S, A>;
+  // Whether what a step needs is copied ahead, and da is stored 16 bytes at a time.
+  static constexpr bool kInRuns = moves_in_runs(Channel::kExchange, kMath, kProjected);
+  using Inputs = BackwardInputs<M, kUnits, kColumns, kWarp>;
+  using Stores = GradientStores<M, kUnits, kColumns, kWarp>;
+  static constexpr int kChunkBytes = kUnits * kGates * static_cast<int>(sizeof(S));  // of da of a tile and a row
   // Zero where the step does not exist, and then so is da.
-  template <class Number>
   struct Numbers {
-    Number gates[kGates], c, c_in, dy, dc;
+    A gates[kGates], c, c_in, dy, dc;
   };
   using Results = A[kColumnTiles][kSegments][2];
   static constexpr int kKeptOfDh = kColumnTiles * kSegments * 2;
@@ -75,6 +75,7 @@ class Backward {
         da_channel_(channel(p, role, Stage::kRecurrent, shared, layout)),
         dh_channel_(channel(p, role, Stage::kProjection, shared, layout)),
         staging_(reinterpret_cast<S*>(shared + layout.staging + role.warp * layout.warp_staging)),
+        steps_(shared + layout.steps + role.local_tile * kColumnTiles * step_bytes(kPass, kMath)),
         direction_(p.sizes, p.sequence, role.direction) {
     take_tile();
     in_units_ = Channel::kIdleWarpsTakePart ? role.rank < blocks_with(unit_tiles(), p.plan) : has_units_;
@@ -110,9 +111,9 @@ class Backward {
     if constexpr (Channel::kInParts) {
       slices_in_turns(shared, layout);
     } else {
-      const Recurrent recurrent = recurrent_product(shared, layout);
+      Recurrent recurrent = recurrent_product(shared, layout);
       if constexpr (kProjected) {
-        const Projection projection = projection_product(shared, layout);
+        Projection projection = projection_product(shared, layout);
         slices(recurrent, &projection);
       } else {
         slices(recurrent, nullptr);
@@ -123,11 +124,11 @@ class Backward {
   // Of the tile that the role has now.
   FUSEDRNN_DEVICE Recurrent recurrent_product(char* shared, const SharedLayout& layout) const {
     return Recurrent(role_, p_.plan, product_of(p_, Stage::kRecurrent), p_.w_hh, p_.plan.shared_blocks,
-                     shared + layout.weights[0], shared + layout.partial[0]);
+                     shared + layout.weights[0], shared + layout.rings[0], shared + layout.partial[0]);
   }
   FUSEDRNN_DEVICE Projection projection_product(char* shared, const SharedLayout& layout) const {
     return Projection(role_, p_.plan, product_of(p_, Stage::kProjection), p_.w_hr, p_.plan.shared_projection_blocks,
-                      shared + layout.weights[1], shared + layout.partial[1]);
+                      shared + layout.weights[1], shared + layout.rings[1], shared + layout.partial[1]);
   }
 
   // f(b) for the first batch row of every slice of the group.
@@ -139,23 +140,20 @@ class Backward {
     }
   }
 
-  FUSEDRNN_DEVICE void slices(const Recurrent& recurrent, const Projection* projection) {
+  FUSEDRNN_DEVICE void slices(Recurrent& recurrent, Projection* projection) {
     for_each_slice([&](int64_t b) {
       start(b);
-      load(p_.sizes.T - 1);
+      if constexpr (kInRuns) {
+        start_runs(b);
+      } else {
+        load(p_.sizes.T - 1);
+      }
       FUSEDRNN_NO_UNROLL for (int64_t n = p_.sizes.T - 1; n >= 0; --n) {
-        next_step();
-        Results dm;
-        if constexpr (kProjected) {
-          project(*projection, n, dm);
+        if constexpr (kInRuns) {
+          step_in_runs(n);
         } else {
-          add_dy(dm);
+          step(projection, n);
         }
-        cells(dm);
-        send_da();
-        da_channel_.announce();
-        store(n);
-        load(n - 1);
         if (!in_outputs_) continue;
         const char* operand = da_channel_.receive();
         if (!has_outputs_) continue;
@@ -165,6 +163,105 @@ class Backward {
       }
       finish();
     });
+  }
+
+  // From dh to da, which is sent.
+  FUSEDRNN_DEVICE void step(Projection* projection, int64_t n) {
+    next_step();
+    Results dm;
+    if constexpr (kProjected) {
+      project(*projection, n, dm);
+    } else {
+      add_dy(dm);
+    }
+    cells(dm);
+    send_da();
+    da_channel_.announce();
+    store(n);
+    load(n - 1);
+  }
+
+  // ---- The same of what is copied ahead, each column tile by the warp that owns it.
+
+  // From the last step of a slice on.
+  FUSEDRNN_DEVICE void start_runs(int64_t first_row) {
+    const int64_t unit = has_units_ ? role_.tile * kUnits : p_.sizes.H;
+    FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
+      const int64_t row = role_.owns(n) ? first_row + n * kColumns : p_.sizes.B;
+      inputs_[n].template start<kStepsAhead>(p_, direction_, role_.lane, row, unit, role_.direction == 1, copied(n, 0));
+      stores_[n].start(p_, direction_, role_.lane, row, unit, role_.direction == 1);
+    }
+    for_each_cell([&](int n, int s, int j) {
+      c0_[n][s][j] = 0;
+      if (p_.c0 != nullptr && is_unit(n, s, j)) {
+        c0_[n][s][j] = number(p_.c0, direction_.state(row(n, j), p_.sizes.H) + unit_of(s));
+      }
+    });
+    look_at(p_.sizes.T - 1);
+    slot_ = 0;
+    FUSEDRNN_UNROLL for (int k = 0; k < kStepsAhead; ++k) copy(p_.sizes.T > k, k);
+  }
+  FUSEDRNN_DEVICE void copy(bool exists, int slot) {
+    FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) inputs_[n].copy(exists, copied(n, slot));
+  }
+  FUSEDRNN_DEVICE char* copied(int n, int slot) const {
+    return steps_ + n * step_bytes(kPass, kMath) + slot * Inputs::kStep;
+  }
+
+  FUSEDRNN_DEVICE void step_in_runs(int64_t step) {
+    wait_copies_but<kColumnTiles>("the thread's copies of the step");
+    sync_warp("the step is copied");
+    exists_ = exists_next_;
+    cut_ = cut_next_;
+    const int64_t t = direction_.at(step);
+    const int next_slot = slot_ == kStepsAhead - 1 ? 0 : slot_ + 1;
+    typename Stores::Quads da[kColumnTiles];
+    FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
+      if (!has_units_ || !role_.owns(n)) continue;
+      if (n > 0) sync_warp("the staged results are sent");
+      FUSEDRNN_UNROLL for (int j = 0; j < 2; ++j) {
+        FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) stage(t, n, s, j, copied(n, slot_), copied(n, next_slot));
+      }
+      send_staged<kChunkBytes>(da_channel_, role_, reinterpret_cast<const char*>(staging_), n);
+      if constexpr (!M::kRoundsOperands) {
+        stores_[n].read(da[n], [&](int row, int byte) {
+          return reinterpret_cast<const char*>(staging_) + row * kChunkBytes + byte;
+        });
+      }
+    }
+    da_channel_.announce();
+    if constexpr (!M::kRoundsOperands) {
+      FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
+        if (has_units_ && role_.owns(n)) stores_[n].store(da[n]);
+      }
+    }
+    // The step's own place is free: everybody had read it when the warp met to send.
+    copy(step >= kStepsAhead, slot_);
+    slot_ = next_slot;
+    look_at(step - 1);
+  }
+
+  // The cell of a unit and a row, from the step to da, which is staged.
+  FUSEDRNN_DEVICE void stage(int64_t t, int n, int s, int j, const char* now, const char* before) {
+    const int row = role_.lane % 4 * 2 + j, unit = s * kColumns + role_.lane / 4;
+    const auto copied = [&](const char* from, int array) { return Inputs::number(from, row, array, unit); };
+    A gates[kGates];
+    FUSEDRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) gates[gate] = copied(now, gate);
+    const bool exists = exists_(n, j) && unit_of(s) < p_.sizes.H, cut = cut_(n, j);
+    const A last = copied(before, Inputs::kC), entered = direction_.is_first(t, lengths_[n][j]) ? c0_[n][s][j] : last;
+    const A dh = dh_[n][s][j] + copied(now, Inputs::kDy);
+    A dc = dc_[n][s][j] + copied(now, Inputs::kDc);
+    M::Cell::backward(gates, cut ? A(0) : entered, copied(now, Inputs::kC), dh, dc);
+    dc_[n][s][j] = !exists ? dc_[n][s][j] : cut ? A(0) : dc;
+    // What is staged may be rounded to the operand's precision, and then is not what is stored.
+    S* exact = M::kRoundsOperands && is_unit(n, s, j)
+                   ? static_cast<S*>(p_.da) + direction_.step(t, this->row(n, j), kGates * p_.sizes.H) + unit_of(s)
+                   : nullptr;
+    FUSEDRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) {
+      const A da = exists ? gates[gate] : A(0);
+      staging_[row * kUnits * kGates + (s * kGates + gate) * 8 + role_.lane / 4] = M::operand(da);
+      if (M::kRoundsOperands && exact != nullptr) exact[gate * p_.sizes.H] = to_storage<S>(da);
+    }
   }
 
   // The same of several tiles, in turns.
@@ -182,7 +279,7 @@ class Backward {
       if (n == p_.sizes.T) {
         start(b);
       } else {
-        const Recurrent recurrent = recurrent_product(shared, layout);
+        Recurrent recurrent = recurrent_product(shared, layout);
         Results z;
         recurrent.multiply_part(da_channel_, z);
         recurrent.add_parts(z);
@@ -215,7 +312,7 @@ class Backward {
           Results dm;
           if constexpr (kProjected) {
             if (!last) {
-              const Projection projection = projection_product(shared, layout);
+              Projection projection = projection_product(shared, layout);
               projection.multiply_part(dh_channel_, dm);
               projection.add_parts(dm);
             }
@@ -249,7 +346,6 @@ class Backward {
       lengths_[n][0] = lengths_[n][1] = 0;
       FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) {
         FUSEDRNN_UNROLL for (int j = 0; j < 2; ++j) {
-          held(n, s, j) = {};
           loaded_[n][s][j] = {};
           dh_[n][s][j] = dc_[n][s][j] = 0;
         }
@@ -286,30 +382,24 @@ class Backward {
     for_each_column([&](int n, int j) { FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) f(n, s, j); });
   }
 
-  FUSEDRNN_DEVICE int unit(int s) const { return first_unit_ + s * kColumns; }
+  FUSEDRNN_DEVICE int unit_of(int s) const { return first_unit_ + s * kColumns; }
   FUSEDRNN_DEVICE int64_t row(int n, int j) const { return first_row_ + n * kColumns + j; }
-  FUSEDRNN_DEVICE bool is_unit(int n, int s, int j) const { return unit(s) < p_.sizes.H && row(n, j) < p_.sizes.B; }
+  FUSEDRNN_DEVICE bool is_unit(int n, int s, int j) const { return unit_of(s) < p_.sizes.H && row(n, j) < p_.sizes.B; }
   // Whether there is a number of h of that index.
-  FUSEDRNN_DEVICE bool is_output(int n, int s, int j) const { return unit(s) < p_.sizes.P && row(n, j) < p_.sizes.B; }
-  static FUSEDRNN_DEVICE A number(const void* from, int64_t at) { return to_compute(static_cast<const S*>(from)[at]); }
-  static FUSEDRNN_DEVICE Held stored(const void* from, int64_t at) {
-    if constexpr (kRaw) {
-      return static_cast<const S*>(from)[at];
-    } else {
-      return number(from, at);
-    }
+  FUSEDRNN_DEVICE bool is_output(int n, int s, int j) const {
+    return unit_of(s) < p_.sizes.P && row(n, j) < p_.sizes.B;
   }
-
+  static FUSEDRNN_DEVICE A number(const void* from, int64_t at) { return to_compute(static_cast<const S*>(from)[at]); }
   FUSEDRNN_DEVICE void start(int64_t first_row) {
     find_rows(first_row);
     for_each_cell([&](int n, int s, int j) {
       const int64_t b = row(n, j);
       dh_[n][s][j] = dc_[n][s][j] = 0;
       if (p_.dhn != nullptr && is_output(n, s, j)) {
-        dh_[n][s][j] = number(p_.dhn, direction_.state(b, p_.sizes.P) + unit(s));
+        dh_[n][s][j] = number(p_.dhn, direction_.state(b, p_.sizes.P) + unit_of(s));
       }
       if (p_.dcn != nullptr && is_unit(n, s, j)) {
-        dc_[n][s][j] = number(p_.dcn, direction_.state(b, p_.sizes.H) + unit(s));
+        dc_[n][s][j] = number(p_.dcn, direction_.state(b, p_.sizes.H) + unit_of(s));
       }
     });
   }
@@ -333,30 +423,30 @@ class Backward {
     const int64_t t = direction_.at(step), H = p_.sizes.H;
     look_at(step);
     for_each_cell([&](int n, int s, int j) {
-      auto& raw = held(n, s, j);
-      raw = {};
+      Numbers& loaded = loaded_[n][s][j];
+      loaded = {};
       if (!is_unit(n, s, j) || !exists_next_(n, j)) return;
-      const int64_t b = row(n, j), gates = direction_.step(t, b, kGates * H) + unit(s);
+      const int64_t b = row(n, j), gates = direction_.step(t, b, kGates * H) + unit_of(s);
       FUSEDRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) {
-        raw.gates[gate] = stored(p_.gates, gates + gate * H);
+        loaded.gates[gate] = number(p_.gates, gates + gate * H);
       }
-      raw.c = stored(p_.c, direction_.offset(p_.c_strides, t, b) + unit(s));
+      loaded.c = number(p_.c, direction_.offset(p_.c_strides, t, b) + unit_of(s));
       if (!cut_next_(n, j)) {
         if (!direction_.is_first(t, lengths_[n][j])) {
-          raw.c_in = stored(p_.c, direction_.offset(p_.c_strides, direction_.before(t), b) + unit(s));
+          loaded.c_in = number(p_.c, direction_.offset(p_.c_strides, direction_.before(t), b) + unit_of(s));
         } else if (p_.c0 != nullptr) {
-          raw.c_in = stored(p_.c0, direction_.state(b, H) + unit(s));
+          loaded.c_in = number(p_.c0, direction_.state(b, H) + unit_of(s));
         }
       }
       if (p_.dy != nullptr && is_output(n, s, j)) {
-        raw.dy = stored(p_.dy, direction_.offset(p_.dy_strides, t, b) + unit(s));
+        loaded.dy = number(p_.dy, direction_.offset(p_.dy_strides, t, b) + unit_of(s));
       }
-      if (p_.dc != nullptr) raw.dc = stored(p_.dc, direction_.offset(p_.dc_strides, t, b) + unit(s));
+      if (p_.dc != nullptr) loaded.dc = number(p_.dc, direction_.offset(p_.dc_strides, t, b) + unit_of(s));
     });
   }
 
   // The first exchange and product of a step: from dh to dm.
-  FUSEDRNN_DEVICE void project(const Projection& projection, int64_t step, Results& dm) {
+  FUSEDRNN_DEVICE void project(Projection& projection, int64_t step, Results& dm) {
     if (in_outputs_) {
       send_dh();
       dh_channel_.announce();
@@ -374,7 +464,7 @@ class Backward {
     const int64_t t = direction_.at(step);
     for_each_cell([&](int n, int s, int j) {
       if (!is_output(n, s, j)) return;
-      static_cast<S*>(p_.dh_out)[direction_.step(t, row(n, j), p_.sizes.P) + unit(s)] = to_storage<S>(dh(n, s, j));
+      static_cast<S*>(p_.dh_out)[direction_.step(t, row(n, j), p_.sizes.P) + unit_of(s)] = to_storage<S>(dh(n, s, j));
     });
   }
 
@@ -393,29 +483,12 @@ class Backward {
   FUSEDRNN_DEVICE void next_step() {
     exists_ = exists_next_;
     cut_ = cut_next_;
-    if constexpr (!kRaw) return;
-    for_each_cell([&](int n, int s, int j) {
-      const auto& raw = held(n, s, j);
-      Numbers<A>& loaded = loaded_[n][s][j];
-      FUSEDRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) loaded.gates[gate] = to_compute(raw.gates[gate]);
-      loaded.c = to_compute(raw.c);
-      loaded.c_in = to_compute(raw.c_in);
-      loaded.dy = to_compute(raw.dy);
-      loaded.dc = to_compute(raw.dc);
-    });
-  }
-  FUSEDRNN_DEVICE Numbers<Held>& held(int n, int s, int j) {
-    if constexpr (kRaw) {
-      return raw_[n][s][j];
-    } else {
-      return loaded_[n][s][j];
-    }
   }
 
   // From dm and dc to da, in the place of the gates, and dc of the step before; and m, in the place of c.
   FUSEDRNN_DEVICE void cells(const Results& dm) {
     for_each_cell([&](int n, int s, int j) {
-      Numbers<A>& loaded = loaded_[n][s][j];
+      Numbers& loaded = loaded_[n][s][j];
       if (!exists_(n, j)) return;
       A dc = dc_[n][s][j] + loaded.dc;
       loaded.c = M::Cell::backward(loaded.gates, loaded.c_in, loaded.c, dm[n][s][j], dc);
@@ -447,12 +520,12 @@ class Backward {
     const int64_t t = direction_.at(step), H = p_.sizes.H;
     for_each_cell([&](int n, int s, int j) {
       if (!is_unit(n, s, j)) return;
-      S* to = static_cast<S*>(p_.da) + direction_.step(t, row(n, j), kGates * H) + unit(s);
+      S* to = static_cast<S*>(p_.da) + direction_.step(t, row(n, j), kGates * H) + unit_of(s);
       FUSEDRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) {
         to[gate * H] = to_storage<S>(loaded_[n][s][j].gates[gate]);
       }
       if constexpr (kProjected) {
-        static_cast<S*>(p_.m)[direction_.step(t, row(n, j), H) + unit(s)] = to_storage<S>(loaded_[n][s][j].c);
+        static_cast<S*>(p_.m)[direction_.step(t, row(n, j), H) + unit_of(s)] = to_storage<S>(loaded_[n][s][j].c);
       }
     });
   }
@@ -461,10 +534,10 @@ class Backward {
     for_each_cell([&](int n, int s, int j) {
       const int64_t b = row(n, j);
       if (p_.dh0 != nullptr && is_output(n, s, j)) {
-        static_cast<S*>(p_.dh0)[direction_.state(b, p_.sizes.P) + unit(s)] = to_storage<S>(dh_[n][s][j]);
+        static_cast<S*>(p_.dh0)[direction_.state(b, p_.sizes.P) + unit_of(s)] = to_storage<S>(dh_[n][s][j]);
       }
       if (p_.dc0 != nullptr && is_unit(n, s, j)) {
-        static_cast<S*>(p_.dc0)[direction_.state(b, p_.sizes.H) + unit(s)] = to_storage<S>(dc_[n][s][j]);
+        static_cast<S*>(p_.dc0)[direction_.state(b, p_.sizes.H) + unit_of(s)] = to_storage<S>(dc_[n][s][j]);
       }
     });
   }
@@ -473,6 +546,7 @@ class Backward {
   Role& role_;
   Channel da_channel_, dh_channel_;  // the second one only with a projection
   S* staging_;
+  char* steps_;  // [column tile] of kStepsAhead steps
   const Direction direction_;
   int first_unit_;
   // Whether the warp has a tile of units, and of numbers of h; and whether the thread takes part in receiving dh, and
@@ -484,8 +558,11 @@ class Backward {
   ColumnMask exists_, cut_, exists_next_, cut_next_;
   A dh_[kColumnTiles][kSegments][2];  // gradients of the state that leaves it
   A dc_[kColumnTiles][kSegments][2];
-  Numbers<A> loaded_[kColumnTiles][kSegments][2];
-  Numbers<Held> raw_[kRaw ? kColumnTiles : 1][kSegments][2];  // of the step that comes
+  Numbers loaded_[kColumnTiles][kSegments][2];
+  Inputs inputs_[kInRuns ? kColumnTiles : 1];
+  Stores stores_[kInRuns ? kColumnTiles : 1];
+  A c0_[kColumnTiles][kSegments][2];
+  int slot_ = 0;  // of the step that comes
 };
 
 }  // namespace fusedrnn::cuda

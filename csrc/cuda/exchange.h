@@ -76,9 +76,16 @@ class GridExchange {
     const char* from = received();
     const int quads = row_bytes_ / static_cast<int>(sizeof(Quad));
     FUSEDRNN_NO_UNROLL for (int row = role_.warp; row < rows_; row += warps_) {
-      FUSEDRNN_NO_UNROLL for (int k = role_.lane; k < quads; k += kWarp) {
-        copy_async(operand_ + row * stride_ + k * sizeof(Quad),
-                   from + static_cast<int64_t>(row) * row_bytes_ + k * sizeof(Quad));
+      const Quad* global = reinterpret_cast<const Quad*>(from + static_cast<int64_t>(row) * row_bytes_) + role_.lane;
+      Quad* shared = reinterpret_cast<Quad*>(operand_ + row * stride_) + role_.lane;
+      int left = quads - role_.lane;
+      FUSEDRNN_NO_UNROLL for (; left > (kAtOnce - 1) * kWarp; left -= kAtOnce * kWarp) {
+        FUSEDRNN_UNROLL for (int k = 0; k < kAtOnce; ++k) copy_async(shared + k * kWarp, global + k * kWarp);
+        shared += kAtOnce * kWarp;
+        global += kAtOnce * kWarp;
+      }
+      FUSEDRNN_UNROLL for (int k = 0; k < kAtOnce - 1; ++k) {
+        copy_async_if(left > k * kWarp, shared + k * kWarp, global + k * kWarp);
       }
     }
     wait_copies("the thread's copies of the operand");
@@ -103,6 +110,8 @@ class GridExchange {
   int row_bytes_, senders_;
 
  private:
+  static constexpr int kAtOnce = 4;  // quads of a row that a lane copies in a straight line
+
   FUSEDRNN_DEVICE char* buffer(uint32_t k) const {
     return exchanged_ + static_cast<int64_t>(k & 1) * rows_ * row_bytes_;
   }
@@ -160,8 +169,9 @@ class ClusterExchange {
   FUSEDRNN_DEVICE ClusterExchange(const Role& role, const Sizes&, const Plan& plan, Pass, Stage, const Product& product,
                                   int rows, const Workspace&, char* operand, Mbarrier* barriers)
       : role_(role),
+        thread_(kept(thread_index())),
         stride_(kept(product.operand.stride())),
-        buffer_bytes_(rows * stride_),
+        buffer_bytes_(kept(rows * product.operand.stride())),
         operand_bytes_(rows * product.operand.row_bytes()),
         receivers_(blocks_with(product.tiles, plan)),
         first_receiver_(role.rank % receivers_),
@@ -213,16 +223,14 @@ class ClusterExchange {
     const uint32_t parity = received_ >> 1 & 1;
     ++received_;
     // Bytes may come before they are expected: the phase does not end without this arrival.
-    if (thread_index() == 0) expect_bytes(barriers_ + buffer, operand_bytes_);
+    if (thread_ == 0) expect_bytes(barriers_ + buffer, operand_bytes_);
     wait([&] { return mbarrier_passed(barriers_ + buffer, parity); }, "the operand has come");
     return operand_ + buffer * buffer_bytes_;
   }
 
  private:
-  static constexpr int kMostBlocks = 16;
-
   const Role& role_;
-  int stride_, buffer_bytes_, operand_bytes_, receivers_, first_receiver_;
+  int thread_, stride_, buffer_bytes_, operand_bytes_, receivers_, first_receiver_;
   char* operand_;
   Mbarrier* barriers_;
   uint32_t sent_ = 0, received_ = 0;

@@ -82,8 +82,8 @@ class Forward {
         h_channel_(channel(p, role, Stage::kRecurrent, shared, layout)),
         m_channel_(channel(p, role, Stage::kProjection, shared, layout)),
         staging_(reinterpret_cast<S*>(shared + layout.staging + role.warp * layout.warp_staging)),
-        is_plain_(p.sequence.lengths == nullptr && p.sequence.reset == nullptr),
-        steps_(shared + layout.steps + role.local_tile * kColumnTiles * step_bytes(kMath)),
+        is_plain_(kept(p.sequence.lengths == nullptr && p.sequence.reset == nullptr ? 1 : 0) != 0),
+        steps_(shared + layout.steps + role.local_tile * kColumnTiles * step_bytes(kPass, kMath)),
         direction_(p.sizes, p.sequence, role.direction),
         x_(p, role, shared + layout.operands[static_cast<int>(Stage::kInput)]) {
     take_tile();
@@ -125,10 +125,10 @@ class Forward {
     if constexpr (Channel::kInParts) {
       slices_in_turns(shared, layout);
     } else {
-      const Recurrent recurrent = recurrent_product(shared, layout);
-      const Input input = input_product(shared, layout);
+      Recurrent recurrent = recurrent_product(shared, layout);
+      Input input = input_product(shared, layout);
       if constexpr (kProjected) {
-        const Projection projection = projection_product(shared, layout);
+        Projection projection = projection_product(shared, layout);
         slices(input, recurrent, &projection);
       } else {
         slices(input, recurrent, nullptr);
@@ -139,16 +139,16 @@ class Forward {
   // Of the tile that the role has now.
   FUSEDRNN_DEVICE Recurrent recurrent_product(char* shared, const SharedLayout& layout) const {
     return Recurrent(role_, p_.plan, product_of(p_, Stage::kRecurrent), p_.w_hh, p_.plan.shared_blocks,
-                     shared + layout.weights[0], shared + layout.partial[0]);
+                     shared + layout.weights[0], shared + layout.rings[0], shared + layout.partial[0]);
   }
   FUSEDRNN_DEVICE Projection projection_product(char* shared, const SharedLayout& layout) const {
     return Projection(role_, p_.plan, product_of(p_, Stage::kProjection), p_.w_hr, p_.plan.shared_projection_blocks,
-                      shared + layout.weights[1], shared + layout.partial[1]);
+                      shared + layout.weights[1], shared + layout.rings[1], shared + layout.partial[1]);
   }
 
   FUSEDRNN_DEVICE Input input_product(char* shared, const SharedLayout& layout) const {
     return Input(role_, p_.plan, product_of(p_, Stage::kInput), p_.w_ih, p_.plan.shared_input_blocks,
-                 shared + layout.weights[2], shared + layout.partial[2]);
+                 shared + layout.weights[2], shared + layout.rings[2], shared + layout.partial[2]);
   }
 
   // f(b) for the first batch row of every slice of the group.
@@ -160,8 +160,8 @@ class Forward {
     }
   }
 
-  FUSEDRNN_DEVICE void slices(const Input& input, const Recurrent& recurrent, const Projection* projection) {
-    const int64_t T = p_.sizes.T;
+  FUSEDRNN_DEVICE void slices(Input& input, Recurrent& recurrent, Projection* projection) {
+    const int T = kept(static_cast<int>(p_.sizes.T));
     for_each_slice([&](int64_t b) {
       start(b);
       send_h();
@@ -174,7 +174,7 @@ class Forward {
       } else {
         load(0);
       }
-      FUSEDRNN_NO_UNROLL for (int64_t n = 0; n < T; ++n) {
+      FUSEDRNN_NO_UNROLL for (int n = 0; n < T; ++n) {
         Gates z;
         if constexpr (kInRuns) take_xg();
         if (takes_x()) {
@@ -198,7 +198,7 @@ class Forward {
         }
         if constexpr (kInRuns) {
           store_step(z);
-          copy_xg(n + 2, next_slot(xg_slot_));
+          copy_xg(n + 2 < T, next_slot(xg_slot_));
           if (!is_plain_) look_at(n + 1);
         } else {
           store_h(direction_.at(n));
@@ -238,7 +238,7 @@ class Forward {
             add(xg_, z);
           }
           if (kept.is_first()) h_channel_.await();
-          const Recurrent recurrent = recurrent_product(shared, layout);
+          Recurrent recurrent = recurrent_product(shared, layout);
           recurrent.multiply_part(h_channel_, z);
           add(z, xg_);
           recurrent.add_parts(z);
@@ -258,7 +258,7 @@ class Forward {
           in_turns(output_tiles(), [&] {
             recall(kept, b, n);
             look_at(n);
-            const Projection projection = projection_product(shared, layout);
+            Projection projection = projection_product(shared, layout);
             Outputs z;
             projection.multiply_part(m_channel_, z);
             projection.add_parts(z);
@@ -296,6 +296,7 @@ class Forward {
         const bool exists = !has_inputs() && q / quads < kGates * kColumns;
         xg_runs_[n][m] = run(exists ? p_.xg : nullptr, bytes, direction_.offset(p_.xg_strides, t, b) + array * H,
                              p_.xg_strides.t, b, unit + q % quads * (16 / bytes));
+        xg_to_[m] = kept(q / (quads * kGates) * kXgRow + q % (quads * kGates) * static_cast<int>(sizeof(Quad)));
       }
       FUSEDRNN_UNROLL for (int m = 0; m < kStoreRuns; ++m) {
         const Stored q = stored(m);
@@ -319,8 +320,8 @@ class Forward {
       return;
     }
     xg_slot_ = 0;
-    copy_xg(0, 0);
-    copy_xg(1, 1);
+    copy_xg(true, 0);
+    copy_xg(p_.sizes.T > 1, 1);
   }
 
   // The m-th quad of the outputs of a step that the lane stores: of the gates, and behind them of c and y. In row 8 or
@@ -335,31 +336,22 @@ class Forward {
             q % kStoredQuads * (8 / kStoredQuads)};
   }
 
-  static FUSEDRNN_DEVICE int next_slot(int slot) { return slot == kStepsOfXg - 1 ? 0 : slot + 1; }
-  FUSEDRNN_DEVICE char* xg_of(int n, int slot) const { return steps_ + n * step_bytes(kMath) + slot * kXgStep; }
+  static FUSEDRNN_DEVICE int next_slot(int slot) { return slot == kStepsAhead - 1 ? 0 : slot + 1; }
+  FUSEDRNN_DEVICE char* xg_of(int n, int slot) const { return steps_ + n * step_bytes(kPass, kMath) + slot * kXgStep; }
 
-  // Begins to copy xg of the n-th step, if there is one: steps are copied one after the other.
-  FUSEDRNN_DEVICE void copy_xg(int64_t step, int slot) {
-    static_assert(kStepsOfXg == 3);
+  // Begins to copy xg of the next step that was not copied, if there is one.
+  FUSEDRNN_DEVICE void copy_xg(bool exists, int slot) {
+    static_assert(kStepsAhead == 3);
     if (has_inputs()) return;
-    if (step < p_.sizes.T) {
-      if (p_.xg_wide != 0) {
-        ragged_ ? copy_xg<A, true>(slot) : copy_xg<A, false>(slot);
-      } else {
-        ragged_ ? copy_xg<S, true>(slot) : copy_xg<S, false>(slot);
-      }
-    }
+    if (exists) ragged_ ? copy_xg<true>(slot) : copy_xg<false>(slot);
     commit_copies();
   }
 
-  template <class Number, bool kRagged>
+  template <bool kRagged>
   FUSEDRNN_DEVICE void copy_xg(int slot) {
-    constexpr int kRuns = sizeof(Number) / 2, kQuadsOfRow = kRuns * kGates;
     FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
-      FUSEDRNN_UNROLL for (int m = 0; m < kRuns; ++m) {
-        const int q = role_.lane + m * kWarp;
-        xg_runs_[n][m].template copy<kRagged>(xg_of(n, slot) + q / kQuadsOfRow * kXgRow +
-                                              q % kQuadsOfRow * static_cast<int>(sizeof(Quad)));
+      FUSEDRNN_UNROLL for (int m = 0; m < kXgRuns; ++m) {
+        xg_runs_[n][m].template copy<kRagged>(xg_of(n, slot) + xg_to_[m]);
       }
     }
   }
@@ -408,7 +400,7 @@ class Forward {
   FUSEDRNN_DEVICE void store_step(const Gates& gates) {
     FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
       if (!has_units_ || !role_.owns(n)) continue;
-      char* staged = xg_of(n, kStepsOfXg);
+      char* staged = xg_of(n, kStepsAhead);
       FUSEDRNN_UNROLL for (int j = 0; j < 2; ++j) {
         const bool exists = exists_(n, j);
         S* to = reinterpret_cast<S*>(staged + (role_.lane % 4 * 2 + j) * kStoredRow) + role_.lane / 4;
@@ -580,7 +572,7 @@ class Forward {
   }
 
   // The second exchange and product of a step: from m to h.
-  FUSEDRNN_DEVICE void project(const Projection& projection) {
+  FUSEDRNN_DEVICE void project(Projection& projection) {
     send_m();
     m_channel_.announce();
     if (!in_outputs_) return;
@@ -661,7 +653,7 @@ class Forward {
   Channel h_channel_, m_channel_;  // the second one only with a projection
   S* staging_;
   const bool is_plain_;  // whether all steps exist, and no state is cut
-  char* steps_;          // [column tile] of kStepsOfXg steps of xg, and of the outputs of a step
+  char* steps_;          // [column tile] of kStepsAhead steps of xg, and of the outputs of a step
   const Direction direction_;
   X x_;  // only where the launch takes it
   int unit_;
@@ -675,6 +667,7 @@ class Forward {
   // but for the warp's part of that product.
   Gates xg_;
   Run xg_runs_[kInRuns ? kColumnTiles : 1][kXgRuns], stores_[kInRuns ? kColumnTiles : 1][kStoreRuns];
+  int xg_to_[kXgRuns];   // where in a step of xg what is copied goes
   int xg_slot_ = 0;      // of the step that comes
   bool ragged_ = false;  // whether any of these is
   A m_[kColumnTiles][2];

@@ -24,13 +24,13 @@ __global__ void __launch_bounds__(kMaxThreads, 1) recurrence(const __grid_consta
 
 template <Math kMath, class Channel, int kColumnTiles, bool kProjected>
 void add(Instances& to, Exchange exchange, int variant) {
-  using ForwardKernel = Forward<kMath, Channel, kColumnTiles, kProjected>;
-  using BackwardKernel = Backward<kMath, Channel, kColumnTiles, kProjected>;
   const int at = static_cast<int>(exchange);
-  to.kernel[static_cast<int>(Pass::kForward)][at][variant] =
-      reinterpret_cast<const void*>(&recurrence<ForwardKernel, Channel, ForwardParams>);
-  to.kernel[static_cast<int>(Pass::kBackward)][at][variant] =
-      reinterpret_cast<const void*>(&recurrence<BackwardKernel, Channel, BackwardParams>);
+  to.kernel[static_cast<int>(Pass::kForward)][at][variant] = reinterpret_cast<const void*>(
+      &recurrence<Forward<kMath, Channel, kColumnTiles, kProjected>, Channel, ForwardParams>);
+  if constexpr (gathers(Pass::kBackward, Channel::kExchange, kProjected)) {
+    to.kernel[static_cast<int>(Pass::kBackward)][at][variant] = reinterpret_cast<const void*>(
+        &recurrence<Backward<kMath, Channel, kColumnTiles, kProjected>, Channel, BackwardParams>);
+  }
 }
 
 template <Math kMath, class Channel>

@@ -129,9 +129,9 @@ std::string obstacle(int device) {
 }
 
 std::string launch_pack(const PackParams& given, void* stream) {
-  const int64_t bytes = packed_bytes(given.pass, given.stage, given.sizes, given.math);
-  const int64_t quads = bytes / static_cast<int64_t>(sizeof(Quad));
-  const int64_t blocks = std::min<int64_t>(ceil_div(quads, kMaxThreads), 4096);
+  const Product packed = product(given.pass, given.stage, given.sizes, given.math);
+  const int64_t lanes = given.sizes.D * packed.tiles * packed.operand.blocks() * kWarp;
+  const int64_t blocks = std::min<int64_t>(ceil_div(lanes, kMaxThreads), 4096);
   PackParams params = given;
   params.threads = blocks * kMaxThreads;
   const void* kernel = reinterpret_cast<const void*>(&pack_weights);

@@ -8,10 +8,14 @@
 //   backward, w_hh     output 16 tile + 8 s + r                  of every eight units, their gates i, then f, g, o
 //   backward, w_hr     unit 16 tile + 8 s + r                    output k
 //
-// An output is a number of h: a unit, without a projection. What lies outside of the matrix is zero.
-// Grid: any; a thread packs every (number of threads)-th quad. Reads and writes global memory only.
+// An output is a number of h: a unit, without a projection. What lies outside of the matrix is zero. Numbers are
+// rounded to what the matrix unit takes. Grid: any; a thread packs every (number of threads)-th quad. Reads and writes
+// global memory only.
 #pragma once
 
+#include <type_traits>
+
+#include "math.h"
 #include "params.h"
 
 namespace fusedrnn::cuda {
@@ -27,45 +31,117 @@ struct PackParams {
   int64_t threads;     // of the launch
 };
 
-struct Place {
-  int64_t row, column;
+// Numbers next to each other.
+template <class Bits>
+struct alignas(2 * sizeof(Bits)) Pair {
+  Bits number[2];
+};
+template <class Bits>
+union PackedQuad {
+  Quad quad;
+  Bits number[sizeof(Quad) / sizeof(Bits)];
 };
 
-// Where the number at index k of K for output row `row` of segment `segment` of a tile comes from; outside of the
-// matrix for none.
-template <Pass kPass, Stage kStage>
-FUSEDRNN_DEVICE Place place(const Sizes& sizes, int64_t tile, int segment, int row, int64_t k) {
-  const int64_t wide = tile * 16 + segment * 8 + row;
-  if constexpr (kStage == Stage::kProjection) return kPass == Pass::kForward ? Place{wide, k} : Place{k, wide};
-  const int64_t gate = kPass == Pass::kForward ? segment : k / 8 % 4;
-  const int64_t unit = kPass == Pass::kForward ? tile * 8 + row : k / 32 * 8 + k % 8;
-  return {unit < sizes.H ? gate * sizes.H + unit : 4 * sizes.H, kPass == Pass::kForward ? k : wide};
-}
+// The quads of one lane in a fragment, of a product whose K runs along the rows of the matrix: in the forward.
+template <Stage kStage, class Bits>
+class AlongRows {
+ public:
+  FUSEDRNN_DEVICE AlongRows(const PackParams& p)
+      : H_(static_cast<int>(p.sizes.H)),
+        rows_(static_cast<int>(p.sizes.P)),
+        columns_(static_cast<int>(kStage == Stage::kRecurrent    ? p.sizes.P
+                                  : kStage == Stage::kProjection ? p.sizes.H
+                                                                 : p.sizes.I)),
+        stride_(p.row_stride),
+        aligned_(
+            (p.row_stride * sizeof(Bits) | reinterpret_cast<uintptr_t>(p.w[0]) | reinterpret_cast<uintptr_t>(p.w[1])) %
+                sizeof(Quad) ==
+            0) {}
+
+  // f(segment, lane, quad) for each.
+  template <class F>
+  FUSEDRNN_DEVICE void for_each(const Bits* w, int tile, int block, int lane, const F& f) const {
+    constexpr int kPerQuad = sizeof(Quad) / sizeof(Bits), kSegments = segments(Pass::kForward, kStage);
+    const int k = (block * 4 + lane % 4) * kPerQuad, left = columns_ - k;
+    PackedQuad<Bits> of[kSegments];
+    FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) {
+      const int unit = tile * 8 + lane / 4, output = tile * 16 + s * 8 + lane / 4;
+      const bool exists = kStage == Stage::kProjection ? output < rows_ : unit < H_;
+      const Bits* from = w + (kStage == Stage::kProjection ? output : s * H_ + unit) * stride_ + k;
+      of[s].quad = Quad{{0, 0, 0, 0}};
+      if (exists && aligned_ && left >= kPerQuad) {
+        of[s].quad = *reinterpret_cast<const Quad*>(from);
+      } else if (exists) {
+        FUSEDRNN_UNROLL for (int e = 0; e < kPerQuad; ++e) of[s].number[e] = e < left ? from[e] : Bits{0};
+      }
+    }
+    FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) f(s, lane, of[s].quad);
+  }
+
+ private:
+  int H_, rows_, columns_;
+  int64_t stride_;
+  bool aligned_;
+};
+
+// The same where K runs along the columns: in the backward. A lane brings two columns of the matrix, of all rows of a
+// quad, which are two quads of other lanes.
+template <Stage kStage, class Bits>
+class AlongColumns {
+ public:
+  FUSEDRNN_DEVICE AlongColumns(const PackParams& p)
+      : H_(static_cast<int>(p.sizes.H)),
+        rows_(static_cast<int>(p.sizes.P)),
+        columns_(static_cast<int>(kStage == Stage::kRecurrent ? p.sizes.P : p.sizes.H)),
+        stride_(p.row_stride),
+        aligned_(
+            (p.row_stride * sizeof(Bits) | reinterpret_cast<uintptr_t>(p.w[0]) | reinterpret_cast<uintptr_t>(p.w[1])) %
+                sizeof(Pair<Bits>) ==
+            0) {}
+
+  template <class F>
+  FUSEDRNN_DEVICE void for_each(const Bits* w, int tile, int block, int lane, const F& f) const {
+    constexpr int kPerQuad = sizeof(Quad) / sizeof(Bits);
+    // A quad is less than eight units of one gate, or as many numbers of h.
+    const int k = (block * 4 + lane % 4) * kPerQuad, unit = k / 32 * 8 + k % 8, first = lane / 4 * 2;
+    const int row = kStage == Stage::kRecurrent ? k / 8 % 4 * H_ + unit : k;
+    const int left = kStage == Stage::kRecurrent ? H_ - unit : rows_ - k, column = tile * 16 + first;
+    const Bits* from = w + row * stride_ + column;
+    PackedQuad<Bits> of[2];
+    FUSEDRNN_UNROLL for (int e = 0; e < kPerQuad; ++e, from += stride_) {
+      Pair<Bits> both = {{0, 0}};
+      if (e < left && aligned_ && column + 1 < columns_) {
+        both = *reinterpret_cast<const Pair<Bits>*>(from);
+      } else if (e < left) {
+        FUSEDRNN_UNROLL for (int j = 0; j < 2; ++j) both.number[j] = column + j < columns_ ? from[j] : Bits{0};
+      }
+      FUSEDRNN_UNROLL for (int j = 0; j < 2; ++j) of[j].number[e] = both.number[j];
+    }
+    FUSEDRNN_UNROLL for (int j = 0; j < 2; ++j) { f((first + j) / 8, (first + j) % 8 * 4 + lane % 4, of[j].quad); }
+  }
+
+ private:
+  int H_, rows_, columns_;
+  int64_t stride_;
+  bool aligned_;
+};
 
 template <Pass kPass, Stage kStage, class Bits>
 FUSEDRNN_DEVICE void pack(const PackParams& p, int64_t first) {
-  constexpr int kPerQuad = sizeof(Quad) / sizeof(Bits);
   const Product product = cuda::product(kPass, kStage, p.sizes, p.math);
-  const int64_t blocks = product.operand.blocks(), all = p.sizes.D * product.packed_quads();
-  const int64_t rows = kStage == Stage::kProjection ? p.sizes.P : 4 * p.sizes.H;
-  const int64_t columns = kStage == Stage::kRecurrent    ? p.sizes.P
-                          : kStage == Stage::kProjection ? p.sizes.H
-                                                         : p.sizes.I;
+  const auto blocks = static_cast<uint32_t>(product.operand.blocks()), tiles = static_cast<uint32_t>(product.tiles);
+  const int64_t all = p.sizes.D * product.tiles * blocks * kWarp;
+  const std::conditional_t<kPass == Pass::kForward, AlongRows<kStage, Bits>, AlongColumns<kStage, Bits>> lanes(p);
   for (int64_t n = first; n < all; n += p.threads) {
-    const int lane = static_cast<int>(n % kWarp), segment = static_cast<int>(n / kWarp % product.segments);
-    const int64_t fragment = n / kWarp / product.segments, block = fragment % blocks;
-    const int64_t tile = fragment / blocks % product.tiles, d = fragment / blocks / product.tiles;
-    const Bits* w = static_cast<const Bits*>(p.w[d]);
-    union {
-      Quad quad;
-      Bits numbers[kPerQuad];
-    };
-    FUSEDRNN_UNROLL for (int e = 0; e < kPerQuad; ++e) {
-      const int64_t k = (block * 4 + lane % 4) * kPerQuad + e;
-      const Place from = place<kPass, kStage>(p.sizes, tile, segment, lane / 4, k);
-      numbers[e] = from.row < rows && from.column < columns ? w[from.row * p.row_stride + from.column] : Bits{0};
-    }
-    static_cast<Quad*>(p.packed)[n] = quad;
+    // A fragment is 1 KiB or more, so that 32 bits number all that a device has memory for.
+    const auto fragment = static_cast<uint32_t>(n / kWarp), row = fragment / blocks, block = fragment - row * blocks;
+    const int d = row >= tiles ? 1 : 0;
+    Quad* to = static_cast<Quad*>(p.packed) + fragment * product.fragment_quads();
+    lanes.for_each(static_cast<const Bits*>(p.w[d]), static_cast<int>(row - d * tiles), static_cast<int>(block),
+                   static_cast<int>(n % kWarp), [&](int segment, int lane, const Quad& quad) {
+                     const bool rounds = sizeof(Bits) == 4 && p.math == Math::kTf32;
+                     to[segment * kWarp + lane] = rounds ? Arithmetic<Math::kTf32>::operands(quad) : quad;
+                   });
   }
 }
 

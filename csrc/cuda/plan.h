@@ -59,9 +59,12 @@ struct Plan {
   int32_t part_blocks;               // of kParts: K blocks of each warp in a part of the operand; else 0
 };
 
+constexpr int kMostBlocks = 16;   // of a cluster
 constexpr int kMaxThreads = 256;  // kernels are compiled for it: 255 registers a thread
 constexpr int kColumns = 8;       // batch rows of one matrix instruction
 constexpr int kBlockBytes = 64;   // of a K block in a row of the operand
+// K blocks of weights that are on their way to a warp where they are streamed, and that its ring has room for.
+constexpr int kStreamAhead = 3, kStreamSlots = 4;
 
 FUSEDRNN_BOTH constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -94,10 +97,16 @@ FUSEDRNN_BOTH constexpr int register_blocks(Exchange exchange, Pass pass, Stage 
   if (stage == Stage::kProjection) return 1;
   if (math == Math::kFloat32) return 2;
   if (projected) return forward ? 5 : 8;
-  if (forward) return math == Math::kTf32 ? (narrow ? 5 : 3) : !narrow ? 4 : exchange == Exchange::kGrid ? 6 : 7;
-  return !narrow ? 4 : math == Math::kTf32 ? 12 : 10;
+  const bool tf32 = math == Math::kTf32;
+  if (forward) return !narrow ? 2 : tf32 ? 5 : 6;
+  return narrow ? 10 : tf32 ? 1 : 3;
 }
 
+// Whether the blocks of a group gather an operand, h or da. In a cluster the backward without a projection does not:
+// of what it could exchange da is never the less, and kScatter takes its place.
+FUSEDRNN_BOTH constexpr bool gathers(Pass pass, Exchange exchange, bool projected) {
+  return exchange != Exchange::kScatter && (exchange != Exchange::kCluster || pass == Pass::kForward || projected);
+}
 FUSEDRNN_BOTH constexpr bool is_cluster(const Plan& plan) {
   return plan.exchange == Exchange::kCluster || plan.exchange == Exchange::kScatter;
 }
@@ -112,14 +121,15 @@ FUSEDRNN_BOTH constexpr int scatter_splits(int tiles) { return tiles <= 2 ? 4 : 
 FUSEDRNN_BOTH constexpr int scatter_blocks(Math math, int tiles) { return tiles * storage_bytes(math); }
 // Tiles of dh of which a warp has the weights in registers, 8 registers for each K block.
 FUSEDRNN_BOTH constexpr int scatter_outputs_in_registers(Math math, int rows, int tiles) {
-  const int on_matrix_unit = rows != kColumns ? (math == Math::kTf32 ? 0 : 8) : tiles <= 2 ? 16 : 12;
+  const int wide = math == Math::kTf32 || tiles > 2 ? 0 : 8;
+  const int on_matrix_unit = rows != kColumns ? wide : tiles <= 2 ? 16 : 12;
   const int blocks = uses_matrix_unit(math) ? on_matrix_unit : math == Math::kFloat32 ? 8 : 0;
   const int outputs = blocks / scatter_blocks(math, tiles);
   return outputs < 4 ? outputs : 4;
 }
-// Bytes from row to row of what is copied ahead.
-FUSEDRNN_BOTH constexpr int scatter_copied_row(Math math, int tiles) {
-  return kCopiedArrays * 16 * tiles * storage_bytes(math) + static_cast<int>(sizeof(Quad));
+// Of the backward: bytes from row to row of what is copied ahead of so many units.
+FUSEDRNN_BOTH constexpr int copied_row(Math math, int units) {
+  return kCopiedArrays * units * storage_bytes(math) + static_cast<int>(sizeof(Quad));
 }
 
 FUSEDRNN_BOTH constexpr int threads(const Plan& plan) { return kWarp * plan.tiles * plan.splits; }
@@ -217,6 +227,13 @@ FUSEDRNN_BOTH constexpr int64_t streamed_blocks(Pass pass, Stage stage, const Si
   return all > resident ? all - resident : 0;
 }
 
+// Of the rings of all warps of a block.
+FUSEDRNN_BOTH constexpr int64_t ring_bytes(Pass pass, Stage stage, const Sizes& sizes, const Plan& plan) {
+  if (streamed_blocks(pass, stage, sizes, plan) == 0) return 0;
+  return int64_t{kStreamSlots} * plan.tiles * plan.splits * product(pass, stage, sizes, plan.math).fragment_quads() *
+         static_cast<int64_t>(sizeof(Quad));
+}
+
 // Blocks that so many tiles need, one to a warp; in a cluster, some may have none.
 FUSEDRNN_BOTH constexpr int blocks_with(int64_t tiles, const Plan& plan) {
   return static_cast<int>(ceil_div(tiles, plan.tiles));
@@ -233,29 +250,32 @@ FUSEDRNN_BOTH constexpr int kept_numbers(Pass pass, int rows, bool projected) {
   return rows / kColumns * (pass == Pass::kBackward ? 8 : projected ? 6 : 4);
 }
 
-// Whether the forward copies xg ahead and stores its outputs 16 bytes at a time. In float64 it would take too many
-// registers.
+// Whether what a step takes beside the operand is copied ahead, and what it leaves is stored 16 bytes at a time: of the
+// forward and of a backward that gathers. In float64 it would take too many registers.
 FUSEDRNN_BOTH constexpr bool moves_in_runs(Exchange exchange, Math math, bool projected) {
   return exchange != Exchange::kParts && math != Math::kFloat64 && !projected;
 }
-// Where it does: steps of xg that are on their way or in use, and bytes from row
-// to row of a tile of them, and of what is stored of a step: the gates, c and h, of a tile. Padded, so that lanes meet
-// in no bank.
-constexpr int kStepsOfXg = 3, kStoredArrays = 6;
+// Where it does: steps that are on their way or in use, and of the forward bytes from row to row of a tile of xg, and
+// of what is stored of a step: the gates, c and h. Padded, so that lanes meet in no bank.
+constexpr int kStepsAhead = 3, kStoredArrays = 6;
 FUSEDRNN_BOTH constexpr int xg_row(Math math) { return 4 * 8 * compute_bytes(math) + 16; }
 FUSEDRNN_BOTH constexpr int stored_row(Math math) { return kStoredArrays * 8 * storage_bytes(math) + 16; }
 // Of a tile and eight rows, all of it.
-FUSEDRNN_BOTH constexpr int step_bytes(Math math) { return kColumns * (kStepsOfXg * xg_row(math) + stored_row(math)); }
+FUSEDRNN_BOTH constexpr int step_bytes(Pass pass, Math math) {
+  return kColumns * (pass == Pass::kForward ? kStepsAhead * xg_row(math) + stored_row(math)
+                                            : kStepsAhead * copied_row(math, tile_units(pass)));
+}
 
 // Offsets into a block's shared memory, of each stage.
 struct SharedLayout {
   int64_t weights[kStages];   // [warp][K blocks in shared memory][segment][lane] quads
+  int64_t rings[kStages];     // [warp][kStreamSlots][segment][lane] quads, where weights are streamed
   int64_t operands[kStages];  // [1 or 2][rows] of Operand::stride(); of x always 2. kParts: [2][rows] of part_stride()
   int64_t operands_end;       // those that are exchanged lie next to each other; x is behind them
   int64_t partial[kStages];   // [tile][split][rows / 8][segment][2][lane] of A, where K is split; none of x
   int64_t staging;            // [warp][8] of the longer chunk
   int64_t warp_staging;       // bytes of it for one warp
-  int64_t steps;              // [tile][rows / 8] of step_bytes(); only of the forward
+  int64_t steps;              // [tile][rows / 8] of step_bytes()
   int64_t barriers[kStages];  // two Mbarriers; none of x
   int64_t bytes;
 };
@@ -268,12 +288,14 @@ FUSEDRNN_BOTH constexpr SharedLayout shared_layout(Pass pass, const Sizes& sizes
     const int columns = plan.rows / kColumns;
     at.weights[0] = 0;
     end += warps * plan.shared_blocks * 2 * kWarp * static_cast<int64_t>(sizeof(Quad));
+    at.rings[0] = end;
+    end += ring_bytes(pass, Stage::kRecurrent, sizes, plan);
     at.operands[0] = end;  // da, twice
     end += int64_t{2} * plan.rows * row_stride(scatter_blocks(plan.math, plan.tiles));
     at.partial[0] = end;  // [2][blocks] of dh of the block's units
     end += int64_t{2} * plan.blocks * plan.tiles * columns * 128 * compute_bytes(plan.math);
     at.staging = end;  // what is copied ahead
-    end += int64_t{kStepsCopied} * plan.rows * scatter_copied_row(plan.math, plan.tiles);
+    end += int64_t{kStepsCopied} * plan.rows * copied_row(plan.math, 16 * plan.tiles);
     at.barriers[0] = end;
     at.bytes = end + 2 * static_cast<int64_t>(sizeof(Mbarrier));
     return at;
@@ -285,6 +307,8 @@ FUSEDRNN_BOTH constexpr SharedLayout shared_layout(Pass pass, const Sizes& sizes
     const Product each = product(pass, stage, sizes, plan.math);
     at.weights[k] = end;
     end += warps * shared_blocks(stage, plan) * each.fragment_quads() * static_cast<int64_t>(sizeof(Quad));
+    at.rings[k] = end;
+    end += ring_bytes(pass, stage, sizes, plan);
     if (each.operand.chunk_bytes * kColumns > at.warp_staging) at.warp_staging = each.operand.chunk_bytes * kColumns;
   }
   for (int k = 0; k < kStages; ++k) {
@@ -306,8 +330,8 @@ FUSEDRNN_BOTH constexpr SharedLayout shared_layout(Pass pass, const Sizes& sizes
   at.staging = end;
   end += warps * at.warp_staging;
   at.steps = end;
-  if (pass == Pass::kForward && moves_in_runs(plan.exchange, plan.math, sizes.projected != 0)) {
-    end += plan.tiles * (plan.rows / kColumns) * step_bytes(plan.math);
+  if (moves_in_runs(plan.exchange, plan.math, sizes.projected != 0)) {
+    end += plan.tiles * (plan.rows / kColumns) * step_bytes(pass, plan.math);
   }
   for (int k = 0; k < kStages; ++k) {
     at.barriers[k] = end;
@@ -382,7 +406,7 @@ FUSEDRNN_BOTH constexpr const char* invalid(Pass pass, const Sizes& sizes, const
   if (int64_t{plan.blocks} * plan.tiles < ceil_div(sizes.H, tile_units(pass))) return "the tiles do not cover H";
   if (plan.exchange == Exchange::kGrid) return nullptr;
   // What blocks send to each other is defined for clusters of two or more ("st.async", PTX ISA).
-  if (plan.blocks < 2 || plan.blocks > 16 || (plan.blocks & (plan.blocks - 1)) != 0) {
+  if (plan.blocks < 2 || plan.blocks > kMostBlocks || (plan.blocks & (plan.blocks - 1)) != 0) {
     return "a cluster has 2, 4, 8 or 16 blocks";
   }
   if (plan.exchange == Exchange::kScatter) {
@@ -397,6 +421,7 @@ FUSEDRNN_BOTH constexpr const char* invalid(Pass pass, const Sizes& sizes, const
     }
     return nullptr;
   }
+  if (!gathers(pass, plan.exchange, sizes.projected != 0)) return "without a projection, a cluster scatters";
   for (int k = 0; k < exchanges(sizes); ++k) {  // what a phase of an mbarrier can count
     const Operand operand = product(pass, static_cast<Stage>(k), sizes, plan.math).operand;
     if (plan.rows * operand.row_bytes() >= (1 << 20)) return "the operand is too large for an mbarrier";

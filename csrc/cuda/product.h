@@ -1,9 +1,9 @@
 // A product of one warp: its tile of output rows, its part of K, all batch rows of the slice.
 //
 // The weights of a warp are fragments (math.h), K block after K block: the first kRegisterBlocks of them in registers,
-// the next plan.shared_blocks in shared memory, both for the whole launch; the rest is loaded at every step, one K
-// block ahead of the arithmetic. A lane only ever reads fragments that it has put there itself, so weights need no
-// barrier.
+// the next plan.shared_blocks in shared memory, both for the whole launch; the rest is streamed (stream.h), on and on
+// from the last K block of a step to the first of the next. A lane only ever reads fragments that it has put there
+// itself, so weights need no barrier.
 //
 // Where K is split, the warps of a tile hand partial sums to each other in shared memory. Column tile n (eight batch
 // rows) belongs to the warp with split n % splits, which adds them up in the order of K, so that the result does not
@@ -11,6 +11,7 @@
 #pragma once
 
 #include "math.h"
+#include "stream.h"
 
 namespace fusedrnn::cuda {
 
@@ -48,10 +49,11 @@ class WarpProduct {
   using Results = A[kColumnTiles][kSegments][2];
 
   // packed: fragments of all directions, [D][tile][K block][segment][lane]. shared_blocks: how many K blocks of weights
-  // `shared` has room for. A warp without a tile holds nothing, and must not multiply.
+  // `shared` has room for; ring: of all warps. A warp without a tile holds nothing, and must not multiply.
   FUSEDRNN_DEVICE WarpProduct(const Role& role, const Plan& plan, const Product& product, const void* packed,
-                              int shared_blocks, char* shared, char* partial)
+                              int shared_blocks, char* shared, char* ring, char* partial)
       : role_(role),
+        stream_(ring + role.warp * kStreamSlots * kFragment * static_cast<int>(sizeof(Quad)), role.lane),
         stride_(kInParts ? part_stride(plan) : product.operand.stride()),
         part_blocks_(plan.part_blocks),
         barrier_(1 + role.local_tile),
@@ -61,7 +63,8 @@ class WarpProduct {
     const int blocks = product.operand.blocks(), begin = first_block(int64_t{blocks}, role.split, plan.splits);
     first_byte_ =
         kept((kInParts ? role.split * part_blocks_ : begin) * kBlockBytes + Unit::first_byte(stride_, role.lane));
-    blocks_ = first_block(int64_t{blocks}, role.split + 1, plan.splits) - begin;
+    blocks_ = kept(first_block(int64_t{blocks}, role.split + 1, plan.splits) - begin);
+    rest_ = kept(blocks_ - in_registers());
     const Quad* from = static_cast<const Quad*>(packed) + role.direction * product.packed_quads() +
                        (static_cast<int64_t>(role.tile) * blocks + begin) * kFragment + role.lane;
     FUSEDRNN_UNROLL for (int k = 0; k < kRegisterBlocks; ++k) {
@@ -74,17 +77,18 @@ class WarpProduct {
       load(w, from + k * kFragment);
       FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) shared_[k * kFragment + s * kWarp] = w[s];
     }
-    stream_ = from + in_shared() * kFragment;
+    streamed_ = from + in_shared() * kFragment;
+    if (!kInParts && streamed() > 0) begin_stream();
   }
 
   // z[n] = tile @ operand of the column tiles that this warp owns. All warps of the tile come here.
-  FUSEDRNN_DEVICE void multiply(const char* operand, Results& z) const {
+  FUSEDRNN_DEVICE void multiply(const char* operand, Results& z) {
     multiply_part(operand, z);
     add_parts(z);
   }
 
   // The same of all column tiles, and of the warp's part of K alone.
-  FUSEDRNN_DEVICE void multiply_part(const char* operand, Results& z) const {
+  FUSEDRNN_DEVICE void multiply_part(const char* operand, Results& z) {
     Sums sums;
     FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) Unit::clear(sums[n]);
     const char* rows = operand + first_byte_;
@@ -100,26 +104,19 @@ class WarpProduct {
         if (k < blocks_) add(sums, registers_[k], rows + k * kBlockBytes);
       }
     }
-    rows += in_registers() * kBlockBytes;
-    const int in_shared = this->in_shared(), streamed = blocks_ - in_registers() - in_shared;
-    FUSEDRNN_NO_UNROLL for (int k = 0; k < in_shared; ++k, rows += kBlockBytes) {
-      Quad w[kSegments];
-      FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) w[s] = shared_[k * kFragment + s * kWarp];
-      add(sums, w, rows);
-    }
-    if (streamed > 0) add_streamed(sums, rows, stream_, streamed);
+    if (rest_ > 0) add_rest(sums, rows + kRegisterBlocks * kBlockBytes);
     FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) { Unit::finish(sums[n], z[n], role_.lane); }
   }
 
   // The same, kInParts. All threads of the block come here, and a warp without a tile has zeros.
   template <class Channel>
-  FUSEDRNN_DEVICE void multiply_part(Channel& channel, Results& z) const {
+  FUSEDRNN_DEVICE void multiply_part(Channel& channel, Results& z) {
     Sums sums;
     FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) Unit::clear(sums[n]);
+    if (blocks_ > 0) begin_stream();
     channel.for_each_part([&](int part, const char* operand) {
-      const int first = part * part_blocks_, left = blocks_ - first, count = left < part_blocks_ ? left : part_blocks_;
-      if (count > 0)
-        add_streamed(sums, operand + first_byte_, stream_ + static_cast<int64_t>(first) * kFragment, count);
+      const int left = blocks_ - part * part_blocks_, count = left < part_blocks_ ? left : part_blocks_;
+      if (count > 0) add_streamed(sums, operand + first_byte_, count);
     });
     FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) { Unit::finish(sums[n], z[n], role_.lane); }
   }
@@ -136,19 +133,26 @@ class WarpProduct {
  private:
   static constexpr int kFragment = kSegments * kWarp;     // quads of a K block
   static constexpr int kPartial = kSegments * 2 * kWarp;  // numbers of a column tile
+  static constexpr int kAtOnce = kSegments == 2 ? 4 : 2;  // partial sums that are read before they are added
   using Sums = typename Unit::template Accumulator<kSegments, kChains>[kColumnTiles];
 
   // Of the warp's K blocks, so many; the others are streamed.
   FUSEDRNN_DEVICE int in_registers() const {
     return kRegisterBlocks == 0 ? 0 : blocks_ < kRegisterBlocks ? blocks_ : kRegisterBlocks;
   }
-  FUSEDRNN_DEVICE int in_shared() const {
-    const int rest = blocks_ - in_registers();
-    return rest < shared_blocks_ ? rest : shared_blocks_;
-  }
+  FUSEDRNN_DEVICE int in_shared() const { return rest_ < shared_blocks_ ? rest_ : shared_blocks_; }
+  FUSEDRNN_DEVICE int streamed() const { return rest_ - in_shared(); }
 
   static FUSEDRNN_DEVICE void load(Quad (&w)[kSegments], const Quad* from) {
-    FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) w[s] = M::operands(load_streamed(from + s * kWarp));
+    FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) w[s] = load_streamed(from + s * kWarp);
+  }
+
+  FUSEDRNN_DEVICE void begin_stream() { FUSEDRNN_UNROLL for (int k = 0; k < kStreamAhead; ++k) copy_next(); }
+  // In parts the product ends with the last K block; elsewhere the next step begins with the first one again.
+  FUSEDRNN_DEVICE void copy_next() {
+    stream_.copy(streamed_ + static_cast<int64_t>(next_) * kFragment, !kInParts || next_ < blocks_);
+    ++next_;
+    if (!kInParts && next_ == streamed()) next_ = 0;
   }
 
   FUSEDRNN_DEVICE void add(Sums& sums, const Quad (&w)[kSegments], const char* rows) const {
@@ -162,12 +166,22 @@ class WarpProduct {
     FUSEDRNN_UNROLL for (int k = 0; k < kBlocks; ++k) add(sums, registers_[k], rows + k * kBlockBytes);
   }
 
-  FUSEDRNN_DEVICE void add_streamed(Sums& sums, const char* rows, const Quad* from, int streamed) const {
-    Quad w[kSegments], ahead[kSegments];
-    load(ahead, from);
+  // What does not lie in registers.
+  FUSEDRNN_DEVICE void add_rest(Sums& sums, const char* rows) {
+    const int in_shared = this->in_shared(), streamed = this->streamed();
+    FUSEDRNN_NO_UNROLL for (int k = 0; k < in_shared; ++k, rows += kBlockBytes) {
+      Quad w[kSegments];
+      FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) w[s] = shared_[k * kFragment + s * kWarp];
+      add(sums, w, rows);
+    }
+    if (streamed > 0) add_streamed(sums, rows, streamed);
+  }
+
+  FUSEDRNN_DEVICE void add_streamed(Sums& sums, const char* rows, int streamed) {
     FUSEDRNN_NO_UNROLL for (int k = 0; k < streamed; ++k, rows += kBlockBytes) {
-      FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) w[s] = ahead[s];
-      if (k + 1 < streamed) load(ahead, from + (k + 1) * kFragment);
+      Quad w[kSegments];
+      stream_.read(w);
+      copy_next();
       add(sums, w, rows);
     }
   }
@@ -197,10 +211,17 @@ class WarpProduct {
       if (!role_.owns(n)) continue;
       A sum[2 * kSegments];
       FUSEDRNN_UNROLL for (int v = 0; v < 2 * kSegments; ++v) sum[v] = 0;
-      FUSEDRNN_NO_UNROLL for (int split = 0; split < role_.splits; ++split) {
-        const A* from = partial(n, split);
-        FUSEDRNN_UNROLL for (int v = 0; v < 2 * kSegments; ++v) {
-          sum[v] += split == role_.split ? z[n][v / 2][v % 2] : from[v * kWarp];
+      FUSEDRNN_NO_UNROLL for (int first = 0; first < role_.splits; first += kAtOnce) {
+        A part[kAtOnce][2 * kSegments];
+        FUSEDRNN_UNROLL for (int k = 0; k < kAtOnce; ++k) {
+          const A* from = partial(n, first + k);
+          const bool exists = first + k < role_.splits, own = first + k == role_.split;
+          FUSEDRNN_UNROLL for (int v = 0; v < 2 * kSegments; ++v) {
+            part[k][v] = own ? z[n][v / 2][v % 2] : exists ? from[v * kWarp] : A(0);
+          }
+        }
+        FUSEDRNN_UNROLL for (int k = 0; k < kAtOnce; ++k) {
+          FUSEDRNN_UNROLL for (int v = 0; v < 2 * kSegments; ++v) sum[v] += part[k][v];
         }
       }
       FUSEDRNN_UNROLL for (int v = 0; v < 2 * kSegments; ++v) z[n][v / 2][v % 2] = sum[v];
@@ -212,12 +233,14 @@ class WarpProduct {
   }
 
   const Role& role_;
+  WeightStream<kSegments> stream_;
   int stride_, part_blocks_, barrier_, shared_blocks_;
   A* partial_;
   Quad registers_[kRegisterBlocks > 0 ? kRegisterBlocks : 1][kSegments];
-  int blocks_ = 0, first_byte_ = 0;
+  int blocks_ = 0, rest_ = 0, first_byte_ = 0;  // K blocks, and those of them that are not in registers
   Quad* shared_ = nullptr;
-  const Quad* stream_ = nullptr;
+  const Quad* streamed_ = nullptr;  // the first of those K blocks
+  int next_ = 0;                    // of these, the one to copy next
 };
 
 }  // namespace fusedrnn::cuda

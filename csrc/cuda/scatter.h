@@ -22,9 +22,10 @@
 // float64 and in TF32 with 16 rows 1 or 2; a cluster of at least two blocks.
 #pragma once
 
+#include "backward_inputs.h"
 #include "geometry.h"
 #include "product.h"
-#include "runs.h"
+#include "stream.h"
 
 namespace fusedrnn::cuda {
 
@@ -39,7 +40,12 @@ class ScatterTiles {
         thread_(thread_index()),
         first_unit_(role_.rank * kUnits),
         all_tiles_(static_cast<int>(ceil_div(p.sizes.H, 16))),
-        senders_(static_cast<int>(ceil_div(all_tiles_, kTiles))) {
+        senders_(static_cast<int>(ceil_div(all_tiles_, kTiles))),
+        first_output_(kept((role_.rank * kTiles + role_.warp) % all_tiles_)),
+        has_resets_(kept(p.sequence.reset != nullptr ? 1 : 0) != 0),
+        stream_(shared + shared_layout(Pass::kBackward, p.sizes, p.plan).rings[0] +
+                    role_.warp * kStreamSlots * kFragment * static_cast<int>(sizeof(Quad)),
+                role_.lane) {
     const SharedLayout layout = shared_layout(Pass::kBackward, p.sizes, p.plan);
     weights_ = reinterpret_cast<Quad*>(shared + layout.weights[0]) + role_.warp * p.plan.shared_blocks * kFragment;
     staged_ = shared + layout.operands[0];
@@ -77,14 +83,11 @@ class ScatterTiles {
   static constexpr int kK = scatter_blocks(kMath, kTiles);  // K blocks of the product
   static constexpr int kFragment = kSegments * kWarp;       // quads of one
   static constexpr int kInRegisters = scatter_outputs_in_registers(kMath, kRows, kTiles);
-  static constexpr int kPerQuad = sizeof(Quad) / sizeof(S);
   static constexpr int kStagedRow = row_stride(kK), kStaged = kRows * kStagedRow;
-  static constexpr int kCopiedArray = kUnits * static_cast<int>(sizeof(S));
-  static constexpr int kCopiedRow = scatter_copied_row(kMath, kTiles), kCopied = kRows * kCopiedRow;
-  static constexpr int kChunks = kCopiedArray / static_cast<int>(sizeof(Quad));
-  static constexpr int kCopies = (kRows * kCopiedArrays * kChunks + kThreads - 1) / kThreads;
-  static constexpr int kQuadsOfRow = 4 * kK;  // of da
-  static constexpr int kStores = (kRows * kQuadsOfRow + kThreads - 1) / kThreads;
+  // Whether there can be tiles of dh whose weights are not in registers.
+  static constexpr bool kOthers = kMostBlocks * kTiles > kInRegisters* kWarps;
+  using Inputs = BackwardInputs<M, kUnits, kRows, kThreads>;
+  using Stores = GradientStores<M, kUnits, kRows, kThreads>;
   template <int kChains>
   using Accumulator = typename Unit::template Accumulator<kSegments, kChains>;
   using Fragment = Quad[kSegments];
@@ -108,11 +111,12 @@ class ScatterTiles {
       cells(n);
       wait_copies_but<1>("the thread's copies of the step that comes");
       sync_block("da is staged");
-      Quad da[kStores];
-      read_da(da);
+      typename Stores::Quads da;
+      if constexpr (!M::kRoundsOperands)
+        stores_.read(da, [&](int row, int byte) { return staged() + staged_at(row, byte); });
       multiply();
       ++sent_;
-      store_da(da);
+      if constexpr (!M::kRoundsOperands) stores_.store(da);
       copy(n - kStepsCopied);
       look_at(n - 1);
       receive();
@@ -136,36 +140,14 @@ class ScatterTiles {
     }
     look_at(p_.sizes.T - 1);
     const int64_t backwards = role_.direction == 1 ? 1 : -1;  // from a step to the next that is computed
-    FUSEDRNN_UNROLL for (int m = 0; m < kCopies; ++m) {
-      const int q = thread_ + m * kThreads, array = q / kChunks % kCopiedArrays, row = q / kChunks / kCopiedArrays;
-      const int64_t b = first_row + row, unit = first_unit_ + q % kChunks * kPerQuad;
-      const void* base = array < kGates ? p_.gates : array == kC ? p_.c : array == kDy ? p_.dy : p_.dc;
-      const Strides& strides = array == kC ? p_.c_strides : array == kDy ? p_.dy_strides : p_.dc_strides;
-      const int64_t at =
-          array < kGates ? direction_.step(last, b, kGates * H) + array * H : direction_.offset(strides, last, b);
-      const int64_t step = array < kGates ? p_.sizes.B * kGates * H : strides.t;
-      const bool exists = row < kRows && base != nullptr && b < p_.sizes.B;
-      copied_[m] = run(base, at + unit, backwards * step, exists ? H - unit : 0);
-    }
-    FUSEDRNN_UNROLL for (int m = 0; m < kStores; ++m) {
-      const int q = thread_ + m * kThreads, row = q / kQuadsOfRow, k = q % kQuadsOfRow * kPerQuad;
-      const int64_t b = first_row + row, unit = first_unit_ + k / 32 * 8 + k % 8, gate = k / 8 % 4;
-      stores_[m] = run(p_.da, direction_.step(last, b, kGates * H) + gate * H + unit,
-                       backwards * p_.sizes.B * kGates * H, row < kRows && b < p_.sizes.B ? H - unit : 0);
-    }
-    ragged_ = false;
-    FUSEDRNN_UNROLL for (int m = 0; m < kCopies; ++m) ragged_ |= copied_[m].is_ragged();
-    FUSEDRNN_UNROLL for (int m = 0; m < kStores; ++m) ragged_ |= stores_[m].is_ragged();
+    inputs_.template start<kStepsCopied>(p_, direction_, thread_, first_row, first_unit_, role_.direction == 1,
+                                         copies_);
+    stores_.start(p_, direction_, thread_, first_row, first_unit_, role_.direction == 1);
     exact_step_ = direction_.step(last, 0, kGates * H);
     exact_stride_ = backwards * p_.sizes.B * kGates * H;
   }
 
   static FUSEDRNN_DEVICE A number(const void* from, int64_t at) { return to_compute(static_cast<const S*>(from)[at]); }
-  static FUSEDRNN_DEVICE Run run(const void* base, int64_t at, int64_t step, int64_t left) {
-    constexpr int kBytes = sizeof(S);
-    return Run(static_cast<const char*>(base) + at * kBytes, step * kBytes, left * kBytes);
-  }
-
   FUSEDRNN_DEVICE void finish() {
     FUSEDRNN_UNROLL for (int k = 0; k < kCells; ++k) {
       const Cell c = cell(k);
@@ -180,27 +162,15 @@ class ScatterTiles {
   // ------------------------------------------------------------------------------------------------ a step
 
   // Begins to copy what the n-th step needs, and goes on to the step before; none where n is negative.
-  FUSEDRNN_DEVICE void copy(int64_t n) {
-    if (n >= 0) {
-      char* to = copies_ + static_cast<int>(n & (kStepsCopied - 1)) * kCopied;
-      ragged_ ? copy_quads<true>(to) : copy_quads<false>(to);
-    }
-    commit_copies();
-  }
-  template <bool kRagged>
-  FUSEDRNN_DEVICE void copy_quads(char* to) {
-    FUSEDRNN_UNROLL for (int m = 0; m < kCopies; ++m) {
-      const int q = thread_ + m * kThreads;
-      char* quad = to + q / (kChunks * kCopiedArrays) * kCopiedRow +
-                   q % (kChunks * kCopiedArrays) * static_cast<int>(sizeof(Quad));
-      copied_[m].template copy<kRagged>(quad);
-    }
+  FUSEDRNN_DEVICE void copy(int64_t n) { inputs_.copy(n >= 0, step(n)); }
+  FUSEDRNN_DEVICE char* step(int64_t n) const {
+    return copies_ + static_cast<int>(n & (kStepsCopied - 1)) * Inputs::kStep;
   }
 
   // Which of the thread's cells there are in the n-th step, and whether the state that enters it is cut.
   FUSEDRNN_DEVICE void look_at(int64_t n) {
     cut_next_ = 0;
-    if (p_.sequence.reset == nullptr) return;
+    if (!has_resets_) return;
     const int64_t t = direction_.at(n);
     FUSEDRNN_UNROLL for (int k = 0; k < kCells; ++k) {
       if (!Direction::exists(t, lengths_[k])) continue;
@@ -208,30 +178,31 @@ class ScatterTiles {
     }
   }
 
+  // Where a byte of a row of da is staged. Every two rows have the quads of a K block in another order: the lanes of a
+  // warp write the same gate of eight rows, which lie 16 banks apart.
+  static FUSEDRNN_DEVICE int staged_at(int row, int byte) {
+    return row * kStagedRow + (uses_matrix_unit(kMath) ? byte ^ row / 2 % 4 * static_cast<int>(sizeof(Quad)) : byte);
+  }
+
   // From dh and dc to da, which is staged, and dc of the step before.
   FUSEDRNN_DEVICE void cells(int64_t n) {
     const int64_t t = direction_.at(n);
-    const char* now = copies_ + static_cast<int>(n & (kStepsCopied - 1)) * kCopied;
-    const char* before = copies_ + static_cast<int>((n - 1) & (kStepsCopied - 1)) * kCopied;
-    char* staged = staged_ + static_cast<int>(sent_ & 1) * kStaged;
+    const char *now = step(n), *before = step(n - 1);
+    char* staged = this->staged();
     exists_ = 0;
     cut_ = cut_next_;
     FUSEDRNN_UNROLL for (int k = 0; k < kCells; ++k) {
       const Cell c = cell(k);
-      const int at = c.row * kCopiedRow + c.unit * static_cast<int>(sizeof(S));
-      const auto copied = [&](const char* step, int array) {
-        return to_compute(*reinterpret_cast<const S*>(step + at + array * kCopiedArray));
-      };
+      const auto copied = [&](const char* step, int array) { return Inputs::number(step, c.row, array, c.unit); };
       A gates[kGates];
       FUSEDRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) gates[gate] = copied(now, gate);
       const bool exists = Direction::exists(t, lengths_[k]), cut = (cut_ >> k & 1) != 0;
-      const A entered = direction_.is_first(t, lengths_[k]) ? c0_[k] : copied(before, kC);
-      const A dy = p_.dy != nullptr ? copied(now, kDy) : A(0);
-      A dc = dc_[k] + (p_.dc != nullptr ? copied(now, kDc) : A(0));
-      M::Cell::backward(gates, cut ? A(0) : entered, copied(now, kC), dh_[k] + dy, dc);
+      const A last = copied(before, Inputs::kC), entered = direction_.is_first(t, lengths_[k]) ? c0_[k] : last;
+      A dc = dc_[k] + copied(now, Inputs::kDc);
+      M::Cell::backward(gates, cut ? A(0) : entered, copied(now, Inputs::kC), dh_[k] + copied(now, Inputs::kDy), dc);
       if (exists) exists_ |= 1u << k;
       dc_[k] = !exists ? dc_[k] : cut ? A(0) : dc;
-      S* to = reinterpret_cast<S*>(staged + c.row * kStagedRow) + c.unit / 8 * 32 + c.unit % 8;
+      const int first = (c.unit / 8 * 32 + c.unit % 8) * static_cast<int>(sizeof(S));
       // What is staged may be rounded to the operand's precision, and then is not what is stored.
       const int64_t row = first_row_ + c.row, H = p_.sizes.H;
       S* exact = M::kRoundsOperands && row < p_.sizes.B && first_unit_ + c.unit < H
@@ -239,55 +210,41 @@ class ScatterTiles {
                      : nullptr;
       FUSEDRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) {
         const A da = exists ? gates[gate] : A(0);
-        to[gate * 8] = M::operand(da);
+        *reinterpret_cast<S*>(staged + staged_at(c.row, first + gate * 8 * static_cast<int>(sizeof(S)))) =
+            M::operand(da);
         if (M::kRoundsOperands && exact != nullptr) exact[gate * H] = to_storage<S>(da);
       }
     }
     exact_step_ += exact_stride_;
   }
 
-  // What the thread stores of da of the step that is staged.
-  FUSEDRNN_DEVICE void read_da(Quad (&da)[kStores]) const {
-    if constexpr (M::kRoundsOperands) return;
-    const char* staged = staged_ + static_cast<int>(sent_ & 1) * kStaged;
-    FUSEDRNN_UNROLL for (int m = 0; m < kStores; ++m) {
-      const int q = thread_ + m * kThreads;
-      da[m] = Quad{{0, 0, 0, 0}};
-      if (q < kRows * kQuadsOfRow) {
-        da[m] = *reinterpret_cast<const Quad*>(staged + q / kQuadsOfRow * kStagedRow +
-                                               q % kQuadsOfRow * static_cast<int>(sizeof(Quad)));
-      }
-    }
-  }
-  FUSEDRNN_DEVICE void store_da(const Quad (&da)[kStores]) {
-    if constexpr (!M::kRoundsOperands) {
-      ragged_ ? store_quads<true>(da) : store_quads<false>(da);
-    }
-  }
-  template <bool kRagged>
-  FUSEDRNN_DEVICE void store_quads(const Quad (&da)[kStores]) {
-    FUSEDRNN_UNROLL for (int m = 0; m < kStores; ++m) stores_[m].template store<kRagged>(da[m]);
-  }
-
   // ------------------------------------------------------------------------------------------------ the product
 
   // The j-th tile of dh of the warp: each block begins with another, so that not all send to the same.
   FUSEDRNN_DEVICE int output(int j) const {
-    const int tile = role_.rank * kTiles + role_.warp + j * kWarps;
-    return tile % all_tiles_;
+    const int tile = first_output_ + j * kWarps;
+    return tile < all_tiles_ ? tile : tile - all_tiles_;
   }
   FUSEDRNN_DEVICE int outputs() const {
     return role_.warp < all_tiles_ ? (all_tiles_ - role_.warp + kWarps - 1) / kWarps : 0;
   }
 
-  // Fragment k of the weights of a tile of dh; zeros behind the last unit.
+  // K blocks of the block's units that exist.
+  FUSEDRNN_DEVICE int blocks_of_k() const {
+    const int own = (all_tiles_ - role_.rank * kTiles) * static_cast<int>(sizeof(S));
+    return own < kK ? own : kK;
+  }
+  // Of a tile of dh, fragment k of the weights.
+  FUSEDRNN_DEVICE const Quad* fragment(int output, int k) const {
+    const int all = all_tiles_ * static_cast<int>(sizeof(S));
+    return static_cast<const Quad*>(p_.w_hh) +
+           ((int64_t{role_.direction} * all_tiles_ + output) * all + role_.rank * kK + k) * kFragment + role_.lane;
+  }
+  // The same, loaded; zeros behind the last unit.
   FUSEDRNN_DEVICE void load(Fragment& w, int output, int k) const {
-    const int all = all_tiles_ * static_cast<int>(sizeof(S)), block = role_.rank * kK + k;
-    FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) w[s] = Quad{{0, 0, 0, 0}};
-    if (block >= all) return;
-    const Quad* from = static_cast<const Quad*>(p_.w_hh) +
-                       ((int64_t{role_.direction} * all_tiles_ + output) * all + block) * kFragment + role_.lane;
-    FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) w[s] = M::operands(load_streamed(from + s * kWarp));
+    FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) {
+      w[s] = k < blocks_of_k() ? load_streamed(fragment(output, k) + s * kWarp) : Quad{{0, 0, 0, 0}};
+    }
   }
 
   FUSEDRNN_DEVICE void load_weights() {
@@ -307,8 +264,24 @@ class ScatterTiles {
         FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) shared_fragment(j - kInRegisters, k)[s * kWarp] = w[s];
       }
     }
+    next_output_ = first_streamed();
+    if (!kOthers || next_output_ >= outputs()) return;
+    next_ = fragment(output(next_output_), 0);
+    FUSEDRNN_UNROLL for (int k = 0; k < kStreamAhead; ++k) copy_next();
+  }
+  // Of the tiles whose weights are streamed, one K block after another, and from the last on to the first.
+  FUSEDRNN_DEVICE void copy_next() {
+    stream_.copy(next_);
+    next_ += kFragment;
+    ++next_k_;
+    while (next_k_ == blocks_of_k()) {  // once: a branch would be taken for predicates in front of every instruction
+      next_k_ = 0;
+      if (++next_output_ == outputs()) next_output_ = first_streamed();
+      next_ = fragment(output(next_output_), 0);
+    }
   }
   FUSEDRNN_DEVICE int in_shared() const { return p_.plan.shared_blocks / kK; }
+  FUSEDRNN_DEVICE int first_streamed() const { return kInRegisters + in_shared(); }
   FUSEDRNN_DEVICE Quad* shared_fragment(int j, int k) const { return weights_ + (j * kK + k) * kFragment + role_.lane; }
 
   // The parts of dh from da that is staged, to where they are summed.
@@ -324,27 +297,29 @@ class ScatterTiles {
         multiply_registers<1>(outputs);
       }
     }
+    if constexpr (kOthers) multiply_others(outputs);
+  }
+
+  FUSEDRNN_DEVICE void multiply_others(int outputs) {
     FUSEDRNN_NO_UNROLL for (int j = kInRegisters; j < outputs; ++j) {
-      const bool shared = j < kInRegisters + in_shared();
-      const int tile = output(j);
       Accumulator<1> sums[kColumnTiles];
       FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) Unit::clear(sums[n]);
-      const auto fetch = [&](Fragment& w, int k) {
-        if (shared) {
-          const Quad* from = shared_fragment(j - kInRegisters, k);
-          FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) w[s] = from[s * kWarp];
-        } else {
-          load(w, tile, k);
+      if (j < first_streamed()) {
+        FUSEDRNN_NO_UNROLL for (int k = 0; k < kK; ++k) {
+          Fragment w;
+          FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) w[s] = shared_fragment(j - kInRegisters, k)[s * kWarp];
+          add(sums, w, k);
         }
-      };
-      Fragment ahead, w;
-      fetch(ahead, 0);
-      FUSEDRNN_NO_UNROLL for (int k = 0; k < kK; ++k) {
-        FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) w[s] = ahead[s];
-        if (k + 1 < kK) fetch(ahead, k + 1);
-        add(sums, w, k);
+      } else {
+        const int blocks = blocks_of_k();
+        FUSEDRNN_NO_UNROLL for (int k = 0; k < blocks; ++k) {
+          Fragment w;
+          stream_.read(w);
+          copy_next();
+          add(sums, w, k);
+        }
       }
-      send(sums, tile);
+      send(sums, output(j));
     }
   }
 
@@ -364,8 +339,10 @@ class ScatterTiles {
 
   template <int kChains>
   FUSEDRNN_DEVICE void add(Accumulator<kChains> (&sums)[kColumnTiles], const Fragment& w, int k) const {
-    const char* rows =
-        staged_ + static_cast<int>(sent_ & 1) * kStaged + k * kBlockBytes + Unit::first_byte(kStagedRow, role_.lane);
+    const int first = uses_matrix_unit(kMath)
+                          ? staged_at(role_.lane / 4, role_.lane % 4 * static_cast<int>(sizeof(Quad)))
+                          : Unit::first_byte(kStagedRow, role_.lane);
+    const char* rows = staged() + k * kBlockBytes + first;
     FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
       Unit::add(sums[n], w, rows + n * kColumns * kStagedRow, kStagedRow);
     }
@@ -387,6 +364,9 @@ class ScatterTiles {
       }
     }
   }
+
+  // da of the step that is computed, or multiplied with.
+  FUSEDRNN_DEVICE char* staged() const { return staged_ + static_cast<int>(sent_ & 1) * kStaged; }
 
   FUSEDRNN_DEVICE A* parts(int buffer, int sender) const {
     return parts_ + (buffer * p_.plan.blocks + sender) * kNumbers;
@@ -426,15 +406,17 @@ class ScatterTiles {
     }
   }
 
-  // Of what is copied ahead of a step: the arrays of a row, one after the other.
-  static constexpr int kC = kGates, kDy = kGates + 1, kDc = kGates + 2;
-
   const BackwardParams& p_;
   const Role role_;
   const Direction direction_;
   const int thread_, first_unit_, all_tiles_, senders_;  // tiles of 16 units of the layer; blocks that have units
+  const int first_output_;                               // the warp's first tile of dh
+  const bool has_resets_;
+  WeightStream<kSegments> stream_;
+  int next_output_ = 0, next_k_ = 0;  // of the warp's tiles of dh and their K blocks, what is to be copied next
+  const Quad* next_ = nullptr;
   Quad* weights_;
-  char *staged_, *copies_;  // [2][kRows] of kStagedRow bytes; [kStepsCopied][kRows] of kCopiedRow
+  char *staged_, *copies_;  // [2][kRows] of kStagedRow bytes; [kStepsCopied] of Inputs::kStep
   A* parts_;                // [2][blocks][kNumbers]
   Mbarrier* barriers_;
   Quad registers_[kInRegisters > 0 ? kInRegisters : 1][kK][kSegments];
@@ -443,8 +425,8 @@ class ScatterTiles {
   uint32_t exists_ = 0, cut_ = 0, cut_next_ = 0;  // a bit for each of the thread's cells
   int lengths_[kCells];
   A dh_[kCells], dc_[kCells], c0_[kCells];
-  Run copied_[kCopies], stores_[kStores];      // what the thread copies of a step, and stores
-  bool ragged_ = false;                        // whether any of these is
+  Inputs inputs_;
+  Stores stores_;                              // of those whose operands are not rounded
   int64_t exact_step_ = 0, exact_stride_ = 0;  // where da of a step begins, of kRoundsOperands
 };
 

@@ -172,6 +172,16 @@ class Plan:
         return "-".join([*parts, f"shared{self.shared_blocks}"])
 
 
+def backward_of(plan: Plan, problem: "Problem") -> Plan:
+    """The plan of the backward beside one of the forward. In a cluster without a projection blocks exchange partial
+    sums of dh, with as many tiles as they may have."""
+    if plan.exchange != "cluster" or problem.proj:
+        return plan
+    tiles = min(plan.tiles, 2 if plan.math == "fp64" or (plan.math == "tf32" and plan.rows == 16) else 4)
+    splits = 4 if tiles <= 2 else 2
+    return replace(plan, exchange="scatter", blocks=0, tiles=tiles, splits=splits, shared_blocks=0)
+
+
 @dataclass(frozen=True)
 class Problem:
     """Sizes and options of a layer; everything random in it follows from the seed."""
@@ -387,7 +397,8 @@ class Layer:
     """A layer computed by the kernels: forward(), then backward(), any number of times."""
 
     def __init__(self, host: Host, problem: Problem, plan: Plan, backward_plan: Plan | None = None) -> None:
-        self.host, self.problem, self.plan, self.backward_plan = host, problem, plan, backward_plan or plan
+        self.host, self.problem, self.plan = host, problem, plan
+        self.backward_plan = backward_plan or backward_of(plan, problem)
         self.dtype = DTYPES[plan.math]
         self.compute = reference.compute_dtype(self.dtype)
         self.given = tensors(problem, self.dtype)

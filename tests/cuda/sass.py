@@ -35,7 +35,19 @@ LATENCY = {"LDS": 30, "LDC": 45, "MUFU": 22, "LDG": 280, "SHFL": 25, "S2R": 25, 
 LATENCY |= {"F2F": 22, "F2I": 22, "I2F": 22, "R2UR": 12, "SYNCS": 25, "DMMA": 30, "DADD": 16, "DMUL": 16, "DFMA": 16}
 OTHER = 20
 OPERANDS_READ = 14
-PIPES = {"HMMA": 8, "MUFU": 8, "F2F": 8, "F2I": 8, "I2F": 8, "STAS": 4, "LDS": 2, "STS": 2, "LDG": 4, "STG": 4}
+PIPES = {
+    "HMMA": 8,
+    "MUFU": 8,
+    "F2FP": 2,
+    "F2F": 8,
+    "F2I": 8,
+    "I2F": 8,
+    "STAS": 4,
+    "LDS": 2,
+    "STS": 2,
+    "LDG": 4,
+    "STG": 4,
+}
 PIPES |= {"LDGSTS": 4, "DFMA": 2, "DADD": 2, "DMUL": 2}
 PUSH, PEER = 200, 14
 RELEASE, FLAG = 500, 600
@@ -597,6 +609,10 @@ class Warp:
         value = _float(self.value(o[1], True))
         results = {"RCP": _reciprocal(value), "EX2": 2.0 ** min(value, 128.0), "TANH": math.tanh(value)}
         self.set(o[0], _bits(results.get(parts[1], 0.0)))
+
+    def _shfl(self, o: list[str], parts: list[str]) -> None:
+        """As if all lanes had the same."""
+        self.set(o[1], self.value(o[2]))
 
     def _popc(self, o: list[str], parts: list[str]) -> None:
         self.set(o[0], self.value(o[1]).bit_count())

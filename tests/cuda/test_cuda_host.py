@@ -134,11 +134,11 @@ def test_plans(layer, kit, exchange, math, options, H, projected):
 @pytest.mark.parametrize("math", WIDE)
 def test_more_k_blocks_than_registers(layer, host, kit, exchange, math, rows, shared_blocks):
     problem = kit.Problem(2, 2, 170 if math == "tf32" else 330)
-    plan = kit.Plan(exchange, math, tiles=4, rows=rows, shared_blocks=shared_blocks)
-    for direction in (kit.FORWARD, kit.BACKWARD):
+    one = layer(problem, kit.Plan(exchange, math, tiles=4, rows=rows, shared_blocks=shared_blocks))
+    for direction, plan in ((kit.FORWARD, one.plan), (kit.BACKWARD, one.backward_plan)):
         needs, _ = host.needs(direction, problem.sizes, host.struct(plan, direction, problem.H, problem.B))
         assert needs.streamed[0] > 0
-    layer(problem, plan).check()
+    one.check()
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -234,11 +234,15 @@ def test_inference_writes_no_more_than_outputs(layer, kit, exchange, math):
 
 
 def test_plans_give_the_same_bits(layer, kit, exchange, math):
-    """Groups, blocks, rows and where the weights lie do not change the order of any sum; only splits of K do."""
+    """Groups, blocks, rows and where the weights lie do not change the order of any sum; only splits of K do, and the
+    blocks of the backward in a cluster."""
     problem = kit.Problem(3, 9, 40, D=2)
     first, *others = (
-        layer(problem, kit.Plan(exchange, math, **options)).all()
-        for options in ({}, {"tiles": 3}, {"rows": rows_of(math)}, {"groups": 1}, {"tiles": 2, "shared_blocks": 3})
+        one.forward()[0] if exchange == "cluster" else one.all()
+        for one in (
+            layer(problem, kit.Plan(exchange, math, **options))
+            for options in ({}, {"tiles": 3}, {"rows": rows_of(math)}, {"groups": 1}, {"tiles": 2, "shared_blocks": 3})
+        )
     )
     for other in others:
         assert all(torch.equal(first[name], other[name]) for name in first)
@@ -366,7 +370,10 @@ def test_every_schedule_of_scatter_gives_the_same_bits(layer, kit, math, tiles, 
 
 def test_no_synchronisation_of_scatter_can_be_left_out(layer, kit):
     problem = kit.Problem(**{**RACE, "B": 20, "H": 64, "T": 7})
-    names = every_removal_is_caught([layer(problem, *scatter(kit, "bf16", 1, groups=1))], "backward")
+    streamed = kit.Problem(T=2, B=2, H=16 * 30)  # 8 tiles of dh and their 64 K blocks for a warp, of which 8 stay
+    layers = [layer(problem, *scatter(kit, "bf16", 1, groups=1)), layer(streamed, *scatter(kit, "bf16", 4))]
+    names = every_removal_is_caught(layers, "backward")
+    assert "the thread's copies of weights" in names
     assert {"da is staged", "the parts of dh have come", "the first steps are copied"} <= names
     assert {"the thread's copies of the first steps", "the thread's copies of the step that comes"} <= names
 
@@ -387,10 +394,17 @@ def caught(one, direction, name, expected):
     return None
 
 
-@pytest.mark.parametrize("proj", [0, 17], ids=["", "projected"])
-@pytest.mark.parametrize(
-    ("direction", "inputs"), [("forward", False), ("forward", True), ("backward", False)], ids=lambda part: str(part)
-)
+# A cluster scatters in the backward without a projection, which has a test of its own.
+REMOVALS = [
+    (exchange, direction, inputs, proj)
+    for exchange in EXCHANGES
+    for direction, inputs in (("forward", False), ("forward", True), ("backward", False))
+    for proj in (0, 17)
+    if (exchange, direction, proj) != ("cluster", "backward", 0)
+]
+
+
+@pytest.mark.parametrize(("exchange", "direction", "inputs", "proj"), REMOVALS)
 def test_no_synchronisation_can_be_left_out(layer, kit, exchange, direction, inputs, proj):
     """The test of the tests: each is removed in turn, and that has to be noticed. So none is redundant either."""
     problem = kit.Problem(**{**RACE, "B": 20}, proj=proj, I=37)
@@ -399,8 +413,13 @@ def test_no_synchronisation_can_be_left_out(layer, kit, exchange, direction, inp
         race_plan(kit, exchange, "bf16", rows=rows, inputs=inputs, **options)
         for options in ({}, {"splits": 1, "tiles": 1})
     ]
-    names = every_removal_is_caught([layer(problem, plan) for plan in plans], direction)
+    layers = [layer(problem, plan) for plan in plans]
+    streams = inputs or (exchange, direction, proj) == ("grid", "backward", 0)
+    if streams:  # more K blocks, of which most are streamed, than are on their way when the operand has come
+        layers.append(layer(kit.replace(problem, **({"I": 250} if inputs else {"H": 100})), plans[1]))
+    names = every_removal_is_caught(layers, direction)
     assert any("input" in name for name in names) == inputs
+    assert ("the thread's copies of weights" in names) == streams
 
 
 @pytest.mark.parametrize("proj", [0, 33], ids=["", "projected"])
@@ -413,8 +432,12 @@ def test_no_synchronisation_in_parts_can_be_left_out(layer, kit, direction, inpu
         in_parts(kit, "bf16", proj, groups=1, inputs=inputs, **options)
         for options in ({"blocks": 2, "splits": 2}, {"tiles": 2})
     ]
-    names = every_removal_is_caught([layer(problem, plan) for plan in plans], direction)
-    assert {"the part is copied", "the thread's copies of the part"} <= names
+    # More K blocks of weights in a part than are on their way when it has come.
+    long = kit.replace(problem, T=2, B=2, H=200, proj=proj and 170)
+    layers = [layer(problem, plan) for plan in plans]
+    layers.append(layer(long, in_parts(kit, "bf16", proj, blocks=4, part_blocks=8, inputs=inputs)))
+    names = every_removal_is_caught(layers, direction)
+    assert {"the part is copied", "the thread's copies of the part", "the thread's copies of weights"} <= names
     assert ("the part of the input is copied" in names) == inputs
 
 
@@ -496,26 +519,27 @@ def test_invalid_plans(host, kit, sizes, options, why):
         ({}, {"tiles": 2, "splits": 4, "shared_blocks": 3}, "the weights of whole tiles"),
         ({}, {"tiles": 4, "splits": 2, "blocks": 1}, "2, 4, 8 or 16"),
         ({"H": 600, "P": 600}, {"tiles": 2, "splits": 4, "blocks": 16}, "do not cover H"),
+        ({}, {"exchange": "cluster", "tiles": 2, "splits": 4}, "without a projection, a cluster scatters"),
     ],
     ids=str,
 )
-def test_invalid_plans_of_scatter(host, kit, sizes, options, why):
+def test_invalid_plans_of_the_backward_in_a_cluster(host, kit, sizes, options, why):
     sizes = {"T": 3, "B": 4, "H": 40, "P": 40, "D": 1, **sizes}
-    plan = host.struct(kit.Plan("scatter", **options), kit.BACKWARD, sizes["H"], sizes["B"])
+    plan = host.struct(kit.Plan(**{"exchange": "scatter", **options}), kit.BACKWARD, sizes["H"], sizes["B"])
     assert why in host.needs(kit.BACKWARD, kit.Sizes(**sizes), plan)[1]
 
 
 def test_needs(host, kit):
     """Sizes worked out by hand: bfloat16, H 512, a cluster of 8 blocks of 8 tiles, 8 rows."""
     sizes = kit.Sizes(T=9, B=16, H=512, P=512, D=2)
-    plan = host.struct(kit.Plan("cluster", "bf16", tiles=8, rows=8, shared_blocks=9), kit.FORWARD, 512, 16)
+    plan = host.struct(kit.Plan("cluster", "bf16", tiles=8, rows=8, shared_blocks=10), kit.FORWARD, 512, 16)
     needs, why = host.needs(kit.FORWARD, sizes, plan)
     assert why is None
-    assert list(needs.streamed) == [0, 0, 0]  # 16 K blocks, 7 of them in registers
-    # 9 K blocks for each of 8 warps, two operands of 8 rows of 16 | 1 K blocks, staging, of each tile and row three
+    assert list(needs.streamed) == [0, 0, 0]  # 16 K blocks, 6 of them in registers
+    # 10 K blocks for each of 8 warps, two operands of 8 rows of 16 | 1 K blocks, staging, of each tile and row three
     # steps of xg in float and one of what is stored, all padded, and two barriers.
     steps = 8 * 8 * (3 * (4 * 8 * 4 + 16) + 6 * 8 * 2 + 16)
-    assert needs.shared == 8 * 9 * 2048 + 2 * 8 * 17 * 64 + 8 * 8 * 16 + steps + 16
+    assert needs.shared == 8 * 10 * 2048 + 2 * 8 * 17 * 64 + 8 * 8 * 16 + steps + 16
     assert (needs.exchanged, needs.flags, needs.blocks) == (0, 0, 2 * 2 * 8)
     assert needs.packed[0] == 2 * 4 * 512 * 512 * 2
     plan.exchange = 0
@@ -526,15 +550,15 @@ def test_needs(host, kit):
 def test_needs_of_inputs(host, kit):
     """The same, bfloat16 and H 512, with x of 200 numbers: 400 bytes, 25 quads, 7 K blocks."""
     sizes = kit.Sizes(T=9, B=16, H=512, P=512, D=2, I=200)
-    plan = kit.Plan("cluster", "bf16", tiles=8, rows=8, shared_blocks=9)
+    plan = kit.Plan("cluster", "bf16", tiles=8, rows=8, shared_blocks=10)
     alone, _ = host.needs(kit.FORWARD, sizes, host.struct(plan, kit.FORWARD, 512, 16))
     plan = host.struct(kit.replace(plan, inputs=True, shared_input_blocks=5), kit.FORWARD, 512, 16)
     needs, why = host.needs(kit.FORWARD, sizes, plan)
     assert why is None
     assert list(needs.streamed) == [0, 0, 2]
     assert needs.packed[2] == 2 * 7 * 64 * 4 * 512
-    # 5 K blocks for each of 8 warps, two buffers of 8 rows of 7 * 64 bytes; nothing of it is exchanged.
-    assert needs.shared - alone.shared == 8 * 5 * 2048 + 2 * 8 * 7 * 64
+    # 5 K blocks for each of 8 warps and a ring of 4, two buffers of 8 rows of 7 * 64 bytes; nothing of it is exchanged.
+    assert needs.shared - alone.shared == 8 * (5 + 4) * 2048 + 2 * 8 * 7 * 64
     assert (needs.exchanged, needs.flags) == (alone.exchanged, alone.flags)
     assert host.needs(kit.BACKWARD, sizes, plan)[1] == "the backward takes no inputs"
 
@@ -546,7 +570,7 @@ def test_needs_in_parts(host, kit):
     needs, why = host.needs(kit.FORWARD, sizes, plan)
     assert why is None
     assert list(needs.streamed) == [625, 0, 0]
-    assert needs.shared == 2 * 16 * 41 * 64 + 8 * 8 * 16 + 16
+    assert needs.shared == 2 * 16 * 41 * 64 + 8 * 4 * 2048 + 8 * 8 * 16 + 16  # a ring for each warp
     # Two operands of 16 rows; and of every thread c and h of four columns, of each of its tiles.
     assert needs.exchanged == 2 * (2 * 16 * 20000 * 2 + 100 * 256 * 4 * 8 * 4)
     assert (needs.flags, needs.blocks) == (2 * 100, 2 * 100)

@@ -46,8 +46,12 @@ Body<Params> body_of(const Sizes& sizes, const Plan& plan) {
     return sizes.projected != 0 ? body<Kernel<kMath, PartsExchange, 1, true>, Params>
                                 : body<Kernel<kMath, PartsExchange, kColumnTiles, false>, Params>;
   }
-  return plan.exchange == Exchange::kCluster ? body_of<Kernel, Params, kMath, ClusterExchange>(sizes, plan)
-                                             : body_of<Kernel, Params, kMath, GridExchange>(sizes, plan);
+  if (plan.exchange == Exchange::kGrid) return body_of<Kernel, Params, kMath, GridExchange>(sizes, plan);
+  if constexpr (std::is_same_v<Params, BackwardParams>) {
+    return body<Kernel<kMath, ClusterExchange, 1, true>, Params>;  // others scatter
+  } else {
+    return body_of<Kernel, Params, kMath, ClusterExchange>(sizes, plan);
+  }
 }
 
 template <template <Math, class, int, bool> class Kernel, class Params>

@@ -1,0 +1,136 @@
+// What a step of the backward needs of the forward and of the caller: the gates, c, dy and dc.
+//
+// Copied into shared memory a few steps ahead, 16 bytes at a time (runs.h), by the threads that work on these units and
+// rows: a row of a step is the arrays of its units, one after the other.
+#pragma once
+
+#include "geometry.h"
+#include "math.h"
+#include "runs.h"
+
+namespace fusedrnn::cuda {
+
+// Of kUnits units and kRows batch rows; thread is 0 to kThreads - 1.
+template <class M, int kUnits, int kRows, int kThreads>
+class BackwardInputs {
+ public:
+  using S = typename M::Storage;
+  static constexpr int kC = kGates, kDy = kGates + 1, kDc = kGates + 2;
+  static constexpr int kRow = copied_row(M::kMath, kUnits), kStep = kRows * kRow;  // bytes
+
+  // Of one slice, from the last step on. first_unit: kUnits of them may be behind the last one. steps: those in shared
+  // memory, kSteps of them, in which an array that is not given is zeros.
+  template <int kSteps>
+  FUSEDRNN_DEVICE void start(const BackwardParams& p, const Direction& direction, int thread, int64_t first_row,
+                             int64_t first_unit, bool backwards, char* steps) {
+    thread_ = thread;
+    ragged_ = false;
+    const int64_t H = p.sizes.H, last = direction.at(p.sizes.T - 1);
+    FUSEDRNN_UNROLL for (int m = 0; m < kCopies; ++m) {
+      const int array = at(m).array;
+      const int64_t b = first_row + at(m).row, unit = first_unit + at(m).chunk * kPerQuad;
+      const void* base = array < kGates ? p.gates : array == kC ? p.c : array == kDy ? p.dy : p.dc;
+      const Strides& strides = array == kC ? p.c_strides : array == kDy ? p.dy_strides : p.dc_strides;
+      const int64_t begin =
+          array < kGates ? direction.step(last, b, kGates * H) + array * H : direction.offset(strides, last, b);
+      const int64_t step = array < kGates ? p.sizes.B * kGates * H : strides.t;
+      const bool exists = array < kCopiedArrays && base != nullptr && b < p.sizes.B;
+      copies_[m] = Run(static_cast<const char*>(base) + (begin + unit) * kBytes, (backwards ? step : -step) * kBytes,
+                       exists ? (H - unit) * kBytes : 0);
+      ragged_ |= copies_[m].is_ragged();
+      if (base != nullptr || array >= kCopiedArrays) continue;
+      for (int step = 0; step < kSteps; ++step) *quad(steps + step * kStep, m) = Quad{{0, 0, 0, 0}};
+    }
+  }
+
+  // Begins to copy the step that comes before those copied, if there is one.
+  FUSEDRNN_DEVICE void copy(bool exists, char* to) {
+    if (exists) ragged_ ? copy<true>(to) : copy<false>(to);
+    commit_copies();
+  }
+
+  // A number of a step, in shared memory; unit of the kUnits.
+  static FUSEDRNN_DEVICE typename M::Compute number(const char* step, int row, int array, int unit) {
+    return to_compute(*reinterpret_cast<const S*>(step + row * kRow + (array * kUnits + unit) * kBytes));
+  }
+
+ private:
+  static constexpr int kBytes = sizeof(S), kPerQuad = sizeof(Quad) / sizeof(S), kChunks = kUnits / kPerQuad;
+  static constexpr int kCopies = (kRows * kCopiedArrays * kChunks + kThreads - 1) / kThreads;
+
+  template <bool kRagged>
+  FUSEDRNN_DEVICE void copy(char* to) {
+    FUSEDRNN_UNROLL for (int m = 0; m < kCopies; ++m) {
+      copies_[m].template copy<kRagged>(reinterpret_cast<char*>(quad(to, m)));
+    }
+  }
+
+  // The thread's m-th quad. Array after array, so that few threads have several kinds of steps from one to the next.
+  struct Place {
+    int array, row, chunk;
+  };
+  FUSEDRNN_DEVICE Place at(int m) const {
+    const int q = thread_ + m * kThreads;
+    return {q / (kChunks * kRows), q / kChunks % kRows, q % kChunks};
+  }
+  // Where it lies in a step.
+  FUSEDRNN_DEVICE Quad* quad(char* step, int m) const {
+    return reinterpret_cast<Quad*>(step + at(m).row * kRow) + at(m).array * kChunks + at(m).chunk;
+  }
+
+  int thread_ = 0;
+  bool ragged_ = false;  // whether any of the copies is
+  Run copies_[kCopies];
+};
+
+// The gradients of kUnits units and kRows batch rows, which lie in shared memory in the order of K (backward.h), to
+// where the launch leaves them; likewise.
+template <class M, int kUnits, int kRows, int kThreads>
+class GradientStores {
+ public:
+  using S = typename M::Storage;
+  static constexpr int kQuadsOfRow = kUnits * kGates * sizeof(S) / sizeof(Quad);
+  static constexpr int kStores = (kRows * kQuadsOfRow + kThreads - 1) / kThreads;
+  using Quads = Quad[kStores];
+
+  FUSEDRNN_DEVICE void start(const BackwardParams& p, const Direction& direction, int thread, int64_t first_row,
+                             int64_t first_unit, bool backwards) {
+    constexpr int kBytes = sizeof(S), kPerQuad = sizeof(Quad) / sizeof(S);
+    thread_ = thread;
+    ragged_ = false;
+    const int64_t H = p.sizes.H, last = direction.at(p.sizes.T - 1), step = p.sizes.B * kGates * H;
+    FUSEDRNN_UNROLL for (int m = 0; m < kStores; ++m) {
+      const int q = thread + m * kThreads, row = q / kQuadsOfRow, k = q % kQuadsOfRow * kPerQuad;
+      const int64_t b = first_row + row, unit = first_unit + k / 32 * 8 + k % 8, gate = k / 8 % 4;
+      const int64_t at = direction.step(last, b, kGates * H) + gate * H + unit;
+      stores_[m] = Run(static_cast<const char*>(p.da) + at * kBytes, (backwards ? step : -step) * kBytes,
+                       row < kRows && b < p.sizes.B ? (H - unit) * kBytes : 0);
+      ragged_ |= stores_[m].is_ragged();
+    }
+  }
+
+  // What the thread stores of a step. at(row, byte): where that byte of a row lies.
+  template <class At>
+  FUSEDRNN_DEVICE void read(Quads& da, const At& at) const {
+    FUSEDRNN_UNROLL for (int m = 0; m < kStores; ++m) {
+      const int q = thread_ + m * kThreads;
+      da[m] = Quad{{0, 0, 0, 0}};
+      if (q < kRows * kQuadsOfRow) {
+        da[m] = *reinterpret_cast<const Quad*>(at(q / kQuadsOfRow, q % kQuadsOfRow * static_cast<int>(sizeof(Quad))));
+      }
+    }
+  }
+  FUSEDRNN_DEVICE void store(const Quads& da) { ragged_ ? store<true>(da) : store<false>(da); }
+
+ private:
+  template <bool kRagged>
+  FUSEDRNN_DEVICE void store(const Quads& da) {
+    FUSEDRNN_UNROLL for (int m = 0; m < kStores; ++m) stores_[m].template store<kRagged>(da[m]);
+  }
+
+  int thread_ = 0;
+  bool ragged_ = false;
+  Run stores_[kStores];
+};
+
+}  // namespace fusedrnn::cuda
