@@ -386,7 +386,7 @@ class Forward {
     V sums[kChunk == 1 ? kTogether : kMaps][4];
     Sums all{&sums[0][0]};
     if (kChunk > 1) all.row = 1, all.of_map = 4;
-    const Sums of_last{&all(full - begin, 0), all.row, all.of_map};
+    const Sums of_last{all.at + (full - begin) * all.row, all.row, all.of_map};
     const auto product = [&](V(*to)[4], const E* panel) {
       multiply<E>(to, entering(n, d, 0), inputs(s_.P), panel, inputs(s_.P), 1, true, {&direction, t, 0, enters(n)});
     };
@@ -588,7 +588,7 @@ class Forward {
         for (int k = kInputMaps; biases != nullptr && k < kMaps; ++k) {
           a[r][k] += load(biases + (k - kInputMaps) * kChunk * kUnits<A> + (first + r) * bias_step);
         }
-        prefetch_maps(maps, first + r + kTogether);
+        if (outputs.row_step > 0) prefetch_maps(maps, first + r + kTogether);
       }
     }
 

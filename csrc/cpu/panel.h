@@ -416,6 +416,7 @@ __attribute__((noinline)) Vec<Compute<S>> dots_of_units(const S* w_ih, const S* 
                                                         const Compute<S>* h, int64_t P, int64_t units) {
   using A = Compute<S>;
   Vec<A> sums[kUnits<A>];
+#pragma GCC unroll 16  // not a call of memset, whose stores what follows would wait for
   for (int64_t u = 0; u < kUnits<A>; ++u) sums[u] = Vec<A>{};
   if (w_ih != nullptr) add_dots<A>(sums, w_ih, units, x, I);
   if (w_hh != nullptr) add_dots<A>(sums, w_hh, units, h, P);
