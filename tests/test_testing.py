@@ -275,6 +275,15 @@ def test_step_by_step_returns_every_state():
         assert torch.equal(outputs[f"c_l{k}"][:, -1], outputs["cn"][k])
 
 
+def test_a_kink_that_rounding_crosses_is_allowed_for():
+    """relu of a number that is 0 but for its rounding: its derivative is 0 for one of two that are both right."""
+    case = Case(20, 2, 9, 2, BF16, 2, True, hx=False, lengths=True, reset=True, seed=112, cell="rnn_relu")
+    with fusedrnn.use_backend("reference"):
+        ours = testing.evaluate(testing.call, fusedrnn.RNN, case)
+    for name, answer in testing.answers(case).items():
+        assert_as_exact_as(name, ours[name], *answer)
+
+
 def test_cases_of_other_cells():
     """The default class and its nonlinearity, hx as a tensor, and states without c."""
     for cell, kind in (("gru", nn.GRU), ("rnn_tanh", nn.RNN), ("rnn_relu", nn.RNN)):
