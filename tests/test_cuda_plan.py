@@ -218,10 +218,10 @@ def test_the_launch_takes_x_where_that_saves_time(device):
     def chosen(T, I):
         return planner.plan("forward", Shape(T, 64, I, 512, 512, 1, 2, "tf32"), device).inputs
 
-    assert chosen(1, 512)
+    assert chosen(1, 256)
     assert chosen(4, 64)
     assert chosen(8, 32)
-    assert chosen(1024, 32) == (COSTS[device.name].widest == 0)  # the steps of a cluster are the shortest
+    assert not chosen(1024, 32)
     assert not chosen(1024, 4096)
     assert not chosen(64, 4096)
 
@@ -255,8 +255,9 @@ def test_x_in_parts_where_that_saves_time(device):
         assert plan.exchange == "parts"
         return plan.inputs
 
-    assert chosen(1, 64)
-    assert chosen(4, 64)
+    roomy = device.shared > 128 << 10  # with less, the ring of w_ih and parts of x make the parts of h smaller
+    assert chosen(1, 64) == roomy
+    assert chosen(4, 64) == roomy
     assert not chosen(1, 10_000)
     assert not chosen(1024, 10_000)
 
