@@ -67,6 +67,11 @@ class Shape(_Shape):
         return len(CELLS[self.cell].maps)
 
     @property
+    def apart(self) -> bool:
+        """Whether there are maps of the state alone: a bias of their own takes registers, and so do masked columns."""
+        return self.maps > self.gates
+
+    @property
     def rate(self) -> float:
         return _RATES["16" if self.itemsize == 2 else self.precision]
 
@@ -159,15 +164,17 @@ def _tiles(kernel: str, shape: Shape, device: Device) -> Iterator[_Tile]:
     """The tiles that spill no registers with any release of Triton from 3.6 on, as compile.py shows.
 
     Lengths and resets take registers for masks, and rows that are no multiples of 16 an address for every element.
-    The states that meet resident weights are all on their way at the same time: `held` bytes of them at most.
+    The states that meet resident weights are all on their way at the same time: `held` bytes of them at most, and fewer
+    where maps are apart.
     """
     plain = shape.itemsize == 4 and shape.precision == "ieee"  # without matrix instructions it takes the most
-    masks = (2 if shape.ragged or plain else 1) * (shape.kept // shape.itemsize)
+    masks = ((3 if shape.apart else 2) if shape.ragged or plain else 1) * (shape.kept // shape.itemsize)
     longest = max(shape.P, shape.H if shape.projected else 0) if kernel == "forward" else shape.gates * shape.H
     for batch, split, chunk in ((16, 8, 128), (32, 4, 64)):
         for units in (8, 16, 32) if shape.aligned and not shape.projected else (8, 16):
             most = 64 if units <= (16 if device.capability < 100 else 8) else 48
             most = 24 if batch == 32 and units > 8 else most
+            most = most * 3 // 4 if shape.apart else most
             held = most * 1024 // masks if shape.aligned else 8 * 1024
             if batch * cdiv(longest, chunk) * chunk * shape.kept <= held:
                 yield _Tile(batch, units, split, chunk, 3, 1)
@@ -320,7 +327,10 @@ def _shared(kernel: str, shape: Shape, device: Device, tile: _Tile) -> Iterator[
 def _inputs(kernel: str, shape: Shape, chunk: int) -> Iterator[int]:
     """Numbers of chunks of w_ih to keep: none, after a GEMM, or all, where they are few."""
     yield 0
-    most = 0 if shape.ragged or kernel == "backward" else 4 if shape.aligned and shape.I % 16 == 0 else 1
+    aligned = shape.aligned and shape.I % 16 == 0
+    most = 0 if shape.ragged or kernel == "backward" else 4 if aligned else 1
+    if shape.apart and not (aligned and shape.kept == shape.itemsize):
+        most = 0
     if cdiv(shape.I, chunk) <= most:
         yield cdiv(shape.I, chunk)
 
