@@ -534,6 +534,8 @@ class Forward {
     FUSEDRNN_INLINE void some(int64_t first, int64_t count, Sums sums) const {
       const Direction& direction = outputs.direction;
       const auto row = [&](int64_t r) { return outputs.b + r * outputs.row_step; };
+      // One test for each row where nothing but the state is written, as in most steps of inference.
+      const bool more = kRagged || c_all != nullptr || saved != nullptr || m_all != nullptr || outputs.final;
       V a[R][kMaps], c[R], m[R];
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
@@ -547,16 +549,18 @@ class Forward {
         const int64_t at = first + r;
         const bool exists = !kRagged || direction.exists(outputs.t, row(at));
         if (kHasCarry && exists) store(carry + at * kUnits<A>, c[r]);
-        if (c_all != nullptr) store(c_all + at * c_step, exists ? c[r] : V{}, count);
-        for (int k = 0; saved != nullptr && k < kSaved; ++k) {
-          store(saved + at * saved_step + order(0, k), exists ? a[r][k] : V{}, count);
-        }
-        if (kHasCell && exists && (kRagged ? direction.is_last(outputs.t, row(at)) : outputs.final)) {
-          store(cn + at * state_step, c[r], count);
-        }
-        if (kSpec.projects && m_all != nullptr) {
-          if (exists) store(m_all + at * state_step, m[r], count);
-          continue;
+        if (more) {
+          if (c_all != nullptr) store(c_all + at * c_step, exists ? c[r] : V{}, count);
+          for (int k = 0; saved != nullptr && k < kSaved; ++k) {
+            store(saved + at * saved_step + order(0, k), exists ? a[r][k] : V{}, count);
+          }
+          if (kHasCell && exists && (kRagged ? direction.is_last(outputs.t, row(at)) : outputs.final)) {
+            store(cn + at * state_step, c[r], count);
+          }
+          if (kSpec.projects && m_all != nullptr) {
+            if (exists) store(m_all + at * state_step, m[r], count);
+            continue;
+          }
         }
         outputs.template write<kRagged>(at, m[r], count);
       }
