@@ -599,7 +599,7 @@ def test_what_is_not_finite_stays_in_its_sequence(isa, name):
 def test_operator_refuses_what_a_cell_has_not(name, change):
     w_ih, w_hh, *_ = layer_weights(name, Case(3, 2, 5, 4))
     given = {"h0": None, "c0": None, "w_hh": w_hh, **change}
-    weights = [w_ih, given["w_hh"], *[given["projection"]] * ("projection" in change)]
+    weights = [w_ih, given["w_hh"], *([given["projection"]] if "projection" in change else [])]
     states = (given["h0"], given["c0"])
     with pytest.raises(RuntimeError):
         torch.ops.fusedrnn.cpu_forward(name, torch.ones(3, 2, 5), weights, False, *states, None, None, False, True)
