@@ -643,9 +643,9 @@ std::string cpu_plan(std::string cell, int64_t T, int64_t B, int64_t I, int64_t 
   const Sizes s{T, B, T * B, I, H, P, D, P != H};
   const Dtype dtype = float64 ? Dtype::kFloat64 : Dtype::kFloat32;
   const Kernels& kernels = (*isa().kernels)[static_cast<size_t>(dtype)];
+  const CellSpec& spec = kernels.cells[static_cast<size_t>(cell_of(cell))].spec;
   const std::string name = std::string(isa().name) + ", ";
   if (T == 1 && is_short(s, kernels, false)) return name + "one step, weights read as they lie";
-  const CellSpec& spec = kernels.cells[static_cast<size_t>(cell_of(cell))].spec;
   const Team team = plan_team(s, spec, kernels, float64, torch::stable::get_num_threads());
   return name + std::to_string(team.workers) + (team.workers == 1 ? " thread" : " threads") + " by " +
          (team.split == Team::Split::kRows ? "batch rows, no synchronisation" : "hidden units, meeting at every step");

@@ -200,7 +200,7 @@ def is_block(node):
 def test_kernels_include_nothing_of_torch(path):
     included = re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)', path.read_text(), re.MULTILINE)
     torchs = [name for name in included if re.match(r"(torch|ATen|c10|pybind11)/|Python\.h", name)]
-    assert included
+    assert included or path.name == "spec.h"  # what makes a cell needs nothing else
     assert not torchs or path.parent.name == "csrc", torchs
 
 

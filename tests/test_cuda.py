@@ -237,7 +237,7 @@ def test_a_layer_that_fits_in_no_other_way(monkeypatch):
     shape = cuda.Shape(3, 2, 3, 140, 140, 2, 8, "ieee")
     forward = cuda.plan_for("forward", shape, torch.device(DEVICE))
     assert forward.blocks * forward.tiles * 8 < 140
-    assert forward.inputs
+    assert forward.tiles > 1
     check(case)
 
 
