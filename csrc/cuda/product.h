@@ -62,9 +62,9 @@ class WarpProduct {
     if (role.tile >= product.tiles) return;
     const int blocks = product.operand.blocks(), begin = first_block(int64_t{blocks}, role.split, plan.splits);
     first_byte_ =
-        kept((kInParts ? role.split * part_blocks_ : begin) * kBlockBytes + Unit::first_byte(stride_, role.lane));
-    blocks_ = kept(first_block(int64_t{blocks}, role.split + 1, plan.splits) - begin);
-    rest_ = kept(blocks_ - in_registers());
+        held((kInParts ? role.split * part_blocks_ : begin) * kBlockBytes + Unit::first_byte(stride_, role.lane));
+    blocks_ = held(first_block(int64_t{blocks}, role.split + 1, plan.splits) - begin);
+    rest_ = held(blocks_ - in_registers());
     const Quad* from = static_cast<const Quad*>(packed) + role.direction * product.packed_quads() +
                        (static_cast<int64_t>(role.tile) * blocks + begin) * kFragment + role.lane;
     FUSEDRNN_UNROLL for (int k = 0; k < kRegisterBlocks; ++k) {
@@ -133,6 +133,9 @@ class WarpProduct {
  private:
   static constexpr int kFragment = kSegments * kWarp;     // quads of a K block
   static constexpr int kPartial = kSegments * 2 * kWarp;  // numbers of a column tile
+
+  // As `kept`, where registers are left: in double the compiler may compute a value again at every step.
+  static FUSEDRNN_DEVICE int held(int value) { return M::kMath == Math::kFloat64 ? value : kept(value); }
   static constexpr int kAtOnce = kSegments == 2 ? 4 : 2;  // partial sums that are read before they are added
   using Sums = typename Unit::template Accumulator<kSegments, kChains>[kColumnTiles];
 
