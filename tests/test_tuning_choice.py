@@ -146,13 +146,22 @@ def test_a_small_input_is_the_cpu_backends_where_torchs_own_wins_with_much_large
     step = measured(key(T=1, B=1, step=True), cpu=0.5)
     layers = [measured(key(T=1, B=B, train=B == 1), cpu=ratio) for B, ratio in ((1, 0.9), (8, 0.9), (9, 0.5))]
     made = table(measured(key(), cpu=0.5), *layers, step)
-    assert made.small("float32", False, False) == 8 * 256 // 8
-    assert made.small("float32", True, False) == 256 // 8, "training is another matter"
-    assert made.small("float32", False, True) == 256 // 8, "so is an LSTMCell"
+    assert made.small("lstm", "float32", False, False) == 8 * 256 // 8
+    assert made.small("lstm", "float32", True, False) == 256 // 8, "training is another matter"
+    assert made.small("lstm", "float32", False, True) == 256 // 8, "so is an LSTMCell"
     assert made.choose(key(T=1, B=1), NAMES).order[0] == "cpu"
     assert made.choose(key(T=1, B=8), NAMES).order[0] == "aten"
     assert made.choose(key(T=1, B=1, train=True), NAMES).order[0] == "aten"
-    assert made.small("bfloat16", False, False) > made.small("float32", False, False)
+    assert made.small("lstm", "bfloat16", False, False) > made.small("lstm", "float32", False, False)
+    assert made.small("gru", "float32", False, False) > made.small("lstm", "float32", False, False), "so is a GRU"
+
+
+def test_a_relu_is_as_fast_as_a_tanh_where_only_that_was_measured():
+    tanh, relu = key(cell="rnn_tanh"), key(cell="rnn_relu")
+    assert first(measured(tanh, cpu=0.5), of=relu) == "aten"
+    assert first(measured(tanh, cpu=2.0), of=relu) == "cpu"
+    assert first(measured(tanh, cpu=0.5), measured(relu, cpu=2.0), of=relu) == "cpu", "its own counts first"
+    assert first(measured(relu, cpu=0.5), of=tanh) == "cpu", "by the rule"
 
 
 def test_a_failure_ends_the_trust_in_a_dtype():
@@ -166,7 +175,7 @@ def test_a_failure_ends_the_trust_in_a_dtype():
     )
     assert made.verdict("cpu", "bfloat16") == (True, None)
     assert made.verdict("triton", "bfloat16") == (False, None)
-    assert made.small("float32", False, False) == made.small("float32", True, True) == -1
+    assert made.small("lstm", "float32", False, False) == made.small("lstm", "float32", True, True) == -1
 
 
 @pytest.mark.parametrize(
@@ -214,7 +223,7 @@ def test_of_two_profiles_the_nearer_number_of_threads_counts(pin):
     assert firsts == {1: "cpu", 2: "cpu", 8: "aten", 64: "aten"}
     assert "this process computes with 64" in found[64].choose(key(), NAMES).reason
     assert "this process" not in found[8].choose(key(), NAMES).reason
-    assert len({made.small("float32", False, False) for made in found.values()}) == 1, (
+    assert len({made.small("lstm", "float32", False, False) for made in found.values()}) == 1, (
         "it does not depend on who asked first"
     )
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..cells import CELLS
 from ..version import __version__
 from . import machine, profile
 from .profile import AHEAD, BASELINE, Key, Measurement, Ratio, Source
@@ -27,6 +28,7 @@ _FAR = 2.0  # where the nearest measurement is farther away, nothing is known
 _ENOUGH = math.log(1.25)  # what is faster, or slower, by more than that decides no more than this would
 _SMALL = 1 << 13  # numbers in an input: the rule for what was not measured leaves less to the cpu backend
 _SMALLER = 8  # an input this many times smaller than any that torch's own won with is the cpu backend's
+_ALIKE = {"rnn_relu": "rnn_tanh"}  # where nothing near has been measured of one, what was of the other is as good
 
 
 class Choice(NamedTuple):
@@ -54,7 +56,7 @@ class Table:
     def _read(self, here: machine.Machine, sources: list[Source], ignored: dict[str, str]) -> None:
         self.machine, self.sources, self.ignored = here, sources, ignored
         self._kinds: dict[tuple[object, ...], dict[Key, Known]] = {}
-        self._smalls: dict[tuple[str, bool, bool], int] = {}
+        self._smalls: dict[tuple[str, str, bool, bool], int] = {}
         self._verdicts: dict[tuple[str, str], dict[str, str | None]] = {}  # (cell, dtype) -> backend -> what is wrong
         for source in self.sources:
             for key, measurement in source.profile.measurements.items():
@@ -91,7 +93,7 @@ class Table:
             return Choice(ruled, {}, f"nothing like {key.label} has been measured here: a rule decides ({_ADVICE})")
         ratios = _expected(near)
         numbers = key.T * key.B * key.I
-        if self.machine.device == "cpu" and numbers <= self.small(key.dtype, key.train, key.step):
+        if self.machine.device == "cpu" and numbers <= self.small(key.cell, key.dtype, key.train, key.step):
             return Choice(_first("cpu", names), ratios, f"{_described(near)}; what is so small runs on cpu")
         ahead = [name for name in ratios if _leads(name, near)]
         behind = [name for name in ratios if name not in ahead]
@@ -99,23 +101,24 @@ class Table:
         order = [name for name in order if name in names]
         return Choice((*order, *(name for name in names if name not in order)), ratios, _described(near))
 
-    def small(self, dtype: str, train: bool, step: bool) -> int:
+    def small(self, cell: str, dtype: str, train: bool, step: bool) -> int:
         """Up to how many numbers of an input the cpu backend is the choice, whatever else there is to ask.
 
         The same for every number of threads, because all profiles count alike here.
 
         Args:
-            dtype, train, step: as in `Key`.
+            cell, dtype, train, step: as in `Key`.
         """
-        if (dtype, train, step) not in self._smalls:
-            self._smalls[dtype, train, step] = self._smallest_lost(dtype, train, step)
-        return self._smalls[dtype, train, step]
+        about = _ALIKE.get(cell, cell), dtype, train, step
+        if about not in self._smalls:
+            self._smalls[about] = self._smallest_lost(*about)
+        return self._smalls[about]
 
-    def _smallest_lost(self, dtype: str, train: bool, step: bool) -> int:
+    def _smallest_lost(self, cell: str, dtype: str, train: bool, step: bool) -> int:
         limit = _SMALL
         for source in self.sources:
             for key, measurement in source.profile.measurements.items():
-                if (key.cell, key.dtype) != ("lstm", dtype):
+                if (_ALIKE.get(key.cell, key.cell), key.dtype) != (cell, dtype):
                     continue
                 if "cpu" in measurement.failures:
                     return -1
@@ -137,6 +140,10 @@ class Table:
 
     def _near(self, key: Key) -> list[tuple[float, Known]]:
         """Weight and measurement of the nearest few, the nearest first; none where that is too far away."""
+        near = self._nearest(key)
+        return self._nearest(key._replace(cell=_ALIKE[key.cell])) if not near and key.cell in _ALIKE else near
+
+    def _nearest(self, key: Key) -> list[tuple[float, Known]]:
         known = self._kinds.get(key.kind, {})
         if key in known:
             return [(1.0, known[key])]
@@ -209,8 +216,9 @@ def _described(near: Sequence[tuple[float, Known]]) -> str:
 # The tables of this process.
 
 reads = 0  # how often `forget` was called, for those who remember choices
-# The least `Table.small` of all dtypes, by train and step, once a table of the CPU has been read.
-small = _UNREAD = ((-1, -1), (-1, -1))
+# The least `Table.small` of all dtypes, by cell, train and step, once a table of the CPU has been read.
+_UNREAD = dict.fromkeys(CELLS, ((-1, -1), (-1, -1)))
+small = _UNREAD
 
 
 def which(device: str) -> int | None:
@@ -227,10 +235,16 @@ def table(device: str, which: int | None) -> Table:
     made = Table(machine.here(device), which if device == "cpu" else None)
     if device == "cpu":
 
-        def least(train: bool, step: bool) -> int:
-            return min(made.small(dtype, train, step) for dtype in ("float32", "float64", "bfloat16", "float16"))
+        def least(cell: str, train: bool, step: bool) -> int:
+            return min(made.small(cell, dtype, train, step) for dtype in ("float32", "float64", "bfloat16", "float16"))
 
-        small = ((least(False, False), least(False, True)), (least(True, False), least(True, True)))
+        small = {
+            cell: (
+                (least(cell, False, False), least(cell, False, True)),
+                (least(cell, True, False), least(cell, True, True)),
+            )
+            for cell in CELLS
+        }
     return made
 
 
