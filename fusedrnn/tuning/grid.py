@@ -23,6 +23,7 @@ _OPTIONS = [
     (64, 16, 512, 128),
     (64, 64, 64, 256),
 ]
+_EXTREMES = [(1, 4096, 8, 8), (1, 65536, 8, 8), (64, 512, 8, 8), (64, 4096, 8, 8), (16384, 1, 2, 2), (64, 512, 32, 32)]
 _PACKED = [(64, 16, 128, 128), (64, 32, 256, 256), (64, 32, 256, 256, 1, 2)]
 _PROJECTED = [(64, 1, 256, 256), (64, 16, 256, 256), (64, 64, 512, 512)]
 _CELLS = [(1, B, H, H) for B in (1, 16, 128) for H in (64, 256, 1024)]
@@ -37,7 +38,7 @@ def standard(device: str, dtypes: list[str], cell: str = "lstm") -> list[Key]:
     if cell != "lstm":
         few = [*_COARSE, *_STEPS[::3], *((64, B, H, H) for H in (256, 1024) for B in (1, 16, 64)), *_OPTIONS[:2]]
         return shapes(few, dtypes, cell=cell)
-    plain = [*_COARSE, *_STEPS, *_BATCHES, *_LENGTHS, *_OPTIONS, *(_LARGE if device == "cuda" else [])]
+    plain = [*_COARSE, *_STEPS, *_BATCHES, *_LENGTHS, *_OPTIONS, *_EXTREMES, *(_LARGE if device == "cuda" else [])]
     return [
         *shapes(plain, dtypes),
         *shapes(_PACKED, dtypes, packed=True),
