@@ -337,10 +337,10 @@ def assert_not_finite_as_nn_lstm() -> Callable[..., None]:
 
     What comes of it in other rows, units, steps and gradients is what float64 has there: a kernel computes more units
     than there are, and 0 * inf is NaN. oneDNN is left out: on some processors its bfloat16 product, which is part of
-    the GPU backends where they compute on the CPU, reads on into the next row.
+    the GPU backends where they compute on the CPU, reads on into the next row. `few`: of the values infinity alone.
     """
 
-    def check(H: int, P: int, dtype: torch.dtype, device: str, bidirectional: bool) -> None:
+    def check(H: int, P: int, dtype: torch.dtype, device: str, bidirectional: bool, few: bool = False) -> None:
         T, I, D = 3, 4, 2 if bidirectional else 1
         theirs = nn.LSTM(I, H, proj_size=P, bidirectional=bidirectional, dtype=torch.float64)
         ours = fusedrnn.LSTM(I, H, proj_size=P, bidirectional=bidirectional, dtype=dtype, device=device)
@@ -368,7 +368,7 @@ def assert_not_finite_as_nn_lstm() -> Callable[..., None]:
                     assert torch.equal(what(mine).cpu(), what(right)), f"{what.__name__} of result {k}: {places}"
 
         values, names = (math.inf, -math.inf, math.nan), ("x", "h0", "c0", "dy", "dhn", "dcn")
-        compare(*itertools.product(names, values))
+        compare(*itertools.product(names, values[:1] if few else values))
         for name in ("x", "dy"):  # gradients of weights are sums over all rows
             compare((name, -math.inf))
 

@@ -38,7 +38,7 @@ BELOW = {
     "tuning": set(),
     "tuning.machine": {"ops"},
     "tuning.profile": {"tuning.machine"},
-    "tuning.choice": {"tuning.machine", "tuning.profile", "version"},
+    "tuning.choice": {"cells", "tuning.machine", "tuning.profile", "version"},
     "dispatch": {"cells", "gpu", "layout", "ops", "tuning.choice", "tuning.profile"},
     "precision": {"dispatch"},
     "sequence": {"dispatch", "packing"},

@@ -73,7 +73,8 @@ def test_derivatives_against_differences(ragged, options, extras):
 
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
     assert gradcheck(call, leaves)
-    assert gradgradcheck(call, leaves)
+    if ragged.backend != "reference":  # whose second derivative is autograd's
+        assert gradgradcheck(call, leaves)
 
 
 @pytest.mark.parametrize("more", [False, True], ids=["plain", "everything"])
@@ -92,7 +93,8 @@ def test_derivatives_of_other_cells_against_differences(other_kernel, more):
 
     leaves = [leaf.detach().requires_grad_() for leaf in (x, h0, *module.parameters())]
     assert gradcheck(call, leaves)
-    assert gradgradcheck(call, leaves)
+    if place.backend != "reference":
+        assert gradgradcheck(call, leaves)
     if more:
         results = []
         given = (CELLS[kind.cell], x, leaves[2:], True, h0, None, extras["lengths"], extras["reset"])

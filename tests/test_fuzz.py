@@ -36,7 +36,7 @@ from torch.optim.swa_utils import AveragedModel
 import fusedrnn
 from fusedrnn import testing
 
-SECONDS = float(os.environ.get("FUSEDRNN_FUZZ_SECONDS", 40))
+SECONDS = float(os.environ.get("FUSEDRNN_FUZZ_SECONDS", 20))
 FIRST_SEED = int(os.environ.get("FUSEDRNN_FUZZ_SEED", 0))
 I = 3
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

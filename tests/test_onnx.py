@@ -31,7 +31,7 @@ LSTM = [  # what ONNX's LSTM node can say
     replace(PLAIN, dtype=torch.bfloat16, bidirectional=True),
 ]
 SCAN = [  # what it cannot
-    replace(PLAIN, proj_size=2, layers=2, bidirectional=True, lengths=True),
+    replace(PLAIN, proj_size=2, layers=2, lengths=True),
     replace(PLAIN, dtype=torch.float64, hx=False, bias=False),
     replace(PLAIN, reset=True, batch_first=True),
     replace(PLAIN, states=True, hx=False),
@@ -44,7 +44,7 @@ OTHER_NODES = [
     replace(LSTM[2], cell="rnn_relu"),
 ]
 OTHER_SCANS = [
-    replace(PLAIN, cell=cell, states=True, reset=True, lengths=True, layers=2, bidirectional=True, dtype=torch.float64)
+    replace(PLAIN, cell=cell, states=True, reset=True, lengths=True, bidirectional=True, dtype=torch.float64)
     for cell in ("gru", "rnn_relu")
 ]
 EXPORTERS = pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])
