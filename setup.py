@@ -27,8 +27,15 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import setuptools
 from setuptools import setup
 
+OLDEST_SETUPTOOLS = 77  # older ones do not know the license's form in pyproject.toml, and say so on two pages
+if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
+    sys.exit(
+        f"fusedrnn is built with setuptools {OLDEST_SETUPTOOLS} or later, this is {setuptools.__version__}. Run\n"
+        f'    pip install "setuptools>={OLDEST_SETUPTOOLS}" wheel ninja'
+    )
 try:
     import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler
@@ -289,7 +296,12 @@ setup(
         "fusedrnn.tuning",
     ],
     package_dir={"fusedrnn.benchmarks": "benchmarks", "fusedrnn.kernels": "kernels"},
-    package_data={"fusedrnn": ["py.typed"], "fusedrnn.tuning": ["profiles/*.json"]},
+    include_package_data=False,  # which would take everything that the sdist has, results of benchmarks among it
+    package_data={
+        "fusedrnn": ["py.typed"],
+        "fusedrnn.benchmarks": ["cuda/*"],
+        "fusedrnn.tuning": ["profiles/*.json"],
+    },
     ext_modules=[extension("cpu"), extension("cuda")],
     cmdclass={"build_ext": BuildNative},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

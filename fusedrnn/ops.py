@@ -400,8 +400,8 @@ def _load(name: str) -> str | None:
         why = build_info().get("failures", {}).get(name, "it was not built")
         compiler = {"cpu": "a C++ compiler", "cuda": "nvcc"}[name]
         return (
-            f"the native library fusedrnn/_{name} is not installed: {why}. "
-            f"Install again with {compiler} at hand: pip install --no-build-isolation fusedrnn"
+            f"the native library fusedrnn/_{name} is not installed: {why}. Install again with {compiler} at hand: "
+            "pip install --no-build-isolation . in a checkout of fusedrnn"
         )
     try:
         torch.ops.load_library(str(candidates[0]))

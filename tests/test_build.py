@@ -246,19 +246,38 @@ def test_the_cuda_library(checkout):
         assert "no NVIDIA driver" in obstacle_without_a_gpu(library)
 
 
-def test_sdist_holds_what_a_build_needs_and_no_top_level_kernels_package_is_installed(checkout):
+def test_sdist_holds_what_a_build_needs_and_its_tests(checkout):
+    for name in ("docs", "examples", "tests"):
+        shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__", "_build"))
     assert setup(checkout, "sdist").returncode == 0
     (archive,) = (checkout / "dist").glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         names = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
     assert {"csrc/cpu_ops.cpp", "csrc/cpu/panel.h", "csrc/cuda_ops.cpp", "csrc/cuda/launch.cu"} <= names
     assert {"kernels/__init__.py", "fusedrnn/py.typed"} <= names
+    assert {"tests/conftest.py", "tests/cuda/conftest.py", "docs/math.md", "examples/char_lm.py"} <= names
+
+
+def test_what_is_installed(checkout):
+    """One package, without results of benchmarks."""
     built = setup(checkout, "build", "--build-lib", "lib", FUSEDRNN_BUILD_CPU="0")
     assert built.returncode == 0, built.stderr
     assert [path.name for path in (checkout / "lib").iterdir()] == ["fusedrnn"]
-    for name in ("__init__.py", "cells/lstm.py"):
-        assert (checkout / "lib" / "fusedrnn" / "kernels" / name).is_file()
-    profiles = Path("fusedrnn") / "tuning" / "profiles"
-    assert {path.name for path in (checkout / "lib" / profiles).iterdir()} == {
-        path.name for path in (checkout / profiles).glob("*.json")
+    package = checkout / "lib" / "fusedrnn"
+    for name in ("kernels/__init__.py", "kernels/cells/lstm.py", "benchmarks/cuda/micro.cu", "py.typed"):
+        assert (package / name).is_file()
+    assert not (package / "benchmarks" / "results").exists()
+    profiles = Path("tuning") / "profiles"
+    assert {path.name for path in (package / profiles).iterdir()} == {
+        path.name for path in (checkout / "fusedrnn" / profiles).glob("*.json")
     }
+
+
+def test_setuptools_that_are_too_old_are_named(checkout, tmp_path):
+    old = tmp_path / "old" / "setuptools"
+    old.mkdir(parents=True)
+    (old / "__init__.py").write_text("__version__ = '68.1.2'\n\ndef setup(**options):\n    raise AssertionError\n")
+    result = setup(checkout, "build", PYTHONPATH=str(old.parent))
+    assert result.returncode != 0
+    assert "setuptools 77 or later, this is 68.1.2" in result.stderr
+    assert "Traceback" not in result.stderr
