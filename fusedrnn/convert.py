@@ -67,6 +67,15 @@ def convert(model: Model, *, compilable: bool = False, report: Report | None = N
 
     Raises:
         TypeError: model is not a Module.
+
+    Example:
+        >>> model = nn.Sequential(nn.LSTM(4, 8), nn.Identity())
+        >>> report = fusedrnn.Report()
+        >>> _ = fusedrnn.convert(model, report=report)
+        >>> isinstance(model[0], fusedrnn.LSTM), isinstance(model[0], nn.LSTM), list(report.swapped)
+        (True, True, ['0'])
+        >>> type(fusedrnn.revert(model)[0]) is nn.LSTM
+        True
     """
     return _swap(model, report, lambda module: _convert_module(module, compilable))
 
@@ -99,6 +108,12 @@ def patch() -> Iterator[None]:
     For code that names nn.LSTM itself, from an import made long before, a table of classes, or a subclass. The classes
     themselves stay in place: nn.LSTM is nn.LSTM, and what is constructed is an instance of it. Holds for the whole
     process while any such context is open.
+
+    Example:
+        >>> with fusedrnn.patch():
+        ...     lstm = nn.LSTM(4, 8)
+        >>> isinstance(lstm, fusedrnn.LSTM)
+        True
     """
     global _patches
     with _patches_lock:

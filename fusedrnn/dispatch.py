@@ -444,6 +444,12 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: there is no backend of this name.
         RuntimeError: it is not available here; the message says why. A call that it cannot compute raises as well.
+    Example:
+        >>> x, lstm = torch.randn(5, 2, 4), fusedrnn.LSTM(4, 8)
+        >>> with fusedrnn.use_backend("reference"):
+        ...     y, (hn, cn) = lstm(x)
+        >>> y.shape
+        torch.Size([5, 2, 8])
     """
     _check_name(name)
     reason = TABLE[name].unavailable() if name != "auto" else None
@@ -529,6 +535,10 @@ def explain(
 
     Raises:
         TypeError: module is none of these, or input is neither a tensor nor a PackedSequence.
+    Example:
+        >>> with fusedrnn.use_backend("reference"):
+        ...     fusedrnn.explain(fusedrnn.GRU(4, 8), torch.randn(5, 2, 4)).backend
+        'reference'
     """
     problem = problem_of(module, input, hx, lengths is not None, reset is not None, return_states)
     reasons = {name: reason for name in TABLE if (reason := supports(name, problem)) is not None}

@@ -63,6 +63,13 @@ def lstm(
         ValueError, RuntimeError: a shape, dtype, value or device does not fit; for what nn.LSTM checks too, its own
             exception type and wording. RuntimeError also if a backend was asked for and cannot compute this.
         NotImplementedError: inside torch.func.vmap or forward-mode differentiation.
+
+    Example:
+        >>> from fusedrnn import functional as F
+        >>> x, weights = torch.randn(7, 3, 4), list(nn.LSTM(4, 8).parameters())
+        >>> y, (hn, cn) = F.lstm(x, weights, lengths=torch.tensor([7, 2, 0]))
+        >>> y.shape, hn.shape, y[2:, 1].count_nonzero().item()
+        (torch.Size([7, 3, 8]), torch.Size([1, 3, 8]), 0)
     """
     return forward.layers(
         LSTM,
@@ -227,6 +234,11 @@ def gru_cell(
 
     Raises:
         TypeError, ValueError, RuntimeError: as `gru`.
+
+    Example:
+        >>> from fusedrnn import functional as F
+        >>> F.gru_cell(torch.randn(3, 4), torch.zeros(3, 8), *nn.GRUCell(4, 8).parameters()).shape
+        torch.Size([3, 8])
     """
     return forward.step(GRU, input, hx, w_ih, w_hh, b_ih, b_hh)
 

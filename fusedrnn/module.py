@@ -171,6 +171,12 @@ class LSTM(_LSTMLayers, nn.LSTM):
 
     Args: torch.nn.LSTM's, positional or by keyword: input_size, hidden_size, num_layers, bias, batch_first, dropout,
     bidirectional, proj_size, device, dtype. Raises what torch.nn.LSTM raises.
+    Example:
+        >>> lstm = fusedrnn.LSTM(4, 8, num_layers=2, batch_first=True)
+        >>> x, lengths = torch.randn(3, 7, 4), torch.tensor([7, 2, 0])
+        >>> y, (hn, cn), states = lstm(x, lengths=lengths, return_states=True)
+        >>> y.shape, hn.shape, len(states.h), states.c[0].shape
+        (torch.Size([3, 7, 8]), torch.Size([2, 3, 8]), 2, torch.Size([3, 7, 8]))
     """
 
 
@@ -192,6 +198,11 @@ class GRU(_Layers, nn.GRU):
 
     Args: torch.nn.GRU's, positional or by keyword: input_size, hidden_size, num_layers, bias, batch_first, dropout,
     bidirectional, device, dtype. Raises what torch.nn.GRU raises.
+    Example:
+        >>> gru, done = fusedrnn.GRU(4, 8), torch.rand(7, 3) < 0.2
+        >>> y, hn = gru(torch.randn(7, 3, 4), torch.zeros(1, 3, 8), reset=done)
+        >>> y.shape, hn.shape
+        (torch.Size([7, 3, 8]), torch.Size([1, 3, 8]))
     """
 
     _cell = cells.GRU
