@@ -20,8 +20,8 @@ The model of one step of one block:
     latency      of the dependent matrix instructions of one warp, counted
     partial      the sum over the warps that split K
 
-How many maps a product fills, and what a step copies and stores, follows from the cell; the clocks of PATHS are those of
-the LSTM.
+How many maps a product fills, and what a step copies and stores, follows from the cell; the clocks of PATHS are the
+LSTM's.
 
 With a projection a step has all but the cell twice. A plan in parts has the product and the cell as often as tiles take
 turns, reads the operand as often, and waits for its first part alone; its weights count as if the second-level cache

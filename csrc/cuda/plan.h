@@ -2,7 +2,7 @@
 // who chooses one asks invalid() first. All of it is arithmetic on sizes, usable on the host and inside of kernels.
 //
 // A group of blocks owns one direction and takes slices of batch rows, one after another. Inside of a group, a warp has
-// a tile of output rows of the recurrent product (hidden units with their gates in the forward, units in the backward)
+// a tile of output rows of the recurrent product (hidden units with their maps in the forward, units in the backward)
 // and a part of its inner dimension K. The operand of the product, h or da of all units for the rows of the slice, is
 // what the blocks exchange at every step. With a projection there is a second product in every step, with an operand of
 // its own: m or dh. Its tiles are spread over the same warps. Where the launch takes the inputs, the forward has a
@@ -79,7 +79,7 @@ FUSEDRNN_BOTH constexpr bool uses_matrix_unit(Math math) {
 }
 FUSEDRNN_BOTH constexpr int max_rows(Math math) { return uses_matrix_unit(math) ? 2 * kColumns : kColumns; }
 
-// Hidden units of a tile: 8 with their gates in the forward, 16 in the backward.
+// Hidden units of a tile: 8 with their maps in the forward, 16 in the backward.
 FUSEDRNN_BOTH constexpr int tile_units(Pass pass) { return pass == Pass::kForward ? 8 : 16; }
 constexpr int kTileOutputs = 16;  // of the projection, in the forward, and of h in its backward
 
