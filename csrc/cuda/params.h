@@ -3,9 +3,9 @@
 // Letters: T time, B batch, I input, H hidden, P projection (P = H without one), D directions; of the plan's cell, G
 // gates, M maps, and K numbers of a unit that it saves. S is the dtype tensors are stored in, A the dtype of the
 // arithmetic: double for double, else float. Every pointer is to device memory, owned by the caller, and contiguous and
-// row-major in the shape given beside it unless a Strides stands next to it. No two pointers may alias, but xg and saved
-// of one type and layout: a thread writes of saved what it has read of xg. A null pointer where "or null" stands means
-// zeros for an input and "not wanted" for an output. Outputs are written in full, and need not be initialised.
+// row-major in the shape given beside it unless a Strides stands next to it. No two pointers may alias, but xg and
+// saved of one type and layout: a thread writes of saved what it has read of xg. A null pointer where "or null" stands
+// means zeros for an input and "not wanted" for an output. Outputs are written in full, and need not be initialised.
 //
 // A launch is the recurrence. What it takes of the input is the plan's choice: xg, the affine map of all steps, which
 // the caller computes before it as one matrix product; or, with plan.inputs, x and the weights and biases of that map.
