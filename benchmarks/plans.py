@@ -65,11 +65,12 @@ def trials(backend: str, device: str, shrink: int = 1) -> list[Trial]:
         for made in _problems(device, shrink):
             case = made.case
             options = {"lengths": case.lengths, "reset": case.reset}
-            problem = dispatch.Problem(device, case.dtype, case.T, case.B, case.I, case.H, case.H, made.D, **options)
+            sizes = (case.T, case.B, case.I, case.H, case.H, made.D)
+            problem = dispatch.Problem(device, case.dtype, *sizes, cell=case.cell, **options)
             with products(made.tf32):
                 if dispatch.supports(backend, problem) is None:
                     plan = _PREDICTED.sub("", dispatch.TABLE[backend].plan(problem))
-                    chosen.setdefault(f"{made.dtype} {plan}", Trial(backend, made, plan))
+                    chosen.setdefault(f"{case.cell} {made.dtype} {plan}", Trial(backend, made, plan))
     found = list(chosen.values())
     return [*found, *FORCED[backend](found, device)] if backend in FORCED else found
 
@@ -77,15 +78,18 @@ def trials(backend: str, device: str, shrink: int = 1) -> list[Trial]:
 def _problems(device: str, shrink: int) -> Iterator[Cell]:
     dtypes = _DTYPES if device == "cuda" else ("float32", "bfloat16")
 
-    def problem(T: int, B: int, H: int, dtype: str, variant: str = "plain", D: int = 1) -> Cell:
+    def problem(T: int, B: int, H: int, dtype: str, variant: str = "plain", D: int = 1, kind: str = "lstm") -> Cell:
         B, H = max(B // shrink, 1), max(H // shrink, 2)
-        return cell((T, B, H, H, 1, D), "train", dtype, variant, device)
+        return cell((T, B, H, H, 1, D), "train", dtype, variant, device, kind)
 
     T = 128 if shrink == 1 else 4
     for dtype, H, B in itertools.product(dtypes, (128, 512, 1024, 2048), (1, 64, 256)):
         yield problem(T, B, H, dtype)
     for dtype, H, variant in itertools.product(dtypes, (100, 256, 1024), ("lengths", "reset")):
         yield problem(T, 32, H, dtype, variant, D=2)
+    for dtype, H, kind in itertools.product(dtypes, (128, 1024), ("gru", "rnn_tanh")):
+        yield problem(T, 64, H, dtype, kind=kind)
+        yield problem(T, 32, H, dtype, "reset", D=2, kind=kind)
     for dtype, H, B in itertools.product(dtypes, _HIDDEN, _BATCH):
         yield problem(T, B, H, dtype)
         yield problem(1, B, H, dtype)
@@ -125,14 +129,15 @@ def _pairs(
         itemsize = torch.empty(0, dtype=case.dtype).element_size()
         precision = "tf32" if trial.cell.tf32 else "ieee"
         ragged = trial.cell.variant != "plain"
-        shape = planner.Shape(case.T, case.B, case.I, case.H, case.H, trial.cell.D, itemsize, precision, ragged)
+        sizes = (case.T, case.B, case.I, case.H, case.H, trial.cell.D)
+        shape = planner.Shape(*sizes, itemsize, precision, ragged, case.cell)
         fitting = [fits(kernel, shape) for kernel in ("forward", "backward")]
         # The shorter list begins anew.
         for forward, backward in itertools.islice(
             zip(itertools.cycle(fitting[0]), itertools.cycle(fitting[1]), strict=False), max(map(len, fitting))
         ):
             new = {
-                (kernel, shape.itemsize, precision, ragged, constants(kernel, plan))
+                (kernel, case.cell, shape.itemsize, precision, ragged, constants(kernel, plan))
                 for kernel, plan in (("forward", forward), ("backward", backward))
             }
             if not new <= seen:
@@ -180,7 +185,7 @@ def attempt(trial: Trial) -> Row:
     row = Row("plans", OURS + trial.backend, case=trial.cell.id, mode=trial.cell.mode, ran=trial.plan)
     row.device, row.dtype, row.variant = trial.cell.device, trial.cell.dtype, trial.cell.variant
     row.T, row.B, row.I, row.H, row.L, row.D = case.T, case.B, case.I, case.H, case.layers, trial.cell.D
-    contender = entered([trial.backend], [])[-1]
+    contender = entered([trial.backend], [], case.cell)[-1]
     forced = forcing(trial.backend, *trial.forced) if trial.forced else nullcontext()
     try:
         with forced:

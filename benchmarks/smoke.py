@@ -33,6 +33,7 @@ from . import plans, timing
 # By backend: the kinds of exchange that its plans have.
 KINDS = {"cuda": cuda_plan.EXCHANGES, "triton": ("rows", "resident", "streamed")}
 _PASSES = ("forward", "backward")
+_MODULES = {"lstm": fusedrnn.LSTM, "gru": fusedrnn.GRU, "rnn_tanh": fusedrnn.RNN}
 _MATHS = {"bfloat16": (torch.bfloat16, "tf32"), "tf32": (torch.float32, "tf32"), "float32": (torch.float32, "ieee")}
 
 
@@ -69,13 +70,13 @@ def _fitting(backend: str, kernel: str, shape: Any, device: str) -> list[Any]:
 
 
 def chosen(
-    backend: str, kind: str, math: str, device: str, sizes: Sequence[int], hidden: Sequence[int]
+    backend: str, kind: str, math: str, device: str, sizes: Sequence[int], hidden: Sequence[int], cell: str = "lstm"
 ) -> list[Chosen]:
     """For each number of blocks that exchange the smallest layer that has such a plan, in both passes where it can."""
     dtype, precision = _MATHS[math]
     found: dict[int, Chosen] = {}
     for H in hidden:
-        shape = planner.Shape(128, 20, 9, H, H, 1, dtype.itemsize, precision)
+        shape = planner.Shape(128, 20, 9, H, H, 1, dtype.itemsize, precision, cell=cell)
         try:
             fit = {kernel: _fitting(backend, kernel, shape, device) for kernel in _PASSES}
         except ValueError:
@@ -89,20 +90,23 @@ def chosen(
 
 
 def exchange(backend: str, kind: str, device: str) -> int:
-    """Holds small layers to the rule of fusedrnn/testing.py, three times each, which have to give the same bits."""
+    """Holds small layers to the rule of fusedrnn/testing.py, three times each, which have to give the same bits: of an
+    LSTM in every arithmetic, of the other cells in one."""
     dry = device == "cpu"
     sizes = {"cluster": (2, 4, 8, 16), "scatter": (2, 4, 8, 16), "grid": (2, 32, 64, 128)}.get(kind, (0,))
     if backend == "triton" and kind != "rows":
         sizes = (4,) if dry else (16, 32, 64, 128)
     hidden = (16, 64, 128, 256, 512, 1024, 2048)
     failed = 0
-    for math in ("bfloat16",) if dry else _MATHS:
+    tried = [*(("lstm", math) for math in _MATHS), *((cell, "bfloat16") for cell in _MODULES if cell != "lstm")]
+    for cell, math in [(cell, "bfloat16") for cell in _MODULES] if dry else tried:
         dtype, precision = _MATHS[math]
         with _precision(precision):
-            for choice in chosen(backend, kind, math, device, (0,) if dry else sizes, hidden[:2] if dry else hidden):
+            of = (sizes, hidden) if not dry else ((0,), hidden[:2])
+            for choice in chosen(backend, kind, math, device, *of, cell):
                 for T in (3,) if dry else (3, 40):
-                    case = Case(T, 3 if dry else 20, 9, choice.H, dtype)
-                    label = f"{kind} of {choice.size}, {math}, H {choice.H}, T {T}"
+                    case = Case(T, 3 if dry else 20, 9, choice.H, dtype, cell=cell)
+                    label = f"{cell}, {kind} of {choice.size}, {math}, H {choice.H}, T {T}"
                     try:
                         with plans.forcing(backend, *choice.plans.values()):
                             print(f"ok     {_worst(backend, case, device):5.2f}  {label}", flush=True)
@@ -126,7 +130,7 @@ def _worst(backend: str, case: Case, device: str) -> float:
     worst = 0.0
     for _ in range(3):
         with fusedrnn.use_backend(backend), testing.poisoned():
-            ours = testing.evaluate(testing.call, fusedrnn.LSTM, case, device)
+            ours = testing.evaluate(testing.call, _MODULES[case.cell], case, device)
         for name, answer in expected.items():
             worst = max(worst, testing.assert_as_exact_as(name, ours[name], *answer))
             if not torch.equal(first.setdefault(name, ours[name]), ours[name]):

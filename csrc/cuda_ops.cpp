@@ -60,12 +60,14 @@ bool is_here(const Tensor& tensor) { return tensor.is_cuda(); }
 
 // ---------------------------------------------------------------------------------------------- plans
 
-constexpr size_t kPlanFields = 12;
+constexpr size_t kPlanFields = 13;
 
 // The fields of fusedrnn/cuda_plan.py: Plan.fields, in the order of plan.h.
 Plan plan_of(const Integers& fields) {
   STD_TORCH_CHECK(fields.size() == kPlanFields, "a plan has ", kPlanFields, " fields, got ", fields.size());
-  STD_TORCH_CHECK(fields[0] >= 0 && fields[0] <= 3 && fields[1] >= 0 && fields[1] <= 4, "a plan of an unknown kind");
+  STD_TORCH_CHECK(fields[0] >= 0 && fields[0] <= 3 && fields[1] >= 0 && fields[1] <= 4 && fields[12] >= 0 &&
+                      fields[12] < kCellKinds,
+                  "a plan of an unknown kind");
   for (const int64_t field : fields)
     STD_TORCH_CHECK(field >= 0 && field <= INT32_MAX, "a plan with a field of ", field);
   const auto field = [&](size_t k) { return static_cast<int32_t>(fields[k]); };
@@ -82,6 +84,7 @@ Plan plan_of(const Integers& fields) {
   plan.inputs = field(9);
   plan.shared_input_blocks = field(10);
   plan.part_blocks = field(11);
+  plan.cell = static_cast<CellKind>(field(12));
   return plan;
 }
 
@@ -100,18 +103,23 @@ ScalarType storage_type(Math math) {
 // it is contiguous and on the device of the others.
 class Layer {
  public:
-  Layer(Pass pass, const Integers& plan_fields, const Tensor& like, Sizes sizes_in, const Tensors& w_hh_in,
+  Layer(Pass pass, const Plan& plan_in, const Tensor& like, Sizes sizes_in, const Tensors& w_hh_in,
         const Tensors& w_hr_in, const Tensors& w_ih_in = {})
-      : sizes(sizes_in), plan(plan_of(plan_fields)), pass_(pass), like_(like), device_(like.get_device_index()) {
+      : sizes(sizes_in),
+        plan(plan_in),
+        cell(spec_of(plan_in.cell)),
+        pass_(pass),
+        like_(like),
+        device_(like.get_device_index()) {
     STD_TORCH_CHECK(static_cast<int64_t>(w_hh_in.size()) == sizes.D, "there must be one w_hh of each direction");
     STD_TORCH_CHECK(w_hr_in.size() == (sizes.projected != 0 ? w_hh_in.size() : 0),
                     "there must be one w_hr of each direction, or none");
     if (const char* why = invalid(pass, sizes, plan)) STD_TORCH_CHECK(false, "the plan is invalid: ", why);
     STD_TORCH_CHECK(w_ih_in.size() == (plan.inputs != 0 ? w_hh_in.size() : 0),
                     "there must be one w_ih of each direction where the plan takes x, and none elsewhere");
-    for (const Tensor& w : w_hh_in) w_hh_.push_back(address("w_hh", w, {4 * sizes.H, sizes.P}));
+    for (const Tensor& w : w_hh_in) w_hh_.push_back(address("w_hh", w, {cell.gates * sizes.H, sizes.P}));
     for (const Tensor& w : w_hr_in) w_hr_.push_back(address("w_hr", w, {sizes.P, sizes.H}));
-    for (const Tensor& w : w_ih_in) w_ih_.push_back(address("w_ih", w, {4 * sizes.H, sizes.I}));
+    for (const Tensor& w : w_ih_in) w_ih_.push_back(address("w_ih", w, {cell.gates * sizes.H, sizes.I}));
   }
 
   void* address(const char* name, const Tensor& tensor, std::initializer_list<int64_t> size, ScalarType dtype) const {
@@ -135,7 +143,7 @@ class Layer {
   void biases(const char* name, const Tensors& tensors, const void* (&to)[2]) const {
     STD_TORCH_CHECK(tensors.empty() || static_cast<int64_t>(tensors.size()) == sizes.D, "there must be one ", name,
                     " of each direction, or none");
-    for (size_t d = 0; d < tensors.size(); ++d) to[d] = address(name, tensors[d], {4 * sizes.H});
+    for (size_t d = 0; d < tensors.size(); ++d) to[d] = address(name, tensors[d], {cell.gates * sizes.H});
   }
 
   Sequence sequence(const OptionalTensor& lengths, const OptionalTensor& reset) const {
@@ -181,6 +189,7 @@ class Layer {
 
   const Sizes sizes;
   const Plan plan;
+  const CellSpec cell;
 
  private:
   Tensor bytes(int64_t count) const {
@@ -188,10 +197,10 @@ class Layer {
   }
 
   Tensor packed(Stage stage, const std::vector<const void*>& weights, int64_t row_stride, void* stream) const {
-    const Tensor to = bytes(packed_bytes(pass_, stage, sizes, plan.math));
+    const Tensor to = bytes(packed_bytes(pass_, stage, sizes, plan));
     PackParams params{};
     params.sizes = sizes;
-    params.math = plan.math;
+    params.plan = plan;
     params.pass = pass_;
     params.stage = stage;
     for (size_t d = 0; d < weights.size(); ++d) params.w[d] = weights[d];
@@ -215,24 +224,32 @@ Tensors present(const OptionalTensor& first, const OptionalTensor& second) {
   return found;
 }
 
-Sizes sizes_of(int64_t T, int64_t B, int64_t I, const Tensors& w_hh, const Tensors& w_hr) {
+Sizes sizes_of(const Plan& plan, int64_t T, int64_t B, int64_t I, const Tensors& w_hh, const Tensors& w_hr) {
   STD_TORCH_CHECK(!w_hh.empty() && w_hh[0].dim() == 2, "w_hh must have 2 dimensions");
-  return {T, B, w_hh[0].size(0) / 4, w_hh[0].size(1), static_cast<int64_t>(w_hh.size()), w_hr.empty() ? 0 : 1, I};
+  return {T,
+          B,
+          w_hh[0].size(0) / spec_of(plan.cell).gates,
+          w_hh[0].size(1),
+          static_cast<int64_t>(w_hh.size()),
+          w_hr.empty() ? 0 : 1,
+          I};
 }
 
 // ---------------------------------------------------------------------------------------------- operators
 
 // x, w_ih and the biases where the plan takes them; xg elsewhere. Weights are one tensor of each direction, and not a
 // list: torch moves the tensors out of a list that it hands to an operator of the stable ABI.
-void cuda_launch_forward(Integers plan, OptionalTensor x, OptionalTensor xg, OptionalTensor w_ih0, OptionalTensor w_ih1,
-                         OptionalTensor b_ih0, OptionalTensor b_ih1, OptionalTensor b_hh0, OptionalTensor b_hh1,
-                         OptionalTensor w_hh0, OptionalTensor w_hh1, OptionalTensor w_hr0, OptionalTensor w_hr1,
-                         OptionalTensor h0, OptionalTensor c0, OptionalTensor lengths, OptionalTensor reset, Tensor y,
-                         Tensor hn, Tensor cn, OptionalTensor c, OptionalTensor gates) {
+void cuda_launch_forward(Integers fields, OptionalTensor x, OptionalTensor xg, OptionalTensor w_ih0,
+                         OptionalTensor w_ih1, OptionalTensor b_ih0, OptionalTensor b_ih1, OptionalTensor b_hh0,
+                         OptionalTensor b_hh1, OptionalTensor w_hh0, OptionalTensor w_hh1, OptionalTensor w_hr0,
+                         OptionalTensor w_hr1, OptionalTensor h0, OptionalTensor c0, OptionalTensor lengths,
+                         OptionalTensor reset, Tensor y, Tensor hn, OptionalTensor cn, OptionalTensor c,
+                         OptionalTensor saved) {
   STD_TORCH_CHECK(y.dim() == 3, "y must have 3 dimensions");
   STD_TORCH_CHECK(!x.has_value() || x->dim() == 3, "x must have 3 dimensions");
   const Tensors w_hh = present(w_hh0, w_hh1), w_hr = present(w_hr0, w_hr1);
-  const Sizes sizes = sizes_of(y.size(0), y.size(1), x.has_value() ? x->size(2) : 0, w_hh, w_hr);
+  const Plan plan = plan_of(fields);
+  const Sizes sizes = sizes_of(plan, y.size(0), y.size(1), x.has_value() ? x->size(2) : 0, w_hh, w_hr);
   Layer layer(Pass::kForward, plan, y, sizes, w_hh, w_hr, present(w_ih0, w_ih1));
   const auto& [T, B, H, P, D, projected, I] = layer.sizes;
   const bool inputs = layer.plan.inputs != 0;
@@ -240,8 +257,9 @@ void cuda_launch_forward(Integers plan, OptionalTensor x, OptionalTensor xg, Opt
                   inputs ? "x, and no xg" : "xg, and no x");
   ForwardParams params{};
   params.sequence = layer.sequence(lengths, reset);
-  params.xg = layer.address("xg", xg, {D, T, B, 4 * H});
-  params.xg_strides = {T * B * 4 * H, B * 4 * H, 4 * H};
+  const int64_t GH = layer.cell.gates * H;
+  params.xg = layer.address("xg", xg, {D, T, B, GH});
+  params.xg_strides = {T * B * GH, B * GH, GH};
   params.x = layer.address("x", x, {T, B, I});
   params.x_strides = {0, B * I, I};
   layer.biases("b_ih", present(b_ih0, b_ih1), params.b_ih);
@@ -253,18 +271,21 @@ void cuda_launch_forward(Integers plan, OptionalTensor x, OptionalTensor xg, Opt
   params.c = layer.address("c", c, {T, B, D * H});
   params.c_strides = layer.strides(H);
   params.hn = layer.address("hn", hn, {D, B, P});
+  STD_TORCH_CHECK(cn.has_value() == has_cell_state(layer.cell), "cn must be given, of a cell that has c");
   params.cn = layer.address("cn", cn, {D, B, H});
-  params.gates = layer.address("gates", gates, {D, T, B, 4 * H});
+  params.saved = layer.address("saved", saved, {D, T, B, layer.cell.saved * H});
   layer.run(params, launch_forward);
 }
 
-void cuda_launch_backward(Integers plan, OptionalTensor dy, OptionalTensor dhn, OptionalTensor dcn, OptionalTensor dc,
+void cuda_launch_backward(Integers fields, OptionalTensor dy, OptionalTensor dhn, OptionalTensor dcn, OptionalTensor dc,
                           OptionalTensor w_hh0, OptionalTensor w_hh1, OptionalTensor w_hr0, OptionalTensor w_hr1,
-                          OptionalTensor c0, OptionalTensor lengths, OptionalTensor reset, Tensor c, Tensor gates,
-                          Tensor da, OptionalTensor dh_out, OptionalTensor m, OptionalTensor dh0, OptionalTensor dc0) {
-  STD_TORCH_CHECK(c.dim() == 3, "c must have 3 dimensions");
+                          OptionalTensor c0, OptionalTensor lengths, OptionalTensor reset, OptionalTensor c,
+                          Tensor saved, Tensor da, OptionalTensor dh_out, OptionalTensor m, OptionalTensor dh0,
+                          OptionalTensor dc0) {
+  STD_TORCH_CHECK(saved.dim() == 4, "saved must have 4 dimensions");
   const Tensors w_hh = present(w_hh0, w_hh1), w_hr = present(w_hr0, w_hr1);
-  Layer layer(Pass::kBackward, plan, c, sizes_of(c.size(0), c.size(1), 0, w_hh, w_hr), w_hh, w_hr);
+  const Plan plan = plan_of(fields);
+  Layer layer(Pass::kBackward, plan, saved, sizes_of(plan, saved.size(1), saved.size(2), 0, w_hh, w_hr), w_hh, w_hr);
   const auto& [T, B, H, P, D, projected, I] = layer.sizes;
   STD_TORCH_CHECK(!projected || (dh_out.has_value() && m.has_value()), "a projection needs dh_out and m");
   BackwardParams params{};
@@ -275,11 +296,13 @@ void cuda_launch_backward(Integers plan, OptionalTensor dy, OptionalTensor dhn, 
   params.dc_strides = layer.strides(H);
   params.dhn = layer.address("dhn", dhn, {D, B, P});
   params.dcn = layer.address("dcn", dcn, {D, B, H});
+  STD_TORCH_CHECK(c.has_value() == (layer.cell.carry != Carry::kNone),
+                  "c must be given, of a cell that carries a state");
   params.c = layer.address("c", c, {T, B, D * H});
   params.c_strides = layer.strides(H);
   params.c0 = layer.address("c0", c0, {D, B, H});
-  params.gates = layer.address("gates", gates, {D, T, B, 4 * H});
-  params.da = layer.address("da", da, {D, T, B, 4 * H});
+  params.saved = layer.address("saved", saved, {D, T, B, layer.cell.saved * H});
+  params.da = layer.address("da", da, {D, T, B, layer.cell.maps * H});
   params.dh0 = layer.address("dh0", dh0, {D, B, P});
   params.dc0 = layer.address("dc0", dc0, {D, B, H});
   params.dh_out = layer.address("dh_out", dh_out, {D, T, B, P});

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .cells import CELLS as _DEFINITIONS
 from .cuda_plan import MATHS, PASSES, Plan, ranked
 from .kernels.device import H200, Device, Shape, cdiv, device_of, power_of_2
 
 __all__ = ["CELLS", "Plan", "Shape", "backward", "forward", "plan_for"]
 
-CELLS = frozenset({"lstm"})
+CELLS = frozenset(_DEFINITIONS)
 
 _ops: Any = torch.ops.fusedrnn
 
@@ -39,23 +40,25 @@ def forward(
     reset: Tensor | None,
     y: Tensor,
     hn: Tensor,
-    cn: Tensor,
+    cn: Tensor | None,
     c: Tensor | None,
-    gates: Tensor | None,
+    saved: Tensor | None,
 ) -> None:
     """Launches the forward; shapes stand in `ForwardParams` of csrc/cuda/params.h. Weights: one of each direction.
 
-    x, w_ih and the biases are read if plan.inputs, xg otherwise; it may be gates. All tensors are contiguous.
+    x, w_ih and the biases are read if plan.inputs, xg and what it lacks of b_hh otherwise; it may be saved. All tensors
+    are contiguous.
 
     Raises:
         RuntimeError: a CUDA call failed; the message has its name.
     """
-    inputs = (x, None, *_both(w_ih), *_both(b_ih), *_both(b_hh)) if plan.inputs else (None, xg, *[None] * 6)
+    of_state = _both(b_hh) if plan.inputs or None in _DEFINITIONS[plan.cell].input else (None, None)
+    of_input = (x, None, *_both(w_ih), *_both(b_ih)) if plan.inputs else (None, xg, *[None] * 4)
     _ops.cuda_launch_forward(
         _fields(plan, y),
-        *inputs,
+        *(*of_input, *of_state),
         *(*_both(w_hh), *_both(w_hr), h0, c0, lengths, reset),
-        *(y, hn, cn, c, gates),
+        *(y, hn, cn, c, saved),
     )
 
 
@@ -70,8 +73,8 @@ def backward(
     c0: Tensor | None,
     lengths: Tensor | None,
     reset: Tensor | None,
-    c: Tensor,
-    gates: Tensor,
+    c: Tensor | None,
+    saved: Tensor,
     da: Tensor,
     dh_out: Tensor | None,
     dh0: Tensor | None,
@@ -80,16 +83,17 @@ def backward(
     """Launches the backward; shapes stand in `BackwardParams` of csrc/cuda/params.h. All tensors are contiguous.
 
     Returns:
-        m = o * tanh(c) [D, T, B, H], where there is a projection.
+        m [D, T, B, H], of which w_hr makes h, where there is a projection.
 
     Raises:
         RuntimeError: a CUDA call failed; the message has its name.
     """
-    m = None if dh_out is None else torch.empty_like(da[..., : da.shape[3] // 4], memory_format=torch.contiguous_format)
+    H = da.shape[3] // len(_DEFINITIONS[plan.cell].maps)
+    m = None if dh_out is None else da.new_empty(*da.shape[:3], H)
     _ops.cuda_launch_backward(
         _fields(plan, da),
         *(dy, dhn, dcn, dc, *_both(w_hh), *_both(w_hr), c0, lengths, reset),
-        *(c, gates, da, dh_out, m, dh0, dc0),
+        *(c, saved, da, dh_out, m, dh0, dc0),
     )
     return m
 

@@ -20,6 +20,9 @@ The model of one step of one block:
     latency      of the dependent matrix instructions of one warp, counted
     partial      the sum over the warps that split K
 
+How many maps a product fills, and what a step copies and stores, follows from the cell; the clocks of PATHS are the
+LSTM's.
+
 With a projection a step has all but the cell twice. A plan in parts has the product and the cell as often as tiles take
 turns, reads the operand as often, and waits for its first part alone; its weights count as if the second-level cache
 held them all. A launch takes steps * rounds of them, where a round is as many slices of the batch as there are groups
@@ -40,6 +43,7 @@ from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
 
+from .cells import CELLS, Cell
 from .kernels.device import A100, B200, DEVICES, H100, H200, RTX4090, Device, Shape, cdiv, most_alike, power_of_2
 
 PASSES = ("forward", "backward")
@@ -99,6 +103,7 @@ class Plan:
     inputs: bool = False  # whether the launch multiplies x with w_ih; otherwise a GEMM comes before
     shared_input_blocks: int = 0
     part_blocks: int = 0  # K blocks of each warp in a part of the operand, where it comes in parts
+    cell: str = "lstm"
     streamed: int = 0  # K blocks of weights that a warp loads again at every step, of all matrices together
     shared: int = 0  # bytes of shared memory of a block
     at_once: int = 0  # groups, of all directions, that run at the same time
@@ -111,7 +116,8 @@ class Plan:
         """As the library takes it."""
         kinds = [EXCHANGES.index(self.exchange), MATHS.index(self.math)]
         counts = [self.blocks, self.tiles, self.splits, self.rows, self.groups]
-        return [*kinds, *counts, *self.kept[:2], int(self.inputs), self.shared_input_blocks, self.part_blocks]
+        kept = [*self.kept[:2], int(self.inputs), self.shared_input_blocks]
+        return [*kinds, *counts, *kept, self.part_blocks, list(CELLS).index(self.cell)]
 
     @property
     def kept(self) -> tuple[int, int, int]:
@@ -198,6 +204,11 @@ class Needs(NamedTuple):
     streamed: tuple[int, ...]  # K blocks that a warp loads again at every step
 
 
+def _filled(blocks: tuple[int | None, ...]) -> int:
+    """Maps that a product fills, of `Cell.input` or `Cell.recurrent`."""
+    return sum(gate is not None for gate in blocks)
+
+
 def _unit_tiles(kernel: str, shape: Shape) -> int:
     """Tiles of hidden units."""
     return cdiv(shape.H, 8 if kernel == "forward" else 16)
@@ -206,24 +217,25 @@ def _unit_tiles(kernel: str, shape: Shape) -> int:
 @lru_cache(maxsize=1024)
 def products(kernel: str, shape: Shape, math: str, inputs: bool = False) -> dict[int, Product]:
     """The product of each stage that there is."""
-    size, forward = _STORAGE[math], kernel == "forward"
+    size, forward, cell = _STORAGE[math], kernel == "forward", CELLS[shape.cell]
+    of_state, of_input = _filled(cell.recurrent), _filled(cell.input)
     units, outputs = _unit_tiles(kernel, shape), cdiv(shape.P, _OUTPUTS)
-    h, own = (outputs, _OUTPUTS * size), (units, (8 if forward else 64) * size)
+    h, own = (outputs, _OUTPUTS * size), (units, (8 if forward else 16 * of_state) * size)
     if not shape.projected:
-        found = {RECURRENT: Product(units, 4 if forward else 2, *own)}
+        found = {RECURRENT: Product(units, of_state if forward else 2, *own)}
     elif forward:
-        found = {RECURRENT: Product(units, 4, *h), PROJECTION: Product(outputs, 2, *own)}
+        found = {RECURRENT: Product(units, of_state, *h), PROJECTION: Product(outputs, 2, *own)}
     else:
         found = {RECURRENT: Product(outputs, 2, *own), PROJECTION: Product(units, 2, *h)}
     if inputs:
-        found[INPUT] = Product(units, 4, cdiv(shape.I * size, _QUAD), _QUAD)
+        found[INPUT] = Product(units, of_input, cdiv(shape.I * size, _QUAD), _QUAD)
     return found
 
 
-def register_blocks(exchange: str, kernel: str, stage: int, math: str, rows: int, projected: bool) -> int:
+def register_blocks(plan: Plan, kernel: str, stage: int, projected: bool) -> int:
     """K blocks of weights that a warp keeps in registers."""
-    forward = kernel == "forward"
-    if stage == INPUT or exchange == "parts":
+    forward, math = kernel == "forward", plan.math
+    if stage == INPUT or plan.exchange == "parts":
         return 0
     if math == "fp64":
         return 0 if projected else 1
@@ -233,9 +245,15 @@ def register_blocks(exchange: str, kernel: str, stage: int, math: str, rows: int
         return 2
     if projected:
         return 5 if forward else 8
+    wide = plan.rows > _COLUMNS
     if forward:
-        return 2 if rows > _COLUMNS else 5 if math == "tf32" else 6
-    return 10 if rows == _COLUMNS else 1 if math == "tf32" else 3
+        of_four = 2 if wide else 5 if math == "tf32" else 6
+        cell = CELLS[plan.cell]
+        of_tile = _filled(cell.recurrent)
+        if len(cell.maps) > of_tile:
+            return of_four if wide else of_four - 1
+        return min(4 if wide else 8, of_four * 4 // of_tile)
+    return 10 if not wide else 1 if math == "tf32" else 3
 
 
 # Of "scatter".
@@ -246,7 +264,7 @@ def most_scatter_tiles(math: str, rows: int) -> int:
     return 2 if math == "fp64" or (math == "tf32" and rows > _COLUMNS) else 4
 
 
-_STEPS_COPIED, _COPIED_ARRAYS = 4, 7
+_STEPS_COPIED = 4
 
 
 def scatter_splits(tiles: int) -> int:
@@ -255,8 +273,8 @@ def scatter_splits(tiles: int) -> int:
 
 
 def scatter_blocks(plan: Plan) -> int:
-    """K blocks of da of a block."""
-    return plan.tiles * _STORAGE[plan.math]
+    """K blocks of da of a block, as far as it meets w_hh."""
+    return cdiv(plan.tiles * 16 * _filled(CELLS[plan.cell].recurrent) * _STORAGE[plan.math], _K_BLOCK)
 
 
 def scatter_outputs(shape: Shape, plan: Plan) -> tuple[int, int]:
@@ -271,13 +289,17 @@ def scatter_outputs(shape: Shape, plan: Plan) -> tuple[int, int]:
 def _needs_of_scatter(shape: Shape, plan: Plan) -> Needs:
     p = products("backward", shape, plan.math)[RECURRENT]
     blocks, columns = scatter_blocks(plan), plan.rows // _COLUMNS
-    shared = plan.tiles * plan.splits * plan.shared_blocks * p.fragment + 2 * plan.rows * _stride(blocks)
+    cell = CELLS[plan.cell]
+    others = plan.tiles * 16 * (len(cell.maps) - _filled(cell.recurrent)) * _STORAGE[plan.math]
+    staged = _stride(blocks + cdiv(others, _K_BLOCK))
+    shared = plan.tiles * plan.splits * plan.shared_blocks * p.fragment + 2 * plan.rows * staged
     shared += 2 * plan.blocks * plan.tiles * columns * 128 * (8 if plan.math == "fp64" else 4)
-    shared += _STEPS_COPIED * plan.rows * _copied_row(16 * plan.tiles, plan.math) + 16
+    shared += _STEPS_COPIED * plan.rows * _copied_row(16 * plan.tiles, plan) + 16
     outputs, in_registers = scatter_outputs(shape, plan)
     streamed = max(0, outputs - in_registers - plan.shared_blocks // blocks) * blocks
     shared += _ring(plan, p) if streamed else 0
-    return Needs(shared, 0, 0, (shape.D * p.tiles * p.blocks * p.fragment, 0, 0), (streamed, 0, 0))
+    packed = shape.D * p.tiles * cdiv(p.senders, plan.tiles) * blocks * p.fragment
+    return Needs(shared, 0, 0, (packed, 0, 0), (streamed, 0, 0))
 
 
 def _ring(plan: Plan, p: Product) -> int:
@@ -290,16 +312,23 @@ def turns(tiles: int, plan: Plan) -> int:
     return cdiv(tiles, plan.blocks * plan.tiles)
 
 
-def _copied_row(units: int, math: str) -> int:
+def _copied_arrays(cell: Cell) -> int:
+    """Of the backward: what the cell saved and carried, dy, and dc."""
+    return len(cell.saved) + (cell.carry is not None) + 1 + cell.has_cell_state
+
+
+def _copied_row(units: int, plan: Plan) -> int:
     """Of the backward: bytes of what a step takes of so many units and a row."""
-    return _COPIED_ARRAYS * units * _STORAGE[math] + _QUAD
+    return _copied_arrays(CELLS[plan.cell]) * units * _STORAGE[plan.math] + _QUAD
 
 
-def _step_bytes(kernel: str, math: str) -> int:
+def _step_bytes(kernel: str, plan: Plan) -> int:
     """Of a tile and eight rows: three steps of xg, and one of what is stored; or three of what the backward takes."""
     if kernel == "backward":
-        return _COLUMNS * 3 * _copied_row(16, math)
-    return _COLUMNS * (3 * (4 * 8 * 4 + 16) + 6 * 8 * _STORAGE[math] + 16)
+        return _COLUMNS * 3 * _copied_row(16, plan)
+    cell = CELLS[plan.cell]
+    stored = (len(cell.saved) + 1 + cell.has_cell_state) * 8 * _STORAGE[plan.math] + 16
+    return _COLUMNS * (3 * (len(cell.gates) * 8 * 4 + 16) + stored)
 
 
 def needs(kernel: str, shape: Shape, plan: Plan) -> Needs:
@@ -309,26 +338,29 @@ def needs(kernel: str, shape: Shape, plan: Plan) -> Needs:
     stages, warps = products(kernel, shape, plan.math, plan.inputs), plan.tiles * plan.splits
     exchanges = 2 if shape.projected else 1
     compute = 8 if plan.math == "fp64" else 4
-    shared = warps * _COLUMNS * max(p.chunk for p in stages.values()) + 16 * exchanges
+    cell, backward = CELLS[plan.cell], kernel == "backward"
+    staged = [p.chunk for p in stages.values()] + backward * [16 * len(cell.maps) * _STORAGE[plan.math]]
+    shared = warps * _COLUMNS * max(staged) + 16 * exchanges
     if plan.exchange != "parts" and plan.math != "fp64" and not shape.projected:
-        shared += plan.tiles * (plan.rows // _COLUMNS) * _step_bytes(kernel, plan.math)
+        shared += plan.tiles * (plan.rows // _COLUMNS) * _step_bytes(kernel, plan)
     exchanged, packed, streamed = 0, [0, 0, 0], [0, 0, 0]
     for k, p in stages.items():
         buffers = 2 if plan.exchange != "grid" or k == INPUT else 1
         stride = _stride(plan.splits * plan.part_blocks) if plan.exchange == "parts" else p.stride
         shared += warps * plan.kept[k] * p.fragment + buffers * plan.rows * stride
         if plan.splits > 1 and k != INPUT:
-            shared += warps * (plan.rows // _COLUMNS) * p.segments * 2 * 32 * compute
+            summed = len(cell.maps) if k == RECURRENT and not backward else p.segments
+            shared += warps * (plan.rows // _COLUMNS) * summed * 2 * 32 * compute
         if plan.exchange != "cluster" and k != INPUT:
             exchanged += shape.D * plan.groups * 2 * plan.rows * p.row
         packed[k] = shape.D * p.tiles * p.blocks * p.fragment
-        resident = register_blocks(plan.exchange, kernel, k, plan.math, plan.rows, shape.projected) + plan.kept[k]
+        resident = register_blocks(plan, kernel, k, shape.projected) + plan.kept[k]
         streamed[k] = max(0, cdiv(p.blocks, plan.splits) - resident)
         shared += _ring(plan, p) if streamed[k] else 0
     launched = shape.D * plan.groups * plan.blocks
     flags = 0 if plan.exchange == "cluster" else exchanges * launched
     if plan.exchange == "parts":
-        numbers = (plan.rows // _COLUMNS) * (8 if kernel == "backward" else 6 if shape.projected else 4)
+        numbers = (plan.rows // _COLUMNS) * (8 if backward else 6 if shape.projected else 4)
         exchanged += launched * plan.threads * turns(_unit_tiles(kernel, shape), plan) * numbers * compute
     return Needs(shared, exchanged, flags, tuple(packed), tuple(streamed))
 
@@ -420,7 +452,7 @@ def whole(kernel: str, shape: Shape, device: Device, occupancy: Occupancy | None
     scatters = kernel == "backward" and not shape.projected
     if costs_of(device).widest and scatters:
         yield from _scattering(shape, device, occupancy)
-    # Of what clusters can exchange, da is never the less: "scatter" takes the place of "cluster" in such a backward.
+    # "scatter" takes the place of "cluster" in such a backward (csrc/cuda/plan.h).
     for exchange in ("grid", "cluster") if costs_of(device).widest and not scatters else ("grid",):
         for tiles in range(1, _MOST_WARPS + 1):
             blocks = cdiv(tiles_of_units, tiles)
@@ -430,7 +462,7 @@ def whole(kernel: str, shape: Shape, device: Device, occupancy: Occupancy | None
                     continue
             for splits in range(1, _MOST_WARPS // tiles + 1):
                 for rows, inputs in product((8, 16) if wide else (8,), _with_inputs(kernel, shape)):
-                    bare = Plan(exchange, math, blocks, tiles, splits, rows, 1, 0, 0, inputs)
+                    bare = Plan(exchange, math, blocks, tiles, splits, rows, 1, 0, 0, inputs, cell=shape.cell)
                     fitted = _fitted(kernel, shape, device, bare, occupancy)
                     if fitted is not None:
                         yield _predicted(kernel, shape, device, fitted)
@@ -446,7 +478,7 @@ def _scattering(shape: Shape, device: Device, occupancy: Occupancy | None) -> It
         for rows in (8, 16) if math in _ON_MATRIX_UNIT and shape.B > _COLUMNS else (8,):
             if tiles > most_scatter_tiles(math, rows):
                 continue
-            bare = Plan("scatter", math, blocks, tiles, scatter_splits(tiles), rows, 1, 0, 0)
+            bare = Plan("scatter", math, blocks, tiles, scatter_splits(tiles), rows, 1, 0, 0, cell=shape.cell)
             fitted = _fitted("backward", shape, device, bare, occupancy)
             if fitted is not None:
                 yield _predicted("backward", shape, device, fitted)
@@ -463,7 +495,7 @@ def in_parts(
     for tiles in range(1, _MOST_WARPS + 1) if most_blocks else ():
         blocks = cdiv(tiles_of_units, tiles * cdiv(tiles_of_units, tiles * most_blocks))
         for splits in range(1, _MOST_WARPS // tiles + 1):
-            bare = Plan("parts", math, blocks, tiles, splits, rows, 1, 0, 0, inputs)
+            bare = Plan("parts", math, blocks, tiles, splits, rows, 1, 0, 0, inputs, cell=shape.cell)
             bytes_of_one = len(stages) * 2 * rows * splits * _K_BLOCK
             fit, all_blocks = (device.shared - needs(kernel, shape, bare).shared) // bytes_of_one, cdiv(longest, splits)
             if fit < 1:
@@ -619,9 +651,10 @@ def _predicted(kernel: str, shape: Shape, device: Device, p: Plan) -> Plan:
     for k in stages:  # what stays on the chip
         launch += p.groups * taken.packed[k] * (1 - taken.streamed[k] / blocks(k)) / device.l2
     if kernel == "forward" and not p.inputs:
-        numbers = shape.D * shape.T * shape.B * 4 * shape.H  # of xg, which are written and read
+        gates = len(CELLS[shape.cell].gates)
+        numbers = shape.D * shape.T * shape.B * gates * shape.H  # of xg, which are written and read
         everywhere = rate * clocks * device.multiprocessors
-        weights = shape.D * 4 * shape.H * shape.I
+        weights = shape.D * gates * shape.H * shape.I
         launch += _GEMM * shape.D + (2 * numbers + weights) * shape.itemsize / device.l2
         launch += numbers * shape.I / everywhere
     return replace(p, step=step, launch=launch, costs=_described(device))
@@ -641,7 +674,7 @@ def gemm_step(shape: Shape, device: Device) -> float:
     """Microseconds of a step of the whole batch, of one pass, by a GEMM and a pointwise kernel: an estimate of what
     torch does where its kernels do not stay on the device. The matrix unit has twice the rate of "mma" there."""
     rate = 2 * costs_of(device).half / (1 if shape.itemsize == 2 else 2)
-    multiplied = shape.D * shape.B * 4 * shape.H * shape.P
+    multiplied = shape.D * shape.B * len(CELLS[shape.cell].gates) * shape.H * shape.P
     return _TWO_LAUNCHES + multiplied / (rate * device.clock * 1e3 * device.multiprocessors)
 
 

@@ -170,12 +170,10 @@ def _aten_plan(problem: Problem) -> str:
     return f"torch's own {CELLS[problem.cell].title} for this device"
 
 
-_LSTM_ALONE = frozenset({LSTM.name})
-
 TABLE = {
     backend.name: backend
     for backend in (
-        Backend("cuda", ops.cuda_unavailable, _cuda_unsupported, partial(_gpu_plan, "cuda"), cells=_LSTM_ALONE),
+        Backend("cuda", ops.cuda_unavailable, _cuda_unsupported, partial(_gpu_plan, "cuda")),
         Backend("triton", ops.triton_unavailable, _triton_unsupported, partial(_gpu_plan, "triton")),
         Backend("cpu", lambda: ops.cpu_unavailable, _cpu_unsupported, _cpu_plan, True),
         Backend("aten", lambda: None, _aten_unsupported, _aten_plan),

@@ -64,9 +64,12 @@ host_only = pytest.mark.skipif(ON_GPU, reason="plans the host's device: a GPU ha
 gpu_only = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 
 
+MODULES = {"lstm": fusedrnn.LSTM, "gru": fusedrnn.GRU, "rnn_tanh": fusedrnn.RNN, "rnn_relu": fusedrnn.RNN}
+
+
 def check(case):
     with fusedrnn.use_backend("cuda"), testing.poisoned():
-        ours = testing.evaluate(testing.call, fusedrnn.LSTM, case, DEVICE)
+        ours = testing.evaluate(testing.call, MODULES[case.cell], case, DEVICE)
     expected = testing.answers(case, DEVICE)
     assert ours.keys() == expected.keys()
     for name, answer in expected.items():
@@ -125,6 +128,43 @@ def test_options(options):
 @pytest.mark.parametrize("name", ["projection", "everything"])
 def test_options_in_other_dtypes(name, dtype):
     check(Case(3, 3, 7, 14, dtype=dtype, **OPTIONS[name]))
+
+
+# Of the other cells: sizes, dtype and options that are all different.
+OTHER_CELLS = [
+    ("gru", (2, 17, 24, 64), F32, {}),
+    ("gru", (4, 3, 37, 14), F64, {**EVERYTHING, "layers": 2, "batch_first": True, "strided": True}),
+    ("gru", (4, 3, 7, 30), BF16, {"packed": True, "bidirectional": True}),
+    ("gru", (3, 3, 7, 14), F16, {"bias": False, "hx": False}),
+    ("rnn_tanh", (4, 3, 7, 30), BF16, EVERYTHING),
+    ("rnn_tanh", (7, 3, 33, 19), F32, {"layers": 2}),
+    ("rnn_relu", (5, 3, 7, 14), F64, {**EVERYTHING, "bias": False}),
+    ("rnn_relu", (2, 17, 24, 64), F32, {"lengths": True, "reset": True}),
+]
+
+
+@pytest.mark.parametrize("reserve", ["gates", "recompute"])
+@pytest.mark.parametrize(("cell", "size", "dtype", "options"), OTHER_CELLS, ids=str)
+def test_other_cells(cell, size, dtype, options, reserve, monkeypatch):
+    """With what they save, and with what is computed again, which takes x in the launch."""
+    monkeypatch.setenv("FUSEDRNN_RESERVE", reserve)
+    taken = plans_of({"inputs": reserve == "recompute"}, monkeypatch)
+    check(Case(*size, dtype=dtype, cell=cell, **options))
+    assert taken["forward"].cell == taken["backward"].cell == cell
+
+
+@pytest.mark.parametrize("cell", ["gru", "rnn_tanh"])
+def test_gradcheck_of_other_cells(cell):
+    rnn = MODULES[cell](2, 3, bidirectional=True, dtype=F64, device=DEVICE)
+    x = torch.randn(3, 2, 2, dtype=F64, device=DEVICE, requires_grad=True)
+    h0 = torch.randn(2, 2, 3, dtype=F64, device=DEVICE, requires_grad=True)
+    given = {"lengths": torch.tensor([3, 1]), "reset": torch.tensor([[False, True], [True, False], [False, False]])}
+    given = {name: value.to(DEVICE) for name, value in given.items()}
+
+    with fusedrnn.use_backend("cuda"):
+        assert torch.autograd.gradcheck(
+            lambda x, h0, *_: rnn(x, h0, **given), (x, h0, *rnn.parameters()), fast_mode=True
+        )
 
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
@@ -563,7 +603,7 @@ class Launch:
             self.x, self.xg, self.w_ih = self.tensor(T, B, I), None, [self.tensor(4 * H, I)]
             self.b_ih, self.b_hh = [self.tensor(4 * H)], [self.tensor(4 * H)]
         self.w_hh, self.w_hr = [self.tensor(4 * H, H)], []
-        self.h0 = self.c0 = self.lengths = self.reset = self.c = self.gates = None
+        self.h0 = self.c0 = self.lengths = self.reset = self.c = self.saved = None
         self.y, self.hn, self.cn = self.tensor(T, B, H), self.tensor(1, B, H), self.tensor(1, B, H)
 
     def tensor(self, *shape, dtype=F32):
@@ -573,7 +613,7 @@ class Launch:
         given = {**vars(self), **changes}
         both = {"w_ih", "b_ih", "b_hh", "w_hh", "w_hr"}  # lists of a tensor of each direction, or of none
         names = ["plan", "x", "xg", "w_ih", "b_ih", "b_hh", "w_hh", "w_hr", "h0", "c0", "lengths", "reset"]
-        names += ["y", "hn", "cn", "c", "gates"]
+        names += ["y", "hn", "cn", "c", "saved"]
         return tuple(a for n in names for a in ([*given[n], None, None][:2] if n in both else [given[n]]))
 
     def run(self, **changes):
@@ -583,7 +623,7 @@ class Launch:
 def test_operators_of_the_library_pass_opcheck():
     """They change what their schemas say, and nothing else."""
     op, launch, t = torch.ops.fusedrnn, Launch(), Launch().tensor
-    all_states = {"h0": t(1, 2, 8), "c0": t(1, 2, 8), "c": t(3, 2, 8), "gates": t(1, 3, 2, 32)}
+    all_states = {"h0": t(1, 2, 8), "c0": t(1, 2, 8), "c": t(3, 2, 8), "saved": t(1, 3, 2, 32)}
     all_states |= {"lengths": t(2, dtype=torch.int64), "reset": t(3, 2, dtype=torch.bool)}
     for arguments in (launch.arguments(), launch.arguments(**all_states), Launch(inputs=True).arguments(**all_states)):
         torch.library.opcheck(op.cuda_launch_forward, arguments, test_utils="test_schema")
@@ -612,7 +652,10 @@ def test_the_library_checks_what_memory_safety_needs():
         ({"reset": t(3, 3, dtype=torch.bool)}, "reset has the wrong shape"),
         ({"w_hh": []}, "w_hh must have 2 dimensions"),
         ({"w_hr": [t(8, 8), t(8, 8)]}, "one w_hr of each direction"),
-        ({"plan": launch.plan[:-1]}, "a plan has 12 fields, got 11"),
+        ({"plan": launch.plan[:-1]}, "a plan has 13 fields, got 12"),
+        ({"plan": [*launch.plan[:-1], 4]}, "a plan of an unknown kind"),
+        ({"plan": [*launch.plan[:-1], 1]}, "w_hh has the wrong shape"),
+        ({"cn": None}, "cn must be given"),
         ({"plan": [7, *launch.plan[1:]]}, "a plan of an unknown kind"),
         ({"plan": [4, *launch.plan[1:]]}, "a plan of an unknown kind"),
         ({"plan": [3, *launch.plan[1:]]}, "only the backward without a projection scatters"),

@@ -17,10 +17,15 @@ BATCHES = (1, 5000)
 KINDS = ((2, "tf32"), (4, "tf32"), (4, "ieee"), (8, "ieee"))
 
 
+OTHER_CELLS = ("gru", "rnn_tanh")
+
+
 def shapes():
     for H, B, (itemsize, precision), D in itertools.product(HIDDEN, BATCHES, KINDS, (1, 2)):
         yield Shape(128, B, H, H, H, D, itemsize, precision)
         yield Shape(1, B, 7, H, max(1, H // 2), D, itemsize, precision, True)
+    for cell, H, (itemsize, precision) in itertools.product(OTHER_CELLS, HIDDEN, KINDS):
+        yield Shape(20, 17, 40, H, H, 1, itemsize, precision, cell=cell)
 
 
 def fits_whole(kernel, shape, device):
@@ -260,6 +265,37 @@ def test_x_in_parts_where_that_saves_time(device):
     assert chosen(4, 64) == roomy
     assert not chosen(1, 10_000)
     assert not chosen(1024, 10_000)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh", "rnn_relu"])
+def test_products_have_the_rows_of_the_cell(cell):
+    """bfloat16 and H 128: 16 tiles of 8 units, a segment for each gate; da of 16 units for each gate."""
+    gates = {"lstm": 4, "gru": 3}.get(cell, 1)
+    shape = Shape(128, 16, 100, 128, 128, 1, 2, "tf32", cell=cell)
+    forward = planner.products("forward", shape, "bf16", inputs=True)
+    assert forward[planner.RECURRENT] == (16, gates, 16, 16)
+    assert forward[planner.INPUT] == (16, gates, 13, 16)
+    assert planner.products("backward", shape, "bf16")[planner.RECURRENT] == (8, 2, 8, 32 * gates)
+    for kernel in planner.PASSES:
+        plan = planner.plan(kernel, shape, H200)
+        assert plan.cell == cell
+        assert plan.fields[-1] == ["lstm", "gru", "rnn_tanh", "rnn_relu"].index(cell)
+
+
+def test_a_cell_of_fewer_rows_is_predicted_to_take_less():
+    """And more of its weights stay on the chip."""
+    for kernel, H in itertools.product(planner.PASSES, (512, 1024, 2048)):
+        of_cell = [
+            planner.plan(kernel, Shape(128, 64, H, H, H, 1, 2, "tf32", cell=cell), H200)
+            for cell in ("rnn_tanh", "gru", "lstm")
+        ]
+        launches = [plan.launch for plan in of_cell]
+        assert launches == sorted(launches), (kernel, H)
+        packed = [
+            sum(planner.needs(kernel, Shape(128, 64, H, H, H, 1, 2, "tf32", cell=plan.cell), plan).packed)
+            for plan in of_cell
+        ]
+        assert packed == sorted(packed)
 
 
 def test_more_work_is_predicted_to_take_longer():

@@ -24,7 +24,7 @@
 #pragma once
 
 #if defined(__CUDACC__)
-#define FUSEDRNN_CELL __host__ __device__ __forceinline__
+#define FUSEDRNN_CELL __device__ __forceinline__
 #else
 #define FUSEDRNN_CELL inline __attribute__((always_inline))
 #endif

@@ -1,26 +1,27 @@
 // Backward of one layer, both directions: one launch over the whole sequence, against the order of its steps.
 //
-//   dh_t = dy_t + da_{t+1} @ w_hh       dm = dh_t  or  dh_t @ w_hr       da_t, dc_{t-1} from dm and dc_t: cell.h
+//   dh_t = dy_t + da_{t+1} @ w_hh       dm = dh_t  or  dh_t @ w_hr       da_t, dc_{t-1} from dm and dc_t: csrc/cells
 //
-// (t+1 stands for the step after t in the direction's own order.) The weight gradients are matrix products over all
-// steps at once and not part of this: the launch leaves da for them.
+// c stands for what the cell carries, da for the gradients of its maps; those that have the state's affine map meet
+// w_hh. A carry that is h has dh_0 as well. (t+1 stands for the step after t in the direction's own order.) The weight
+// gradients are matrix products over all steps at once and not part of this: the launch leaves da for them.
 //
 // Blocks exchange da, gathering it, and hold the rows of w_hh^T that give dh of their own units: the forward's exchange
 // and product with another K, and a result that is the same whatever the plan but for the order of K. In a cluster
 // this is for layers with a projection; others exchange partial sums of dh there, H numbers of 32 bits for each batch
-// row in the place of 4 H of the storage dtype: scatter.h.
+// row in the place of one for each map and unit of the storage dtype: scatter.h.
 //
 // Grid and groups: as in forward.h. A block owns 16 * plan.tiles hidden units, a warp a tile of 16 and a part of K,
-// which is 4H here; a lane ends with dh of two units for two batch rows of each column tile. With a projection, the
-// first warps of the group own a tile of 16 numbers of h as well, and da_{t+1} @ w_hh is for these. Registers: the
-// first K blocks of the warp's weights, dh and dc of the lane's units. Shared memory: further weights, da of all units
-// for the rows of the slice, partial sums of split K, what is about to be sent, and for each tile the gates, c, dy and
-// dc of three steps, copied asynchronously (backward_inputs.h; in float64, with a projection and in parts, they are
-// loaded before the wait for da). K is in the order of the tiles: 8 units of gate i, of f, of g, of o, and on with the
-// next 8 units. Synchronisation: one exchange of da per step inside a group, with a projection one of dh as well; and,
-// where K is split, one barrier of the warps of a tile. Limits: as in forward.h, with da, which is four times h. In
-// parts there is none here either: in a step, the tiles take turns to send dh, where there is a projection, to get da
-// and send it, and to get dh from da.
+// which is GH here, for G gates; a lane ends with dh of two units for two batch rows of each column tile. With a
+// projection, the first warps of the group own a tile of 16 numbers of h as well, and da_{t+1} @ w_hh is for these.
+// Registers: the first K blocks of the warp's weights, dh and dc of the lane's units. Shared memory: further weights,
+// da of all units for the rows of the slice, partial sums of split K, what is about to be sent, and for each tile what
+// the cell saved, c, dy and dc of three steps, copied asynchronously (backward_inputs.h; in float64, with a projection
+// and in parts, they are loaded before the wait for da). K is in the order of the tiles: 8 units of one map, of the
+// next, and on with the next 8 units. Synchronisation: one exchange of da per step inside a group, with a projection
+// one of dh as well; and, where K is split, one barrier of the warps of a tile. Limits: as in forward.h, with da, which
+// is G times h. In parts there is none here either: in a step, the tiles take turns to send dh, where there is a
+// projection, to get da and send it, and to get dh from da.
 #pragma once
 
 #include "backward_inputs.h"
@@ -30,8 +31,8 @@
 
 namespace fusedrnn::cuda {
 
-// kColumnTiles: plan.rows / 8.
-template <Math kMath, class Channel, int kColumnTiles, bool kProjected>
+// C: of cell.h. kColumnTiles: plan.rows / 8.
+template <Math kMath, class C, class Channel, int kColumnTiles, bool kProjected>
 class Backward {
  public:
   using M = Arithmetic<kMath>;
@@ -39,7 +40,7 @@ class Backward {
   using A = typename M::Compute;
 
   static FUSEDRNN_DEVICE void run(const BackwardParams& p, char* shared) {
-    const SharedLayout layout = shared_layout(kPass, p.sizes, p.plan);
+    const SharedLayout layout = shared_layout(spec_of<C>(), kPass, p.sizes, p.plan);
     Role role(p.plan);
     Backward(p, role, shared, layout).run(shared, layout);
   }
@@ -50,20 +51,29 @@ class Backward {
   static constexpr int kUnits = tile_units(kPass);
   static_assert(kUnits == kTileOutputs && kUnits == 8 * kSegments);  // a lane's units and numbers of h have one index
   static constexpr int kRows = kColumnTiles * kColumns;
+  static constexpr CellSpec kCell = C::kSpec;
+  static constexpr int kMaps = kCell.maps, kSaved = kCell.saved;
+  static constexpr int kOfState = kCell.recurrent.begin, kMeeting = width(kCell.recurrent);  // maps that meet w_hh
+  static constexpr bool kCarries = kCell.carry != Carry::kNone, kHasCellState = has_cell_state(kCell);
+  static_assert(kSaved <= kMaps);
+  static constexpr int kStepBytes = step_bytes(kCell, kPass, kMath);
   template <Stage kStage>
   using Multiplier = WarpProduct<M, kSegments, kColumnTiles,
-                                 register_blocks(Channel::kExchange, kPass, kStage, kMath, kRows, kProjected),
+                                 register_blocks(kCell, Channel::kExchange, kPass, kStage, kMath, kRows, kProjected),
                                  Channel::kInParts, kProjected ? 1 : 2>;
   using Recurrent = Multiplier<Stage::kRecurrent>;
   using Projection = Multiplier<Stage::kProjection>;
   // Whether what a step needs is copied ahead, and da is stored 16 bytes at a time.
   static constexpr bool kInRuns = moves_in_runs(Channel::kExchange, kMath, kProjected);
-  using Inputs = BackwardInputs<M, kUnits, kColumns, kWarp>;
-  using Stores = GradientStores<M, kUnits, kColumns, kWarp>;
-  static constexpr int kChunkBytes = kUnits * kGates * static_cast<int>(sizeof(S));  // of da of a tile and a row
+  // Of da of a tile and a row: bytes that are exchanged, and all.
+  static constexpr int kChunkBytes = kUnits * kMeeting * static_cast<int>(sizeof(S));
+  static constexpr int kStagedRow = staged_bytes(kCell, kMath, kUnits);
+  using Staged = StagedGradients<M, C, kUnits, kChunkBytes>;
+  using Inputs = BackwardInputs<M, C, kUnits, kColumns, kWarp>;
+  using Stores = GradientStores<M, Staged, kUnits, kColumns, kWarp>;
   // Zero where the step does not exist, and then so is da.
   struct Numbers {
-    A gates[kGates], c, c_in, dy, dc;
+    A a[kMaps], c, c_in, dy, dc;
   };
   using Results = A[kColumnTiles][kSegments][2];
   static constexpr int kKeptOfDh = kColumnTiles * kSegments * 2;
@@ -75,7 +85,7 @@ class Backward {
         da_channel_(channel(p, role, Stage::kRecurrent, shared, layout)),
         dh_channel_(channel(p, role, Stage::kProjection, shared, layout)),
         staging_(reinterpret_cast<S*>(shared + layout.staging + role.warp * layout.warp_staging)),
-        steps_(shared + layout.steps + role.local_tile * kColumnTiles * step_bytes(kPass, kMath)),
+        steps_(shared + layout.steps + role.local_tile * kColumnTiles * kStepBytes),
         direction_(p.sizes, p.sequence, role.direction) {
     take_tile();
     in_units_ = Channel::kIdleWarpsTakePart ? role.rank < blocks_with(unit_tiles(), p.plan) : has_units_;
@@ -93,12 +103,12 @@ class Backward {
   }
 
   static FUSEDRNN_DEVICE Product product_of(const BackwardParams& p, Stage stage) {
-    return product(kPass, stage, p.sizes, kMath, kProjected);
+    return product(spec_of<C>(), kPass, stage, p.sizes, kMath, kProjected);
   }
   static FUSEDRNN_DEVICE Channel channel(const BackwardParams& p, const Role& role, Stage stage, char* shared,
                                          const SharedLayout& layout) {
     const int k = static_cast<int>(stage);
-    return Channel(role, p.sizes, p.plan, kPass, stage, product_of(p, stage), kRows, p.workspace,
+    return Channel(spec_of<C>(), role, p.sizes, p.plan, kPass, stage, product_of(p, stage), kRows, p.workspace,
                    shared + layout.operands[k], reinterpret_cast<Mbarrier*>(shared + layout.barriers[k]));
   }
 
@@ -193,7 +203,7 @@ class Backward {
     }
     for_each_cell([&](int n, int s, int j) {
       c0_[n][s][j] = 0;
-      if (p_.c0 != nullptr && is_unit(n, s, j)) {
+      if (kCarries && p_.c0 != nullptr && is_unit(n, s, j)) {
         c0_[n][s][j] = number(p_.c0, direction_.state(row(n, j), p_.sizes.H) + unit_of(s));
       }
     });
@@ -204,9 +214,7 @@ class Backward {
   FUSEDRNN_DEVICE void copy(bool exists, int slot) {
     FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) inputs_[n].copy(exists, copied(n, slot));
   }
-  FUSEDRNN_DEVICE char* copied(int n, int slot) const {
-    return steps_ + n * step_bytes(kPass, kMath) + slot * Inputs::kStep;
-  }
+  FUSEDRNN_DEVICE char* copied(int n, int slot) const { return steps_ + n * kStepBytes + slot * Inputs::kStep; }
 
   FUSEDRNN_DEVICE void step_in_runs(int64_t step) {
     wait_copies_but<kColumnTiles>("the thread's copies of the step");
@@ -222,10 +230,10 @@ class Backward {
       FUSEDRNN_UNROLL for (int j = 0; j < 2; ++j) {
         FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) stage(t, n, s, j, copied(n, slot_), copied(n, next_slot));
       }
-      send_staged<kChunkBytes>(da_channel_, role_, reinterpret_cast<const char*>(staging_), n);
+      send_staged<kChunkBytes, kStagedRow>(da_channel_, role_, reinterpret_cast<const char*>(staging_), n);
       if constexpr (!M::kRoundsOperands) {
         stores_[n].read(da[n], [&](int row, int byte) {
-          return reinterpret_cast<const char*>(staging_) + row * kChunkBytes + byte;
+          return reinterpret_cast<const char*>(staging_) + row * kStagedRow + byte;
         });
       }
     }
@@ -245,28 +253,31 @@ class Backward {
   FUSEDRNN_DEVICE void stage(int64_t t, int n, int s, int j, const char* now, const char* before) {
     const int row = role_.lane % 4 * 2 + j, unit = s * kColumns + role_.lane / 4;
     const auto copied = [&](const char* from, int array) { return Inputs::number(from, row, array, unit); };
-    A gates[kGates];
-    FUSEDRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) gates[gate] = copied(now, gate);
+    A a[kMaps];
+    FUSEDRNN_UNROLL for (int k = 0; k < kMaps; ++k) a[k] = k < kSaved ? copied(now, k) : A(0);
     const bool exists = exists_(n, j) && unit_of(s) < p_.sizes.H, cut = cut_(n, j);
-    const A last = copied(before, Inputs::kC), entered = direction_.is_first(t, lengths_[n][j]) ? c0_[n][s][j] : last;
+    const A last = Inputs::carry(before, row, unit),
+            entered = direction_.is_first(t, lengths_[n][j]) ? c0_[n][s][j] : last;
     const A dh = dh_[n][s][j] + copied(now, Inputs::kDy);
-    A dc = dc_[n][s][j] + copied(now, Inputs::kDc);
-    M::Cell::backward(gates, cut ? A(0) : entered, copied(now, Inputs::kC), dh, dc);
-    dc_[n][s][j] = !exists ? dc_[n][s][j] : cut ? A(0) : dc;
+    A dc = dc_[n][s][j] + Inputs::dcarry(now, row, unit);
+    C::template backward<typename M::BackwardMath>(p_.plan.cell, a, cut ? A(0) : entered, Inputs::carry(now, row, unit),
+                                                   dh, dc);
+    if constexpr (kCarries) dc_[n][s][j] = !exists ? dc_[n][s][j] : cut ? A(0) : dc;
     // What is staged may be rounded to the operand's precision, and then is not what is stored.
     S* exact = M::kRoundsOperands && is_unit(n, s, j)
-                   ? static_cast<S*>(p_.da) + direction_.step(t, this->row(n, j), kGates * p_.sizes.H) + unit_of(s)
+                   ? static_cast<S*>(p_.da) + direction_.step(t, this->row(n, j), kMaps * p_.sizes.H) + unit_of(s)
                    : nullptr;
-    FUSEDRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) {
-      const A da = exists ? gates[gate] : A(0);
-      staging_[row * kUnits * kGates + (s * kGates + gate) * 8 + role_.lane / 4] = M::operand(da);
-      if (M::kRoundsOperands && exact != nullptr) exact[gate * p_.sizes.H] = to_storage<S>(da);
+    char* staged = reinterpret_cast<char*>(staging_) + row * kStagedRow;
+    FUSEDRNN_UNROLL for (int map = 0; map < kMaps; ++map) {
+      const A da = exists ? a[map] : A(0);
+      *reinterpret_cast<S*>(staged + Staged::byte_of(map, s, role_.lane / 4)) = M::operand(da);
+      if (M::kRoundsOperands && exact != nullptr) exact[map * p_.sizes.H] = to_storage<S>(da);
     }
   }
 
   // The same of several tiles, in turns.
   FUSEDRNN_DEVICE void slices_in_turns(char* shared, const SharedLayout& layout) {
-    Kept kept(p_.sizes, p_.plan, kPass, p_.workspace);
+    Kept kept(spec_of<C>(), p_.sizes, p_.plan, kPass, p_.workspace);
     const auto in_turns = [&](int64_t tiles, const auto& f) {
       kept.for_each(tiles, role_, [&] {
         take_tile();
@@ -398,7 +409,7 @@ class Backward {
       if (p_.dhn != nullptr && is_output(n, s, j)) {
         dh_[n][s][j] = number(p_.dhn, direction_.state(b, p_.sizes.P) + unit_of(s));
       }
-      if (p_.dcn != nullptr && is_unit(n, s, j)) {
+      if (kHasCellState && p_.dcn != nullptr && is_unit(n, s, j)) {
         dc_[n][s][j] = number(p_.dcn, direction_.state(b, p_.sizes.H) + unit_of(s));
       }
     });
@@ -426,12 +437,10 @@ class Backward {
       Numbers& loaded = loaded_[n][s][j];
       loaded = {};
       if (!is_unit(n, s, j) || !exists_next_(n, j)) return;
-      const int64_t b = row(n, j), gates = direction_.step(t, b, kGates * H) + unit_of(s);
-      FUSEDRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) {
-        loaded.gates[gate] = number(p_.gates, gates + gate * H);
-      }
-      loaded.c = number(p_.c, direction_.offset(p_.c_strides, t, b) + unit_of(s));
-      if (!cut_next_(n, j)) {
+      const int64_t b = row(n, j), saved = direction_.step(t, b, kSaved * H) + unit_of(s);
+      FUSEDRNN_UNROLL for (int k = 0; k < kSaved; ++k) loaded.a[k] = number(p_.saved, saved + k * H);
+      if constexpr (kCarries) loaded.c = number(p_.c, direction_.offset(p_.c_strides, t, b) + unit_of(s));
+      if (kCarries && !cut_next_(n, j)) {
         if (!direction_.is_first(t, lengths_[n][j])) {
           loaded.c_in = number(p_.c, direction_.offset(p_.c_strides, direction_.before(t), b) + unit_of(s));
         } else if (p_.c0 != nullptr) {
@@ -441,7 +450,8 @@ class Backward {
       if (p_.dy != nullptr && is_output(n, s, j)) {
         loaded.dy = number(p_.dy, direction_.offset(p_.dy_strides, t, b) + unit_of(s));
       }
-      if (p_.dc != nullptr) loaded.dc = number(p_.dc, direction_.offset(p_.dc_strides, t, b) + unit_of(s));
+      if (kHasCellState && p_.dc != nullptr)
+        loaded.dc = number(p_.dc, direction_.offset(p_.dc_strides, t, b) + unit_of(s));
     });
   }
 
@@ -485,20 +495,22 @@ class Backward {
     cut_ = cut_next_;
   }
 
-  // From dm and dc to da, in the place of the gates, and dc of the step before; and m, in the place of c.
+  // From dm and dc to da, in the place of what was saved, and dc of the step before; and m, in the place of c.
   FUSEDRNN_DEVICE void cells(const Results& dm) {
     for_each_cell([&](int n, int s, int j) {
       Numbers& loaded = loaded_[n][s][j];
       if (!exists_(n, j)) return;
       A dc = dc_[n][s][j] + loaded.dc;
-      loaded.c = M::Cell::backward(loaded.gates, loaded.c_in, loaded.c, dm[n][s][j], dc);
-      dc_[n][s][j] = cut_(n, j) ? A(0) : dc;
+      loaded.c = C::template backward<typename M::BackwardMath>(p_.plan.cell, loaded.a, loaded.c_in, loaded.c,
+                                                                dm[n][s][j], dc);
+      if constexpr (kCarries) dc_[n][s][j] = cut_(n, j) ? A(0) : dc;
     });
   }
 
   FUSEDRNN_DEVICE void send_da() {
-    send<kUnits * kGates>(da_channel_, has_units_,
-                          [&](int n, int j, int k) { return loaded_[n][k / kGates][j].gates[k % kGates]; });
+    send<kUnits * kMeeting>(da_channel_, has_units_, [&](int n, int j, int k) {
+      return loaded_[n][k / kMeeting][j].a[kOfState + k % kMeeting];
+    });
   }
 
   // Sends value(n, j, k), which is number 8 k + lane / 4 of kChunk, of the column tiles that the warp owns.
@@ -520,10 +532,8 @@ class Backward {
     const int64_t t = direction_.at(step), H = p_.sizes.H;
     for_each_cell([&](int n, int s, int j) {
       if (!is_unit(n, s, j)) return;
-      S* to = static_cast<S*>(p_.da) + direction_.step(t, row(n, j), kGates * H) + unit_of(s);
-      FUSEDRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) {
-        to[gate * H] = to_storage<S>(loaded_[n][s][j].gates[gate]);
-      }
+      S* to = static_cast<S*>(p_.da) + direction_.step(t, row(n, j), kMaps * H) + unit_of(s);
+      FUSEDRNN_UNROLL for (int map = 0; map < kMaps; ++map) to[map * H] = to_storage<S>(loaded_[n][s][j].a[map]);
       if constexpr (kProjected) {
         static_cast<S*>(p_.m)[direction_.step(t, row(n, j), H) + unit_of(s)] = to_storage<S>(loaded_[n][s][j].c);
       }
@@ -534,9 +544,10 @@ class Backward {
     for_each_cell([&](int n, int s, int j) {
       const int64_t b = row(n, j);
       if (p_.dh0 != nullptr && is_output(n, s, j)) {
-        static_cast<S*>(p_.dh0)[direction_.state(b, p_.sizes.P) + unit_of(s)] = to_storage<S>(dh_[n][s][j]);
+        static_cast<S*>(p_.dh0)[direction_.state(b, p_.sizes.P) + unit_of(s)] =
+            to_storage<S>(kCarries && !kHasCellState ? dh_[n][s][j] + dc_[n][s][j] : dh_[n][s][j]);
       }
-      if (p_.dc0 != nullptr && is_unit(n, s, j)) {
+      if (kHasCellState && p_.dc0 != nullptr && is_unit(n, s, j)) {
         static_cast<S*>(p_.dc0)[direction_.state(b, p_.sizes.H) + unit_of(s)] = to_storage<S>(dc_[n][s][j]);
       }
     });

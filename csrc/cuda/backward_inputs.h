@@ -1,4 +1,4 @@
-// What a step of the backward needs of the forward and of the caller: the gates, c, dy and dc.
+// What a step of the backward needs of the forward and of the caller: what the cell saved and carried, dy and dc.
 //
 // Copied into shared memory a few steps ahead, 16 bytes at a time (runs.h), by the threads that work on these units and
 // rows: a row of a step is the arrays of its units, one after the other.
@@ -10,13 +10,16 @@
 
 namespace fusedrnn::cuda {
 
-// Of kUnits units and kRows batch rows; thread is 0 to kThreads - 1.
-template <class M, int kUnits, int kRows, int kThreads>
+// Of kUnits units and kRows batch rows; thread is 0 to kThreads - 1. C: of cell.h.
+template <class M, class C, int kUnits, int kRows, int kThreads>
 class BackwardInputs {
  public:
   using S = typename M::Storage;
-  static constexpr int kC = kGates, kDy = kGates + 1, kDc = kGates + 2;
-  static constexpr int kRow = copied_row(M::kMath, kUnits), kStep = kRows * kRow;  // bytes
+  using A = typename M::Compute;
+  static constexpr int kSaved = C::kSpec.saved, kArrays = copied_arrays(C::kSpec);
+  static constexpr bool kCarries = C::kSpec.carry != Carry::kNone, kHasCellState = has_cell_state(C::kSpec);
+  static constexpr int kC = kSaved, kDy = kSaved + (kCarries ? 1 : 0), kDc = kDy + 1;
+  static constexpr int kRow = copied_row(C::kSpec, M::kMath, kUnits), kStep = kRows * kRow;  // bytes
 
   // Of one slice, from the last step on. first_unit: kUnits of them may be behind the last one. steps: those in shared
   // memory, kSteps of them, in which an array that is not given is zeros.
@@ -29,16 +32,17 @@ class BackwardInputs {
     FUSEDRNN_UNROLL for (int m = 0; m < kCopies; ++m) {
       const int array = at(m).array;
       const int64_t b = first_row + at(m).row, unit = first_unit + at(m).chunk * kPerQuad;
-      const void* base = array < kGates ? p.gates : array == kC ? p.c : array == kDy ? p.dy : p.dc;
-      const Strides& strides = array == kC ? p.c_strides : array == kDy ? p.dy_strides : p.dc_strides;
+      const bool is_saved = array < kSaved, is_carry = kCarries && array == kC;
+      const void* base = is_saved ? p.saved : is_carry ? p.c : array == kDy ? p.dy : p.dc;
+      const Strides& strides = is_carry ? p.c_strides : array == kDy ? p.dy_strides : p.dc_strides;
       const int64_t begin =
-          array < kGates ? direction.step(last, b, kGates * H) + array * H : direction.offset(strides, last, b);
-      const int64_t step = array < kGates ? p.sizes.B * kGates * H : strides.t;
-      const bool exists = array < kCopiedArrays && base != nullptr && b < p.sizes.B;
+          is_saved ? direction.step(last, b, kSaved * H) + array * H : direction.offset(strides, last, b);
+      const int64_t step = is_saved ? p.sizes.B * kSaved * H : strides.t;
+      const bool exists = array < kArrays && base != nullptr && b < p.sizes.B;
       copies_[m] = Run(static_cast<const char*>(base) + (begin + unit) * kBytes, (backwards ? step : -step) * kBytes,
                        exists ? (H - unit) * kBytes : 0);
       ragged_ |= copies_[m].is_ragged();
-      if (base != nullptr || array >= kCopiedArrays) continue;
+      if (base != nullptr || array >= kArrays) continue;
       for (int step = 0; step < kSteps; ++step) *quad(steps + step * kStep, m) = Quad{{0, 0, 0, 0}};
     }
   }
@@ -50,13 +54,20 @@ class BackwardInputs {
   }
 
   // A number of a step, in shared memory; unit of the kUnits.
-  static FUSEDRNN_DEVICE typename M::Compute number(const char* step, int row, int array, int unit) {
+  static FUSEDRNN_DEVICE A number(const char* step, int row, int array, int unit) {
     return to_compute(*reinterpret_cast<const S*>(step + row * kRow + (array * kUnits + unit) * kBytes));
+  }
+  // The carry that left a step, and the gradient of it that the caller gives; zero where the cell has none.
+  static FUSEDRNN_DEVICE A carry(const char* step, int row, int unit) {
+    return kCarries ? number(step, row, kC, unit) : A(0);
+  }
+  static FUSEDRNN_DEVICE A dcarry(const char* step, int row, int unit) {
+    return kHasCellState ? number(step, row, kDc, unit) : A(0);
   }
 
  private:
   static constexpr int kBytes = sizeof(S), kPerQuad = sizeof(Quad) / sizeof(S), kChunks = kUnits / kPerQuad;
-  static constexpr int kCopies = (kRows * kCopiedArrays * kChunks + kThreads - 1) / kThreads;
+  static constexpr int kCopies = (kRows * kArrays * kChunks + kThreads - 1) / kThreads;
 
   template <bool kRagged>
   FUSEDRNN_DEVICE void copy(char* to) {
@@ -83,26 +94,56 @@ class BackwardInputs {
   Run copies_[kCopies];
 };
 
-// The gradients of kUnits units and kRows batch rows, which lie in shared memory in the order of K (backward.h), to
-// where the launch leaves them; likewise.
-template <class M, int kUnits, int kRows, int kThreads>
+// Where the gradients of the maps of kUnits units are staged in a row of shared memory: in the order of K (backward.h),
+// and behind the maps that meet w_hh, from byte kOthers on, likewise the others.
+template <class M, class C, int kUnits, int kOthers>
+struct StagedGradients {
+  static constexpr int kMaps = C::kSpec.maps, kFirst = C::kSpec.recurrent.begin;
+  static constexpr int kMeeting = width(C::kSpec.recurrent), kNotMeeting = kMaps - kMeeting;
+  static constexpr int kBytes = sizeof(typename M::Storage);
+
+  // Of unit 8 * group + unit.
+  static FUSEDRNN_DEVICE int byte_of(int map, int group, int unit) {
+    if (map >= kFirst && map < kFirst + kMeeting) return ((group * kMeeting + map - kFirst) * 8 + unit) * kBytes;
+    const int other = map < kFirst ? map : map - kMeeting;
+    return kOthers + ((group * kNotMeeting + other) * 8 + unit) * kBytes;
+  }
+
+  struct Place {
+    int map, unit, byte;
+  };
+  // Of the k-th number of a row.
+  static FUSEDRNN_DEVICE Place place(int k) {
+    if (kNotMeeting == 0 || k < kUnits * kMeeting) {
+      return {kFirst + k / 8 % kMeeting, k / (8 * kMeeting) * 8 + k % 8, k * kBytes};
+    }
+    constexpr int kOf = kNotMeeting > 0 ? kNotMeeting : 1;
+    const int behind = k - kUnits * kMeeting, other = behind / 8 % kOf;
+    return {other < kFirst ? other : other + kMeeting, behind / (8 * kOf) * 8 + k % 8, kOthers + behind * kBytes};
+  }
+};
+
+// The gradients of kUnits units and kRows batch rows, which are Staged in shared memory, to where the launch leaves
+// them; likewise.
+template <class M, class Staged, int kUnits, int kRows, int kThreads>
 class GradientStores {
  public:
   using S = typename M::Storage;
-  static constexpr int kQuadsOfRow = kUnits * kGates * sizeof(S) / sizeof(Quad);
+  static constexpr int kMaps = Staged::kMaps, kQuadsOfRow = kUnits * kMaps * sizeof(S) / sizeof(Quad);
   static constexpr int kStores = (kRows * kQuadsOfRow + kThreads - 1) / kThreads;
   using Quads = Quad[kStores];
 
   FUSEDRNN_DEVICE void start(const BackwardParams& p, const Direction& direction, int thread, int64_t first_row,
                              int64_t first_unit, bool backwards) {
-    constexpr int kBytes = sizeof(S), kPerQuad = sizeof(Quad) / sizeof(S);
+    constexpr int kBytes = sizeof(S);
     thread_ = thread;
     ragged_ = false;
-    const int64_t H = p.sizes.H, last = direction.at(p.sizes.T - 1), step = p.sizes.B * kGates * H;
+    const int64_t H = p.sizes.H, last = direction.at(p.sizes.T - 1), step = p.sizes.B * kMaps * H;
     FUSEDRNN_UNROLL for (int m = 0; m < kStores; ++m) {
-      const int q = thread + m * kThreads, row = q / kQuadsOfRow, k = q % kQuadsOfRow * kPerQuad;
-      const int64_t b = first_row + row, unit = first_unit + k / 32 * 8 + k % 8, gate = k / 8 % 4;
-      const int64_t at = direction.step(last, b, kGates * H) + gate * H + unit;
+      const int q = thread + m * kThreads, row = q / kQuadsOfRow;
+      const typename Staged::Place place = Staged::place(q % kQuadsOfRow * kPerQuad);
+      const int64_t b = first_row + row, unit = first_unit + place.unit;
+      const int64_t at = direction.step(last, b, kMaps * H) + place.map * H + unit;
       stores_[m] = Run(static_cast<const char*>(p.da) + at * kBytes, (backwards ? step : -step) * kBytes,
                        row < kRows && b < p.sizes.B ? (H - unit) * kBytes : 0);
       ragged_ |= stores_[m].is_ragged();
@@ -116,13 +157,15 @@ class GradientStores {
       const int q = thread_ + m * kThreads;
       da[m] = Quad{{0, 0, 0, 0}};
       if (q < kRows * kQuadsOfRow) {
-        da[m] = *reinterpret_cast<const Quad*>(at(q / kQuadsOfRow, q % kQuadsOfRow * static_cast<int>(sizeof(Quad))));
+        da[m] = *reinterpret_cast<const Quad*>(at(q / kQuadsOfRow, Staged::place(q % kQuadsOfRow * kPerQuad).byte));
       }
     }
   }
   FUSEDRNN_DEVICE void store(const Quads& da) { ragged_ ? store<true>(da) : store<false>(da); }
 
  private:
+  static constexpr int kPerQuad = sizeof(Quad) / sizeof(S);
+
   template <bool kRagged>
   FUSEDRNN_DEVICE void store(const Quads& da) {
     FUSEDRNN_UNROLL for (int m = 0; m < kStores; ++m) stores_[m].template store<kRagged>(da[m]);

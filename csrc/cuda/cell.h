@@ -1,12 +1,73 @@
-// The LSTM cell: what happens between the affine map of the gates and the new state, and its derivative. The only place
-// that knows it; another cell with four gates would replace this struct. docs/math.md derives both.
+// The cells of csrc/cells, as the kernels take them.
 #pragma once
 
+#include "../cells/gru.h"
+#include "../cells/lstm.h"
+#include "../cells/rnn.h"
 #include "device.h"
 
 namespace fusedrnn::cuda {
 
-constexpr int kGates = 4;  // in the order i, f, g, o
+// In the order of fusedrnn/cells.
+enum class CellKind : int32_t { kLstm, kGru, kRnnTanh, kRnnRelu };
+constexpr int kCellKinds = 4;
+
+// Cells of one spec, which share their kernels: the first of these kinds, and those behind it. kind: whose function it
+// is.
+template <CellKind kFirst, class First, class... Others>
+struct CellsAlike {
+  static constexpr CellSpec kSpec = First::kSpec;
+
+  template <class F, int R>
+  static FUSEDRNN_DEVICE void forward(CellKind kind, typename F::V (&a)[R][kSpec.maps], typename F::V (&carry)[R],
+                                      typename F::V (&m)[R]) {
+    if constexpr (sizeof...(Others) == 0) {
+      First::template forward<F, R>(a, carry, m);
+    } else if (kind == kFirst) {
+      First::template forward<F, R>(a, carry, m);
+    } else {
+      Rest<Others...>::template forward<F, R>(kind, a, carry, m);
+    }
+  }
+
+  template <class F>
+  static FUSEDRNN_DEVICE typename F::V backward(CellKind kind, typename F::V (&a)[kSpec.maps], typename F::V carry_in,
+                                                typename F::V carry, typename F::V dm, typename F::V& dcarry) {
+    if constexpr (sizeof...(Others) == 0) {
+      return First::template backward<F>(a, carry_in, carry, dm, dcarry);
+    } else {
+      if (kind == kFirst) return First::template backward<F>(a, carry_in, carry, dm, dcarry);
+      return Rest<Others...>::template backward<F>(kind, a, carry_in, carry, dm, dcarry);
+    }
+  }
+
+ private:
+  template <class... C>
+  using Rest = CellsAlike<static_cast<CellKind>(static_cast<int>(kFirst) + 1), C...>;
+};
+
+using LstmCells = CellsAlike<CellKind::kLstm, Lstm>;
+using GruCells = CellsAlike<CellKind::kGru, Gru>;
+using RnnCells = CellsAlike<CellKind::kRnnTanh, RnnTanh, RnnRelu>;
+
+template <class Cells>
+FUSEDRNN_BOTH constexpr CellSpec spec_of() {
+  constexpr CellSpec spec = Cells::kSpec;
+  return spec;
+}
+FUSEDRNN_BOTH constexpr CellSpec spec_of(CellKind kind) {
+  switch (kind) {
+    case CellKind::kLstm: return spec_of<LstmCells>();
+    case CellKind::kGru: return spec_of<GruCells>();
+    default: return spec_of<RnnCells>();
+  }
+}
+
+// Maps that a product fills.
+FUSEDRNN_BOTH constexpr int width(const MapWindow& maps) { return maps.end - maps.begin; }
+FUSEDRNN_BOTH constexpr bool has_cell_state(const CellSpec& cell) { return cell.carry == Carry::kCell; }
+
+// ---------------------------------------------------------------------------------------------- nonlinear functions
 
 // To the accuracy of the device's library.
 template <class A>
@@ -28,32 +89,33 @@ struct Rough : Quick {
   static FUSEDRNN_DEVICE float tanh(float x) { return rough_tangent(x); }
 };
 
-// Nonlinear: of the forward.
-template <class A, class Nonlinear, class BackwardNonlinear>
-struct LstmCell {
-  // gates: the affine maps on entry, the gates on exit. Returns m = o * tanh(c) and replaces c_{t-1} by c_t.
-  static FUSEDRNN_DEVICE A forward(A (&gates)[kGates], A& c) {
-    gates[0] = Nonlinear::sigmoid(gates[0]);
-    gates[1] = Nonlinear::sigmoid(gates[1]);
-    gates[2] = Nonlinear::tanh(gates[2]);
-    gates[3] = Nonlinear::sigmoid(gates[3]);
-    c = gates[1] * c + gates[0] * gates[2];
-    return gates[3] * Nonlinear::tanh(c);
-  }
+// What the cells take for F: of single numbers.
+template <class A, class Nonlinear>
+struct NumberMath {
+  using Number = A;
+  using V = A;
+  struct Sigmoid {
+    static FUSEDRNN_DEVICE A of(A x) { return Nonlinear::sigmoid(x); }
+  };
+  struct Tanh {
+    static FUSEDRNN_DEVICE A of(A x) { return Nonlinear::tanh(x); }
+  };
 
-  // gates: the gates on entry, the gradients of their affine maps on exit. dm is the gradient of m; dc that of c_t from
-  // everywhere else on entry and that of c_{t-1} on exit. Returns m.
-  static FUSEDRNN_DEVICE A backward(A (&gates)[kGates], A c_in, A c, A dm, A& dc) {
-    const A i = gates[0], f = gates[1], g = gates[2], o = gates[3];
-    const A tanh_c = BackwardNonlinear::tanh(c);
-    const A dc_t = dc + dm * o * (A(1) - tanh_c * tanh_c);
-    gates[0] = dc_t * g * i * (A(1) - i);
-    gates[1] = dc_t * c_in * f * (A(1) - f);
-    gates[2] = dc_t * i * (A(1) - g * g);
-    gates[3] = dm * tanh_c * o * (A(1) - o);
-    dc = dc_t * f;
-    return o * tanh_c;
+  template <class... G>
+  static FUSEDRNN_DEVICE void apply(A (&x)[sizeof...(G)]) {
+    int k = 0;
+    ((x[k] = G::of(x[k]), ++k), ...);
   }
+  template <int N>
+  static FUSEDRNN_DEVICE void sigmoid(A (&x)[N]) {
+    FUSEDRNN_UNROLL for (int k = 0; k < N; ++k) x[k] = Nonlinear::sigmoid(x[k]);
+  }
+  template <int N>
+  static FUSEDRNN_DEVICE void tanh(A (&x)[N]) {
+    FUSEDRNN_UNROLL for (int k = 0; k < N; ++k) x[k] = Nonlinear::tanh(x[k]);
+  }
+  static FUSEDRNN_DEVICE A relu(A x) { return x < A(0) ? A(0) : x; }  // NaN stays
+  static FUSEDRNN_DEVICE A where_positive(A x, A value) { return x > A(0) ? value : A(0); }
 };
 
 }  // namespace fusedrnn::cuda

@@ -34,8 +34,9 @@ class GridExchange {
   static constexpr Exchange kExchange = Exchange::kGrid;
   static constexpr bool kInParts = false, kIdleWarpsTakePart = true;
 
-  FUSEDRNN_DEVICE GridExchange(const Role& role, const Sizes& sizes, const Plan& plan, Pass pass, Stage stage,
-                               const Product& product, int rows, const Workspace& workspace, char* operand, Mbarrier*)
+  FUSEDRNN_DEVICE GridExchange(const CellSpec& cell, const Role& role, const Sizes& sizes, const Plan& plan, Pass pass,
+                               Stage stage, const Product& product, int rows, const Workspace& workspace, char* operand,
+                               Mbarrier*)
       : row_bytes_(product.operand.row_bytes()),
         senders_(blocks_with(product.operand.tiles, plan)),
         role_(role),
@@ -46,7 +47,7 @@ class GridExchange {
         exchanged_(static_cast<char*>(workspace.exchanged) + int64_t{role.group} * 2 * rows * row_bytes_),
         flags_(workspace.flags + int64_t{role.group} * plan.blocks) {
     if (stage == Stage::kProjection) {
-      exchanged_ += exchanged_bytes(pass, Stage::kRecurrent, sizes, plan);
+      exchanged_ += exchanged_bytes(cell, pass, Stage::kRecurrent, sizes, plan);
       flags_ += launched_blocks(sizes, plan);
     }
   }
@@ -131,9 +132,10 @@ class PartsExchange : public GridExchange {
   static constexpr const char *kCopies = "the thread's copies of the part", *kCopied = "the part is copied";
   using GridExchange::await;
 
-  FUSEDRNN_DEVICE PartsExchange(const Role& role, const Sizes& sizes, const Plan& plan, Pass pass, Stage stage,
-                                const Product& product, int rows, const Workspace& workspace, char* operand, Mbarrier*)
-      : GridExchange(role, sizes, plan, pass, stage, product, rows, workspace, nullptr, nullptr),
+  FUSEDRNN_DEVICE PartsExchange(const CellSpec& cell, const Role& role, const Sizes& sizes, const Plan& plan, Pass pass,
+                                Stage stage, const Product& product, int rows, const Workspace& workspace,
+                                char* operand, Mbarrier*)
+      : GridExchange(cell, role, sizes, plan, pass, stage, product, rows, workspace, nullptr, nullptr),
         parts_(role, plan, product.operand, rows, operand) {
     if (senders_ > plan.blocks) senders_ = plan.blocks;  // each has several of the tiles
   }
@@ -166,8 +168,8 @@ class ClusterExchange {
   static constexpr Exchange kExchange = Exchange::kCluster;
   static constexpr bool kInParts = false, kIdleWarpsTakePart = false;
 
-  FUSEDRNN_DEVICE ClusterExchange(const Role& role, const Sizes&, const Plan& plan, Pass, Stage, const Product& product,
-                                  int rows, const Workspace&, char* operand, Mbarrier* barriers)
+  FUSEDRNN_DEVICE ClusterExchange(const CellSpec&, const Role& role, const Sizes&, const Plan& plan, Pass, Stage,
+                                  const Product& product, int rows, const Workspace&, char* operand, Mbarrier* barriers)
       : role_(role),
         thread_(kept(thread_index())),
         stride_(kept(product.operand.stride())),
@@ -237,16 +239,18 @@ class ClusterExchange {
 };
 
 // Sends what the lanes of a warp put into `staging`, [8][kChunkBytes], as column tile n of the warp's part of the
-// operand. Before the warp stages another column tile it has to meet; before it stages another operand it has received
-// one that these numbers are a part of, or that depends on them.
-template <int kChunkBytes, class Channel>
+// operand; rows are kPitch bytes apart. Before the warp stages another column tile it has to meet; before it stages
+// another operand it has received one that these numbers are a part of, or that depends on them.
+template <int kChunkBytes, int kPitch = kChunkBytes, class Channel>
 FUSEDRNN_DEVICE void send_staged(Channel& channel, const Role& role, const char* staging, int n) {
   constexpr int kQuads = kChunkBytes / static_cast<int>(sizeof(Quad));
   sync_warp("the warp's results are staged");
   channel.template send<kColumns * kQuads>([&](int k, int& row, int& byte) {
     row = n * kColumns + k / kQuads;
     byte = role.tile * kChunkBytes + k % kQuads * static_cast<int>(sizeof(Quad));
-    return reinterpret_cast<const Quad*>(staging)[k];
+    const int skipped =
+        kPitch == kChunkBytes ? 0 : k / kQuads * ((kPitch - kChunkBytes) / static_cast<int>(sizeof(Quad)));
+    return reinterpret_cast<const Quad*>(staging)[k + skipped];
   });
 }
 

@@ -1,30 +1,31 @@
 // Forward of one layer, both directions: one launch over the whole sequence.
 //
-//   a_t = xg_t + h_{t-1} @ w_hh^T     i, f, o = sigmoid(a_i, a_f, a_o)     g = tanh(a_g)
-//   c_t = f * c_{t-1} + i * g         m_t = o * tanh(c_t)                  h_t = m_t  or  m_t @ w_hr^T
+//   a_t from xg_t and h_{t-1} @ w_hh^T     m_t, the new carry from a_t and the carry     h_t = m_t  or  m_t @ w_hr^T
 //
-// xg_t = x_t @ w_ih^T + b_ih + b_hh is given; or x is, and the launch does that product as well. It does not depend on
-// h, and comes before the wait for it: its sums take the place of what would have been loaded.
+// Of the maps a that the cell reads (csrc/cells), each has a part of xg, of the product with w_hh, or both. A map with
+// no part of xg has b_hh. xg_t = x_t @ w_ih^T + b_ih + b_hh is given, without b_hh of those; or x is, and the launch
+// does that product as well. It does not depend on h, and comes before the wait for it: its sums take the place of what
+// would have been loaded.
 //
 // h_t is rounded to the storage dtype before it is fed back; so is m_t where it is an operand of w_hr.
 //
 // Grid: D * plan.groups groups of plan.blocks blocks. A group owns a direction and every plan.groups-th slice of
 // plan.rows batch rows; groups never meet.
-// A block owns 8 * plan.tiles hidden units: all four gates of them, so that the cell needs no exchange. A warp owns a
-// tile of 8 units and one of plan.splits parts of K; a lane ends with the four gates of one unit for two batch rows of
-// each column tile. With a projection, the first warps of the group own a tile of 16 outputs as well.
-// Registers: the first K blocks of the warp's weights, c and h of the lane's units (for the whole sequence, c in the
-// compute dtype). Shared memory: further weights, h_{t-1} of all units for the rows of the slice, x of this step and
-// the next (inputs.h), partial sums of split K, what is about to be sent, and for each tile xg of three steps, copied
-// asynchronously two steps ahead, or the biases, and the outputs of a step, which are stored 16 bytes at a time
-// (runs.h; in float64, with a projection and in parts, xg is loaded before the wait for h and outputs are stored one by
-// one). Synchronisation: one exchange of h per step inside a group (exchange.h), with a projection one of m as well;
-// and, where K is split, one barrier of the warps of a tile, and one of the block's for x. The outputs of a step are
-// stored after the exchange has begun. Limits: 8 or 16 batch rows in a slice; h of all units for these rows fits into
-// shared memory, once (kGrid) or twice (kCluster), and with a projection m, and every tile has a warp. In parts there
-// is neither limit: x, h and m come to shared memory in parts, and the tiles of a warp take turns (turns.h), all of
-// them once for the product with h and, with a projection, again for that with m. Then no weights stay on the chip, c
-// and h of a tile are loaded and stored in its turn, and xg is loaded before the product.
+// A block owns 8 * plan.tiles hidden units: all maps of them, so that the cell needs no exchange. A warp owns a tile of
+// 8 units and one of plan.splits parts of K; a lane ends with the maps of one unit for two batch rows of each column
+// tile. With a projection, the first warps of the group own a tile of 16 outputs as well.
+// Registers: the first K blocks of the warp's weights, the carry and h of the lane's units (for the whole sequence,
+// the carry in the compute dtype). Shared memory: further weights, h_{t-1} of all units for the rows of the slice, x of
+// this step and the next (inputs.h), partial sums of split K, what is about to be sent, and for each tile xg of three
+// steps, copied asynchronously two steps ahead, or the biases, and the outputs of a step, which are stored 16 bytes at
+// a time (runs.h; in float64, with a projection and in parts, xg is loaded before the wait for h and outputs are stored
+// one by one). Synchronisation: one exchange of h per step inside a group (exchange.h), with a projection one of m as
+// well; and, where K is split, one barrier of the warps of a tile, and one of the block's for x. The outputs of a step
+// are stored after the exchange has begun. Limits: 8 or 16 batch rows in a slice; h of all units for these rows fits
+// into shared memory, once (kGrid) or twice (kCluster), and with a projection m, and every tile has a warp. In parts
+// there is neither limit: x, h and m come to shared memory in parts, and the tiles of a warp take turns (turns.h), all
+// of them once for the product with h and, with a projection, again for that with m. Then no weights stay on the chip,
+// the carry and h of a tile are loaded and stored in its turn, and xg is loaded before the product.
 #pragma once
 
 #include <type_traits>
@@ -37,8 +38,8 @@
 
 namespace fusedrnn::cuda {
 
-// kColumnTiles: plan.rows / 8.
-template <Math kMath, class Channel, int kColumnTiles, bool kProjected>
+// C: of cell.h. kColumnTiles: plan.rows / 8.
+template <Math kMath, class C, class Channel, int kColumnTiles, bool kProjected>
 class Forward {
  public:
   using M = Arithmetic<kMath>;
@@ -46,7 +47,7 @@ class Forward {
   using A = typename M::Compute;
 
   static FUSEDRNN_DEVICE void run(const ForwardParams& p, char* shared) {
-    const SharedLayout layout = shared_layout(kPass, p.sizes, p.plan);
+    const SharedLayout layout = shared_layout(spec_of<C>(), kPass, p.sizes, p.plan);
     Role role(p.plan);
     Forward(p, role, shared, layout).run(shared, layout);
   }
@@ -56,25 +57,35 @@ class Forward {
   static constexpr int kUnits = tile_units(kPass);
   static constexpr int kOutputs = kProjected ? 2 : 1;  // numbers of h that a lane owns in each of its columns
   static constexpr int kRows = kColumnTiles * kColumns;
+  static constexpr CellSpec kCell = C::kSpec;
+  static constexpr int kGates = kCell.gates, kMaps = kCell.maps, kSaved = kCell.saved;
+  // Maps of the product with w_ih, and of that with w_hh.
+  static constexpr int kOfInput = kCell.input.begin, kOfInputEnd = kCell.input.end;
+  static constexpr int kOfState = kCell.recurrent.begin, kOfStateEnd = kCell.recurrent.end;
+  static constexpr bool kCarries = kCell.carry != Carry::kNone, kHasCellState = has_cell_state(kCell);
+  static_assert(kSaved <= kMaps);
   template <Stage kStage>
-  using Multiplier = WarpProduct<M, segments(kPass, kStage), kColumnTiles,
-                                 register_blocks(Channel::kExchange, kPass, kStage, kMath, kRows, kProjected),
-                                 Channel::kInParts, kProjected ? 1 : 2>;
+  using Multiplier = WarpProduct<M, segments(kCell, kPass, kStage), kColumnTiles,
+                                 register_blocks(kCell, Channel::kExchange, kPass, kStage, kMath, kRows, kProjected),
+                                 Channel::kInParts, kProjected ? 1 : 2, summed_segments(kCell, kPass, kStage)>;
   using Recurrent = Multiplier<Stage::kRecurrent>;
   using Projection = Multiplier<Stage::kProjection>;
   using Input = Multiplier<Stage::kInput>;
-  using Gates = typename Recurrent::Results;  // of every column tile, the four gates of the lane's unit in its columns
+  using Maps = A[kColumnTiles][kMaps][2];  // of every column tile, those of the lane's unit in its columns
   using Outputs = typename Projection::Results;
-  static constexpr int kKeptOfC = kColumnTiles * 2;
+  static constexpr int kKeptOfCarry = kColumnTiles * 2;
   using Kept = Turns<A, kept_numbers(kPass, kRows, kProjected)>;
   // Whether xg is copied, and the outputs are stored, 16 bytes at a time.
   static constexpr bool kInRuns = moves_in_runs(Channel::kExchange, kMath, kProjected);
-  static constexpr int kXgRow = xg_row(kMath), kXgStep = kColumns * kXgRow, kStoredRow = stored_row(kMath);
+  static constexpr int kXgRow = xg_row(kCell, kMath), kXgStep = kColumns * kXgRow;
+  static constexpr int kStoredRow = stored_row(kCell, kMath), kStepBytes = step_bytes(kCell, kPass, kMath);
   // Quads of a tile of 8 units and 8 rows: of xg in the compute dtype, and of what is stored; and for each lane.
-  static constexpr int kXgRuns = kInRuns ? sizeof(A) / 2 : 1;
-  static constexpr int kStoredQuads = sizeof(S) / 2;  // of an array of 8 units
-  static constexpr int kStoreRuns = kInRuns ? kStoredQuads + (kStoredQuads + 1) / 2 : 1;
-  using X = std::conditional_t<Channel::kInParts, InputsInParts<M, kRows>, Inputs<M, kRows>>;
+  static constexpr int kXgRuns = kInRuns ? runs_of_lane(kGates * static_cast<int>(sizeof(A)) / 2) : 1;
+  static constexpr int kStoredQuads = sizeof(S) / 2;     // of an array of 8 units
+  static constexpr int kStates = kHasCellState ? 2 : 1;  // arrays of c, and of y
+  static constexpr int kSavedRuns = runs_of_lane(kSaved * kStoredQuads);
+  static constexpr int kStoreRuns = kInRuns ? kSavedRuns + runs_of_lane(kStates * kStoredQuads) : 1;
+  using X = std::conditional_t<Channel::kInParts, InputsInParts<M, C, kRows>, Inputs<M, C, kRows>>;
 
   FUSEDRNN_DEVICE Forward(const ForwardParams& p, Role& role, char* shared, const SharedLayout& layout)
       : p_(p),
@@ -83,7 +94,7 @@ class Forward {
         m_channel_(channel(p, role, Stage::kProjection, shared, layout)),
         staging_(reinterpret_cast<S*>(shared + layout.staging + role.warp * layout.warp_staging)),
         is_plain_(kept(p.sequence.lengths == nullptr && p.sequence.reset == nullptr ? 1 : 0) != 0),
-        steps_(shared + layout.steps + role.local_tile * kColumnTiles * step_bytes(kPass, kMath)),
+        steps_(shared + layout.steps + role.local_tile * kColumnTiles * kStepBytes),
         direction_(p.sizes, p.sequence, role.direction),
         x_(p, role, shared + layout.operands[static_cast<int>(Stage::kInput)]) {
     take_tile();
@@ -107,12 +118,12 @@ class Forward {
 
   static FUSEDRNN_DEVICE Product product_of(const ForwardParams& p, Stage stage) {
     if (stage == Stage::kInput && p.plan.inputs == 0) return {};
-    return product(kPass, stage, p.sizes, kMath, kProjected);
+    return product(spec_of<C>(), kPass, stage, p.sizes, kMath, kProjected);
   }
   static FUSEDRNN_DEVICE Channel channel(const ForwardParams& p, const Role& role, Stage stage, char* shared,
                                          const SharedLayout& layout) {
     const int k = static_cast<int>(stage);
-    return Channel(role, p.sizes, p.plan, kPass, stage, product_of(p, stage), kRows, p.workspace,
+    return Channel(spec_of<C>(), role, p.sizes, p.plan, kPass, stage, product_of(p, stage), kRows, p.workspace,
                    shared + layout.operands[k], reinterpret_cast<Mbarrier*>(shared + layout.barriers[k]));
   }
 
@@ -175,20 +186,20 @@ class Forward {
         load(0);
       }
       FUSEDRNN_NO_UNROLL for (int n = 0; n < T; ++n) {
-        Gates z;
+        Maps a;
         if constexpr (kInRuns) take_xg();
         if (takes_x()) {
           const char* x = x_.receive();
           if (n + 1 < T) x_.copy(direction_.at(n + 1), b);
-          input.multiply_part(x, z);
-          add(xg_, z);
+          input.multiply_part(x, a);
+          add_input(a);
         }
         const char* h = h_channel_.receive();
         if (has_units_) {
-          recurrent.multiply_part(h, z);
-          add(z, xg_);
-          recurrent.add_parts(z);
-          cells(z);
+          recurrent.multiply_part(h, a);
+          add_xg(a);
+          recurrent.add_parts(a);
+          cells(a);
         }
         if constexpr (kProjected) project(*projection);
         cut_ = cut_next_;
@@ -197,12 +208,12 @@ class Forward {
           announce_h();
         }
         if constexpr (kInRuns) {
-          store_step(z);
+          store_step(a);
           copy_xg(n + 2 < T, next_slot(xg_slot_));
           if (!is_plain_) look_at(n + 1);
         } else {
           store_h(direction_.at(n));
-          store_cells(direction_.at(n), z);
+          store_cells(direction_.at(n), a);
           if (n + 1 < T) load(n + 1);
         }
       }
@@ -213,7 +224,7 @@ class Forward {
   // The same of several tiles, in turns. With a projection every step has two rounds of them: one to m, and one to h.
   FUSEDRNN_DEVICE void slices_in_turns(char* shared, const SharedLayout& layout) {
     const int64_t T = p_.sizes.T;
-    Kept kept(p_.sizes, p_.plan, kPass, p_.workspace);
+    Kept kept(spec_of<C>(), p_.sizes, p_.plan, kPass, p_.workspace);
     const auto in_turns = [&](int64_t tiles, const auto& f) {
       kept.for_each(tiles, role_, [&] {
         take_tile();
@@ -231,24 +242,24 @@ class Forward {
         in_turns(unit_tiles(), [&] {
           recall(kept, b, n);
           load(n);
-          Gates z;
+          Maps a;
           if (has_inputs()) {
             x_.take(direction_.at(n), b);
-            input_product(shared, layout).multiply_part(x_, z);
-            add(xg_, z);
+            input_product(shared, layout).multiply_part(x_, a);
+            add_input(a);
           }
           if (kept.is_first()) h_channel_.await();
           Recurrent recurrent = recurrent_product(shared, layout);
-          recurrent.multiply_part(h_channel_, z);
-          add(z, xg_);
-          recurrent.add_parts(z);
-          cells(z);
+          recurrent.multiply_part(h_channel_, a);
+          add_xg(a);
+          recurrent.add_parts(a);
+          cells(a);
           if constexpr (kProjected) {
             send_m();
           } else {
             next(n);
           }
-          store_cells(direction_.at(n), z);
+          store_cells(direction_.at(n), a);
           keep(kept);
         });
         if constexpr (kProjected) {
@@ -301,15 +312,16 @@ class Forward {
       FUSEDRNN_UNROLL for (int m = 0; m < kStoreRuns; ++m) {
         const Stored q = stored(m);
         const int64_t b = row + q.row;
-        const bool is_gate = q.array < kGates;
-        const Strides& strides = q.array == kGates ? p_.c_strides : p_.y_strides;
-        const void* base = is_gate ? p_.gates : q.array == kGates ? p_.c : p_.y;
+        const bool is_saved = q.array < kSaved, is_c = kHasCellState && q.array == kSaved;
+        const Strides& strides = is_c ? p_.c_strides : p_.y_strides;
+        const void* base = is_saved ? p_.saved : is_c ? p_.c : p_.y;
         stores_[n][m] =
             run(q.row < kColumns ? base : nullptr, sizeof(S),
-                is_gate ? direction_.step(t, b, kGates * H) + q.array * H : direction_.offset(strides, t, b),
-                is_gate ? p_.sizes.B * kGates * H : strides.t, b, unit + q.unit);
+                is_saved ? direction_.step(t, b, kSaved * H) + q.array * H : direction_.offset(strides, t, b),
+                is_saved ? p_.sizes.B * kSaved * H : strides.t, b, unit + q.unit);
       }
     }
+    load_state_biases();
     ragged_ = false;
     FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
       FUSEDRNN_UNROLL for (int m = 0; m < kXgRuns; ++m) ragged_ |= xg_runs_[n][m].is_ragged();
@@ -324,20 +336,20 @@ class Forward {
     copy_xg(p_.sizes.T > 1, 1);
   }
 
-  // The m-th quad of the outputs of a step that the lane stores: of the gates, and behind them of c and y. In row 8 or
-  // later there is none.
+  // The m-th quad of the outputs of a step that the lane stores: of what is saved, and behind that of c and y. In row 8
+  // or later there is none.
   struct Stored {
     int row, array, unit;
   };
   FUSEDRNN_DEVICE Stored stored(int m) const {
-    const bool of_gates = m < kStoredQuads;
-    const int arrays = of_gates ? kGates : 2, q = role_.lane + (of_gates ? m : m - kStoredQuads) * kWarp;
-    return {q / (kStoredQuads * arrays), (of_gates ? 0 : kGates) + q / kStoredQuads % arrays,
+    const bool is_saved = m < kSavedRuns;
+    const int arrays = is_saved ? kSaved : kStates, q = role_.lane + (is_saved ? m : m - kSavedRuns) * kWarp;
+    return {q / (kStoredQuads * arrays), (is_saved ? 0 : kSaved) + q / kStoredQuads % arrays,
             q % kStoredQuads * (8 / kStoredQuads)};
   }
 
   static FUSEDRNN_DEVICE int next_slot(int slot) { return slot == kStepsAhead - 1 ? 0 : slot + 1; }
-  FUSEDRNN_DEVICE char* xg_of(int n, int slot) const { return steps_ + n * step_bytes(kPass, kMath) + slot * kXgStep; }
+  FUSEDRNN_DEVICE char* xg_of(int n, int slot) const { return steps_ + n * kStepBytes + slot * kXgStep; }
 
   // Begins to copy xg of the next step that was not copied, if there is one.
   FUSEDRNN_DEVICE void copy_xg(bool exists, int slot) {
@@ -359,14 +371,18 @@ class Forward {
   // xg of the step that comes, or the biases; zero in column tiles that another warp owns.
   FUSEDRNN_DEVICE void take_xg() {
     FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
-      FUSEDRNN_UNROLL for (int v = 0; v < 2 * kGates; ++v) xg_[n][v / 2][v % 2] = 0;
+      FUSEDRNN_UNROLL for (int v = 0; v < 2 * kMaps; ++v) xg_[n][v / 2][v % 2] = 0;
     }
     if (has_inputs()) {
-      for_each_column([&](int n, int j) {
-        FUSEDRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) xg_[n][gate][j] = biases(n)[gate];
-      });
+      for_each_column(
+          [&](int n, int j) { FUSEDRNN_UNROLL for (int map = 0; map < kMaps; ++map) xg_[n][map][j] = biases(n)[map]; });
       return;
     }
+    for_each_column([&](int n, int j) {
+      FUSEDRNN_UNROLL for (int map = 0; map < kMaps; ++map) {
+        if (!is_of_input(map)) xg_[n][map][j] = state_biases_[map];
+      }
+    });
     wait_copies_but<1>("the thread's copies of xg");
     sync_warp("xg of the warp's tile is copied");
     if (p_.xg_wide != 0) {
@@ -380,35 +396,33 @@ class Forward {
   FUSEDRNN_DEVICE void read_xg() {
     for_each_column([&](int n, int j) {
       const auto* from = reinterpret_cast<const Number*>(xg_of(n, xg_slot_) + (role_.lane % 4 * 2 + j) * kXgRow);
-      FUSEDRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) {
-        xg_[n][gate][j] = to_compute(from[gate * 8 + role_.lane / 4]);
+      FUSEDRNN_UNROLL for (int map = 0; map < kMaps; ++map) {
+        if (is_of_input(map)) xg_[n][map][j] = to_compute(from[gate_of_input(map) * 8 + role_.lane / 4]);
       }
     });
   }
 
   // In the place of xg, each lane for itself.
-  FUSEDRNN_DEVICE A* biases(int n) const { return reinterpret_cast<A*>(xg_of(n, 0)) + role_.lane * kGates; }
+  FUSEDRNN_DEVICE A* biases(int n) const { return reinterpret_cast<A*>(xg_of(n, 0)) + role_.lane * kMaps; }
   FUSEDRNN_DEVICE void keep_biases() {
     for_each_column([&](int n, int) {
-      FUSEDRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) {
-        biases(n)[gate] = unit_ < p_.sizes.H ? bias(p_.b_ih, gate) + bias(p_.b_hh, gate) : A(0);
+      FUSEDRNN_UNROLL for (int map = 0; map < kMaps; ++map) {
+        biases(n)[map] = unit_ < p_.sizes.H ? bias_of(map) : A(0);
       }
     });
   }
 
   // Stores the outputs of a step.
-  FUSEDRNN_DEVICE void store_step(const Gates& gates) {
+  FUSEDRNN_DEVICE void store_step(const Maps& saved) {
     FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
       if (!has_units_ || !role_.owns(n)) continue;
       char* staged = xg_of(n, kStepsAhead);
       FUSEDRNN_UNROLL for (int j = 0; j < 2; ++j) {
         const bool exists = exists_(n, j);
         S* to = reinterpret_cast<S*>(staged + (role_.lane % 4 * 2 + j) * kStoredRow) + role_.lane / 4;
-        FUSEDRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) {
-          to[gate * 8] = to_storage<S>(exists ? gates[n][gate][j] : A(0));
-        }
-        to[kGates * 8] = to_storage<S>(exists ? c_[n][j] : A(0));
-        to[(kGates + 1) * 8] = to_storage<S>(exists ? h_[n][0][j] : A(0));
+        FUSEDRNN_UNROLL for (int k = 0; k < kSaved; ++k) to[k * 8] = to_storage<S>(exists ? saved[n][k][j] : A(0));
+        if constexpr (kHasCellState) to[kSaved * 8] = to_storage<S>(exists ? carry_[n][j] : A(0));
+        to[(kSaved + kStates - 1) * 8] = to_storage<S>(exists ? h_[n][0][j] : A(0));
       }
       sync_warp("the outputs of the step are staged");
       Quad quads[kStoreRuns];
@@ -437,14 +451,14 @@ class Forward {
 
   // The state of a tile between its turns, and back before the n-th step.
   FUSEDRNN_DEVICE void keep(const Kept& kept) {
-    for_each_column([&](int n, int j) { kept[2 * n + j] = c_[n][j]; });
-    for_each_output([&](int n, int j, int k) { kept[kKeptOfC + (n * kOutputs + k) * 2 + j] = h_[n][k][j]; });
+    for_each_column([&](int n, int j) { kept[2 * n + j] = carry_[n][j]; });
+    for_each_output([&](int n, int j, int k) { kept[kKeptOfCarry + (n * kOutputs + k) * 2 + j] = h_[n][k][j]; });
   }
   FUSEDRNN_DEVICE void recall(const Kept& kept, int64_t first_row, int64_t step) {
     find_rows(first_row);
     cut_ = cut(step);
-    for_each_column([&](int n, int j) { c_[n][j] = kept[2 * n + j]; });
-    for_each_output([&](int n, int j, int k) { h_[n][k][j] = kept[kKeptOfC + (n * kOutputs + k) * 2 + j]; });
+    for_each_column([&](int n, int j) { carry_[n][j] = kept[2 * n + j]; });
+    for_each_output([&](int n, int j, int k) { h_[n][k][j] = kept[kKeptOfCarry + (n * kOutputs + k) * 2 + j]; });
   }
 
   // f(n, j) for every column tile n that the warp owns and each of the lane's two columns j in it.
@@ -478,9 +492,9 @@ class Forward {
     find_rows(first_row);
     cut_ = cut(0);
     for_each_column([&](int n, int j) {
-      c_[n][j] = 0;
-      if (p_.c0 != nullptr && is_unit(n, j)) {
-        c_[n][j] = to_compute(static_cast<const S*>(p_.c0)[direction_.state(row(n, j), p_.sizes.H) + unit_]);
+      carry_[n][j] = 0;
+      if (kCarries && p_.c0 != nullptr && is_unit(n, j)) {
+        carry_[n][j] = to_compute(static_cast<const S*>(p_.c0)[direction_.state(row(n, j), p_.sizes.H) + unit_]);
       }
     });
     for_each_output([&](int n, int j, int k) {
@@ -517,14 +531,18 @@ class Forward {
     const int64_t t = direction_.at(step);
     look_at(step);
     FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
-      FUSEDRNN_UNROLL for (int v = 0; v < 2 * kGates; ++v) xg_[n][v / 2][v % 2] = 0;
+      FUSEDRNN_UNROLL for (int v = 0; v < 2 * kMaps; ++v) xg_[n][v / 2][v % 2] = 0;
     }
     for_each_column([&](int n, int j) {
       if (!exists_(n, j) || has_inputs()) return;
       const int64_t at = direction_.offset(p_.xg_strides, t, row(n, j)) + unit_;
-      FUSEDRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) {
-        const int64_t k = at + gate * p_.sizes.H;
-        xg_[n][gate][j] =
+      FUSEDRNN_UNROLL for (int map = 0; map < kMaps; ++map) {
+        if (!is_of_input(map)) {
+          xg_[n][map][j] = bias_of(map);
+          continue;
+        }
+        const int64_t k = at + gate_of_input(map) * p_.sizes.H;
+        xg_[n][map][j] =
             p_.xg_wide != 0 ? static_cast<const A*>(p_.xg)[k] : to_compute(static_cast<const S*>(p_.xg)[k]);
       }
     });
@@ -534,35 +552,70 @@ class Forward {
   // What the products are added to where xg is not given.
   FUSEDRNN_DEVICE void load_biases() {
     if (unit_ >= p_.sizes.H) return;
-    FUSEDRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) {
-      const A sum = bias(p_.b_ih, gate) + bias(p_.b_hh, gate);
-      for_each_column([&](int n, int j) { xg_[n][gate][j] = sum; });
+    FUSEDRNN_UNROLL for (int map = 0; map < kMaps; ++map) {
+      const A sum = bias_of(map);
+      for_each_column([&](int n, int j) { xg_[n][map][j] = sum; });
     }
+  }
+  // Of maps that have no part of xg.
+  FUSEDRNN_DEVICE void load_state_biases() {
+    FUSEDRNN_UNROLL for (int map = 0; map < kMaps; ++map) {
+      if (!is_of_input(map)) state_biases_[map] = unit_ < p_.sizes.H ? bias_of(map) : A(0);
+    }
+  }
+  // The biases of a map of the lane's unit, which exists.
+  FUSEDRNN_DEVICE A bias_of(int map) const {
+    const A of_input = is_of_input(map) ? bias(p_.b_ih, gate_of_input(map)) : A(0);
+    return is_of_state(map) ? of_input + bias(p_.b_hh, gate_of_state(map)) : of_input;
+  }
+  static FUSEDRNN_DEVICE bool is_of_input(int map) { return map >= kOfInput && map < kOfInputEnd; }
+  static FUSEDRNN_DEVICE bool is_of_state(int map) { return map >= kOfState && map < kOfStateEnd; }
+  // The block of rows of w_ih, and of w_hh, that a map has: a constant where the map is one.
+  static FUSEDRNN_DEVICE int gate_of_input(int map) {
+    constexpr CellSpec cell = spec_of<C>();
+    return cell.input.gates[map - kOfInput];
+  }
+  static FUSEDRNN_DEVICE int gate_of_state(int map) {
+    constexpr CellSpec cell = spec_of<C>();
+    return cell.recurrent.gates[map - kOfState];
   }
   FUSEDRNN_DEVICE A bias(const void* const (&b)[2], int gate) const {
     const S* of = static_cast<const S*>(b[role_.direction]);
     return of == nullptr ? A(0) : to_compute(of[gate * p_.sizes.H + unit_]);
   }
 
-  static FUSEDRNN_DEVICE void add(Gates& to, const Gates& from) {
+  // Adds the product with w_ih, which is the first of z, to xg.
+  FUSEDRNN_DEVICE void add_input(const Maps& z) {
     FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
-      FUSEDRNN_UNROLL for (int v = 0; v < 2 * kGates; ++v) to[n][v / 2][v % 2] += from[n][v / 2][v % 2];
+      FUSEDRNN_UNROLL for (int v = 0; v < 2 * (kOfInputEnd - kOfInput); ++v) {
+        xg_[n][kOfInput + v / 2][v % 2] += z[n][v / 2][v % 2];
+      }
+    }
+  }
+  // a: the product with w_hh, which is the first of it, on entry, the maps on exit.
+  FUSEDRNN_DEVICE void add_xg(Maps& a) const {
+    FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
+      FUSEDRNN_UNROLL for (int v = 2 * kMaps - 1; v >= 0; --v) {
+        const int map = v / 2, j = v % 2;
+        a[n][map][j] =
+            is_of_state(map) ? a[n][is_of_state(map) ? map - kOfState : 0][j] + xg_[n][map][j] : xg_[n][map][j];
+      }
     }
   }
 
-  // z: the affine maps on entry, the gates on exit.
-  FUSEDRNN_DEVICE void cells(Gates& z) {
+  // a: the maps on entry, what is saved on exit.
+  FUSEDRNN_DEVICE void cells(Maps& a) {
     for_each_column([&](int n, int j) {
-      A gates[kGates], c = cut_(n, j) ? A(0) : c_[n][j];
-      FUSEDRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) gates[gate] = z[n][gate][j];
-      const A m = M::Cell::forward(gates, c);
-      c_[n][j] = exists_(n, j) ? c : c_[n][j];
+      A maps[1][kMaps], carry[1] = {cut_(n, j) ? A(0) : carry_[n][j]}, m[1];
+      FUSEDRNN_UNROLL for (int k = 0; k < kMaps; ++k) maps[0][k] = a[n][k][j];
+      C::template forward<typename M::ForwardMath, 1>(p_.plan.cell, maps, carry, m);
+      if constexpr (kCarries) carry_[n][j] = exists_(n, j) ? carry[0] : carry_[n][j];
       if constexpr (kProjected) {
-        m_[n][j] = exists_(n, j) ? m : A(0);  // nor is there a unit: its zero weights would make NaN of an infinity
+        m_[n][j] = exists_(n, j) ? m[0] : A(0);  // nor is there a unit: its zero weights would make NaN of an infinity
       } else {
-        take(n, j, 0, m);
+        take(n, j, 0, m[0]);
       }
-      FUSEDRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) z[n][gate][j] = gates[gate];
+      FUSEDRNN_UNROLL for (int k = 0; k < kMaps; ++k) a[n][k][j] = maps[0][k];
     });
   }
 
@@ -620,20 +673,19 @@ class Forward {
     });
   }
 
-  FUSEDRNN_DEVICE void store_cells(int64_t t, const Gates& gates) {
+  FUSEDRNN_DEVICE void store_cells(int64_t t, const Maps& saved) {
     const int64_t H = p_.sizes.H;
     for_each_column([&](int n, int j) {
       if (!is_unit(n, j)) return;
       const int64_t b = row(n, j);
       const bool exists = exists_(n, j);
-      if (p_.c != nullptr) {
-        static_cast<S*>(p_.c)[direction_.offset(p_.c_strides, t, b) + unit_] = to_storage<S>(exists ? c_[n][j] : A(0));
+      if (kHasCellState && p_.c != nullptr) {
+        static_cast<S*>(p_.c)[direction_.offset(p_.c_strides, t, b) + unit_] =
+            to_storage<S>(exists ? carry_[n][j] : A(0));
       }
-      if (p_.gates == nullptr) return;
-      S* to = static_cast<S*>(p_.gates) + direction_.step(t, b, kGates * H) + unit_;
-      FUSEDRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) {
-        to[gate * H] = to_storage<S>(exists ? gates[n][gate][j] : A(0));
-      }
+      if (p_.saved == nullptr) return;
+      S* to = static_cast<S*>(p_.saved) + direction_.step(t, b, kSaved * H) + unit_;
+      FUSEDRNN_UNROLL for (int k = 0; k < kSaved; ++k) to[k * H] = to_storage<S>(exists ? saved[n][k][j] : A(0));
     });
   }
 
@@ -642,10 +694,12 @@ class Forward {
       if (!is_output(n, j, k)) return;
       static_cast<S*>(p_.hn)[direction_.state(row(n, j), p_.sizes.P) + output(k)] = to_storage<S>(h_[n][k][j]);
     });
-    for_each_column([&](int n, int j) {
-      if (!is_unit(n, j)) return;
-      static_cast<S*>(p_.cn)[direction_.state(row(n, j), p_.sizes.H) + unit_] = to_storage<S>(c_[n][j]);
-    });
+    if constexpr (kHasCellState) {
+      for_each_column([&](int n, int j) {
+        if (!is_unit(n, j)) return;
+        static_cast<S*>(p_.cn)[direction_.state(row(n, j), p_.sizes.H) + unit_] = to_storage<S>(carry_[n][j]);
+      });
+    }
   }
 
   const ForwardParams& p_;
@@ -662,10 +716,11 @@ class Forward {
   int64_t first_row_;  // batch row of the first column
   // Of the lane's unit or its numbers of h, for each of its columns.
   int lengths_[kColumnTiles][2];
-  A h_[kColumnTiles][kOutputs][2], c_[kColumnTiles][2];  // the state
-  // Of the step that comes: xg, or the biases and then x @ w_ih^T on top; zero in column tiles that another warp owns,
-  // but for the warp's part of that product.
-  Gates xg_;
+  A h_[kColumnTiles][kOutputs][2], carry_[kColumnTiles][2];  // the state
+  // Of the step that comes, of all maps: xg, or the biases and then x @ w_ih^T on top; zero in column tiles that
+  // another warp owns, but for the warp's part of that product.
+  Maps xg_;
+  A state_biases_[kMaps];  // of maps that have no part of xg
   Run xg_runs_[kInRuns ? kColumnTiles : 1][kXgRuns], stores_[kInRuns ? kColumnTiles : 1][kStoreRuns];
   int xg_to_[kXgRuns];   // where in a step of xg what is copied goes
   int xg_slot_ = 0;      // of the step that comes

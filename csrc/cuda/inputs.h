@@ -69,7 +69,7 @@ class InputRows {
 //
 // Operand k + 1 takes the buffer of operand k - 1, with which everybody has multiplied before that barrier.
 // kRows: of a slice.
-template <class M, int kRows>
+template <class M, class C, int kRows>
 class Inputs {
  public:
   // shared: two buffers of kRows rows.
@@ -96,7 +96,9 @@ class Inputs {
   static constexpr int kBarrier = 15;  // behind those of WarpProduct
 
   // All of this is computed again where it is needed, while others wait, and takes no registers in between.
-  FUSEDRNN_DEVICE Product product() const { return cuda::product(Pass::kForward, Stage::kInput, p_.sizes, M::kMath); }
+  FUSEDRNN_DEVICE Product product() const {
+    return cuda::product(spec_of<C>(), Pass::kForward, Stage::kInput, p_.sizes, M::kMath);
+  }
   FUSEDRNN_DEVICE char* buffer(uint32_t k) const {
     return shared_ + static_cast<int>(k & 1) * kRows * product().operand.stride();
   }
@@ -126,14 +128,15 @@ class Inputs {
 };
 
 // Rows in parts.
-template <class M, int kRows>
+template <class M, class C, int kRows>
 class InputsInParts {
  public:
   // shared: two buffers of a part.
   FUSEDRNN_DEVICE InputsInParts(const ForwardParams& p, const Role& role, char* shared)
       : p_(p),
         role_(role),
-        parts_(role, p.plan, product(Pass::kForward, Stage::kInput, p.sizes, M::kMath).operand, kRows, shared) {}
+        parts_(role, p.plan, product(spec_of<C>(), Pass::kForward, Stage::kInput, p.sizes, M::kMath).operand, kRows,
+               shared) {}
 
   // Makes x of time step t, batch rows from first_row on, the operand.
   FUSEDRNN_DEVICE void take(int64_t t, int64_t first_row) {

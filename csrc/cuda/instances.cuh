@@ -22,45 +22,46 @@ __global__ void __launch_bounds__(kMaxThreads, 1) recurrence(const __grid_consta
 #endif
 }
 
-template <Math kMath, class Channel, int kColumnTiles, bool kProjected>
+template <Math kMath, class C, class Channel, int kColumnTiles, bool kProjected>
 void add(Instances& to, Exchange exchange, int variant) {
   const int at = static_cast<int>(exchange);
   to.kernel[static_cast<int>(Pass::kForward)][at][variant] = reinterpret_cast<const void*>(
-      &recurrence<Forward<kMath, Channel, kColumnTiles, kProjected>, Channel, ForwardParams>);
+      &recurrence<Forward<kMath, C, Channel, kColumnTiles, kProjected>, Channel, ForwardParams>);
   if constexpr (gathers(Pass::kBackward, Channel::kExchange, kProjected)) {
     to.kernel[static_cast<int>(Pass::kBackward)][at][variant] = reinterpret_cast<const void*>(
-        &recurrence<Backward<kMath, Channel, kColumnTiles, kProjected>, Channel, BackwardParams>);
+        &recurrence<Backward<kMath, C, Channel, kColumnTiles, kProjected>, Channel, BackwardParams>);
   }
 }
 
-template <Math kMath, class Channel>
+template <Math kMath, class C, class Channel>
 void add(Instances& to, Exchange exchange) {
-  add<kMath, Channel, 1, false>(to, exchange, 0);
-  if constexpr (max_rows(kMath) > kColumns) add<kMath, Channel, 2, false>(to, exchange, 1);
-  add<kMath, Channel, 1, true>(to, exchange, 2);
+  add<kMath, C, Channel, 1, false>(to, exchange, 0);
+  if constexpr (max_rows(kMath) > kColumns) add<kMath, C, Channel, 2, false>(to, exchange, 1);
+  if constexpr (C::kSpec.projects) add<kMath, C, Channel, 1, true>(to, exchange, 2);
 }
 
-template <Math kMath>
+template <Math kMath, class C>
 void add_in_parts(Instances& to) {
   constexpr int kColumnTiles = max_rows(kMath) / kColumns;
-  add<kMath, PartsExchange, kColumnTiles, false>(to, Exchange::kParts, kColumnTiles - 1);
-  add<kMath, PartsExchange, 1, true>(to, Exchange::kParts, 2);
+  add<kMath, C, PartsExchange, kColumnTiles, false>(to, Exchange::kParts, kColumnTiles - 1);
+  if constexpr (C::kSpec.projects) add<kMath, C, PartsExchange, 1, true>(to, Exchange::kParts, 2);
 }
 
-template <Math kMath, int kColumnTiles>
+template <Math kMath, class C, int kColumnTiles>
 void add_scatter(Instances& to) {
   to.kernel[static_cast<int>(Pass::kBackward)][static_cast<int>(Exchange::kScatter)][kColumnTiles - 1] =
-      reinterpret_cast<const void*>(&recurrence<BackwardScatter<kMath, kColumnTiles>, ClusterExchange, BackwardParams>);
+      reinterpret_cast<const void*>(
+          &recurrence<BackwardScatter<kMath, C, kColumnTiles>, ClusterExchange, BackwardParams>);
 }
 
-template <Math kMath>
+template <Math kMath, class C>
 Instances instances() {
   Instances all{};
-  add<kMath, GridExchange>(all, Exchange::kGrid);
-  add<kMath, ClusterExchange>(all, Exchange::kCluster);
-  add_in_parts<kMath>(all);
-  add_scatter<kMath, 1>(all);
-  if constexpr (max_rows(kMath) > kColumns) add_scatter<kMath, 2>(all);
+  add<kMath, C, GridExchange>(all, Exchange::kGrid);
+  add<kMath, C, ClusterExchange>(all, Exchange::kCluster);
+  add_in_parts<kMath, C>(all);
+  add_scatter<kMath, C, 1>(all);
+  if constexpr (max_rows(kMath) > kColumns) add_scatter<kMath, C, 2>(all);
   return all;
 }
 

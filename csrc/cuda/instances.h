@@ -1,5 +1,5 @@
-// The kernels that are compiled, as addresses to launch. One file for each arithmetic, so that they compile side by
-// side.
+// The kernels that are compiled, as addresses to launch. One file for each arithmetic and each kind of cells, so that
+// they compile side by side.
 #pragma once
 
 #include "plan.h"
@@ -15,13 +15,19 @@ constexpr int variant(const Sizes& sizes, const Plan& plan) {
   return sizes.projected != 0 ? 2 : plan.rows / kColumns - 1;
 }
 
-template <Math kMath>
+// C: of cell.h.
+template <Math kMath, class C>
 Instances instances();
 
-extern template Instances instances<Math::kBFloat16>();
-extern template Instances instances<Math::kFloat16>();
-extern template Instances instances<Math::kTf32>();
-extern template Instances instances<Math::kFloat32>();
-extern template Instances instances<Math::kFloat64>();
+#define FUSEDRNN_INSTANCES(Cells)                                \
+  extern template Instances instances<Math::kBFloat16, Cells>(); \
+  extern template Instances instances<Math::kFloat16, Cells>();  \
+  extern template Instances instances<Math::kTf32, Cells>();     \
+  extern template Instances instances<Math::kFloat32, Cells>();  \
+  extern template Instances instances<Math::kFloat64, Cells>();
+FUSEDRNN_INSTANCES(LstmCells)
+FUSEDRNN_INSTANCES(GruCells)
+FUSEDRNN_INSTANCES(RnnCells)
+#undef FUSEDRNN_INSTANCES
 
 }  // namespace fusedrnn::cuda

@@ -24,19 +24,31 @@ std::string failure(const char* call, cudaError_t error) {
     if (std::string failed = failure(#call, call(__VA_ARGS__)); !failed.empty()) return failed; \
   } while (false)
 
+template <class C>
 Instances instances_of(Math math) {
   switch (math) {
-    case Math::kBFloat16: return instances<Math::kBFloat16>();
-    case Math::kFloat16: return instances<Math::kFloat16>();
-    case Math::kTf32: return instances<Math::kTf32>();
-    case Math::kFloat32: return instances<Math::kFloat32>();
-    case Math::kFloat64: return instances<Math::kFloat64>();
+    case Math::kBFloat16: return instances<Math::kBFloat16, C>();
+    case Math::kFloat16: return instances<Math::kFloat16, C>();
+    case Math::kTf32: return instances<Math::kTf32, C>();
+    case Math::kFloat32: return instances<Math::kFloat32, C>();
+    case Math::kFloat64: return instances<Math::kFloat64, C>();
+  }
+  return {};
+}
+
+Instances instances_of(CellKind cell, Math math) {
+  switch (cell) {
+    case CellKind::kLstm: return instances_of<LstmCells>(math);
+    case CellKind::kGru: return instances_of<GruCells>(math);
+    case CellKind::kRnnTanh:
+    case CellKind::kRnnRelu: return instances_of<RnnCells>(math);
   }
   return {};
 }
 
 const void* kernel_of(Pass pass, const Sizes& sizes, const Plan& plan) {
-  return instances_of(plan.math).kernel[static_cast<int>(pass)][static_cast<int>(plan.exchange)][variant(sizes, plan)];
+  return instances_of(plan.cell, plan.math)
+      .kernel[static_cast<int>(pass)][static_cast<int>(plan.exchange)][variant(sizes, plan)];
 }
 
 // A launch's configuration together with the attributes that it points to.
@@ -129,7 +141,7 @@ std::string obstacle(int device) {
 }
 
 std::string launch_pack(const PackParams& given, void* stream) {
-  const Product packed = product(given.pass, given.stage, given.sizes, given.math);
+  const Product packed = packed_product(given.pass, given.stage, given.sizes, given.plan);
   const int64_t lanes = given.sizes.D * packed.tiles * packed.operand.blocks() * kWarp;
   const int64_t blocks = std::min<int64_t>(ceil_div(lanes, kMaxThreads), 4096);
   PackParams params = given;

@@ -6,8 +6,10 @@
 // of the operand with one 16-byte load is the B fragments for the same inner indices. So weights are packed the same
 // way for every dtype, and no fragment is ever shuffled.
 //
+// Of an odd number of segments, the last instruction has zeros for the rows of one more.
+//
 // Results: lane 4 r + q ends with row r of every segment at columns 2 q and 2 q + 1. In the forward the segments are
-// gates, and a lane has the four gates of one unit for two batch rows.
+// maps of the cell, and a lane has those of one unit for two batch rows.
 #pragma once
 
 #include "cell.h"
@@ -21,13 +23,13 @@ struct MatrixUnit {
   // kChains: 2 to sum either half of the K blocks apart, so that one has not to wait for the other.
   template <int kSegments, int kChains = 1>
   struct Accumulator {
-    float sum[kChains][kSegments / 2][4];
+    float sum[kChains][(kSegments + 1) / 2][4];
   };
 
   template <int kSegments, int kChains>
   static FUSEDRNN_DEVICE void clear(Accumulator<kSegments, kChains>& into) {
     FUSEDRNN_UNROLL for (int c = 0; c < kChains; ++c) {
-      FUSEDRNN_UNROLL for (int m = 0; m < kSegments / 2; ++m) {
+      FUSEDRNN_UNROLL for (int m = 0; m < (kSegments + 1) / 2; ++m) {
         FUSEDRNN_UNROLL for (int k = 0; k < 4; ++k) into.sum[c][m][k] = 0;
       }
     }
@@ -45,15 +47,18 @@ struct MatrixUnit {
     const Quad b = *reinterpret_cast<const Quad*>(rows);
     FUSEDRNN_UNROLL for (int half = 0; half < 2; ++half) {
       const int low = 2 * half, high = low + 1;
-      FUSEDRNN_UNROLL for (int m = 0; m < kSegments / 2; ++m) {
-        mma<kOperands>(into.sum[half % kChains][m], w[2 * m].word[low], w[2 * m + 1].word[low], w[2 * m].word[high],
-                       w[2 * m + 1].word[high], b.word[low], b.word[high]);
+      FUSEDRNN_UNROLL for (int m = 0; m < (kSegments + 1) / 2; ++m) {
+        const bool is_pair = 2 * m + 1 < kSegments;
+        const Quad &upper = w[2 * m], &lower = w[is_pair ? 2 * m + 1 : 2 * m];
+        mma<kOperands>(into.sum[half % kChains][m], upper.word[low], is_pair ? lower.word[low] : 0, upper.word[high],
+                       is_pair ? lower.word[high] : 0, b.word[low], b.word[high]);
       }
     }
   }
 
-  template <int kSegments, int kChains>
-  static FUSEDRNN_DEVICE void finish(const Accumulator<kSegments, kChains>& from, float (&z)[kSegments][2], int) {
+  // z: of as many segments or more.
+  template <int kSegments, int kChains, int kRoom>
+  static FUSEDRNN_DEVICE void finish(const Accumulator<kSegments, kChains>& from, float (&z)[kRoom][2], int) {
     FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) {
       FUSEDRNN_UNROLL for (int j = 0; j < 2; ++j) {
         z[s][j] = from.sum[0][s / 2][s % 2 * 2 + j];
@@ -95,8 +100,8 @@ struct ScalarUnit {
   }
 
   // Of a pair of lanes, each keeps half of the columns and gives the other half away; twice.
-  template <int kSegments, int kChains>
-  static FUSEDRNN_DEVICE void finish(const Accumulator<kSegments, kChains>& from, A (&z)[kSegments][2], int lane) {
+  template <int kSegments, int kChains, int kRoom>
+  static FUSEDRNN_DEVICE void finish(const Accumulator<kSegments, kChains>& from, A (&z)[kRoom][2], int lane) {
     const bool upper = (lane & 2) != 0, odd = (lane & 1) != 0;
     FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) {
       A four[4];
@@ -122,7 +127,8 @@ struct ArithmeticOf {
   using Storage = S;
   using Compute = A;
   using Unit = Unit_;
-  using Cell = LstmCell<A, Nonlinear, BackwardNonlinear>;
+  using ForwardMath = NumberMath<A, Nonlinear>;
+  using BackwardMath = NumberMath<A, BackwardNonlinear>;
 
   // Numbers of storage as the unit takes them.
   static constexpr bool kRoundsOperands = false;

@@ -1,11 +1,11 @@
 // The plain structs that the CUDA kernels take: pointers, sizes, nothing of torch.
 //
-// Letters: T time, B batch, I input, H hidden, P projection (P = H without one), D directions. S is the dtype tensors
-// are stored in, A the dtype of the arithmetic: double for double, else float. Every pointer is to device memory, owned
-// by the caller, and contiguous and row-major in the shape given beside it unless a Strides stands next to it. No two
-// pointers may alias, but xg and gates of one type and layout: a thread writes of gates what it has read of xg. A null
-// pointer where "or null" stands means zeros for an input and "not wanted" for an output. Outputs are written in full,
-// and need not be initialised.
+// Letters: T time, B batch, I input, H hidden, P projection (P = H without one), D directions; of the plan's cell, G
+// gates, M maps, and K numbers of a unit that it saves. S is the dtype tensors are stored in, A the dtype of the
+// arithmetic: double for double, else float. Every pointer is to device memory, owned by the caller, and contiguous and
+// row-major in the shape given beside it unless a Strides stands next to it. No two pointers may alias, but xg and
+// saved of one type and layout: a thread writes of saved what it has read of xg. A null pointer where "or null" stands
+// means zeros for an input and "not wanted" for an output. Outputs are written in full, and need not be initialised.
 //
 // A launch is the recurrence. What it takes of the input is the plan's choice: xg, the affine map of all steps, which
 // the caller computes before it as one matrix product; or, with plan.inputs, x and the weights and biases of that map.
@@ -42,27 +42,28 @@ struct ForwardParams {
   Workspace workspace;
   const void* w_hh;  // S, packed_bytes() of plan.h: as pack.h packs it for the forward
   const void* w_hr;  // S, as pack.h packs it for the forward, or null; only where projected
-  // x @ w_ih^T + b_ih + b_hh. Of type A where xg_wide, and of S otherwise, in which case a 16-bit dtype has rounded it:
-  // a matrix product that can write float saves that rounding, one that cannot saves half the bytes. Any strides, so
-  // that [T][B][D][4H] and [D][T][B][4H] both do. Steps that do not exist are not read.
-  const void* xg;  // [4H] dense: gates i, f, g, o; not read with plan.inputs
+  // x @ w_ih^T + b_ih + b_hh, without b_hh of gates whose two affine maps are not summed. Of type A where xg_wide, and
+  // of S otherwise, in which case a 16-bit dtype has rounded it: a matrix product that can write float saves that
+  // rounding, one that cannot saves half the bytes. Any strides, so that [T][B][D][GH] and [D][T][B][GH] both do. Steps
+  // that do not exist are not read.
+  const void* xg;  // [GH] dense: the gates in the order of the weights; not read with plan.inputs
   Strides xg_strides;
   int32_t xg_wide;
   const void* h0;  // S [D][B][P] or null
-  const void* c0;  // S [D][B][H] or null
+  const void* c0;  // S [D][B][H] or null: the carry that enters the first step, which may be h0
   void* y;         // S [P] dense: [T][B][D][P] or a slice of more. Zero where a step does not exist
   Strides y_strides;
-  void* c;  // S [H] dense: as y, every c_t; or null
+  void* c;  // S [H] dense: as y, every c_t of a cell that has one; or null
   Strides c_strides;
   void* hn;     // S [D][B][P]
-  void* cn;     // S [D][B][H]
-  void* gates;  // S [D][T][B][4H]: after the nonlinearities, for the backward; zero where no step exists; or null
+  void* cn;     // S [D][B][H], of a cell that has c; or null
+  void* saved;  // S [D][T][B][KH]: what the cell saves for the backward; zero where no step exists; or null
   // In the place of xg, with plan.inputs. Any strides and alignment; rows that begin at multiples of 16 bytes, all of
   // them, are copied asynchronously. Steps that do not exist may be read, and what is there does not matter.
   const void* x;  // S [I] dense
   Strides x_strides;
   const void* w_ih;  // S, as pack.h packs it
-  // S [4H], one for each direction; either or both null.
+  // S [GH], one for each direction; either or both null. b_hh also in the place of what xg is without.
   const void* b_ih[2];
   const void* b_hh[2];
 };
@@ -80,16 +81,16 @@ struct BackwardParams {
   Strides dc_strides;
   const void* dhn;  // S [D][B][P] or null
   const void* dcn;  // S [D][B][H] or null
-  const void* c;    // S [H] dense: every c_t of the forward
+  const void* c;    // S [H] dense: the carry that left each step, which is c or y of the forward; null without one
   Strides c_strides;
-  const void* c0;     // S [D][B][H] or null
-  const void* gates;  // S [D][T][B][4H]: of the forward
-  void* da;           // S [D][T][B][4H]: gradients before the nonlinearities; zero where no step exists
+  const void* c0;     // S [D][B][H] or null: as in the forward
+  const void* saved;  // S [D][T][B][KH]: of the forward
+  void* da;           // S [D][T][B][MH]: gradients of the maps; zero where no step exists
   void* dh0;          // S [D][B][P] or null
-  void* dc0;          // S [D][B][H] or null
+  void* dc0;          // S [D][B][H] or null; only of a cell that has c, as dc and dcn
   // What the gradient of w_hr needs, only where projected: dw_hr = dh_out^T @ m over all t and b.
   void* dh_out;  // S [D][T][B][P]: the gradient of h_t; zero where no step exists
-  void* m;       // S [D][T][B][H]: o * tanh(c_t); zero where no step exists
+  void* m;       // S [D][T][B][H]: m_t of the cell; zero where no step exists
 };
 
 }  // namespace fusedrnn::cuda

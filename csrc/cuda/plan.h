@@ -2,7 +2,7 @@
 // who chooses one asks invalid() first. All of it is arithmetic on sizes, usable on the host and inside of kernels.
 //
 // A group of blocks owns one direction and takes slices of batch rows, one after another. Inside of a group, a warp has
-// a tile of output rows of the recurrent product (hidden units with their gates in the forward, units in the backward)
+// a tile of output rows of the recurrent product (hidden units with their maps in the forward, units in the backward)
 // and a part of its inner dimension K. The operand of the product, h or da of all units for the rows of the slice, is
 // what the blocks exchange at every step. With a projection there is a second product in every step, with an operand of
 // its own: m or dh. Its tiles are spread over the same warps. Where the launch takes the inputs, the forward has a
@@ -17,6 +17,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cell.h"
 #include "device.h"
 
 namespace fusedrnn::cuda {
@@ -57,6 +58,7 @@ struct Plan {
   int32_t inputs;                    // 1 where the launch takes x and w_ih, else 0 and it takes xg; forward only
   int32_t shared_input_blocks;       // the same for w_ih, with none in registers; 0 without inputs
   int32_t part_blocks;               // of kParts: K blocks of each warp in a part of the operand; else 0
+  CellKind cell;
 };
 
 constexpr int kMostBlocks = 16;   // of a cluster
@@ -77,20 +79,27 @@ FUSEDRNN_BOTH constexpr bool uses_matrix_unit(Math math) {
 }
 FUSEDRNN_BOTH constexpr int max_rows(Math math) { return uses_matrix_unit(math) ? 2 * kColumns : kColumns; }
 
-// Hidden units of a tile: 8 with their gates in the forward, 16 in the backward.
+// Hidden units of a tile: 8 with their maps in the forward, 16 in the backward.
 FUSEDRNN_BOTH constexpr int tile_units(Pass pass) { return pass == Pass::kForward ? 8 : 16; }
 constexpr int kTileOutputs = 16;  // of the projection, in the forward, and of h in its backward
 
-// Groups of eight output rows in a tile, the segments of an accumulator: the four gates of 8 units in the forward, 16
-// units or outputs in the other products.
-FUSEDRNN_BOTH constexpr int segments(Pass pass, Stage stage) {
-  return pass == Pass::kForward && stage != Stage::kProjection ? 4 : 2;
+// What depends on the cell takes its spec: that of plan.cell, which a kernel knows when it is compiled.
+
+// Groups of eight output rows in a tile, the segments of an accumulator: in the forward, of 8 units each of the maps
+// that the product fills; 16 units or outputs in the other products.
+FUSEDRNN_BOTH constexpr int segments(const CellSpec& cell, Pass pass, Stage stage) {
+  if (pass == Pass::kBackward || stage == Stage::kProjection) return 2;
+  return width(stage == Stage::kInput ? cell.input : cell.recurrent);
+}
+// The same of what is summed over the warps that split K: the maps, where they have another product added.
+FUSEDRNN_BOTH constexpr int summed_segments(const CellSpec& cell, Pass pass, Stage stage) {
+  return pass == Pass::kForward && stage == Stage::kRecurrent ? cell.maps : segments(cell, pass, stage);
 }
 
 // K blocks of weights that a warp keeps in registers; a thread has 4 * segments() registers of each. As many as 255
 // registers leave room for, beside the accumulators and what is loaded ahead of a step. Compiled in.
-FUSEDRNN_BOTH constexpr int register_blocks(Exchange exchange, Pass pass, Stage stage, Math math, int rows,
-                                            bool projected) {
+FUSEDRNN_BOTH constexpr int register_blocks(const CellSpec& cell, Exchange exchange, Pass pass, Stage stage, Math math,
+                                            int rows, bool projected) {
   const bool forward = pass == Pass::kForward, narrow = rows == kColumns;
   if (stage == Stage::kInput || exchange == Exchange::kParts) return 0;
   if (math == Math::kFloat64) return projected ? 0 : 1;
@@ -98,12 +107,15 @@ FUSEDRNN_BOTH constexpr int register_blocks(Exchange exchange, Pass pass, Stage 
   if (math == Math::kFloat32) return 2;
   if (projected) return forward ? 5 : 8;
   const bool tf32 = math == Math::kTf32;
-  if (forward) return !narrow ? 2 : tf32 ? 5 : 6;
-  return narrow ? 10 : tf32 ? 1 : 3;
+  if (!forward) return narrow ? 10 : tf32 ? 1 : 3;
+  const int of_four = !narrow ? 2 : tf32 ? 5 : 6, of_tile = segments(cell, pass, stage);
+  if (cell.maps > of_tile) return narrow ? of_four - 1 : of_four;  // maps of one product alone take registers as well
+  const int blocks = of_four * 4 / of_tile, most = narrow ? 8 : 4;
+  return blocks < most ? blocks : most;
 }
 
 // Whether the blocks of a group gather an operand, h or da. In a cluster the backward without a projection does not:
-// of what it could exchange da is never the less, and kScatter takes its place.
+// of what it could exchange da is the less of an RNN in 16 bits alone, and kScatter takes its place.
 FUSEDRNN_BOTH constexpr bool gathers(Pass pass, Exchange exchange, bool projected) {
   return exchange != Exchange::kScatter && (exchange != Exchange::kCluster || pass == Pass::kForward || projected);
 }
@@ -112,24 +124,30 @@ FUSEDRNN_BOTH constexpr bool is_cluster(const Plan& plan) {
 }
 
 // Of kScatter. splits: warps for each tile of 16 units that a block owns.
-constexpr int kStepsCopied = 4, kCopiedArrays = 7;  // ahead of a step; the gates, c, dy and dc
+constexpr int kStepsCopied = 4;  // ahead of a step
 FUSEDRNN_BOTH constexpr int most_scatter_tiles(Math math, int rows) {
   return math == Math::kFloat64 || (math == Math::kTf32 && rows != kColumns) ? 2 : 4;
 }
 FUSEDRNN_BOTH constexpr int scatter_splits(int tiles) { return tiles <= 2 ? 4 : 2; }
-// K blocks of da of a block.
-FUSEDRNN_BOTH constexpr int scatter_blocks(Math math, int tiles) { return tiles * storage_bytes(math); }
+// K blocks of da of a block, as far as it meets w_hh; of the last one, what is behind da is zeros.
+FUSEDRNN_BOTH constexpr int scatter_blocks(const CellSpec& cell, Math math, int tiles) {
+  return (tiles * 16 * width(cell.recurrent) * storage_bytes(math) + kBlockBytes - 1) / kBlockBytes;
+}
 // Tiles of dh of which a warp has the weights in registers, 8 registers for each K block.
-FUSEDRNN_BOTH constexpr int scatter_outputs_in_registers(Math math, int rows, int tiles) {
+FUSEDRNN_BOTH constexpr int scatter_outputs_in_registers(const CellSpec& cell, Math math, int rows, int tiles) {
   const int wide = math == Math::kTf32 || tiles > 2 ? 0 : 8;
   const int on_matrix_unit = rows != kColumns ? wide : tiles <= 2 ? 16 : 12;
   const int blocks = uses_matrix_unit(math) ? on_matrix_unit : math == Math::kFloat32 ? 8 : 0;
-  const int outputs = blocks / scatter_blocks(math, tiles);
+  const int outputs = blocks / scatter_blocks(cell, math, tiles);
   return outputs < 4 ? outputs : 4;
 }
-// Of the backward: bytes from row to row of what is copied ahead of so many units.
-FUSEDRNN_BOTH constexpr int copied_row(Math math, int units) {
-  return kCopiedArrays * units * storage_bytes(math) + static_cast<int>(sizeof(Quad));
+// Of the backward: what is copied ahead, which is what the cell saved, what it carried, dy and dc; and bytes from row
+// to row of so many units.
+FUSEDRNN_BOTH constexpr int copied_arrays(const CellSpec& cell) {
+  return cell.saved + (cell.carry != Carry::kNone ? 1 : 0) + 1 + (has_cell_state(cell) ? 1 : 0);
+}
+FUSEDRNN_BOTH constexpr int copied_row(const CellSpec& cell, Math math, int units) {
+  return copied_arrays(cell) * units * storage_bytes(math) + static_cast<int>(sizeof(Quad));
 }
 
 FUSEDRNN_BOTH constexpr int threads(const Plan& plan) { return kWarp * plan.tiles * plan.splits; }
@@ -178,23 +196,34 @@ struct Product {
 };
 
 // A kernel knows whether there is a projection when it is compiled.
-FUSEDRNN_BOTH constexpr Product product(Pass pass, Stage stage, const Sizes& sizes, Math math, bool projected) {
-  const int bytes = storage_bytes(math);
+FUSEDRNN_BOTH constexpr Product product(const CellSpec& cell, Pass pass, Stage stage, const Sizes& sizes, Math math,
+                                        bool projected) {
+  const int bytes = storage_bytes(math), of_tile = segments(cell, pass, stage);
   if (stage == Stage::kInput) {
-    return {{ceil_div(sizes.I * bytes, sizeof(Quad)), sizeof(Quad)}, ceil_div(sizes.H, tile_units(Pass::kForward)), 4};
+    return {{ceil_div(sizes.I * bytes, sizeof(Quad)), sizeof(Quad)}, ceil_div(sizes.H, tile_units(pass)), of_tile};
   }
   const int64_t units = ceil_div(sizes.H, tile_units(pass)), outputs = ceil_div(sizes.P, kTileOutputs);
   const Operand h = {outputs, kTileOutputs * bytes};
   if (pass == Pass::kForward) {
     const Operand m = {units, tile_units(pass) * bytes};  // and h, without a projection
-    if (stage == Stage::kProjection) return {m, outputs, 2};
-    return {projected ? h : m, units, 4};
+    if (stage == Stage::kProjection) return {m, outputs, of_tile};
+    return {projected ? h : m, units, of_tile};
   }
-  if (stage == Stage::kProjection) return {h, units, 2};
-  return {{units, tile_units(pass) * 4 * bytes}, projected ? outputs : units, 2};
+  if (stage == Stage::kProjection) return {h, units, of_tile};
+  return {{units, tile_units(pass) * width(cell.recurrent) * bytes}, projected ? outputs : units, of_tile};
 }
-FUSEDRNN_BOTH constexpr Product product(Pass pass, Stage stage, const Sizes& sizes, Math math) {
-  return product(pass, stage, sizes, math, sizes.projected != 0);
+FUSEDRNN_BOTH constexpr Product product(const CellSpec& cell, Pass pass, Stage stage, const Sizes& sizes, Math math) {
+  return product(cell, pass, stage, sizes, math, sizes.projected != 0);
+}
+// The same with the operand as weights are packed for it: of kScatter, each block's part of da begins with a K block.
+FUSEDRNN_BOTH constexpr Product packed_product(Pass pass, Stage stage, const Sizes& sizes, const Plan& plan) {
+  const CellSpec cell = spec_of(plan.cell);
+  Product packed = product(cell, pass, stage, sizes, plan.math);
+  if (plan.exchange == Exchange::kScatter) {
+    packed.operand = {ceil_div(packed.operand.tiles, plan.tiles),
+                      scatter_blocks(cell, plan.math, plan.tiles) * kBlockBytes};
+  }
+  return packed;
 }
 
 // Whether a launch has that stage. Those whose operand is exchanged come first.
@@ -212,26 +241,29 @@ FUSEDRNN_BOTH constexpr int shared_blocks(Stage stage, const Plan& plan) {
 
 // K blocks of weights that a warp, the one with the longest part of K, loads again at every step. Each is
 // fragment_quads() * 16 bytes.
-FUSEDRNN_BOTH constexpr int64_t streamed_blocks(Pass pass, Stage stage, const Sizes& sizes, const Plan& plan) {
+FUSEDRNN_BOTH constexpr int64_t streamed_blocks(const CellSpec& cell, Pass pass, Stage stage, const Sizes& sizes,
+                                                const Plan& plan) {
   if (!has(stage, sizes, plan)) return 0;
   if (plan.exchange == Exchange::kScatter) {
-    const int64_t blocks = scatter_blocks(plan.math, plan.tiles);
+    const int64_t blocks = scatter_blocks(cell, plan.math, plan.tiles);
     const int64_t outputs = ceil_div(ceil_div(sizes.H, 16), plan.tiles * plan.splits);
     const int64_t resident =
-        scatter_outputs_in_registers(plan.math, plan.rows, plan.tiles) + plan.shared_blocks / blocks;
+        scatter_outputs_in_registers(cell, plan.math, plan.rows, plan.tiles) + plan.shared_blocks / blocks;
     return outputs > resident ? (outputs - resident) * blocks : 0;
   }
-  const int64_t resident = register_blocks(plan.exchange, pass, stage, plan.math, plan.rows, sizes.projected != 0) +
-                           shared_blocks(stage, plan);
-  const int64_t all = ceil_div(product(pass, stage, sizes, plan.math).operand.blocks(), plan.splits);
+  const int64_t resident =
+      register_blocks(cell, plan.exchange, pass, stage, plan.math, plan.rows, sizes.projected != 0) +
+      shared_blocks(stage, plan);
+  const int64_t all = ceil_div(product(cell, pass, stage, sizes, plan.math).operand.blocks(), plan.splits);
   return all > resident ? all - resident : 0;
 }
 
 // Of the rings of all warps of a block.
-FUSEDRNN_BOTH constexpr int64_t ring_bytes(Pass pass, Stage stage, const Sizes& sizes, const Plan& plan) {
-  if (streamed_blocks(pass, stage, sizes, plan) == 0) return 0;
-  return int64_t{kStreamSlots} * plan.tiles * plan.splits * product(pass, stage, sizes, plan.math).fragment_quads() *
-         static_cast<int64_t>(sizeof(Quad));
+FUSEDRNN_BOTH constexpr int64_t ring_bytes(const CellSpec& cell, Pass pass, Stage stage, const Sizes& sizes,
+                                           const Plan& plan) {
+  if (streamed_blocks(cell, pass, stage, sizes, plan) == 0) return 0;
+  return int64_t{kStreamSlots} * plan.tiles * plan.splits *
+         product(cell, pass, stage, sizes, plan.math).fragment_quads() * static_cast<int64_t>(sizeof(Quad));
 }
 
 // Blocks that so many tiles need, one to a warp; in a cluster, some may have none.
@@ -245,7 +277,7 @@ FUSEDRNN_BOTH constexpr int turns(int64_t tiles, const Plan& plan) {
   return (static_cast<int>(tiles) + warps - 1) / warps;
 }
 
-// Numbers that a thread keeps of a tile from step to step: c and h, or dc and dh.
+// Numbers that a thread keeps of a tile from step to step: the carry and h, or their gradients.
 FUSEDRNN_BOTH constexpr int kept_numbers(Pass pass, int rows, bool projected) {
   return rows / kColumns * (pass == Pass::kBackward ? 8 : projected ? 6 : 4);
 }
@@ -256,14 +288,27 @@ FUSEDRNN_BOTH constexpr bool moves_in_runs(Exchange exchange, Math math, bool pr
   return exchange != Exchange::kParts && math != Math::kFloat64 && !projected;
 }
 // Where it does: steps that are on their way or in use, and of the forward bytes from row to row of a tile of xg, and
-// of what is stored of a step: the gates, c and h. Padded, so that lanes meet in no bank.
-constexpr int kStepsAhead = 3, kStoredArrays = 6;
-FUSEDRNN_BOTH constexpr int xg_row(Math math) { return 4 * 8 * compute_bytes(math) + 16; }
-FUSEDRNN_BOTH constexpr int stored_row(Math math) { return kStoredArrays * 8 * storage_bytes(math) + 16; }
+// of what is stored of a step: what the cell saves, c and h. Padded, so that lanes meet in no bank.
+constexpr int kStepsAhead = 3;
+FUSEDRNN_BOTH constexpr int xg_row(const CellSpec& cell, Math math) {
+  return cell.gates * 8 * compute_bytes(math) + 16;
+}
+FUSEDRNN_BOTH constexpr int stored_row(const CellSpec& cell, Math math) {
+  return (cell.saved + (has_cell_state(cell) ? 2 : 1)) * 8 * storage_bytes(math) + 16;
+}
 // Of a tile and eight rows, all of it.
-FUSEDRNN_BOTH constexpr int step_bytes(Pass pass, Math math) {
-  return kColumns * (pass == Pass::kForward ? kStepsAhead * xg_row(math) + stored_row(math)
-                                            : kStepsAhead * copied_row(math, tile_units(pass)));
+FUSEDRNN_BOTH constexpr int step_bytes(const CellSpec& cell, Pass pass, Math math) {
+  return kColumns * (pass == Pass::kForward ? kStepsAhead * xg_row(cell, math) + stored_row(cell, math)
+                                            : kStepsAhead * copied_row(cell, math, tile_units(pass)));
+}
+// Of the backward: bytes of da of so many units and a row, as it is staged. First come the maps that meet w_hh.
+FUSEDRNN_BOTH constexpr int staged_bytes(const CellSpec& cell, Math math, int units) {
+  return units * cell.maps * storage_bytes(math);
+}
+// Of kScatter, in K blocks: what is behind them is in whole ones as well.
+FUSEDRNN_BOTH constexpr int scatter_staged_blocks(const CellSpec& cell, Math math, int tiles) {
+  const int others = tiles * 16 * (cell.maps - width(cell.recurrent)) * storage_bytes(math);
+  return scatter_blocks(cell, math, tiles) + (others + kBlockBytes - 1) / kBlockBytes;
 }
 
 // Offsets into a block's shared memory, of each stage.
@@ -280,7 +325,8 @@ struct SharedLayout {
   int64_t bytes;
 };
 
-FUSEDRNN_BOTH constexpr SharedLayout shared_layout(Pass pass, const Sizes& sizes, const Plan& plan) {
+FUSEDRNN_BOTH constexpr SharedLayout shared_layout(const CellSpec& cell, Pass pass, const Sizes& sizes,
+                                                   const Plan& plan) {
   const int64_t warps = plan.tiles * plan.splits;
   SharedLayout at{};
   int64_t end = 0;
@@ -289,13 +335,13 @@ FUSEDRNN_BOTH constexpr SharedLayout shared_layout(Pass pass, const Sizes& sizes
     at.weights[0] = 0;
     end += warps * plan.shared_blocks * 2 * kWarp * static_cast<int64_t>(sizeof(Quad));
     at.rings[0] = end;
-    end += ring_bytes(pass, Stage::kRecurrent, sizes, plan);
+    end += ring_bytes(cell, pass, Stage::kRecurrent, sizes, plan);
     at.operands[0] = end;  // da, twice
-    end += int64_t{2} * plan.rows * row_stride(scatter_blocks(plan.math, plan.tiles));
+    end += int64_t{2} * plan.rows * row_stride(scatter_staged_blocks(cell, plan.math, plan.tiles));
     at.partial[0] = end;  // [2][blocks] of dh of the block's units
     end += int64_t{2} * plan.blocks * plan.tiles * columns * 128 * compute_bytes(plan.math);
     at.staging = end;  // what is copied ahead
-    end += int64_t{kStepsCopied} * plan.rows * copied_row(plan.math, 16 * plan.tiles);
+    end += int64_t{kStepsCopied} * plan.rows * copied_row(cell, plan.math, 16 * plan.tiles);
     at.barriers[0] = end;
     at.bytes = end + 2 * static_cast<int64_t>(sizeof(Mbarrier));
     return at;
@@ -304,12 +350,16 @@ FUSEDRNN_BOTH constexpr SharedLayout shared_layout(Pass pass, const Sizes& sizes
   for (int k = 0; k < kStages; ++k) {
     const Stage stage = static_cast<Stage>(k);
     if (!has(stage, sizes, plan)) continue;
-    const Product each = product(pass, stage, sizes, plan.math);
+    const Product each = product(cell, pass, stage, sizes, plan.math);
     at.weights[k] = end;
     end += warps * shared_blocks(stage, plan) * each.fragment_quads() * static_cast<int64_t>(sizeof(Quad));
     at.rings[k] = end;
-    end += ring_bytes(pass, stage, sizes, plan);
+    end += ring_bytes(cell, pass, stage, sizes, plan);
     if (each.operand.chunk_bytes * kColumns > at.warp_staging) at.warp_staging = each.operand.chunk_bytes * kColumns;
+  }
+  if (pass == Pass::kBackward) {
+    const int64_t all = int64_t{kColumns} * staged_bytes(cell, plan.math, tile_units(pass));
+    if (all > at.warp_staging) at.warp_staging = all;
   }
   for (int k = 0; k < kStages; ++k) {
     const Stage stage = static_cast<Stage>(k);
@@ -318,20 +368,20 @@ FUSEDRNN_BOTH constexpr SharedLayout shared_layout(Pass pass, const Sizes& sizes
     const int64_t buffers = plan.exchange != Exchange::kGrid || stage == Stage::kInput ? 2 : 1;
     end += buffers * plan.rows *
            (plan.exchange == Exchange::kParts ? part_stride(plan)
-                                              : product(pass, stage, sizes, plan.math).operand.stride());
+                                              : product(cell, pass, stage, sizes, plan.math).operand.stride());
   }
   at.operands_end = at.operands[static_cast<int>(Stage::kInput)];
   for (int k = 0; k < kStages; ++k) {
     at.partial[k] = end;
     if (k >= exchanges(sizes) || plan.splits == 1) continue;
-    end += warps * (plan.rows / kColumns) * product(pass, static_cast<Stage>(k), sizes, plan.math).segments * 2 *
-           kWarp * compute_bytes(plan.math);
+    end += warps * (plan.rows / kColumns) * summed_segments(cell, pass, static_cast<Stage>(k)) * 2 * kWarp *
+           compute_bytes(plan.math);
   }
   at.staging = end;
   end += warps * at.warp_staging;
   at.steps = end;
   if (moves_in_runs(plan.exchange, plan.math, sizes.projected != 0)) {
-    end += plan.tiles * (plan.rows / kColumns) * step_bytes(pass, plan.math);
+    end += plan.tiles * (plan.rows / kColumns) * step_bytes(cell, pass, plan.math);
   }
   for (int k = 0; k < kStages; ++k) {
     at.barriers[k] = end;
@@ -342,16 +392,18 @@ FUSEDRNN_BOTH constexpr SharedLayout shared_layout(Pass pass, const Sizes& sizes
 }
 
 FUSEDRNN_BOTH constexpr int64_t shared_bytes(Pass pass, const Sizes& sizes, const Plan& plan) {
-  return shared_layout(pass, sizes, plan).bytes;
+  return shared_layout(spec_of(plan.cell), pass, sizes, plan).bytes;
 }
 
 // Of Workspace, for one launch: one exchange after the other, and behind them what threads keep where tiles take turns.
-FUSEDRNN_BOTH constexpr int64_t exchanged_bytes(Pass pass, Stage stage, const Sizes& sizes, const Plan& plan) {
+FUSEDRNN_BOTH constexpr int64_t exchanged_bytes(const CellSpec& cell, Pass pass, Stage stage, const Sizes& sizes,
+                                                const Plan& plan) {
   if (is_cluster(plan) || static_cast<int>(stage) >= exchanges(sizes)) return 0;
-  return sizes.D * plan.groups * 2 * plan.rows * product(pass, stage, sizes, plan.math).operand.row_bytes();
+  return sizes.D * plan.groups * 2 * plan.rows * product(cell, pass, stage, sizes, plan.math).operand.row_bytes();
 }
-FUSEDRNN_BOTH constexpr int64_t exchanged_bytes(Pass pass, const Sizes& sizes, const Plan& plan) {
-  return exchanged_bytes(pass, Stage::kRecurrent, sizes, plan) + exchanged_bytes(pass, Stage::kProjection, sizes, plan);
+FUSEDRNN_BOTH constexpr int64_t exchanged_bytes(const CellSpec& cell, Pass pass, const Sizes& sizes, const Plan& plan) {
+  return exchanged_bytes(cell, pass, Stage::kRecurrent, sizes, plan) +
+         exchanged_bytes(cell, pass, Stage::kProjection, sizes, plan);
 }
 FUSEDRNN_BOTH constexpr int64_t kept_bytes(Pass pass, const Sizes& sizes, const Plan& plan) {
   if (plan.exchange != Exchange::kParts) return 0;
@@ -359,15 +411,15 @@ FUSEDRNN_BOTH constexpr int64_t kept_bytes(Pass pass, const Sizes& sizes, const 
          kept_numbers(pass, plan.rows, sizes.projected != 0) * compute_bytes(plan.math);
 }
 FUSEDRNN_BOTH constexpr int64_t workspace_bytes(Pass pass, const Sizes& sizes, const Plan& plan) {
-  return exchanged_bytes(pass, sizes, plan) + kept_bytes(pass, sizes, plan);
+  return exchanged_bytes(spec_of(plan.cell), pass, sizes, plan) + kept_bytes(pass, sizes, plan);
 }
 FUSEDRNN_BOTH constexpr int64_t flags(const Sizes& sizes, const Plan& plan) {
   return is_cluster(plan) ? 0 : exchanges(sizes) * launched_blocks(sizes, plan);
 }
 
 // Of the packed weights, all directions.
-FUSEDRNN_BOTH constexpr int64_t packed_bytes(Pass pass, Stage stage, const Sizes& sizes, Math math) {
-  return sizes.D * product(pass, stage, sizes, math).packed_quads() * static_cast<int64_t>(sizeof(Quad));
+FUSEDRNN_BOTH constexpr int64_t packed_bytes(Pass pass, Stage stage, const Sizes& sizes, const Plan& plan) {
+  return sizes.D * packed_product(pass, stage, sizes, plan).packed_quads() * static_cast<int64_t>(sizeof(Quad));
 }
 
 // Why a plan cannot run this problem at all, or null. That the device has the shared memory, the clusters and the room
@@ -378,6 +430,8 @@ FUSEDRNN_BOTH constexpr const char* invalid(Pass pass, const Sizes& sizes, const
   if (sizes.T > INT32_MAX || sizes.H > (1 << 20)) return "T must be below 2^31 and H at most 2^20";
   if (sizes.projected == 0 && sizes.P != sizes.H) return "P must be H without a projection";
   if (sizes.P < 1 || sizes.P > sizes.H) return "P must be 1 to H";
+  const CellSpec cell = spec_of(plan.cell);
+  if (sizes.projected != 0 && !cell.projects) return "the cell has no projection";
   if (plan.blocks < 1 || plan.tiles < 1 || plan.splits < 1 || plan.groups < 1 || plan.shared_blocks < 0 ||
       plan.shared_projection_blocks < 0 || plan.shared_input_blocks < 0 || plan.part_blocks < 0) {
     return "counts must be positive";
@@ -416,14 +470,14 @@ FUSEDRNN_BOTH constexpr const char* invalid(Pass pass, const Sizes& sizes, const
     }
     if (plan.tiles > most_scatter_tiles(plan.math, plan.rows))
       return "a block that scatters has up to 4 tiles, in float64 and in TF32 with 16 rows up to 2";
-    if (plan.shared_blocks % scatter_blocks(plan.math, plan.tiles) != 0) {
+    if (plan.shared_blocks % scatter_blocks(cell, plan.math, plan.tiles) != 0) {
       return "a block that scatters has the weights of whole tiles in shared memory";
     }
     return nullptr;
   }
   if (!gathers(pass, plan.exchange, sizes.projected != 0)) return "without a projection, a cluster scatters";
   for (int k = 0; k < exchanges(sizes); ++k) {  // what a phase of an mbarrier can count
-    const Operand operand = product(pass, static_cast<Stage>(k), sizes, plan.math).operand;
+    const Operand operand = product(cell, pass, static_cast<Stage>(k), sizes, plan.math).operand;
     if (plan.rows * operand.row_bytes() >= (1 << 20)) return "the operand is too large for an mbarrier";
   }
   return nullptr;

@@ -40,13 +40,16 @@ struct Role {
   FUSEDRNN_DEVICE bool owns(int column_tile) const { return column_tile % splits == split; }
 };
 
-// kInParts: the operand comes in parts, and all weights are streamed. kChains: of Unit::Accumulator.
-template <class M, int kSegments, int kColumnTiles, int kRegisterBlocks, bool kInParts, int kChains = 1>
+// kInParts: the operand comes in parts, and all weights are streamed. kChains: of Unit::Accumulator. kSummed: segments
+// that add_parts() sums.
+template <class M, int kSegments, int kColumnTiles, int kRegisterBlocks, bool kInParts, int kChains = 1,
+          int kSummed = kSegments>
 class WarpProduct {
  public:
   using A = typename M::Compute;
   using Unit = typename M::Unit;
   using Results = A[kColumnTiles][kSegments][2];
+  using Summed = A[kColumnTiles][kSummed][2];
 
   // packed: fragments of all directions, [D][tile][K block][segment][lane]. shared_blocks: how many K blocks of weights
   // `shared` has room for; ring: of all warps. A warp without a tile holds nothing, and must not multiply.
@@ -87,8 +90,9 @@ class WarpProduct {
     add_parts(z);
   }
 
-  // The same of all column tiles, and of the warp's part of K alone.
-  FUSEDRNN_DEVICE void multiply_part(const char* operand, Results& z) {
+  // The same of all column tiles, and of the warp's part of K alone. z: of as many segments or more.
+  template <int kRoom>
+  FUSEDRNN_DEVICE void multiply_part(const char* operand, A (&z)[kColumnTiles][kRoom][2]) {
     Sums sums;
     FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) Unit::clear(sums[n]);
     const char* rows = operand + first_byte_;
@@ -109,8 +113,8 @@ class WarpProduct {
   }
 
   // The same, kInParts. All threads of the block come here, and a warp without a tile has zeros.
-  template <class Channel>
-  FUSEDRNN_DEVICE void multiply_part(Channel& channel, Results& z) {
+  template <class Channel, int kRoom>
+  FUSEDRNN_DEVICE void multiply_part(Channel& channel, A (&z)[kColumnTiles][kRoom][2]) {
     Sums sums;
     FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) Unit::clear(sums[n]);
     if (blocks_ > 0) begin_stream();
@@ -122,7 +126,7 @@ class WarpProduct {
   }
 
   // From the parts of all warps of the tile to the sums of the column tiles that this warp owns.
-  FUSEDRNN_DEVICE void add_parts(Results& z) const {
+  FUSEDRNN_DEVICE void add_parts(Summed& z) const {
     if (role_.splits == 2) {
       add_other_half(z);
     } else if (role_.splits > 1) {
@@ -131,12 +135,12 @@ class WarpProduct {
   }
 
  private:
-  static constexpr int kFragment = kSegments * kWarp;     // quads of a K block
-  static constexpr int kPartial = kSegments * 2 * kWarp;  // numbers of a column tile
+  static constexpr int kFragment = kSegments * kWarp;   // quads of a K block
+  static constexpr int kPartial = kSummed * 2 * kWarp;  // numbers of a column tile
 
   // As `kept`, where registers are left: in double the compiler may compute a value again at every step.
   static FUSEDRNN_DEVICE int held(int value) { return M::kMath == Math::kFloat64 ? value : kept(value); }
-  static constexpr int kAtOnce = kSegments == 2 ? 4 : 2;  // partial sums that are read before they are added
+  static constexpr int kAtOnce = kSummed <= 2 ? 4 : 2;  // partial sums that are read before they are added
   using Sums = typename Unit::template Accumulator<kSegments, kChains>[kColumnTiles];
 
   // Of the warp's K blocks, so many; the others are streamed.
@@ -189,45 +193,45 @@ class WarpProduct {
     }
   }
 
-  FUSEDRNN_DEVICE void share_partial_sums(const Results& z) const {
+  FUSEDRNN_DEVICE void share_partial_sums(const Summed& z) const {
     FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
       if (role_.owns(n)) continue;
       A* to = partial(n, role_.split);
-      FUSEDRNN_UNROLL for (int v = 0; v < 2 * kSegments; ++v) to[v * kWarp] = z[n][v / 2][v % 2];
+      FUSEDRNN_UNROLL for (int v = 0; v < 2 * kSummed; ++v) to[v * kWarp] = z[n][v / 2][v % 2];
     }
     sync_threads(barrier_, role_.splits * kWarp, "partial sums");
   }
 
   // Of two splits: a sum of two has no order.
-  FUSEDRNN_DEVICE void add_other_half(Results& z) const {
+  FUSEDRNN_DEVICE void add_other_half(Summed& z) const {
     share_partial_sums(z);
     FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
       if (!role_.owns(n)) continue;
       const A* from = partial(n, 1 - role_.split);
-      FUSEDRNN_UNROLL for (int v = 0; v < 2 * kSegments; ++v) z[n][v / 2][v % 2] += from[v * kWarp];
+      FUSEDRNN_UNROLL for (int v = 0; v < 2 * kSummed; ++v) z[n][v / 2][v % 2] += from[v * kWarp];
     }
   }
 
-  FUSEDRNN_DEVICE void add_partial_sums(Results& z) const {
+  FUSEDRNN_DEVICE void add_partial_sums(Summed& z) const {
     share_partial_sums(z);
     FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
       if (!role_.owns(n)) continue;
-      A sum[2 * kSegments];
-      FUSEDRNN_UNROLL for (int v = 0; v < 2 * kSegments; ++v) sum[v] = 0;
+      A sum[2 * kSummed];
+      FUSEDRNN_UNROLL for (int v = 0; v < 2 * kSummed; ++v) sum[v] = 0;
       FUSEDRNN_NO_UNROLL for (int first = 0; first < role_.splits; first += kAtOnce) {
-        A part[kAtOnce][2 * kSegments];
+        A part[kAtOnce][2 * kSummed];
         FUSEDRNN_UNROLL for (int k = 0; k < kAtOnce; ++k) {
           const A* from = partial(n, first + k);
           const bool exists = first + k < role_.splits, own = first + k == role_.split;
-          FUSEDRNN_UNROLL for (int v = 0; v < 2 * kSegments; ++v) {
+          FUSEDRNN_UNROLL for (int v = 0; v < 2 * kSummed; ++v) {
             part[k][v] = own ? z[n][v / 2][v % 2] : exists ? from[v * kWarp] : A(0);
           }
         }
         FUSEDRNN_UNROLL for (int k = 0; k < kAtOnce; ++k) {
-          FUSEDRNN_UNROLL for (int v = 0; v < 2 * kSegments; ++v) sum[v] += part[k][v];
+          FUSEDRNN_UNROLL for (int v = 0; v < 2 * kSummed; ++v) sum[v] += part[k][v];
         }
       }
-      FUSEDRNN_UNROLL for (int v = 0; v < 2 * kSegments; ++v) z[n][v / 2][v % 2] = sum[v];
+      FUSEDRNN_UNROLL for (int v = 0; v < 2 * kSummed; ++v) z[n][v / 2][v % 2] = sum[v];
     }
   }
 

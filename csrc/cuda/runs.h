@@ -6,6 +6,9 @@
 
 namespace fusedrnn::cuda {
 
+// How many a lane has, of so many in each of eight rows.
+constexpr int runs_of_lane(int quads) { return (quads * 8 + kWarp - 1) / kWarp; }
+
 // What is moved lies in global memory. It is less where a row ends, and moved in halves of 32 bits where not all steps
 // begin at a multiple of 16 bytes.
 class Run {

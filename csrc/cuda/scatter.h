@@ -1,16 +1,17 @@
 // Backward of one layer in clusters that exchange partial sums of dh: backward.h's recurrence, without a projection.
 //
-//   da_t, dc_{t-1} from dh_t + dy_t, dc_t, the gates and c: cell.h       dh_{t-1} = sum over blocks of da_t @ w_hh
+//   da_t, dc_{t-1} from dh_t + dy_t, dc_t, what the cell saved and c: csrc/cells
+//   dh_{t-1} = sum over blocks of da_t @ w_hh
 //
 // A block owns 16 * plan.tiles hidden units. It multiplies da of its own units, which nobody else needs, with its own
 // rows of w_hh, and has a part of the sum for dh of every unit; each block is sent the parts of its units, H numbers of
-// the compute dtype for a batch row in the place of the 4 H of the storage dtype that gathering da takes.
+// the compute dtype for a batch row in the place of the GH of the storage dtype that gathering da of G gates takes.
 //
 // Grid and groups: as in forward.h. The warps of a block take turns with the tiles of 16 units of dh, all of K = da of
 // the block each, and share out the cells, one or a few to a thread. Registers: weights of the first tiles, dh and dc
 // of the thread's cells. Shared memory: weights of further tiles; da of the block, twice; the parts of dh from every
-// block, twice; and the gates, c, dy and dc of four steps, copied asynchronously, 16 bytes at a time. Synchronisation,
-// with steps counted over all slices of the launch:
+// block, twice; and what the cell saved, c, dy and dc of four steps, copied asynchronously, 16 bytes at a time.
+// Synchronisation, with steps counted over all slices of the launch:
 //
 //   cells from dh      da is staged, the only barrier      product, its results pushed      dh of the next step
 //   received
@@ -29,8 +30,8 @@
 
 namespace fusedrnn::cuda {
 
-// kTiles: plan.tiles.
-template <Math kMath, int kColumnTiles, int kTiles>
+// C: of cell.h. kTiles: plan.tiles.
+template <Math kMath, class C, int kColumnTiles, int kTiles>
 class ScatterTiles {
  public:
   FUSEDRNN_DEVICE ScatterTiles(const BackwardParams& p, char* shared)
@@ -43,10 +44,10 @@ class ScatterTiles {
         senders_(static_cast<int>(ceil_div(all_tiles_, kTiles))),
         first_output_(kept((role_.rank * kTiles + role_.warp) % all_tiles_)),
         has_resets_(kept(p.sequence.reset != nullptr ? 1 : 0) != 0),
-        stream_(shared + shared_layout(Pass::kBackward, p.sizes, p.plan).rings[0] +
+        stream_(shared + shared_layout(spec_of<C>(), Pass::kBackward, p.sizes, p.plan).rings[0] +
                     role_.warp * kStreamSlots * kFragment * static_cast<int>(sizeof(Quad)),
                 role_.lane) {
-    const SharedLayout layout = shared_layout(Pass::kBackward, p.sizes, p.plan);
+    const SharedLayout layout = shared_layout(spec_of<C>(), Pass::kBackward, p.sizes, p.plan);
     weights_ = reinterpret_cast<Quad*>(shared + layout.weights[0]) + role_.warp * p.plan.shared_blocks * kFragment;
     staged_ = shared + layout.operands[0];
     parts_ = reinterpret_cast<A*>(shared + layout.partial[0]);
@@ -57,6 +58,10 @@ class ScatterTiles {
   FUSEDRNN_DEVICE void run() {
     // Parts that nobody sends, of blocks without units, are zeros in every sum.
     for (int k = thread_; k < 2 * p_.plan.blocks * kNumbers; k += kThreads) parts_[k] = 0;
+    if constexpr (kHasGap) {
+      constexpr int kQuads = 2 * kStaged / static_cast<int>(sizeof(Quad));
+      for (int k = thread_; k < kQuads; k += kThreads) reinterpret_cast<Quad*>(staged_)[k] = Quad{{0, 0, 0, 0}};
+    }
     if (thread_ == 0) {
       init_mbarrier(barriers_, 1);
       init_mbarrier(barriers_ + 1, 1);
@@ -80,14 +85,23 @@ class ScatterTiles {
   static constexpr int kNumbers = kUnits * kRows;  // of dh, that the block owns
   static constexpr int kCells = kNumbers / kThreads;
   static_assert(kNumbers % kThreads == 0 && (kStepsCopied & (kStepsCopied - 1)) == 0);
-  static constexpr int kK = scatter_blocks(kMath, kTiles);  // K blocks of the product
-  static constexpr int kFragment = kSegments * kWarp;       // quads of one
-  static constexpr int kInRegisters = scatter_outputs_in_registers(kMath, kRows, kTiles);
-  static constexpr int kStagedRow = row_stride(kK), kStaged = kRows * kStagedRow;
+  static constexpr CellSpec kCell = C::kSpec;
+  static constexpr int kMaps = kCell.maps, kSaved = kCell.saved;
+  static constexpr bool kCarries = kCell.carry != Carry::kNone, kHasCellState = has_cell_state(kCell);
+  static_assert(kSaved <= kMaps);
+  static constexpr int kK = scatter_blocks(kCell, kMath, kTiles);  // K blocks of the product
+  static constexpr int kOfTile = scatter_blocks(kCell, kMath, 1);
+  // Whether da ends within the last of them.
+  static constexpr bool kHasGap = kUnits * width(kCell.recurrent) * storage_bytes(kMath) % kBlockBytes != 0;
+  static constexpr int kFragment = kSegments * kWarp;  // quads of one
+  static constexpr int kInRegisters = scatter_outputs_in_registers(kCell, kMath, kRows, kTiles);
+  static constexpr int kStagedRow = row_stride(scatter_staged_blocks(kCell, kMath, kTiles)),
+                       kStaged = kRows * kStagedRow;
   // Whether there can be tiles of dh whose weights are not in registers.
   static constexpr bool kOthers = kMostBlocks * kTiles > kInRegisters* kWarps;
-  using Inputs = BackwardInputs<M, kUnits, kRows, kThreads>;
-  using Stores = GradientStores<M, kUnits, kRows, kThreads>;
+  using Staged = StagedGradients<M, C, kUnits, kK * kBlockBytes>;
+  using Inputs = BackwardInputs<M, C, kUnits, kRows, kThreads>;
+  using Stores = GradientStores<M, Staged, kUnits, kRows, kThreads>;
   template <int kChains>
   using Accumulator = typename Unit::template Accumulator<kSegments, kChains>;
   using Fragment = Quad[kSegments];
@@ -135,16 +149,16 @@ class ScatterTiles {
       const bool is_there = b < p_.sizes.B && first_unit_ + c.unit < H;
       lengths_[k] = is_there ? direction_.length(b) : 0;
       dh_[k] = is_there && p_.dhn != nullptr ? number(p_.dhn, at) : A(0);
-      dc_[k] = is_there && p_.dcn != nullptr ? number(p_.dcn, at) : A(0);
-      c0_[k] = is_there && p_.c0 != nullptr ? number(p_.c0, at) : A(0);
+      dc_[k] = kHasCellState && is_there && p_.dcn != nullptr ? number(p_.dcn, at) : A(0);
+      c0_[k] = kCarries && is_there && p_.c0 != nullptr ? number(p_.c0, at) : A(0);
     }
     look_at(p_.sizes.T - 1);
     const int64_t backwards = role_.direction == 1 ? 1 : -1;  // from a step to the next that is computed
     inputs_.template start<kStepsCopied>(p_, direction_, thread_, first_row, first_unit_, role_.direction == 1,
                                          copies_);
     stores_.start(p_, direction_, thread_, first_row, first_unit_, role_.direction == 1);
-    exact_step_ = direction_.step(last, 0, kGates * H);
-    exact_stride_ = backwards * p_.sizes.B * kGates * H;
+    exact_step_ = direction_.step(last, 0, kMaps * H);
+    exact_stride_ = backwards * p_.sizes.B * kMaps * H;
   }
 
   static FUSEDRNN_DEVICE A number(const void* from, int64_t at) { return to_compute(static_cast<const S*>(from)[at]); }
@@ -154,8 +168,9 @@ class ScatterTiles {
       const int64_t b = first_row_ + c.row, unit = first_unit_ + c.unit;
       if (b >= p_.sizes.B || unit >= p_.sizes.H) continue;
       const int64_t at = direction_.state(b, p_.sizes.H) + unit;
-      if (p_.dh0 != nullptr) static_cast<S*>(p_.dh0)[at] = to_storage<S>(dh_[k]);
-      if (p_.dc0 != nullptr) static_cast<S*>(p_.dc0)[at] = to_storage<S>(dc_[k]);
+      const A dh = kCarries && !kHasCellState ? dh_[k] + dc_[k] : dh_[k];
+      if (p_.dh0 != nullptr) static_cast<S*>(p_.dh0)[at] = to_storage<S>(dh);
+      if (kHasCellState && p_.dc0 != nullptr) static_cast<S*>(p_.dc0)[at] = to_storage<S>(dc_[k]);
     }
   }
 
@@ -194,25 +209,26 @@ class ScatterTiles {
     FUSEDRNN_UNROLL for (int k = 0; k < kCells; ++k) {
       const Cell c = cell(k);
       const auto copied = [&](const char* step, int array) { return Inputs::number(step, c.row, array, c.unit); };
-      A gates[kGates];
-      FUSEDRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) gates[gate] = copied(now, gate);
+      A a[kMaps];
+      FUSEDRNN_UNROLL for (int i = 0; i < kMaps; ++i) a[i] = i < kSaved ? copied(now, i) : A(0);
       const bool exists = Direction::exists(t, lengths_[k]), cut = (cut_ >> k & 1) != 0;
-      const A last = copied(before, Inputs::kC), entered = direction_.is_first(t, lengths_[k]) ? c0_[k] : last;
-      A dc = dc_[k] + copied(now, Inputs::kDc);
-      M::Cell::backward(gates, cut ? A(0) : entered, copied(now, Inputs::kC), dh_[k] + copied(now, Inputs::kDy), dc);
+      const A last = Inputs::carry(before, c.row, c.unit),
+              entered = direction_.is_first(t, lengths_[k]) ? c0_[k] : last;
+      A dc = dc_[k] + Inputs::dcarry(now, c.row, c.unit);
+      C::template backward<typename M::BackwardMath>(p_.plan.cell, a, cut ? A(0) : entered,
+                                                     Inputs::carry(now, c.row, c.unit),
+                                                     dh_[k] + copied(now, Inputs::kDy), dc);
       if (exists) exists_ |= 1u << k;
-      dc_[k] = !exists ? dc_[k] : cut ? A(0) : dc;
-      const int first = (c.unit / 8 * 32 + c.unit % 8) * static_cast<int>(sizeof(S));
+      if constexpr (kCarries) dc_[k] = !exists ? dc_[k] : cut ? A(0) : dc;
       // What is staged may be rounded to the operand's precision, and then is not what is stored.
       const int64_t row = first_row_ + c.row, H = p_.sizes.H;
       S* exact = M::kRoundsOperands && row < p_.sizes.B && first_unit_ + c.unit < H
-                     ? static_cast<S*>(p_.da) + exact_step_ + row * kGates * H + first_unit_ + c.unit
+                     ? static_cast<S*>(p_.da) + exact_step_ + row * kMaps * H + first_unit_ + c.unit
                      : nullptr;
-      FUSEDRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) {
-        const A da = exists ? gates[gate] : A(0);
-        *reinterpret_cast<S*>(staged + staged_at(c.row, first + gate * 8 * static_cast<int>(sizeof(S)))) =
-            M::operand(da);
-        if (M::kRoundsOperands && exact != nullptr) exact[gate * H] = to_storage<S>(da);
+      FUSEDRNN_UNROLL for (int map = 0; map < kMaps; ++map) {
+        const A da = exists ? a[map] : A(0);
+        *reinterpret_cast<S*>(staged + staged_at(c.row, Staged::byte_of(map, c.unit / 8, c.unit % 8))) = M::operand(da);
+        if (M::kRoundsOperands && exact != nullptr) exact[map * H] = to_storage<S>(da);
       }
     }
     exact_step_ += exact_stride_;
@@ -231,12 +247,13 @@ class ScatterTiles {
 
   // K blocks of the block's units that exist.
   FUSEDRNN_DEVICE int blocks_of_k() const {
-    const int own = (all_tiles_ - role_.rank * kTiles) * static_cast<int>(sizeof(S));
+    const int tiles = all_tiles_ - role_.rank * kTiles;
+    const int own = kK == kTiles * kOfTile ? tiles * kOfTile : scatter_blocks(spec_of<C>(), kMath, tiles);
     return own < kK ? own : kK;
   }
   // Of a tile of dh, fragment k of the weights.
   FUSEDRNN_DEVICE const Quad* fragment(int output, int k) const {
-    const int all = all_tiles_ * static_cast<int>(sizeof(S));
+    const int all = static_cast<int>(senders_) * kK;
     return static_cast<const Quad*>(p_.w_hh) +
            ((int64_t{role_.direction} * all_tiles_ + output) * all + role_.rank * kK + k) * kFragment + role_.lane;
   }
@@ -430,18 +447,18 @@ class ScatterTiles {
   int64_t exact_step_ = 0, exact_stride_ = 0;  // where da of a step begins, of kRoundsOperands
 };
 
-template <Math kMath, int kColumnTiles>
+template <Math kMath, class C, int kColumnTiles>
 class BackwardScatter {
  public:
   static FUSEDRNN_DEVICE void run(const BackwardParams& p, char* shared) {
     switch (p.plan.tiles) {
-      case 1: return ScatterTiles<kMath, kColumnTiles, 1>(p, shared).run();
-      case 2: return ScatterTiles<kMath, kColumnTiles, 2>(p, shared).run();
+      case 1: return ScatterTiles<kMath, C, kColumnTiles, 1>(p, shared).run();
+      case 2: return ScatterTiles<kMath, C, kColumnTiles, 2>(p, shared).run();
       default: break;
     }
     if constexpr (most_scatter_tiles(kMath, kColumnTiles * kColumns) > 2) {
-      if (p.plan.tiles == 3) return ScatterTiles<kMath, kColumnTiles, 3>(p, shared).run();
-      return ScatterTiles<kMath, kColumnTiles, 4>(p, shared).run();
+      if (p.plan.tiles == 3) return ScatterTiles<kMath, C, kColumnTiles, 3>(p, shared).run();
+      return ScatterTiles<kMath, C, kColumnTiles, 4>(p, shared).run();
     }
   }
 };

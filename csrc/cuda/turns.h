@@ -1,8 +1,8 @@
 // Tiles that take turns: where there are more tiles than warps in a group, a warp has several of the same index modulo
 // the group's warps, and does the step of one after the other.
 //
-// What a thread keeps of a tile from one step to the next, c and h or their gradients, lies in global memory between
-// its turns, behind the exchanges. Only the thread itself reads it.
+// What a thread keeps of a tile from one step to the next, the carry and h or their gradients, lies in global memory
+// between its turns, behind the exchanges. Only the thread itself reads it.
 #pragma once
 
 #include "params.h"
@@ -14,11 +14,13 @@ namespace fusedrnn::cuda {
 template <class A, int kNumbers>
 class Turns {
  public:
-  FUSEDRNN_DEVICE Turns(const Sizes& sizes, const Plan& plan, Pass pass, const Workspace& workspace)
+  FUSEDRNN_DEVICE Turns(const CellSpec& cell, const Sizes& sizes, const Plan& plan, Pass pass,
+                        const Workspace& workspace)
       : plan_(plan),
-        first_(reinterpret_cast<A*>(static_cast<char*>(workspace.exchanged) + exchanged_bytes(pass, sizes, plan)) +
-               block_index() * int64_t{turns(ceil_div(sizes.H, tile_units(pass)), plan)} * each() +
-               thread_index() * kNumbers) {}
+        first_(
+            reinterpret_cast<A*>(static_cast<char*>(workspace.exchanged) + exchanged_bytes(cell, pass, sizes, plan)) +
+            block_index() * int64_t{turns(ceil_div(sizes.H, tile_units(pass)), plan)} * each() +
+            thread_index() * kNumbers) {}
 
   // f() for every turn that there is with so many tiles, with the warp's tile of that turn in `role`.
   template <class F>

@@ -31,6 +31,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from fusedrnn.cells import CELLS
+
 LATENCY = {"LDS": 30, "LDC": 45, "MUFU": 22, "LDG": 280, "SHFL": 25, "S2R": 25, "S2UR": 25, "LDSM": 33, "ATOMS": 60}
 LATENCY |= {"F2F": 22, "F2I": 22, "I2F": 22, "R2UR": 12, "SYNCS": 25, "DMMA": 30, "DADD": 16, "DMUL": 16, "DFMA": 16}
 OTHER = 20
@@ -749,9 +751,19 @@ def _parameters(structs: Any, pass_: str, shape: Any, plan: Any, T: int) -> Any:
     def strides(N: int) -> Any:
         return structs.Strides(d=N, t=B * D * N, b=D * N)
 
-    pointers = ["w_hh", "h0", "c0", "y", "c", "hn", "cn", "gates"]
+    cell = CELLS[shape.cell]
+    pointers = [
+        "w_hh",
+        "h0",
+        "y",
+        "hn",
+        "saved",
+        *(["c0"] if cell.carry else []),
+        *(["c", "cn"] if cell.has_cell_state else []),
+    ]
     if pass_ == "backward":
-        pointers = ["w_hh", "dy", "dhn", "dcn", "c", "c0", "gates", "da", "dh0", "dc0"]
+        pointers = ["w_hh", "dy", "dhn", "saved", "da", "dh0", *(["c", "c0"] if cell.carry else [])]
+        pointers += ["dcn", "dc0"] if cell.has_cell_state else []
         given |= {"dy_strides": strides(P), "c_strides": strides(H)}
     else:
         given |= {"y_strides": strides(P), "c_strides": strides(H)}
@@ -761,7 +773,8 @@ def _parameters(structs: Any, pass_: str, shape: Any, plan: Any, T: int) -> Any:
             given |= {name: pair(next(address), next(address)) for name in ("b_ih", "b_hh")}
             given["x_strides"] = structs.Strides(d=0, t=B * I, b=I)
         else:
-            given |= {"xg_wide": 0, "xg_strides": structs.Strides(d=T * B * 4 * H, t=B * 4 * H, b=4 * H)}
+            xg = len(cell.gates) * H
+            given |= {"xg_wide": 0, "xg_strides": structs.Strides(d=T * B * xg, t=B * xg, b=xg)}
     if shape.projected:
         pointers += ["w_hr", *(["dh_out", "m"] if pass_ == "backward" else [])]
     given |= {name: next(address) for name in pointers}

@@ -21,6 +21,9 @@ ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "csrc" / "cuda"
 ARCHITECTURES = {"sm_80": "compute_80", "sm_90a": "compute_90a", "sm_100": "compute_100"}
 MATHS = ["bf16", "fp16", "tf32", "fp32", "fp64"]
+CELLS = ["lstm", "gru", "rnn"]  # those with kernels of their own
+# What is compiled here: all of the LSTM, and of the other cells those that are most likely to run out of registers.
+COMPILED = {"lstm": MATHS, "gru": ["bf16", "fp64"], "rnn": ["bf16", "fp64"]}
 FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-Wall", "-Xptxas", "-v"]
 
 
@@ -58,14 +61,19 @@ sass = load("sass")
 
 
 def kernel_name(mangled: str) -> str | None:
-    if found := re.search(r"BackwardScatterILNS0_4MathE(\d)ELi(\d)E", mangled):
-        return f"{MATHS[int(found[1])]} backward scatter rows{8 * int(found[2])}"
-    found = re.search(r"(Forward|Backward)ILNS0_4MathE(\d)ENS0_\d+(Grid|Cluster|Parts)ExchangeELi(\d)ELb(\d)E", mangled)
-    if found is None:
+    math, cell = r"ILNS0_4MathE(?P<math>\d)E", r"NS0_10CellsAlikeILNS0_8CellKindE(?P<cell>\d)E.*?EE"
+    if found := re.search(rf"BackwardScatter{math}{cell}ELi(?P<columns>\d)E", mangled):
+        what = "backward scatter"
+    elif found := re.search(
+        rf"(?P<pass>Forward|Backward){math}{cell}ENS0_\d+(?P<exchange>Grid|Cluster|Parts)ExchangeELi(?P<columns>\d)E"
+        r"Lb(?P<projected>\d)E",
+        mangled,
+    ):
+        what = f"{found['pass']} {found['exchange']}".lower()
+    else:
         return None
-    direction, math, exchange, column_tiles, projected = found.groups()
-    rows = f"rows{8 * int(column_tiles)}{' projected' if projected == '1' else ''}"
-    return f"{MATHS[int(math)]} {direction.lower()} {exchange.lower()} {rows}"
+    projected = " projected" if found.groupdict().get("projected") == "1" else ""
+    return f"{CELLS[int(found['cell'])]} {MATHS[int(found['math'])]} {what} rows{8 * int(found['columns'])}{projected}"
 
 
 def resources(output: str) -> list[dict]:
@@ -83,7 +91,8 @@ def resources(output: str) -> list[dict]:
 
 def compiled(source: str) -> tuple[Path, list[dict]]:
     """The object of one source, and the resources of its kernels; compiled unless it has been before."""
-    inputs = sorted(path for path in SOURCES.glob("*") if path.is_file() and path.suffix in (".h", ".cuh"))
+    found = (path for folder in (SOURCES, SOURCES.parent / "cells") for path in folder.glob("*"))
+    inputs = sorted(path for path in found if path.suffix in (".h", ".cuh"))
     inputs.append(SOURCES / f"{source}.cu")
     version = subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=True).stdout
     digest = hashlib.sha256(json.dumps([FLAGS, ARCHITECTURES, version]).encode())
@@ -107,7 +116,7 @@ def compiled(source: str) -> tuple[Path, list[dict]]:
 @pytest.fixture(scope="module")
 def objects():
     """Each source's object and the resources of its kernels, compiled two at a time."""
-    sources = [*(f"instances_{math}" for math in MATHS), "launch"]
+    sources = [*(f"instances_{cell}_{math}" for cell, maths in COMPILED.items() for math in maths), "launch"]
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(sources, pool.map(compiled, sources), strict=True))
 
@@ -116,23 +125,26 @@ def test_registers_and_spills(objects, capsys):
     """No kernel spills or has a stack, on any architecture; the table of all of them is printed."""
     rows = [row for _, rows in objects.values() for row in rows]
     kernels = sorted({row["kernel"] for row in rows})
-    # Of both passes: two exchanges with 8 or, on the matrix unit, 16 rows, and with a projection; and in parts.
-    assert len(kernels) == 2 * (2 * (3 * 3 + 2 * 2) + 5 * 2)
+    # Of both passes: two exchanges with 8 or, on the matrix unit, 16 rows, and in parts; and all with a projection.
+    rows_of = {math: 2 if math in ("bf16", "fp16", "tf32") else 1 for math in MATHS}
+    assert len(kernels) == 2 * sum(
+        2 * rows_of[math] + 1 + (3 if cell == "lstm" else 0) for cell, maths in COMPILED.items() for math in maths
+    )
     assert len(rows) == len(kernels) * len(ARCHITECTURES)
     with capsys.disabled():
-        print(f"\n\n{'registers':40}" + "".join(f"{arch:>8}" for arch in ARCHITECTURES))
+        print(f"\n\n{'registers':44}" + "".join(f"{arch:>8}" for arch in ARCHITECTURES))
         for kernel in kernels:
             used = {row["arch"]: row["registers"] for row in rows if row["kernel"] == kernel}
             cells = [
                 "-" if arch == "sm_80" and re.search("cluster|scatter", kernel) else used[arch]
                 for arch in ARCHITECTURES
             ]
-            print(f"{kernel:40}" + "".join(f"{cell:>8}" for cell in cells))
+            print(f"{kernel:44}" + "".join(f"{cell:>8}" for cell in cells))
     assert not [row for row in rows if row["spills"] or row["stack"]]
 
 
 PLANS = [
-    # dtype, H, B, pass, exchange
+    # dtype, H, B, pass, exchange; of the LSTM
     ("bf16", 128, 16, "forward", "cluster"),
     ("bf16", 128, 16, "backward", "scatter"),
     ("bf16", 512, 16, "forward", "cluster"),
@@ -142,19 +154,26 @@ PLANS = [
     ("tf32", 256, 16, "forward", "cluster"),
     ("tf32", 256, 16, "backward", "scatter"),
 ]
+OTHER_CELLS = [("gru", 512, "cluster"), ("rnn_tanh", 512, "cluster"), ("gru", 1024, "grid"), ("rnn_tanh", 1024, "grid")]
+PLANS = [("lstm", *plan) for plan in PLANS] + [
+    (cell, "bf16", H, 16, pass_, "scatter" if (pass_, exchange) == ("backward", "cluster") else exchange)
+    for cell, H, exchange in OTHER_CELLS
+    for pass_ in ("forward", "backward")
+]
 
 
 @pytest.fixture(scope="module")
 def machine_code(objects, tmp_path_factory):
-    """A function of a dtype: its kernels for sm_90a, by their names, as sass.py reads them."""
+    """A function of a cell and a dtype: their kernels for sm_90a, by their names, as sass.py reads them."""
     cuobjdump, nvdisasm = tool("cuobjdump"), tool("nvdisasm")
     if cuobjdump is None or nvdisasm is None:
         pytest.skip("cuobjdump and nvdisasm are not here: what nvcc made is not read")
 
     @cache
-    def kernels(math):
-        folder = tmp_path_factory.mktemp(math)
-        path = objects[f"instances_{math}"][0]
+    def kernels(cell, math):
+        name = f"{cell.split('_')[0]}_{math}"
+        folder = tmp_path_factory.mktemp(name)
+        path = objects[f"instances_{name}"][0]
         subprocess.run([cuobjdump, "-xelf", "sm_90a", str(path)], cwd=folder, capture_output=True, check=True)
         command = [nvdisasm, "-hex", "-c", str(next(folder.iterdir()))]
         listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -166,31 +185,31 @@ def machine_code(objects, tmp_path_factory):
 def test_steps(machine_code, cuda_host, capsys):
     """Instructions, waits and clocks of a step of the best plan of each kind, by the count of sass.py. The path that
     is counted is that of the plan."""
-    head = f"{'a step, counted':58}{'us':>6}{'model':>7}{'clocks':>8}{'issue':>7}{'instr.':>8}{'waits':>6}{'waited':>8}"
+    head = f"{'a step, counted':66}{'us':>6}{'model':>7}{'clocks':>8}{'issue':>7}{'instr.':>8}{'waits':>6}{'waited':>8}"
     lines = [head]
-    for math, H, B, pass_, exchange in PLANS:
+    for cell, math, H, B, pass_, exchange in PLANS:
         for inputs in (False, True) if pass_ == "forward" else (False,):
-            shape = Shape(128, B, H, H, H, 1, 4 if math == "tf32" else 2, "tf32")
+            shape = Shape(128, B, H, H, H, 1, 4 if math == "tf32" else 2, "tf32", cell=cell)
             ranked = (p for p in planner.ranked(pass_, shape, H200) if not p.streamed)
             plan = next(p for p in ranked if (p.exchange, p.rows, p.inputs) == (exchange, 8, inputs))
             products = planner.products(pass_, shape, math, inputs)
             recurrent = products[planner.RECURRENT]
             received = plan.rows * (recurrent.row if exchange != "scatter" else plan.blocks * 16 * plan.tiles * 4)
-            step = sass.step(machine_code(math), cuda_host, pass_, shape, plan, received)
+            step = sass.step(machine_code(cell, math), cuda_host, pass_, shape, plan, received)
             count = step.count
             blocks = sum(p.blocks // plan.splits for p in products.values())
             if exchange == "scatter":
                 outputs, _ = planner.scatter_outputs(shape, plan)
                 blocks = outputs * planner.scatter_blocks(plan)
                 assert count.pushes == outputs
-            assert count.mma == blocks * 2 * (recurrent.segments // 2), (math, H, pass_, plan)
+            assert count.mma == blocks * 2 * cdiv(recurrent.segments, 2), (cell, math, H, pass_, plan)
             if exchange == "cluster":
                 quads = 8 * recurrent.chunk // 16 * cdiv(recurrent.tiles, plan.tiles)
                 assert count.pushes == cdiv(quads, 32), (math, H, pass_, plan)
-            what = f"{math} H {H} B {B} {pass_}, {plan.regime}, "
+            what = f"{cell} {math} H {H} B {B} {pass_}, {plan.regime}, "
             what += f"{plan.groups} x {plan.blocks} x {plan.tiles} x {plan.splits}"
             lines.append(
-                f"{what:58}{step.microseconds:6.2f}{plan.step:7.2f}{count.clocks:8.0f}{step.issue:7.0f}"
+                f"{what:66}{step.microseconds:6.2f}{plan.step:7.2f}{count.clocks:8.0f}{step.issue:7.0f}"
                 f"{count.instructions:8.0f}{count.waits:6.0f}{count.waited:8.0f}"
             )
     with capsys.disabled():
@@ -208,33 +227,33 @@ def test_the_step_of_every_arithmetic_is_counted(machine_code, cuda_host, math, 
         pytest.skip("sass.py does not come to the end of this one")
     shape = Shape(128, 16, 64, 64, 64, 1, 8 if math == "fp64" else 4, "ieee" if math == "fp32" else "tf32")
     plan = next(p for p in planner.ranked(pass_, shape, H200) if (p.exchange, p.rows) == (exchange, 8))
-    count = sass.step(machine_code(math), cuda_host, pass_, shape, plan, 0).count
+    count = sass.step(machine_code("lstm", math), cuda_host, pass_, shape, plan, 0).count
     assert count.instructions > 100
     assert count.clocks > count.instructions
     assert count.calls == 0
 
 
-@pytest.mark.parametrize(
-    ("math", "instruction"),
-    [
-        ("bf16", r"HMMA\.16816\.F32\.BF16"),
-        ("fp16", r"HMMA\.16816\.F32 "),
-        ("tf32", r"HMMA\.1688\.F32\.TF32"),
-        ("fp32", r"FFMA"),
-        ("fp64", r"DFMA"),
-    ],
-)
-def test_instructions(objects, math, instruction):
+INSTRUCTIONS = {
+    "bf16": r"HMMA\.16816\.F32\.BF16",
+    "fp16": r"HMMA\.16816\.F32 ",
+    "tf32": r"HMMA\.1688\.F32\.TF32",
+    "fp32": r"FFMA",
+    "fp64": r"DFMA",
+}
+
+
+@pytest.mark.parametrize(("cell", "math"), [(cell, math) for cell, maths in COMPILED.items() for math in maths])
+def test_instructions(objects, cell, math):
     """The arithmetic that each is for; in the kernels of clusters, remote stores that complete on an mbarrier."""
     cuobjdump = tool("cuobjdump")
     if cuobjdump is None:
         pytest.skip("cuobjdump is not here: what nvcc made is not read")
-    command = [cuobjdump, "-sass", "-arch", "sm_90a", str(objects[f"instances_{math}"][0])]
+    command = [cuobjdump, "-sass", "-arch", "sm_90a", str(objects[f"instances_{cell}_{math}"][0])]
     sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     functions = re.split(r"\n\s*Function : ", sass)[1:]
-    assert len(functions) == (12 if math in ("bf16", "fp16", "tf32") else 8) + 4
+    assert len(functions) == (10 if math in ("bf16", "fp16", "tf32") else 6) + (6 if cell == "lstm" else 0)
     for function in functions:
-        assert re.search(instruction, function), kernel_name(function)
+        assert re.search(INSTRUCTIONS[math], function), kernel_name(function)
         name = function.split("\n")[0]
         cluster = "ClusterExchange" in name
         assert bool(re.search(r"\bSTAS", function)) == cluster  # st.async
@@ -247,7 +266,7 @@ def test_a_debug_build_names_the_wait_that_takes_too_long(tmp_path):
     """With a timeout compiled in, every wait can end the launch, and prints what it waited for."""
     ptx = tmp_path / "debug.ptx"
     flags = ["-std=c++20", "-arch=compute_90a", "-DFUSEDRNN_CUDA_TIMEOUT=4000000000LL"]
-    subprocess.run([NVCC, *flags, "-ptx", str(SOURCES / "instances_fp64.cu"), "-o", str(ptx)], check=True)
+    subprocess.run([NVCC, *flags, "-ptx", str(SOURCES / "instances_rnn_fp64.cu"), "-o", str(ptx)], check=True)
     text = ptx.read_text()
     strings = {bytes(map(int, row.split(","))) for row in re.findall(r"\.b8 \S+\[\d+\] = \{([\d, ]+)\}", text)}
     for name in (b"the operand has come", b"the flags of the group"):

@@ -30,6 +30,10 @@ def math(request):
     return request.param
 
 
+OTHERS = ["gru", "rnn_tanh", "rnn_relu"]  # cells but the LSTM
+EVERYTHING = {"D": 2, "lengths": True, "reset": True, "strided": True}
+
+
 def rows_of(math):
     return 16 if math in WIDE else 8
 
@@ -376,6 +380,101 @@ def test_no_synchronisation_of_scatter_can_be_left_out(layer, kit):
     assert "the thread's copies of weights" in names
     assert {"da is staged", "the parts of dh have come", "the first steps are copied"} <= names
     assert {"the thread's copies of the first steps", "the thread's copies of the step that comes"} <= names
+
+
+# Of the other cells: (plan, problem), each with and without x in the launch. One block, clusters with idle blocks,
+# splits with weights in registers, in shared memory and streamed, 16 rows, slices, parts of one turn and of several.
+OTHER_CELLS = {
+    "one-block": ({"exchange": "grid", "math": "fp32", "tiles": 5}, {"T": 4, "B": 3, "H": 40}),
+    "one-unit": ({"exchange": "cluster", "math": "bf16"}, {"T": 1, "B": 1, "H": 1}),
+    "everything": ({"exchange": "cluster", "math": "fp64", "tiles": 2}, {"T": 5, "B": 5, "H": 19, **EVERYTHING}),
+    "narrow-no-states": (
+        {"exchange": "cluster", "math": "fp16", "blocks": 8},
+        {"T": 3, "B": 3, "H": 40, "wide": False, "states": False, "biases": "hh"},
+    ),
+    "slices": (
+        {"exchange": "cluster", "math": "tf32", "tiles": 4, "rows": 16, "groups": 1},
+        {"T": 4, "B": 21, "H": 72, "D": 2, "lengths": True, "reset": True},
+    ),
+    "streamed": (
+        {"exchange": "grid", "math": "bf16", "rows": 16, "tiles": 3, "splits": 2, "shared_blocks": 1},
+        {"T": 2, "B": 9, "H": 600, "I": 90, "biases": "ih"},
+    ),
+    "splits": (
+        {"exchange": "grid", "math": "fp64", "tiles": 2, "splits": 3, "groups": 1},
+        {"T": 3, "B": 9, "H": 37, **EVERYTHING},
+    ),
+    "parts": (
+        {"exchange": "parts", "math": "bf16", "blocks": 2, "tiles": 2, "splits": 2, "part_blocks": 1, "rows": 16},
+        {"T": 4, "B": 17, "H": 150, "I": 90, **EVERYTHING},
+    ),
+    "parts-of-one-turn": (
+        {"exchange": "parts", "math": "fp32", "blocks": 5, "tiles": 2, "part_blocks": 2},
+        {"T": 3, "B": 2, "H": 70},
+    ),
+}
+
+
+@pytest.mark.parametrize("cell", OTHERS)
+@pytest.mark.parametrize(("plan", "sizes"), OTHER_CELLS.values(), ids=OTHER_CELLS)
+def test_other_cells(layer, kit, cell, plan, sizes):
+    if plan["math"] not in MATHS:
+        pytest.skip("this build does not have that arithmetic")
+    for inputs in (False, True):
+        layer(kit.Problem(**sizes, cell=cell), kit.Plan(**plan, inputs=inputs)).check()
+
+
+# By what a tile has of K blocks: whole ones, or such that the block's part of da ends within one.
+SCATTERED_CELLS = [
+    ("bf16", 1),
+    ("bf16", 2),
+    ("bf16", 3),
+    ("bf16", 4),
+    ("tf32", 1),
+    ("tf32", 2),
+    ("fp32", 3),
+    ("fp64", 2),
+]
+
+
+@pytest.mark.parametrize("cell", ["gru", "rnn_tanh"])
+@pytest.mark.parametrize(("math", "tiles"), [part for part in SCATTERED_CELLS if part[0] in MATHS])
+def test_other_cells_scatter(layer, kit, math, tiles, cell):
+    problem = kit.Problem(4, 11, 19 + 33 * tiles, cell=cell, **EVERYTHING)
+    rows = rows_of(math) if tiles % 2 == 0 else 8
+    layer(problem, *scatter(kit, math, tiles, rows=rows, groups=1)).check()
+
+
+def test_another_cell_scatters_with_more_weights_than_registers(layer, host, kit):
+    problem, plans = kit.Problem(2, 2, 16 * 20, cell="gru"), scatter(kit, "bf16", 4)
+    one = layer(problem, *plans)
+    struct = host.struct(one.backward_plan, kit.BACKWARD, problem.H, problem.B)
+    assert host.needs(kit.BACKWARD, problem.sizes, struct)[0].streamed[0] > 0
+    one.check()
+
+
+@pytest.mark.parametrize("cell", ["gru", "rnn_tanh"])
+@pytest.mark.parametrize("math", ["bf16", "fp64"])
+def test_every_schedule_of_another_cell_gives_the_same_bits(layer, kit, exchange, math, cell):
+    """In a cluster the backward scatters."""
+    problem = kit.Problem(**RACE, cell=cell)
+    same_in_every_schedule(
+        layer(problem, race_plan(kit, exchange, math, rows=rows_of(math), inputs=exchange == "grid"))
+    )
+
+
+@pytest.mark.parametrize(
+    ("exchange", "direction"), [("cluster", "forward"), ("grid", "backward"), ("scatter", "backward")]
+)
+def test_no_synchronisation_of_another_cell_can_be_left_out(layer, kit, exchange, direction):
+    problem = kit.Problem(**{**RACE, "B": 20, "T": 7 if exchange == "scatter" else 3, "H": 64}, cell="gru")
+    if exchange == "scatter":
+        wide = kit.Problem(T=2, B=2, H=16 * 20, cell="gru")
+        layers = [layer(problem, *scatter(kit, "bf16", 1, groups=1)), layer(wide, *scatter(kit, "bf16", 4))]
+    else:
+        plans = [race_plan(kit, exchange, "bf16", rows=16, **options) for options in ({}, {"splits": 1, "tiles": 1})]
+        layers = [layer(kit.replace(problem, H=20), plan) for plan in plans]
+    every_removal_is_caught(layers, direction)
 
 
 def caught(one, direction, name, expected):

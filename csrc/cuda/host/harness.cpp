@@ -2,10 +2,8 @@
 #include <cstdio>
 #include <cstring>
 
-#include "../backward.h"
-#include "../forward.h"
 #include "../pack.h"
-#include "../scatter.h"
+#include "bodies.h"
 #include "runtime.h"
 
 #define FUSEDRNN_EXPORT extern "C" __attribute__((visibility("default")))
@@ -14,57 +12,11 @@ using namespace fusedrnn::cuda;
 
 namespace {
 
-template <class Params>
-using Body = void (*)(const void*, char*);
-
-template <class Kernel, class Params>
-void body(const void* p, char* shared) {
-  Kernel::run(*static_cast<const Params*>(p), shared);
-}
-
-template <template <Math, class, int, bool> class Kernel, class Params, Math kMath, class Channel>
-Body<Params> body_of(const Sizes& sizes, const Plan& plan) {
-  if (sizes.projected != 0) return body<Kernel<kMath, Channel, 1, true>, Params>;
-  if constexpr (uses_matrix_unit(kMath)) {
-    if (plan.rows == 2 * kColumns) return body<Kernel<kMath, Channel, 2, false>, Params>;
-  }
-  return body<Kernel<kMath, Channel, 1, false>, Params>;
-}
-
-template <template <Math, class, int, bool> class Kernel, class Params, Math kMath>
-Body<Params> body_of(const Sizes& sizes, const Plan& plan) {
-  if constexpr (std::is_same_v<Params, BackwardParams>) {
-    if (plan.exchange == Exchange::kScatter) {
-      if constexpr (uses_matrix_unit(kMath)) {
-        if (plan.rows == 2 * kColumns) return body<BackwardScatter<kMath, 2>, Params>;
-      }
-      return body<BackwardScatter<kMath, 1>, Params>;
-    }
-  }
-  if (plan.exchange == Exchange::kParts) {
-    constexpr int kColumnTiles = max_rows(kMath) / kColumns;
-    return sizes.projected != 0 ? body<Kernel<kMath, PartsExchange, 1, true>, Params>
-                                : body<Kernel<kMath, PartsExchange, kColumnTiles, false>, Params>;
-  }
-  if (plan.exchange == Exchange::kGrid) return body_of<Kernel, Params, kMath, GridExchange>(sizes, plan);
-  if constexpr (std::is_same_v<Params, BackwardParams>) {
-    return body<Kernel<kMath, ClusterExchange, 1, true>, Params>;  // others scatter
-  } else {
-    return body_of<Kernel, Params, kMath, ClusterExchange>(sizes, plan);
-  }
-}
-
-template <template <Math, class, int, bool> class Kernel, class Params>
-Body<Params> body_of(const Sizes& sizes, const Plan& plan) {
-  switch (plan.math) {
-#if !defined(FUSEDRNN_HOST_FEW)  // the sanitized build compiles one of each unit
-    case Math::kFloat16: return body_of<Kernel, Params, Math::kFloat16>(sizes, plan);
-    case Math::kTf32: return body_of<Kernel, Params, Math::kTf32>(sizes, plan);
-    case Math::kFloat32: return body_of<Kernel, Params, Math::kFloat32>(sizes, plan);
-#endif
-    case Math::kBFloat16: return body_of<Kernel, Params, Math::kBFloat16>(sizes, plan);
-    case Math::kFloat64: return body_of<Kernel, Params, Math::kFloat64>(sizes, plan);
-    default: return nullptr;
+Body kernel_of(Pass pass, const Sizes& sizes, const Plan& plan) {
+  switch (plan.cell) {
+    case CellKind::kLstm: return body_of<LstmCells>(pass, sizes, plan);
+    case CellKind::kGru: return body_of<GruCells>(pass, sizes, plan);
+    default: return body_of<RnnCells>(pass, sizes, plan);
   }
 }
 
@@ -77,13 +29,13 @@ struct Outcome {
 
 void copy(char* to, int bytes, const std::string& from) { std::snprintf(to, bytes, "%s", from.c_str()); }
 
-template <template <Math, class, int, bool> class Kernel, class Params>
+template <class Params>
 int launch(Pass pass, const Params& p, uint64_t seed, const char* remove, Outcome* outcome) {
   if (const char* why = invalid(pass, p.sizes, p.plan)) {
     copy(outcome->error, outcome->bytes, why);
     return 1;
   }
-  const Body<Params> body = body_of<Kernel, Params>(p.sizes, p.plan);
+  const Body body = kernel_of(pass, p.sizes, p.plan);
   if (body == nullptr) {
     copy(outcome->error, outcome->bytes, "this build does not have that arithmetic");
     return 1;
@@ -107,12 +59,12 @@ int launch(Pass pass, const Params& p, uint64_t seed, const char* remove, Outcom
 
 // 0, or 1 with outcome->error. `remove` as in runtime.h, or null.
 FUSEDRNN_EXPORT int fusedrnn_host_forward(const ForwardParams* p, uint64_t seed, const char* remove, Outcome* outcome) {
-  return launch<Forward>(Pass::kForward, *p, seed, remove, outcome);
+  return launch(Pass::kForward, *p, seed, remove, outcome);
 }
 
 FUSEDRNN_EXPORT int fusedrnn_host_backward(const BackwardParams* p, uint64_t seed, const char* remove,
                                            Outcome* outcome) {
-  return launch<Backward>(Pass::kBackward, *p, seed, remove, outcome);
+  return launch(Pass::kBackward, *p, seed, remove, outcome);
 }
 
 FUSEDRNN_EXPORT void fusedrnn_host_pack(const PackParams* p) {
@@ -137,8 +89,8 @@ FUSEDRNN_EXPORT const char* fusedrnn_host_needs(Pass pass, const Sizes* sizes, c
             launched_blocks(*sizes, *plan),
             {}};
   for (int k = 0; k < kStages; ++k) {
-    needs->packed[k] = packed_bytes(pass, static_cast<Stage>(k), *sizes, plan->math);
-    needs->streamed[k] = streamed_blocks(pass, static_cast<Stage>(k), *sizes, *plan);
+    needs->packed[k] = packed_bytes(pass, static_cast<Stage>(k), *sizes, *plan);
+    needs->streamed[k] = streamed_blocks(spec_of(plan->cell), pass, static_cast<Stage>(k), *sizes, *plan);
   }
   return invalid(pass, *sizes, *plan);
 }

@@ -1,4 +1,0 @@
-// The kernels for bfloat16 on the matrix unit.
-#include "instances.cuh"
-
-template fusedrnn::cuda::Instances fusedrnn::cuda::instances<fusedrnn::cuda::Math::kBFloat16>();

@@ -1,4 +1,0 @@
-// The kernels for IEEE float32.
-#include "instances.cuh"
-
-template fusedrnn::cuda::Instances fusedrnn::cuda::instances<fusedrnn::cuda::Math::kFloat32>();

@@ -1,4 +1,0 @@
-// The kernels for float64.
-#include "instances.cuh"
-
-template fusedrnn::cuda::Instances fusedrnn::cuda::instances<fusedrnn::cuda::Math::kFloat64>();
