@@ -263,10 +263,16 @@ def not_wanted(name):
 
 def extension(name):
     folder = Path("csrc") / name
+    headers = (
+        *Path("csrc").glob(f"{name}_*.h"),
+        *folder.glob("*.h"),
+        *CELLS.glob("*.h"),
+        Path("fusedrnn/operators.def"),
+    )
     return CppExtension(
         f"fusedrnn._{name}",
         [f"csrc/{name}_ops.cpp", *(["csrc/cpu/instruction_sets.cpp"] if name == "cpu" else [])],
-        depends=[str(path) for path in (*Path("csrc").glob(f"{name}_*.h"), *folder.glob("*.h"), *CELLS.glob("*.h"))],
+        depends=[str(path) for path in headers],
         extra_compile_args={"cxx": [*FLAGS, *(["-DUSE_CUDA"] if name == "cuda" else [])]},
         extra_link_args=CUDA_LINK if name == "cuda" else [f"-fsanitize={SANITIZE}"] if SANITIZE else [],
         py_limited_api=True,
@@ -289,7 +295,7 @@ setup(
         "fusedrnn.tuning",
     ],
     package_dir={"fusedrnn.benchmarks": "benchmarks", "fusedrnn.kernels": "kernels"},
-    package_data={"fusedrnn": ["py.typed"], "fusedrnn.tuning": ["profiles/*.json"]},
+    package_data={"fusedrnn": ["operators.def", "py.typed"], "fusedrnn.tuning": ["profiles/*.json"]},
     ext_modules=[extension("cpu"), extension("cuda")],
     cmdclass={"build_ext": BuildNative},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

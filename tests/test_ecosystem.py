@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import shutil
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -397,29 +398,65 @@ def test_script_refuses(pair):
         torch.jit.script(fusedrnn.revert(pair[1]))
 
 
-@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="AOTInductor needs a C++ compiler")
-def test_aot_inductor(pair, assert_same, tmp_path):
-    class Last(nn.Module):
-        def __init__(self, lstm):
-            super().__init__()
-            self.lstm = lstm
+CXX = shutil.which(os.environ.get("CXX", "g++"))
 
-        def forward(self, x):
-            return self.lstm(x)[0]
 
+class Last(nn.Module):
+    def __init__(self, lstm):
+        super().__init__()
+        self.lstm = lstm
+
+    def forward(self, x):
+        return self.lstm(x)[0]
+
+
+@pytest.fixture
+def package(pair, tmp_path):
+    """nn.LSTM and our layer for inference, and a package of ours for any B and T."""
     theirs, ours = (Last(model.lstm).eval() for model in pair)
     fusedrnn.convert(ours, compilable=True)
-
-    def inputs(B, T):
-        return torch.randn(B, T, 4, dtype=torch.float64)
-
     dynamic = {"x": {0: torch.export.Dim("B"), 1: torch.export.Dim("T")}}
-    program = torch.export.export(ours, (inputs(6, 5),), dynamic_shapes=dynamic)
+    program = torch.export.export(ours, (torch.randn(6, 5, 4, dtype=torch.float64),), dynamic_shapes=dynamic)
     path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
-    compiled = torch._inductor.aoti_load_package(path)
-    for x in (inputs(6, 5), inputs(3, 9)):
-        with torch.no_grad():
-            assert_same(compiled(x), theirs(x))
+    return theirs, ours, path
+
+
+@pytest.mark.skipif(CXX is None, reason="AOTInductor needs a C++ compiler")
+@pytest.mark.skipif(fusedrnn.backends()["cpu"] is not None, reason="the CPU library is not here")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_aot_inductor(package, assert_same, tmp_path):
+    """In Python; and, with a trace, in a C++ program that loads the library: no Python is in its process."""
+    theirs, ours, path = package
+    inputs = [torch.randn(B, T, 4, dtype=torch.float64) for B, T in ((6, 5), (3, 9))]
+    with torch.no_grad():
+        expected = [theirs(x) for x in inputs]
+        compiled = torch._inductor.aoti_load_package(path)
+        assert_same([compiled(x) for x in inputs], expected)
+        torch.jit.trace(ours, inputs[0], check_trace=False).save(str(tmp_path / "trace.pt"))
+    program = built_program(tmp_path)
+    (tmp_path / "x").write_bytes(b"".join(x.numpy().tobytes() for x in inputs))
+    sizes = [str(number) for x in inputs for number in x.shape]
+    for kind, file in (("package", path), ("trace", tmp_path / "trace.pt")):
+        command = [program, LIBRARY, kind, file, tmp_path / "x", tmp_path / "y", *sizes]
+        ran = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert ran.returncode == 0, ran.stderr
+        found = torch.from_numpy(np.fromfile(tmp_path / "y"))
+        assert_same(found, torch.cat([y.flatten() for y in expected]))
+
+
+LIBRARY = next(Path(fusedrnn.__file__).parent.glob("_cpu*.so"), None)
+
+
+def built_program(folder):
+    """tests/cpp/program.cpp, linked with this torch."""
+    torch_folder, program = Path(torch.__file__).parent, folder / "program"
+    includes = [torch_folder / "include", torch_folder / "include" / "torch" / "csrc" / "api" / "include"]
+    libraries = [f"-L{torch_folder / 'lib'}", f"-Wl,-rpath,{torch_folder / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    command = [CXX, "-std=c++20", "-O0", ROOT / "tests" / "cpp" / "program.cpp", "-o", program]
+    command += [*(f"-isystem{include}" for include in includes), *libraries, "-ldl"]
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    return program
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
