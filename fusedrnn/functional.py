@@ -62,7 +62,6 @@ def lstm(
         TypeError: an argument is not of its type.
         ValueError, RuntimeError: a shape, dtype, value or device does not fit; for what nn.LSTM checks too, its own
             exception type and wording. RuntimeError also if a backend was asked for and cannot compute this.
-        NotImplementedError: inside torch.func.vmap or forward-mode differentiation.
     """
     return forward.layers(
         LSTM,
@@ -111,7 +110,7 @@ def gru(
 
     Raises:
         TypeError: an argument is not of its type. If that is hx, the error is an AttributeError too, as nn.GRU's is.
-        ValueError, RuntimeError, NotImplementedError: as `lstm`; with the wording of nn.GRU.
+        ValueError, RuntimeError: as `lstm`; with the wording of nn.GRU.
     """
     return forward.layers(
         GRU,
@@ -162,7 +161,7 @@ def rnn(
 
     Raises:
         TypeError: an argument is not of its type. If that is hx, the error is an AttributeError too, as nn.RNN's is.
-        ValueError, RuntimeError, NotImplementedError: as `lstm`; with the wording of nn.RNN.
+        ValueError, RuntimeError: as `lstm`; with the wording of nn.RNN.
     """
     return forward.layers(
         _rnn(nonlinearity),

@@ -180,17 +180,18 @@ def test_per_sample_gradients_by_hooks(pair, assert_same):
 
 
 def test_per_sample_gradients_of_the_layer(pair, assert_same):
-    """One sequence after another, by torch.func.grad; vmap, which would do all at once, refuses nn.LSTM too."""
+    """All sequences at once; nn.LSTM, which torch.func.vmap refuses, takes one after another."""
 
-    def loss(model, weights, x):
-        return torch.func.functional_call(model, weights, (x,)).square().sum()
+    def gradients(model):
+        def loss(weights, x):
+            return torch.func.functional_call(model, weights, (x.unsqueeze(0),)).square().sum()
 
-    for x in batch(B=3).split(1):
-        found = [
-            torch.func.grad(lambda weights, model=model, x=x: loss(model, weights, x))(dict(model.named_parameters()))
-            for model in pair
-        ]
-        assert_same(list(found[1].values()), list(found[0].values()))
+        weights = {name: p.detach() for name, p in model.named_parameters()}
+        return lambda x: list(torch.func.grad(loss)(weights, x).values())
+
+    x = batch(B=3)
+    each = [gradients(pair[0])(sequence) for sequence in x]
+    assert_same(torch.func.vmap(gradients(pair[1]))(x), [torch.stack(parts) for parts in zip(*each, strict=True)])
 
 
 @pytest.mark.parametrize("cls", [nn.GRU, nn.RNN, nn.GRUCell, nn.RNNCell])
@@ -481,6 +482,8 @@ def test_jacobians(pair, assert_same):
     x = batch(B=2, T=3)
     for jacobian in (
         lambda model: torch.func.jacrev(model)(x),
+        lambda model: torch.func.jacfwd(model)(x),
+        lambda model: torch.func.hessian(lambda x: model(x).square().sum())(x),
         lambda model: torch.autograd.functional.jacobian(model, x, vectorize=True),
     ):
         assert_same(jacobian(pair[1]), jacobian(pair[0]))
