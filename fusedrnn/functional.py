@@ -49,7 +49,7 @@ def lstm(
             t < lengths[b]. Input is not read where no step exists and output is zero there; h_n and c_n are the
             states after the last step that exists, hx itself where the length is 0; the reverse direction starts at
             the last step that exists. No host synchronisation: values outside 0..T raise on the CPU and are clamped
-            elsewhere.
+            elsewhere, and where torch.func.vmap batches lengths.
         reset: [T, B] bool ([B, T] with batch_first, [T] unbatched) on input's device: where true, the state that
             enters step t is zero, in every layer and in both directions.
         return_states: also return every state of every layer.

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import gpu, onnx, reference, sources
+from . import flops, gpu, onnx, reference, sources
 from .cells import CELLS
 from .layout import split_directions
 
@@ -402,6 +402,13 @@ for _name, _schema in _SCHEMAS.items():
         _library.define(_name + _schema)
 _cuda_unloaded = _load("cuda")
 
+BACKENDS = ("reference", "cuda", "triton", "cpu")
+flops.register(
+    {getattr(_ops, f"{name}_forward"): flops.forward for name in BACKENDS}
+    | {getattr(_ops, f"{name}_backward"): flops.backward for name in BACKENDS}
+    | {_ops.cpu_infer: flops.infer}
+)
+
 
 @constant
 def cuda_device_type() -> str:
@@ -436,7 +443,7 @@ def backward_op(backend: str) -> Callable[..., tuple[Any, ...]]:
 
 
 _tracing_state = torch._C._get_tracing_state  # a single step feels each look for a name
-_FORWARD = {name: getattr(_ops, f"{name}_forward").default for name in ("reference", "cuda", "triton", "cpu")}
-_BACKWARD = {name: getattr(_ops, f"{name}_backward").default for name in ("reference", "cuda", "triton", "cpu")}
+_FORWARD = {name: getattr(_ops, f"{name}_forward").default for name in BACKENDS}
+_BACKWARD = {name: getattr(_ops, f"{name}_backward").default for name in BACKENDS}
 cpu_infer = _ops.cpu_infer.default
 layer = _ops.layer.default

@@ -279,6 +279,74 @@ def test_opacus_before_convert(assert_same):
     assert_same(grads[1], grads[0])
 
 
+# Counters and profilers
+
+
+def products(module, rows):
+    return sum(2 * rows * weight.numel() for weight in module.parameters() if weight.dim() == 2)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("cls", [fusedrnn.LSTM, fusedrnn.GRU, fusedrnn.RNN])
+def test_flop_counter(cls, backend):
+    """The products of nn.LSTM: torch counts them for a projection, but none of its kernels for the CPU without."""
+    if fusedrnn.backends()[backend] is not None:
+        pytest.skip(fusedrnn.backends()[backend])
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def count(run):
+        with FlopCounterMode(display=False) as counter:
+            result = run()
+        return counter.get_total_flops(), result
+
+    T, B, x = 5, 3, torch.randn(5, 3, 7)
+    layers = cls(7, 16, 2, bidirectional=True)
+    with fusedrnn.use_backend(backend):
+        with torch.no_grad():
+            assert count(lambda: layers(x))[0] == products(layers, T * B)
+        forward, (y, _) = count(lambda: layers(x))
+        backward, _ = count(lambda: y.sum().backward())
+        assert forward == products(layers, T * B)
+        of_x = sum(2 * T * B * layers.all_weights[d][0].numel() for d in range(2))
+        of_first_states = sum(2 * B * weights[1].numel() for weights in layers.all_weights)
+        assert backward == 2 * forward - of_x - of_first_states
+        if cls is fusedrnn.LSTM:
+            found = []
+            for module in (fusedrnn.LSTM(7, 16, proj_size=5), nn.LSTM(7, 16, proj_size=5)):
+                leaf = x.clone().requires_grad_()
+                forward, (y, _) = count(lambda module=module, leaf=leaf: module(leaf))
+                found.append((forward, count(lambda y=y: y.sum().backward())[0]))
+            assert found[0] == found[1]
+        step = getattr(fusedrnn, f"{cls.__name__}Cell")(7, 16)
+        assert count(lambda: step(x[0]))[0] == products(step, B)
+
+
+def test_the_flop_counter_is_not_loaded_by_us():
+    """It takes its time, and loads Triton."""
+    code = """
+import sys, torch, fusedrnn
+assert "torch.utils.flop_counter" not in sys.modules
+from torch.utils.flop_counter import flop_registry
+assert torch.ops.fusedrnn.cpu_forward in flop_registry
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_profiler():
+    """Operators by name, with the shapes of what they take, forward and backward."""
+    if fusedrnn.backends()["cpu"] is not None:
+        pytest.skip(fusedrnn.backends()["cpu"])
+    layer, x = fusedrnn.LSTM(3, 4), torch.randn(5, 2, 3)
+    with fusedrnn.use_backend("cpu"), torch.profiler.profile(record_shapes=True) as profile:
+        layer(x)[0].sum().backward()
+        with torch.no_grad():
+            layer(x)
+    shapes = {event.key: event.input_shapes for event in profile.key_averages(group_by_input_shape=True)}
+    assert shapes["fusedrnn::cpu_forward"][1] == [5, 2, 3]
+    assert shapes["fusedrnn::cpu_backward"][5] == [5, 2, 3]
+    assert shapes["fusedrnn::cpu_infer"][1] == [5, 2, 3]
+
+
 # Copies and processes
 
 
