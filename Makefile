@@ -20,8 +20,8 @@ ARCHIVE ?=
 GPU ?=
 
 BIN := $(VENV)/bin
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cells/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
-CUDA_SOURCES := $(wildcard csrc/cuda/*.h csrc/cuda/*.cu csrc/cuda/*.cuh csrc/cuda/host/*.h csrc/cuda/host/*.cpp benchmarks/cuda/*)
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cells/*.h csrc/cpu/*.cpp csrc/cpu/*.h fusedrnn/operators.def)
+CUDA_SOURCES := $(wildcard tests/cpp/*.cpp tests/portable/*.cpp csrc/cuda/*.h csrc/cuda/*.cu csrc/cuda/*.cuh csrc/cuda/host/*.h csrc/cuda/host/*.cpp benchmarks/cuda/*)
 CXX ?= g++
 
 .PHONY: help demo test test-oldest test-tools lint format sanitize kernels docs docs-serve chart wheel gpu gpu-build clean

@@ -270,10 +270,16 @@ def not_wanted(name):
 
 def extension(name):
     folder = Path("csrc") / name
+    headers = (
+        *Path("csrc").glob(f"{name}_*.h"),
+        *folder.glob("*.h"),
+        *CELLS.glob("*.h"),
+        Path("fusedrnn/operators.def"),
+    )
     return CppExtension(
         f"fusedrnn._{name}",
         [f"csrc/{name}_ops.cpp", *(["csrc/cpu/instruction_sets.cpp"] if name == "cpu" else [])],
-        depends=[str(path) for path in (*Path("csrc").glob(f"{name}_*.h"), *folder.glob("*.h"), *CELLS.glob("*.h"))],
+        depends=[str(path) for path in headers],
         extra_compile_args={"cxx": [*FLAGS, *(["-DUSE_CUDA"] if name == "cuda" else [])]},
         extra_link_args=CUDA_LINK if name == "cuda" else [f"-fsanitize={SANITIZE}"] if SANITIZE else [],
         py_limited_api=True,
@@ -298,7 +304,7 @@ setup(
     package_dir={"fusedrnn.benchmarks": "benchmarks", "fusedrnn.kernels": "kernels"},
     include_package_data=False,  # which would take everything that the sdist has, results of benchmarks among it
     package_data={
-        "fusedrnn": ["py.typed"],
+        "fusedrnn": ["operators.def", "py.typed"],
         "fusedrnn.benchmarks": ["cuda/*"],
         "fusedrnn.tuning": ["profiles/*.json"],
     },

@@ -1,5 +1,6 @@
 // The CPU operators: tensors in, plain structs out, and the launches between the large matrix products.
-// The schemas, the fake kernels and every other check live in Python (fusedrnn/ops.py, fusedrnn/functional.py).
+// A program without Python has all of this. The fake kernels and every other check live in Python (fusedrnn/ops.py,
+// fusedrnn/functional.py).
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -666,6 +667,12 @@ std::tuple<int64_t, int64_t, int64_t> cpu_keep(std::optional<int64_t> limit) {
 
 // Whether memory is filled with NaN before it is worked in or returned.
 void cpu_poison(bool on) { poisons = on; }
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fusedrnn, library) {
+#define OPERATOR(name, schema) library.def(#name schema);
+#include "../fusedrnn/operators.def"
+#undef OPERATOR
+}
 
 STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CPU, library) {
   library.impl("cpu_forward", TORCH_BOX(&cpu_forward));

@@ -9,19 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import ops, reference
-from .cells import CELLS
+from . import batching, ops, reference
+from .cells import CELLS, Cell
 from .layout import split_directions
 
 # The fixed arguments of LayerFunction.apply before the weights, and the first of them that can need a gradient.
 _FIXED = ("backend", "cell", "bidirectional", "cell_states", "x", "h0", "c0", "lengths", "reset")
 _X, _LENGTHS = _FIXED.index("x"), _FIXED.index("lengths")
 _WEIGHTS = len(_FIXED)
+# The tensors that LayerBackwardFunction.apply takes before the weights.
+_SAVED = ("dy", "dhn", "dcn", "dc", "x", "h0", "c0", "lengths", "reset", "y", "c", "reserve")
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
@@ -47,15 +49,16 @@ def layer(
         y [T, B, D*P], hn [D, B, P], cn [D, B, C], c [T, B, D*C] (meaningful with cell_states only); of packed rows
         y and c are [N, ...].
 
-    Raises:
-        NotImplementedError: inside torch.func.vmap, torch.func.jvp or a forward-mode dual level.
+    Forward-mode differentiation goes through the reference, whatever the backend.
     """
     needs_grad = wants_gradient(x, h0, c0, *weights)
     # The flag itself: before torch 2.12, Dynamo takes is_exporting() for true in torch.compile as well.
     if needs_grad and (torch.compiler._is_exporting_flag or torch.jit.is_tracing()):
         needs_grad = False  # what is recorded will be run and not trained: it should reserve nothing
     with _autocast_off(x.device):
-        if needs_grad or _is_transformed():
+        if _is_forward_mode():
+            y, hn, cn, c, _ = reference.layer(CELLS[cell], x, weights, bidirectional, h0, c0, lengths, reset)
+        elif needs_grad or torch._C._are_functorch_transforms_active():
             y, hn, cn, c, _ = _apply(backend, cell, bidirectional, cell_states, x, h0, c0, lengths, reset, *weights)
         else:
             y, hn, cn, c, _ = ops.forward_op(backend)(
@@ -101,17 +104,9 @@ def _autocast_off(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def _is_transformed() -> bool:
-    """Whether vmap or forward-mode differentiation may be at work, of which an operator by itself knows nothing."""
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-
-
-def _refuse_vmap(*_: Any) -> NoReturn:
-    raise NotImplementedError(
-        "the forward of fusedrnn's layers cannot be batched by torch.func.vmap, neither over sequences nor over weights"
-        ": give the sequences a batch dimension, and call the module once for each set of weights. Its backward can be "
-        "(torch.func.jacrev)"
-    )
+def _is_forward_mode() -> bool:
+    """Whether forward-mode differentiation, torch.func.jvp among it, may be at work, which no operator knows of."""
+    return torch.autograd.forward_ad._current_level >= 0
 
 
 class LayerFunction(torch.autograd.Function):
@@ -169,7 +164,9 @@ class LayerFunction(torch.autograd.Function):
         with _autocast_off(x.device):
             if torch.compiler.is_compiling():
                 grads: Sequence[Tensor] = _run_backward(ctx.backend, ctx.cell, ctx.bidirectional, needs, *arguments)
-            elif torch.is_grad_enabled() or _is_transformed():
+            elif _is_forward_mode():
+                grads = _gradients_of_given(ctx.cell, ctx.bidirectional, *arguments)
+            elif torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
                 apply = partial(LayerBackwardFunction.apply, ctx.backend, ctx.cell, ctx.bidirectional, needs)
                 grads = _for_each(apply, arguments)
             else:
@@ -179,7 +176,17 @@ class LayerFunction(torch.autograd.Function):
             dx, dh0, dc0 = (None if grad is None else grad.squeeze(0) for grad in (dx, dh0, dc0))
         return None, None, None, None, dx, dh0, dc0, None, None, *dweights
 
-    vmap = staticmethod(_refuse_vmap)
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+        """All sequences in one batch; or where weights differ, one set of weights after another."""
+        V, rows = info.batch_size, slice(_X, _WEIGHTS)
+        if any(dim is not None for dim in in_dims[_WEIGHTS:]):
+            each = [_apply(*batching.elements(arguments, in_dims, k)) for k in range(V)]
+            return tuple(torch.stack(parts) for parts in zip(*each, strict=True)), (0,) * len(each[0])
+        merged = batching.merged(_FIXED[rows], arguments[rows], in_dims[rows], V)
+        *results, reserve = _apply(*arguments[:_X], *merged.values(), *arguments[_WEIGHTS:])
+        found, dims = batching.split(("y", "hn", "cn", "c"), results, merged["x"], V)
+        return (*found, reserve), (*dims, None)  # of the merged batch: what a reserve means is the backend's own
 
 
 @cache
@@ -256,6 +263,66 @@ def _run_backward(
     return grads[: len(needs)]
 
 
+def _gradients(
+    cell: Cell,
+    bidirectional: bool,
+    grad_outputs: Sequence[Tensor],
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    weights: Sequence[Tensor],
+) -> tuple[Tensor, ...]:
+    """Those of x, h0, c0 and the weights by the reference, of which any derivative can be taken."""
+
+    def outputs(x: Tensor, h0: Tensor, c0: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        return reference.layer(cell, x, weights, bidirectional, h0, c0, lengths, reset)[:4]
+
+    return torch.func.vjp(outputs, x, h0, c0, *weights)[1](tuple(grad_outputs))
+
+
+def _with_zeros(
+    cell: Cell,
+    given: Sequence[Tensor | None],
+    x: Tensor,
+    lengths: Tensor | None,
+    weights: Sequence[Tensor],
+    bidirectional: bool,
+    y: Tensor,
+    c: Tensor,
+) -> list[Tensor]:
+    """dy, dhn, dcn, dc, h0 and c0, with zeros for those that are None."""
+    directions = split_directions(weights, bidirectional)
+    B, D, P = reference.batch_size(x, lengths), len(directions), directions[0].w_hh.shape[1]
+    state, carry = (D, B, P), (D, B, cell.cell_size(directions[0].hidden_size))
+    sizes = (y.shape, state, carry, c.shape, state, carry)
+    return [x.new_zeros(size) if t is None else t for t, size in zip(given, sizes, strict=True)]
+
+
+def _gradients_of_given(
+    cell: str,
+    bidirectional: bool,
+    dy: Tensor | None,
+    dhn: Tensor | None,
+    dcn: Tensor | None,
+    dc: Tensor | None,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    y: Tensor,
+    c: Tensor,
+    _: Tensor,
+    *weights: Tensor,
+) -> tuple[Tensor, ...]:
+    """`_run_backward` by the reference."""
+    given = dy, dhn, dcn, dc, h0, c0
+    *grad_outputs, h0, c0 = _with_zeros(CELLS[cell], given, x, lengths, weights, bidirectional, y, c)
+    return _gradients(CELLS[cell], bidirectional, grad_outputs, x, h0, c0, lengths, reset, weights)
+
+
 class LayerBackwardFunction(torch.autograd.Function):
     """The backward as a function of its own, so that it has a derivative: recomputed through the reference.
 
@@ -276,23 +343,14 @@ class LayerBackwardFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *ddgrads: Tensor) -> tuple[Tensor | None, ...]:
         dy, dhn, dcn, dc, x, h0, c0, lengths, reset, y, c, _, *weights = ctx.saved_tensors
-        directions = split_directions(weights, ctx.bidirectional)
-        cell, B, D = CELLS[ctx.cell], reference.batch_size(x, lengths), len(directions)
-        C, P = cell.cell_size(directions[0].hidden_size), directions[0].w_hh.shape[1]
-        zeros = [y.new_zeros(size) for size in (y.shape, (D, B, P), (D, B, C), c.shape)]
-        grad_outputs = tuple(zero if d is None else d for d, zero in zip((dy, dhn, dcn, dc), zeros, strict=True))
-        states = (
-            x.new_zeros(D, B, P) if h0 is None else h0,
-            x.new_zeros(D, B, C) if c0 is None else c0,
-        )
+        cell = CELLS[ctx.cell]
+        given = dy, dhn, dcn, dc, h0, c0
+        *grad_outputs, h_first, c_first = _with_zeros(cell, given, x, lengths, weights, ctx.bidirectional, y, c)
+        states = h_first, c_first
 
         def gradients(x: Tensor, h0: Tensor, c0: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
             *grad_outputs, weights = *rest[:4], rest[4:]
-
-            def outputs(x: Tensor, h0: Tensor, c0: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-                return reference.layer(cell, x, weights, ctx.bidirectional, h0, c0, lengths, reset)[:4]
-
-            return torch.func.vjp(outputs, x, h0, c0, *weights)[1](tuple(grad_outputs))
+            return _gradients(cell, ctx.bidirectional, grad_outputs, x, h0, c0, lengths, reset, weights)
 
         cotangents = tuple(
             dd if need else torch.zeros_like(like)
@@ -329,18 +387,32 @@ class LayerBackwardFunction(torch.autograd.Function):
         bidirectional: bool,
         needs: list[bool],
         *arguments: Any,
-    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        """One after another: every element has gradients of the weights of its own."""
-        results = [
-            LayerBackwardFunction.apply(
-                backend,
-                cell,
-                bidirectional,
-                needs,
-                *(t if dim is None else t.select(dim, k) for t, dim in zip(arguments, in_dims[4:], strict=True)),
+    ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+        """Of sequences that forward has computed as one batch, the gradients in one as well; or one after another.
+
+        Every element has gradients of the weights of its own.
+        """
+        V, dims, weights = info.batch_size, in_dims[4:], arguments[len(_SAVED) :]
+        is_merged = dims[_SAVED.index("y")] is not None and all(dim is None for dim in dims[_SAVED.index("reserve") :])
+        if is_merged:
+            tensors = batching.merged(_SAVED[:-1], arguments, dims, V)
+            layer = batching.MergedLayer(cell, bidirectional, tensors, weights, V)
+            if not any(needs[3:]) or layer.has_weight_gradients():
+
+                def run(needs: list[bool], x: Tensor, weights: Sequence[Tensor]) -> Sequence[Tensor]:
+                    rest = {**tensors, "x": x, "reserve": arguments[_SAVED.index("reserve")]}.values()
+                    return LayerBackwardFunction.apply(backend, cell, bidirectional, needs, *rest, *weights)
+
+                return layer.backward(run, needs)
+        results = []
+        for k in range(V):
+            *gradients, y, c, reserve = batching.elements(arguments, dims, k)[: len(_SAVED)]
+            own = batching.elements(weights, dims[len(_SAVED) :], k)
+            if is_merged:  # its reserve is that of all elements
+                y, _, _, c, reserve = _apply(backend, cell, bidirectional, False, *gradients[_SAVED.index("x") :], *own)
+            results.append(
+                LayerBackwardFunction.apply(backend, cell, bidirectional, needs, *gradients, y, c, reserve, *own)
             )
-            for k in range(info.batch_size)
-        ]
         grads = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
         return grads, (0,) * len(grads)
 

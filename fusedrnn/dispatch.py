@@ -412,6 +412,14 @@ def is_recorded() -> bool:
     return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
+def is_batched(tensor: Tensor) -> bool:
+    """Whether a tensor, or what another transform has wrapped, is batched by torch.func.vmap."""
+    functorch = torch._C._functorch
+    while functorch.is_gradtrackingtensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return functorch.is_batchedtensor(tensor)
+
+
 def is_eager() -> bool:
     """Whether there is no transform and no trace, so that what is in a tensor may decide what is done."""
     return (

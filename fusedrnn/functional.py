@@ -49,7 +49,7 @@ def lstm(
             t < lengths[b]. Input is not read where no step exists and output is zero there; h_n and c_n are the
             states after the last step that exists, hx itself where the length is 0; the reverse direction starts at
             the last step that exists. No host synchronisation: values outside 0..T raise on the CPU and are clamped
-            elsewhere.
+            elsewhere, and where torch.func.vmap batches lengths.
         reset: [T, B] bool ([B, T] with batch_first, [T] unbatched) on input's device: where true, the state that
             enters step t is zero, in every layer and in both directions.
         return_states: also return every state of every layer.
@@ -62,7 +62,6 @@ def lstm(
         TypeError: an argument is not of its type.
         ValueError, RuntimeError: a shape, dtype, value or device does not fit; for what nn.LSTM checks too, its own
             exception type and wording. RuntimeError also if a backend was asked for and cannot compute this.
-        NotImplementedError: inside torch.func.vmap or forward-mode differentiation.
 
     Example:
         >>> from fusedrnn import functional as F
@@ -118,7 +117,7 @@ def gru(
 
     Raises:
         TypeError: an argument is not of its type. If that is hx, the error is an AttributeError too, as nn.GRU's is.
-        ValueError, RuntimeError, NotImplementedError: as `lstm`; with the wording of nn.GRU.
+        ValueError, RuntimeError: as `lstm`; with the wording of nn.GRU.
     """
     return forward.layers(
         GRU,
@@ -169,7 +168,7 @@ def rnn(
 
     Raises:
         TypeError: an argument is not of its type. If that is hx, the error is an AttributeError too, as nn.RNN's is.
-        ValueError, RuntimeError, NotImplementedError: as `lstm`; with the wording of nn.RNN.
+        ValueError, RuntimeError: as `lstm`; with the wording of nn.RNN.
     """
     return forward.layers(
         _rnn(nonlinearity),

@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -22,36 +23,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import gpu, onnx, reference, sources
+from . import flops, gpu, onnx, reference, sources
 from .cells import CELLS
 from .layout import split_directions
 
 NAMESPACE = "fusedrnn"
 
-# cell is a name in cells.CELLS. y [T, B, D*P], hn [D, B, P], cn [D, B, C], c [T, B, D*C] (empty unless cell_states or
-# reserve), and what backward needs besides (empty unless reserve; its meaning is the backend's own). C is H for a cell
-# with a cell state; for others it is 0, and c0, dcn and dc are None. Some backends, see dispatch.TABLE, also take
-# [N, I], the rows of a PackedSequence as they lie, for x [T, B, I]: what has [T, B, ...] then has [N, ...], but for
-# reset, and lengths, which never grow and begin with T, say where the rows of each step are.
-_FORWARD_FORM = (
-    "(str cell, Tensor x, {listed}bool bidirectional, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset, "
-    "bool cell_states, bool reserve{each}) -> (Tensor y, Tensor hn, Tensor cn, Tensor c, Tensor reserve)"
-)
-# needs: x, h0, c0, then each weight. A gradient that is not needed comes back as an empty tensor, that of a weight that
-# is not given as None.
-_BACKWARD_FORM = (
-    "(str cell, Tensor? dy, Tensor? dhn, Tensor? dcn, Tensor? dc, Tensor x, {listed}bool bidirectional, Tensor? h0, "
-    "Tensor? c0, Tensor? lengths, Tensor? reset, Tensor y, Tensor c, Tensor reserve, bool[] needs{each}) "
-    "-> (Tensor dx, Tensor dh0, Tensor dc0, {gradients})"
-)
-# Each of the weights, 2 to 5 of a direction (layout.split_directions), is an argument: torch moves the tensors out of a
-# list that a native operator is given, and a program in TorchScript, which may use its list again, would be left with
-# undefined ones. Each of their gradients is a result: Inductor's C++ wrapper knows no lists of results.
-MAX_WEIGHTS = 10
-_EACH = ", Tensor w0, Tensor w1" + "".join(f", Tensor? w{k}=None" for k in range(2, MAX_WEIGHTS))
-_EACH_GRADIENT = ", ".join(f"Tensor dw{k}" for k in range(MAX_WEIGHTS))
-FORWARD_SCHEMA = _FORWARD_FORM.format(listed="", each=_EACH)
-BACKWARD_SCHEMA = _BACKWARD_FORM.format(listed="", each=_EACH, gradients=_EACH_GRADIENT)
+# The schemas of operators.def, which the CPU library is compiled with. It defines these operators, so that a program
+# without Python has them; where it is not loaded they are defined here. The other backends have the same two.
+_SCHEMAS = {
+    name: "".join(re.findall(r'"([^"]*)"', strings))
+    for name, strings in re.findall(
+        r'^OPERATOR\((\w+),\s*((?:"[^"]*"\s*)+)\)', Path(__file__).with_name("operators.def").read_text(), re.MULTILINE
+    )
+}
+FORWARD_SCHEMA, BACKWARD_SCHEMA = _SCHEMAS["cpu_forward"], _SCHEMAS["cpu_backward"]
+MAX_WEIGHTS = len(re.findall(r"Tensor\?? w\d", FORWARD_SCHEMA))
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 _ops = getattr(torch.ops, NAMESPACE)
@@ -59,16 +46,29 @@ _ops = getattr(torch.ops, NAMESPACE)
 
 def _define(backend: str, forward_fake: Callable[..., Any] | None = None) -> None:
     for name, schema, fake, position in (
-        (f"{backend}_forward", _FORWARD_FORM, forward_fake or _forward_fake, 2),
-        (f"{backend}_backward", _BACKWARD_FORM, _backward_fake, 6),
+        (f"{backend}_forward", FORWARD_SCHEMA, forward_fake or _forward_fake, 2),
+        (f"{backend}_backward", BACKWARD_SCHEMA, _backward_fake, 6),
     ):
-        flat = schema.format(listed="", each=_EACH, gradients=_EACH_GRADIENT)
-        _library.define(name + flat, tags=(torch.Tag.pt2_compliant_tag,))
+        _define_once(name, schema)
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-        listed = schema.format(listed="Tensor[] weights, ", each="", gradients="Tensor[] dweights")
-        _library.define(f"{name}.list" + listed)
+        _library.define(f"{name}.list{_listed(schema)}")
         _library.impl(f"{name}.list", _of_list(name, position), "CompositeImplicitAutograd")
     onnx.register(_library, f"{backend}_forward")
+
+
+def _define_once(name: str, schema: str) -> None:
+    """Defines an operator unless the native library has done so."""
+    tag = torch.Tag.pt2_compliant_tag
+    if hasattr(_ops, name):
+        getattr(_ops, name).default.tags.append(tag)  # the stable ABI of torch before 2.12 knows no tags
+    else:
+        _library.define(name + schema, tags=(tag,))
+
+
+def _listed(schema: str) -> str:
+    """The schema of the overload for weights, and gradients of them, in a list."""
+    schema = re.sub(r", Tensor w0.*?\) ->", ") ->", schema.replace("Tensor x, ", "Tensor x, Tensor[] weights, "))
+    return re.sub(r"Tensor dw0.*", "Tensor[] dweights)", schema)
 
 
 def _of_list(name: str, position: int) -> Callable[..., Any]:
@@ -351,21 +351,6 @@ _library.define("cuda_room(int device, int pass_, int[] sizes, int[] plan) -> (i
 _library.define("cuda_obstacle(int device) -> str")
 _library.define("cuda_device_type() -> str")
 
-_define("cpu")
-# A stack of layers where nothing but its results is asked for: a single time step feels every argument. h0, c0, hn and
-# cn are those of all layers; or x, h0, c0, hn and cn are those of a cell, [B, ...]. It is never traced; without a fake
-# kernel, a meta tensor among its arguments is an error.
-_library.define(
-    "cpu_infer(str cell, Tensor x, Tensor[] weights, int layers, bool bidirectional, Tensor? h0, Tensor? c0) "
-    "-> (Tensor y, Tensor hn, Tensor cn)"
-)
-_library.define("cpu_isa(str? select=None) -> str")
-# How many bytes of packed weights, and as many of other memory, may be kept from call to call; and how many are.
-_library.define("cpu_keep(int? limit=None) -> (int limit, int weights, int memory)")
-# Whether memory is filled with NaN before it is worked in or returned, for tests.
-_library.define("cpu_poison(bool on) -> ()")
-_library.define("cpu_plan(str cell, int T, int B, int I, int H, int P, int D, bool float64) -> str")
-
 
 def build_info() -> dict[str, Any]:
     """What the build left behind: compiler, flags, torch version, and the reason for each library it did not build."""
@@ -411,7 +396,18 @@ def _load(name: str) -> str | None:
 
 
 cpu_unavailable = _load("cpu")
+_define("cpu")
+for _name, _schema in _SCHEMAS.items():
+    if not hasattr(_ops, _name):
+        _library.define(_name + _schema)
 _cuda_unloaded = _load("cuda")
+
+BACKENDS = ("reference", "cuda", "triton", "cpu")
+flops.register(
+    {getattr(_ops, f"{name}_forward"): flops.forward for name in BACKENDS}
+    | {getattr(_ops, f"{name}_backward"): flops.backward for name in BACKENDS}
+    | {_ops.cpu_infer: flops.infer}
+)
 
 
 @constant
@@ -447,7 +443,7 @@ def backward_op(backend: str) -> Callable[..., tuple[Any, ...]]:
 
 
 _tracing_state = torch._C._get_tracing_state  # a single step feels each look for a name
-_FORWARD = {name: getattr(_ops, f"{name}_forward").default for name in ("reference", "cuda", "triton", "cpu")}
-_BACKWARD = {name: getattr(_ops, f"{name}_backward").default for name in ("reference", "cuda", "triton", "cpu")}
+_FORWARD = {name: getattr(_ops, f"{name}_forward").default for name in BACKENDS}
+_BACKWARD = {name: getattr(_ops, f"{name}_backward").default for name in BACKENDS}
 cpu_infer = _ops.cpu_infer.default
 layer = _ops.layer.default

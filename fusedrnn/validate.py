@@ -265,7 +265,11 @@ def lengths(lengths: Any, form: Form, device: torch.device) -> Tensor:
         raise ValueError(f"lengths must have shape [{form.B}], one length per sequence, got {list(lengths.shape)}")
     if lengths.device != device:
         raise RuntimeError(f"lengths must be on the device of input, {device}, got {lengths.device}")
-    if form.B > 0 and device.type == "cpu" and not dispatch.is_recorded():
+    if form.B == 0 or device.type != "cpu" or dispatch.is_recorded():
+        return lengths.to(torch.int64)
+    if dispatch.is_batched(lengths):  # by vmap, which lets nobody look at values
+        lengths = lengths.clamp(0, form.T)
+    else:
         low, high = lengths.min(), lengths.max()
         if low < 0 or high > form.T:
             raise ValueError(f"lengths must be in 0..{form.T}, the number of time steps, got {int(low)}..{int(high)}")

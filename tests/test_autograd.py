@@ -586,72 +586,6 @@ def test_func_grad_of_grad(kernel, assert_same):
     assert_same([*dweights.values(), ddx], expected)
 
 
-def vmapped(call, loss, weights, x):
-    return vmap(call, in_dims=(None, 0))(weights, x.unsqueeze(0))
-
-
-def vmapped_without_grad(call, loss, weights, x):
-    with torch.no_grad():
-        return vmapped(call, loss, weights, x)
-
-
-def ensemble(call, loss, weights, x):
-    return vmap(call, in_dims=(0, None))({name: torch.stack([w, w]) for name, w in weights.items()}, x)
-
-
-def gradient_of_each_sample(call, loss, weights, x):
-    return vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, torch.stack([x, x]))
-
-
-def jvp(call, loss, weights, x):
-    return torch.func.jvp(lambda x: call(weights, x), (x,), (x,))
-
-
-def jvp_of_weights(call, loss, weights, x):
-    return torch.func.jvp(lambda weights: call(weights, x), (weights,), (weights,))
-
-
-def dual_numbers(call, loss, weights, x):
-    with forward_ad.dual_level():
-        return call(weights, forward_ad.make_dual(x, x))
-
-
-def dual_numbers_that_need_gradients(call, loss, weights, x):
-    with forward_ad.dual_level():
-        return call(weights, forward_ad.make_dual(x.requires_grad_(), x))
-
-
-def jacfwd(call, loss, weights, x):
-    return torch.func.jacfwd(call, argnums=1)(weights, x)
-
-
-def jvp_of_grad(call, loss, weights, x):
-    return torch.func.jvp(lambda x: torch.func.grad(loss, argnums=1)(weights, x), (x,), (x,))
-
-
-VMAP, JVP = "cannot be batched by torch.func.vmap", "forward.mode"
-REFUSED = [
-    (vmapped, VMAP),
-    (vmapped_without_grad, VMAP),
-    (ensemble, VMAP),
-    (gradient_of_each_sample, VMAP),
-    (jvp, JVP),
-    (jvp_of_weights, JVP),
-    (dual_numbers, JVP),
-    (dual_numbers_that_need_gradients, JVP),
-    (jacfwd, JVP),
-    (jvp_of_grad, JVP),
-]
-
-
-@pytest.mark.parametrize(("transform", "text"), REFUSED, ids=[transform.__name__ for transform, _ in REFUSED])
-def test_transforms_that_are_refused(kernel, transform, text):
-    """An error that says so, and never a wrong number."""
-    call, loss, weights, x, _, _ = functional(kernel)
-    with pytest.raises(NotImplementedError, match=text):
-        transform(call, loss, weights, x)
-
-
 def two_layers(device):
     lstm = build(SimpleNamespace(device=device), 2, 3, 2, bidirectional=True, proj_size=2)
     return lambda x: torch.cat([part.flatten() for part in flat(lstm(x))]), random(3, 2, 2, device=device)
@@ -715,6 +649,127 @@ def test_jacobians(kernel, assert_same, form):
         assert_same(dx.detach().view_as(expected), expected)
 
 
+def each(call, *stacked):
+    """What vmap is to return: the results of one element after another."""
+    results = [call(*(t[k] for t in stacked)) for k in range(len(stacked[0]))]
+    return (
+        torch.stack(results)
+        if isinstance(results[0], torch.Tensor)
+        else [torch.stack(t) for t in zip(*results, strict=True)]
+    )
+
+
+@pytest.mark.parametrize("form", BATCHED, ids=[form.__name__ for form in BATCHED])
+def test_vmap_over_data(kernel, assert_same, form):
+    """Also in one another, under grad, and of the gradient of x."""
+    skip_padded(kernel, form)
+    call, x = form(kernel.device)
+    loss = lambda x: call(x).square().sum()  # noqa: E731
+    xs = torch.stack([x, 2 * x, -x])
+    assert_same(vmap(call)(xs), each(call, xs))
+    assert_same(vmap(call, in_dims=1, out_dims=1)(xs.transpose(0, 1)).transpose(0, 1), each(call, xs))
+    with torch.no_grad():
+        assert_same(vmap(vmap(call))(torch.stack([xs, xs / 2]))[1], each(call, xs / 2))
+    gradients = each(torch.func.grad(loss), xs)
+    assert_same(vmap(torch.func.grad(loss))(xs), gradients)
+    assert_same(torch.func.grad(lambda xs: vmap(loss)(xs).sum())(xs), gradients)
+    xs.requires_grad_()
+    assert_same(grad(vmap(loss)(xs).sum(), xs)[0], gradients)
+    assert_same(vmap(torch.func.jacrev(call))(xs), each(torch.func.jacrev(call), xs))
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_layers": 2, "bidirectional": True}, {"bias": False}, {"proj_size": 2}], ids=str
+)
+def test_vmap_over_weights_and_gradients_of_each_sample(kernel, assert_same, options):
+    call, loss, weights, x, _, _ = functional(kernel, I, H, **options)
+    xs = torch.stack([x, 2 * x, -x])
+    several = {name: torch.stack([w, w / 2, -w]) for name, w in weights.items()}
+    one = [{name: w[k] for name, w in several.items()} for k in range(3)]
+    assert_same(vmap(call, in_dims=(0, None))(several, x), each(lambda k: call(one[k], x), range(3)))
+    assert_same(vmap(call)(several, xs), each(lambda k: call(one[k], xs[k]), range(3)))
+    gradient = torch.func.grad(loss, argnums=(0, 1))
+
+    def gradients(weights, x):
+        dweights, dx = gradient(weights, x)
+        return [*dweights.values(), dx]
+
+    of_one_of_several = each(lambda k: gradients(one[k], xs[k]), range(3))
+    assert_same(list(vmap(gradients)(several, xs)), of_one_of_several)
+    assert_same(list(vmap(gradients, in_dims=(None, 0))(weights, xs)), each(lambda x: gradients(weights, x), xs))
+
+
+def test_vmap_with_states_lengths_and_resets_of_each_element(kernel, assert_same):
+    layer = build(kernel, I, H, bidirectional=True)
+    weights = dict(layer.named_parameters())
+    x, lengths = (
+        random(3, T, B, I, device=kernel.device),
+        torch.arange(3 * B, device=kernel.device).view(3, B) % (T + 1),
+    )
+    h0, c0 = random(3, 2, B, H, device=kernel.device), random(2, B, H, device=kernel.device)
+    reset = torch.rand(3, T, B, device=kernel.device) < 0.3
+
+    def loss(weights, x, h0, lengths, reset):
+        arguments = {"lengths": lengths, "reset": reset}
+        y, state = functional_call(layer, weights, (x, (h0, c0)), arguments)
+        return sums([y, *state])
+
+    gradients = torch.func.grad(loss, argnums=(0, 1, 2))
+
+    def flat(weights, *arguments):
+        dweights, dx, dh0 = gradients(weights, *arguments)
+        return [*dweights.values(), dx, dh0]
+
+    found = vmap(lambda *arguments: flat(weights, *arguments))(x, h0, lengths, reset)
+    assert_same(list(found), each(lambda *arguments: flat(weights, *arguments), x, h0, lengths, reset))
+    of_states = vmap(lambda h0: loss(weights, x[0], h0, lengths[0], reset[0]))
+    assert_same(of_states(h0), each(lambda h0: loss(weights, x[0], h0, lengths[0], reset[0]), h0))
+
+
+def test_gradients_of_each_sample_are_one_backward(kernel, monkeypatch):
+    """And so is the forward: operators are called as often as for one sample."""
+    _, loss, weights, x, _, _ = functional(kernel)
+    called = []
+    for way in ("forward", "backward"):
+        real = getattr(ops, f"{way}_op")
+        monkeypatch.setattr(ops, f"{way}_op", lambda backend, real=real, way=way: called.append(way) or real(backend))
+    vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, torch.stack([x] * 5))
+    assert called == ["forward", "backward"]
+
+
+@pytest.mark.parametrize("form", BATCHED, ids=[form.__name__ for form in BATCHED])
+def test_forward_mode(kernel, assert_same, form):
+    skip_padded(kernel, form)
+    call, x = form(kernel.device)
+    expected, v = jacobian(call, x), torch.randn_like(x)
+    along = (expected * v).flatten(-x.dim()).sum(-1)
+    y, tangent = torch.func.jvp(call, (x,), (v,))
+    assert_same([y, tangent], [call(x), along])
+    assert_same(torch.func.jacfwd(call)(x), expected)
+    with forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(call(forward_ad.make_dual(x, v)))
+        assert_same([dual.primal, dual.tangent], [call(x), along])
+        leaf = x.clone().requires_grad_()
+        (dx,) = grad(call(forward_ad.make_dual(leaf, v)).square().sum(), leaf)
+        assert_same(dx.detach(), jacobian(lambda x: call(x).square().sum(), x))
+
+
+def test_forward_over_reverse(kernel, assert_same):
+    call, loss, weights, x, _, _ = functional(kernel, I, 3, 2)
+    x = x[:3, :2]
+    gradient = lambda x: torch.func.grad(loss, argnums=1)(weights, x)  # noqa: E731
+    second = jacobian(lambda x: jacobian(lambda x: loss(weights, x), x, create_graph=True), x)
+    assert_same(torch.func.hessian(lambda x: loss(weights, x))(x), second)
+    v = torch.randn_like(x)
+    assert_same(torch.func.jvp(gradient, (x,), (v,))[1], (second * v).flatten(-x.dim()).sum(-1))
+    y, pullback = vjp(lambda x: call(weights, x)[0], x)
+    dy = torch.randn_like(y)
+    assert_same(torch.func.jvp(lambda dy: pullback(dy)[0], (dy,), (dy,))[1], pullback(dy)[0])
+    of_weights = torch.func.jvp(lambda weights: call(weights, x)[0], (weights,), (weights,))[1]
+    jacobians = torch.func.jacrev(lambda weights: call(weights, x)[0])(weights)
+    assert_same(of_weights, sum((jacobians[name] * w).flatten(y.dim()).sum(-1) for name, w in weights.items()))
+
+
 def test_jacobian_of_weights(kernel, assert_same):
     """Each element of the output has gradients of the weights of its own."""
     call, _, weights, x, _, _ = functional(kernel, I, 2, num_layers=2)
@@ -742,6 +797,19 @@ def test_transforms_of_other_cells(other_kernel, assert_same):
         loss = lambda x, call=call: call(x).square().sum()  # noqa: E731 - it is given away at once
         assert_same(torch.func.grad(loss)(x), jacobian(loss, x))
         assert_same(torch.func.jacrev(torch.func.jacrev(loss))(x), hessian(loss, x))
+        assert_same(torch.func.hessian(loss)(x), hessian(loss, x))
+        assert_same(torch.func.jacfwd(call)(x), expected)
+        xs = torch.stack([x, -2 * x])
+        assert_same(vmap(call)(xs), each(call, xs))
+    for module in (layers, step):
+        weights = {name: p.detach() for name, p in module.named_parameters()}
+        xs = random(3, 2, 2, device=place.device) if module is step else random(3, 4, 2, 2, device=place.device)
+
+        def gradients(x, module=module, weights=weights):
+            loss = lambda weights: sums(flat(functional_call(module, weights, (x,))))  # noqa: E731
+            return list(torch.func.grad(loss)(weights).values())
+
+        assert_same(list(vmap(gradients)(xs)), each(gradients, xs))
 
 
 @pytest.mark.parametrize("form", BATCHED, ids=[form.__name__ for form in BATCHED])

@@ -272,6 +272,18 @@ def test_inductor(assert_same, gradients, cpp_wrapper):
         assert_same(gradients(outputs, list(model.parameters())), gradients(expected, list(model.parameters())))
 
 
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_modes_of_compile(assert_same, gradients, mode):
+    """In training, and for another size."""
+    model = fusedrnn.CompilableLSTM(I, H, dtype=torch.float64)
+    run = torch.compile(model, fullgraph=True, mode=mode, dynamic=True)
+    for T, B in SIZES[:2]:
+        x = torch.randn(T, B, I, dtype=torch.float64)
+        outputs, expected = run(x), model(x)
+        assert_same(outputs, expected)
+        assert_same(gradients(outputs, list(model.parameters())), gradients(expected, list(model.parameters())))
+
+
 @pytest.mark.parametrize("more", [False, True], ids=["plain", "lengths-reset-states"])
 def test_whole_graph_of_other_cells(other_kernel, assert_same, gradients, more):
     kind, place = other_kernel
@@ -365,7 +377,7 @@ def test_export(kernel, assert_same, strict, more):
     file = io.BytesIO()
     torch.export.save(program, file)
     file.seek(0)
-    for exported in (program, torch.export.load(file)):
+    for exported in (program, torch.export.load(file), program.run_decompositions()):
         calls = Graphs.operators(exported.graph)
         assert list(calls) == [f"{kernel.backend}_forward"]
         assert [args[8] for args in calls[f"{kernel.backend}_forward"]] == [False, False]  # reserve
@@ -695,5 +707,7 @@ def test_opcheck_of_what_computes_no_tensor():
         for overload in ("", ".list")
     }
     library = {f"cuda_{name}" for name in ("launch_forward", "launch_backward", "room", "obstacle", "device_type")}
+    for name, schema in ops._SCHEMAS.items():  # of the library, or of Python where there is none
+        assert str(getattr(torch.ops.fusedrnn, name).default._schema) == f"fusedrnn::{name}{schema}"
     # What is new has to be checked: here, triton's and cuda's in test_triton.py and test_cuda.py.
     assert names == {*pairs, "layer", "cpu_infer", "cpu_isa", "cpu_keep", "cpu_plan", "cpu_poison", *library}

@@ -648,8 +648,9 @@ def test_without_the_native_library(report, tmp_path, info, library, expected):
     package = tmp_path / "fusedrnn"
     for name, target in (("fusedrnn", package), ("fusedrnn.kernels", package / "kernels")):
         target.mkdir()
-        for file in Path(find_spec(name).origin).parent.glob("*.py"):
-            shutil.copy(file, target)
+        for file in Path(find_spec(name).origin).parent.iterdir():
+            if file.suffix in (".py", ".def"):
+                shutil.copy(file, target)
     if info is not None:
         (package / "_build.json").write_text(json.dumps(info))
     if library is not None:

@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import shutil
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -179,17 +180,18 @@ def test_per_sample_gradients_by_hooks(pair, assert_same):
 
 
 def test_per_sample_gradients_of_the_layer(pair, assert_same):
-    """One sequence after another, by torch.func.grad; vmap, which would do all at once, refuses nn.LSTM too."""
+    """All sequences at once; nn.LSTM, which torch.func.vmap refuses, takes one after another."""
 
-    def loss(model, weights, x):
-        return torch.func.functional_call(model, weights, (x,)).square().sum()
+    def gradients(model):
+        def loss(weights, x):
+            return torch.func.functional_call(model, weights, (x.unsqueeze(0),)).square().sum()
 
-    for x in batch(B=3).split(1):
-        found = [
-            torch.func.grad(lambda weights, model=model, x=x: loss(model, weights, x))(dict(model.named_parameters()))
-            for model in pair
-        ]
-        assert_same(list(found[1].values()), list(found[0].values()))
+        weights = {name: p.detach() for name, p in model.named_parameters()}
+        return lambda x: list(torch.func.grad(loss)(weights, x).values())
+
+    x = batch(B=3)
+    each = [gradients(pair[0])(sequence) for sequence in x]
+    assert_same(torch.func.vmap(gradients(pair[1]))(x), [torch.stack(parts) for parts in zip(*each, strict=True)])
 
 
 @pytest.mark.parametrize("cls", [nn.GRU, nn.RNN, nn.GRUCell, nn.RNNCell])
@@ -275,6 +277,74 @@ def test_opacus_before_convert(assert_same):
         grads.append([p.grad_sample for p in sampled.parameters()])
     assert all(len(g) == len(x) for g in grads[1])
     assert_same(grads[1], grads[0])
+
+
+# Counters and profilers
+
+
+def products(module, rows):
+    return sum(2 * rows * weight.numel() for weight in module.parameters() if weight.dim() == 2)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("cls", [fusedrnn.LSTM, fusedrnn.GRU, fusedrnn.RNN])
+def test_flop_counter(cls, backend):
+    """The products of nn.LSTM: torch counts them for a projection, but none of its kernels for the CPU without."""
+    if fusedrnn.backends()[backend] is not None:
+        pytest.skip(fusedrnn.backends()[backend])
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def count(run):
+        with FlopCounterMode(display=False) as counter:
+            result = run()
+        return counter.get_total_flops(), result
+
+    T, B, x = 5, 3, torch.randn(5, 3, 7)
+    layers = cls(7, 16, 2, bidirectional=True)
+    with fusedrnn.use_backend(backend):
+        with torch.no_grad():
+            assert count(lambda: layers(x))[0] == products(layers, T * B)
+        forward, (y, _) = count(lambda: layers(x))
+        backward, _ = count(lambda: y.sum().backward())
+        assert forward == products(layers, T * B)
+        of_x = sum(2 * T * B * layers.all_weights[d][0].numel() for d in range(2))
+        of_first_states = sum(2 * B * weights[1].numel() for weights in layers.all_weights)
+        assert backward == 2 * forward - of_x - of_first_states
+        if cls is fusedrnn.LSTM:
+            found = []
+            for module in (fusedrnn.LSTM(7, 16, proj_size=5), nn.LSTM(7, 16, proj_size=5)):
+                leaf = x.clone().requires_grad_()
+                forward, (y, _) = count(lambda module=module, leaf=leaf: module(leaf))
+                found.append((forward, count(lambda y=y: y.sum().backward())[0]))
+            assert found[0] == found[1]
+        step = getattr(fusedrnn, f"{cls.__name__}Cell")(7, 16)
+        assert count(lambda: step(x[0]))[0] == products(step, B)
+
+
+def test_the_flop_counter_is_not_loaded_by_us():
+    """It takes its time, and loads Triton."""
+    code = """
+import sys, torch, fusedrnn
+assert "torch.utils.flop_counter" not in sys.modules
+from torch.utils.flop_counter import flop_registry
+assert torch.ops.fusedrnn.cpu_forward in flop_registry
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_profiler():
+    """Operators by name, with the shapes of what they take, forward and backward."""
+    if fusedrnn.backends()["cpu"] is not None:
+        pytest.skip(fusedrnn.backends()["cpu"])
+    layer, x = fusedrnn.LSTM(3, 4), torch.randn(5, 2, 3)
+    with fusedrnn.use_backend("cpu"), torch.profiler.profile(record_shapes=True) as profile:
+        layer(x)[0].sum().backward()
+        with torch.no_grad():
+            layer(x)
+    shapes = {event.key: event.input_shapes for event in profile.key_averages(group_by_input_shape=True)}
+    assert shapes["fusedrnn::cpu_forward"][1] == [5, 2, 3]
+    assert shapes["fusedrnn::cpu_backward"][5] == [5, 2, 3]
+    assert shapes["fusedrnn::cpu_infer"][1] == [5, 2, 3]
 
 
 # Copies and processes
@@ -397,29 +467,65 @@ def test_script_refuses(pair):
         torch.jit.script(fusedrnn.revert(pair[1]))
 
 
-@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="AOTInductor needs a C++ compiler")
-def test_aot_inductor(pair, assert_same, tmp_path):
-    class Last(nn.Module):
-        def __init__(self, lstm):
-            super().__init__()
-            self.lstm = lstm
+CXX = shutil.which(os.environ.get("CXX", "g++"))
 
-        def forward(self, x):
-            return self.lstm(x)[0]
 
+class Last(nn.Module):
+    def __init__(self, lstm):
+        super().__init__()
+        self.lstm = lstm
+
+    def forward(self, x):
+        return self.lstm(x)[0]
+
+
+@pytest.fixture
+def package(pair, tmp_path):
+    """nn.LSTM and our layer for inference, and a package of ours for any B and T."""
     theirs, ours = (Last(model.lstm).eval() for model in pair)
     fusedrnn.convert(ours, compilable=True)
-
-    def inputs(B, T):
-        return torch.randn(B, T, 4, dtype=torch.float64)
-
     dynamic = {"x": {0: torch.export.Dim("B"), 1: torch.export.Dim("T")}}
-    program = torch.export.export(ours, (inputs(6, 5),), dynamic_shapes=dynamic)
+    program = torch.export.export(ours, (torch.randn(6, 5, 4, dtype=torch.float64),), dynamic_shapes=dynamic)
     path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
-    compiled = torch._inductor.aoti_load_package(path)
-    for x in (inputs(6, 5), inputs(3, 9)):
-        with torch.no_grad():
-            assert_same(compiled(x), theirs(x))
+    return theirs, ours, path
+
+
+@pytest.mark.skipif(CXX is None, reason="AOTInductor needs a C++ compiler")
+@pytest.mark.skipif(fusedrnn.backends()["cpu"] is not None, reason="the CPU library is not here")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_aot_inductor(package, assert_same, tmp_path):
+    """In Python; and, with a trace, in a C++ program that loads the library: no Python is in its process."""
+    theirs, ours, path = package
+    inputs = [torch.randn(B, T, 4, dtype=torch.float64) for B, T in ((6, 5), (3, 9))]
+    with torch.no_grad():
+        expected = [theirs(x) for x in inputs]
+        compiled = torch._inductor.aoti_load_package(path)
+        assert_same([compiled(x) for x in inputs], expected)
+        torch.jit.trace(ours, inputs[0], check_trace=False).save(str(tmp_path / "trace.pt"))
+    program = built_program(tmp_path)
+    (tmp_path / "x").write_bytes(b"".join(x.numpy().tobytes() for x in inputs))
+    sizes = [str(number) for x in inputs for number in x.shape]
+    for kind, file in (("package", path), ("trace", tmp_path / "trace.pt")):
+        command = [program, LIBRARY, kind, file, tmp_path / "x", tmp_path / "y", *sizes]
+        ran = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert ran.returncode == 0, ran.stderr
+        found = torch.from_numpy(np.fromfile(tmp_path / "y"))
+        assert_same(found, torch.cat([y.flatten() for y in expected]))
+
+
+LIBRARY = next(Path(fusedrnn.__file__).parent.glob("_cpu*.so"), None)
+
+
+def built_program(folder):
+    """tests/cpp/program.cpp, linked with this torch."""
+    torch_folder, program = Path(torch.__file__).parent, folder / "program"
+    includes = [torch_folder / "include", torch_folder / "include" / "torch" / "csrc" / "api" / "include"]
+    libraries = [f"-L{torch_folder / 'lib'}", f"-Wl,-rpath,{torch_folder / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    command = [CXX, "-std=c++20", "-O0", ROOT / "tests" / "cpp" / "program.cpp", "-o", program]
+    command += [*(f"-isystem{include}" for include in includes), *libraries, "-ldl"]
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    return program
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -444,6 +550,8 @@ def test_jacobians(pair, assert_same):
     x = batch(B=2, T=3)
     for jacobian in (
         lambda model: torch.func.jacrev(model)(x),
+        lambda model: torch.func.jacfwd(model)(x),
+        lambda model: torch.func.hessian(lambda x: model(x).square().sum())(x),
         lambda model: torch.autograd.functional.jacobian(model, x, vectorize=True),
     ):
         assert_same(jacobian(pair[1]), jacobian(pair[0]))
