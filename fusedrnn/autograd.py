@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .cells import CELLS
+from .cells import named
 from .layout import split_directions
 
 # The fixed arguments of LayerFunction.apply before the weights, and the first of them that can need a gradient.
-_FIXED = ("backend", "cell", "bidirectional", "cell_states", "x", "h0", "c0", "lengths", "reset")
+_FIXED = ("backend", "cell", "bidirectional", "cell_states", "x", "h0", "c0", "lengths", "reset", "noise")
 _X, _LENGTHS = _FIXED.index("x"), _FIXED.index("lengths")
 _WEIGHTS = len(_FIXED)
 
@@ -40,6 +40,7 @@ def layer(
     lengths: Tensor | None,
     reset: Tensor | None,
     cell_states: bool,
+    noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One layer, differentiable where it has to be; the arguments are those of `ops.FORWARD_SCHEMA`.
 
@@ -56,10 +57,12 @@ def layer(
         needs_grad = False  # what is recorded will be run and not trained: it should reserve nothing
     with _autocast_off(x.device):
         if needs_grad or _is_transformed():
-            y, hn, cn, c, _ = _apply(backend, cell, bidirectional, cell_states, x, h0, c0, lengths, reset, *weights)
+            y, hn, cn, c, _ = _apply(
+                backend, cell, bidirectional, cell_states, x, h0, c0, lengths, reset, noise, *weights
+            )
         else:
             y, hn, cn, c, _ = ops.forward_op(backend)(
-                cell, x, bidirectional, h0, c0, lengths, reset, cell_states, False, *weights
+                cell, x, bidirectional, h0, c0, lengths, reset, cell_states, False, *weights, **_given(noise)
             )
     return y, hn, cn, c
 
@@ -68,8 +71,13 @@ def step(
     backend: str, cell: str, x: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """One time step of one direction, differentiable, outside of autocast: x [B, I], h0 [B, P], c0 [B, C] -> hn, cn."""
-    _, hn, cn, _, _ = _apply(backend, cell, False, False, x, h0, c0, None, None, *weights)
+    _, hn, cn, _, _ = _apply(backend, cell, False, False, x, h0, c0, None, None, None, *weights)
     return hn, cn
+
+
+def _given(noise: Tensor | None) -> dict[str, Tensor]:
+    """The noise as an operator takes it, which has a default for none."""
+    return {} if noise is None else {"noise": noise}
 
 
 def _apply(*arguments: Any) -> tuple[Tensor, ...]:
@@ -132,13 +140,16 @@ class LayerFunction(torch.autograd.Function):
         c0: Tensor | None,
         lengths: Tensor | None,
         reset: Tensor | None,
+        noise: Tensor | None,
         *weights: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        forward = ops.forward_op(backend)
+        forward, given = ops.forward_op(backend), _given(noise)
         if not _is_step(x, lengths):
-            return forward(cell, x, bidirectional, h0, c0, lengths, reset, cell_states, True, *weights)
+            return forward(cell, x, bidirectional, h0, c0, lengths, reset, cell_states, True, *weights, **given)
         x, h0, c0 = unsqueezed(x, h0, c0)
-        y, hn, cn, c, reserve = forward(cell, x, bidirectional, h0, c0, lengths, reset, cell_states, True, *weights)
+        y, hn, cn, c, reserve = forward(
+            cell, x, bidirectional, h0, c0, lengths, reset, cell_states, True, *weights, **given
+        )
         # Not squeezed: a view that is made here may not be changed in place.
         return y, hn.resize_(hn.shape[1:]), cn.resize_(cn.shape[1:]), c, reserve
 
@@ -155,29 +166,30 @@ class LayerFunction(torch.autograd.Function):
     def backward(
         ctx: Any, dy: Tensor | None, dhn: Tensor | None, dcn: Tensor | None, dc: Tensor | None, _: None
     ) -> tuple[Tensor | None, ...]:
-        x, h0, c0, lengths, reset, *weights, y, c, reserve = ctx.saved_tensors
+        x, h0, c0, lengths, reset, noise, *weights, y, c, reserve = ctx.saved_tensors
         is_step = _is_step(x, lengths)
         if is_step:
             x, h0, c0, dhn, dcn = unsqueezed(x, h0, c0, dhn, dcn)
         if ctx.y_version is not None and ctx.y_version.has_changed():
             with torch.no_grad(), _autocast_off(x.device):
                 forward = ops.forward_op(ctx.backend)
-                y = forward(ctx.cell, x, ctx.bidirectional, h0, c0, lengths, reset, False, True, *weights)[0]
+                arguments = (ctx.cell, x, ctx.bidirectional, h0, c0, lengths, reset, False, True, *weights)
+                y = forward(*arguments, **_given(noise))[0]
         needed = ctx.needs_input_grad
         needs = [*needed[_X : _X + 3], *needed[_WEIGHTS:]]
-        arguments = (dy, dhn, dcn, dc, x, h0, c0, lengths, reset, y, c, reserve, *weights)
+        tensors = (dy, dhn, dcn, dc, x, h0, c0, lengths, reset, noise, y, c, reserve, *weights)
         with _autocast_off(x.device):
             if torch.compiler.is_compiling():
-                grads: Sequence[Tensor] = _run_backward(ctx.backend, ctx.cell, ctx.bidirectional, needs, *arguments)
+                grads: Sequence[Tensor] = _run_backward(ctx.backend, ctx.cell, ctx.bidirectional, needs, *tensors)
             elif torch.is_grad_enabled() or _is_transformed():
                 apply = partial(LayerBackwardFunction.apply, ctx.backend, ctx.cell, ctx.bidirectional, needs)
-                grads = _for_each(apply, arguments)
+                grads = _for_each(apply, tensors)
             else:
-                grads = _for_each(partial(_run_backward, ctx.backend, ctx.cell, ctx.bidirectional, needs), arguments)
+                grads = _for_each(partial(_run_backward, ctx.backend, ctx.cell, ctx.bidirectional, needs), tensors)
         dx, dh0, dc0, *dweights = (grad if need else None for grad, need in zip(grads, needs, strict=True))
         if is_step:
             dx, dh0, dc0 = (None if grad is None else grad.squeeze(0) for grad in (dx, dh0, dc0))
-        return None, None, None, None, dx, dh0, dc0, None, None, *dweights
+        return None, None, None, None, dx, dh0, dc0, None, None, None, *dweights
 
     vmap = staticmethod(_refuse_vmap)
 
@@ -245,14 +257,14 @@ def _run_backward(
     c0: Tensor | None,
     lengths: Tensor | None,
     reset: Tensor | None,
+    noise: Tensor | None,
     y: Tensor,
     c: Tensor,
     reserve: Tensor,
     *weights: Tensor,
 ) -> tuple[Tensor, ...]:
-    grads = ops.backward_op(backend)(
-        cell, dy, dhn, dcn, dc, x, bidirectional, h0, c0, lengths, reset, y, c, reserve, needs, *weights
-    )
+    arguments = (cell, dy, dhn, dcn, dc, x, bidirectional, h0, c0, lengths, reset, y, c, reserve, needs, *weights)
+    grads = ops.backward_op(backend)(*arguments, **_given(noise))
     return grads[: len(needs)]
 
 
@@ -275,9 +287,10 @@ class LayerBackwardFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *ddgrads: Tensor) -> tuple[Tensor | None, ...]:
-        dy, dhn, dcn, dc, x, h0, c0, lengths, reset, y, c, _, *weights = ctx.saved_tensors
-        directions = split_directions(weights, ctx.bidirectional)
-        cell, B, D = CELLS[ctx.cell], reference.batch_size(x, lengths), len(directions)
+        dy, dhn, dcn, dc, x, h0, c0, lengths, reset, noise, y, c, _, *weights = ctx.saved_tensors
+        cell = named(ctx.cell)
+        directions = split_directions(weights, ctx.bidirectional, cell)
+        B, D = reference.batch_size(x, lengths), len(directions)
         C, P = cell.cell_size(directions[0].hidden_size), directions[0].w_hh.shape[1]
         zeros = [y.new_zeros(size) for size in (y.shape, (D, B, P), (D, B, C), c.shape)]
         grad_outputs = tuple(zero if d is None else d for d, zero in zip((dy, dhn, dcn, dc), zeros, strict=True))
@@ -290,7 +303,7 @@ class LayerBackwardFunction(torch.autograd.Function):
             *grad_outputs, weights = *rest[:4], rest[4:]
 
             def outputs(x: Tensor, h0: Tensor, c0: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-                return reference.layer(cell, x, weights, ctx.bidirectional, h0, c0, lengths, reset)[:4]
+                return reference.layer(cell, x, weights, ctx.bidirectional, h0, c0, lengths, reset, noise)[:4]
 
             return torch.func.vjp(outputs, x, h0, c0, *weights)[1](tuple(grad_outputs))
 
@@ -312,6 +325,7 @@ class LayerBackwardFunction(torch.autograd.Function):
             gx,
             gh0 if h0 is not None else None,
             gc0 if c0 is not None else None,
+            None,
             None,
             None,
             None,

@@ -23,31 +23,34 @@ import torch
 from torch import Tensor
 
 from . import gpu, onnx, reference, sources
-from .cells import CELLS
+from .cells import named
 from .layout import split_directions
 
 NAMESPACE = "fusedrnn"
 
-# cell is a name in cells.CELLS. y [T, B, D*P], hn [D, B, P], cn [D, B, C], c [T, B, D*C] (empty unless cell_states or
+# cell is a name for cells.named. y [T, B, D*P], hn [D, B, P], cn [D, B, C], c [T, B, D*C] (empty unless cell_states or
 # reserve), and what backward needs besides (empty unless reserve; its meaning is the backend's own). C is H for a cell
 # with a cell state; for others it is 0, and c0, dcn and dc are None. Some backends, see dispatch.TABLE, also take
 # [N, I], the rows of a PackedSequence as they lie, for x [T, B, I]: what has [T, B, ...] then has [N, ...], but for
-# reset, and lengths, which never grow and begin with T, say where the rows of each step are.
+# reset, and lengths, which never grow and begin with T, say where the rows of each step are. noise: of a cell with
+# noise, see reference.layer; float64 for x of that dtype, else float32.
 _FORWARD_FORM = (
     "(str cell, Tensor x, {listed}bool bidirectional, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset, "
-    "bool cell_states, bool reserve{each}) -> (Tensor y, Tensor hn, Tensor cn, Tensor c, Tensor reserve)"
+    "bool cell_states, bool reserve{each}, *, Tensor? noise=None) "
+    "-> (Tensor y, Tensor hn, Tensor cn, Tensor c, Tensor reserve)"
 )
 # needs: x, h0, c0, then each weight. A gradient that is not needed comes back as an empty tensor, that of a weight that
 # is not given as None.
 _BACKWARD_FORM = (
     "(str cell, Tensor? dy, Tensor? dhn, Tensor? dcn, Tensor? dc, Tensor x, {listed}bool bidirectional, Tensor? h0, "
-    "Tensor? c0, Tensor? lengths, Tensor? reset, Tensor y, Tensor c, Tensor reserve, bool[] needs{each}) "
+    "Tensor? c0, Tensor? lengths, Tensor? reset, Tensor y, Tensor c, Tensor reserve, bool[] needs{each}, *, "
+    "Tensor? noise=None) "
     "-> (Tensor dx, Tensor dh0, Tensor dc0, {gradients})"
 )
-# Each of the weights, 2 to 5 of a direction (layout.split_directions), is an argument: torch moves the tensors out of a
+# Each of the weights, 2 to 6 of a direction (layout.split_directions), is an argument: torch moves the tensors out of a
 # list that a native operator is given, and a program in TorchScript, which may use its list again, would be left with
 # undefined ones. Each of their gradients is a result: Inductor's C++ wrapper knows no lists of results.
-MAX_WEIGHTS = 10
+MAX_WEIGHTS = 12
 _EACH = ", Tensor w0, Tensor w1" + "".join(f", Tensor? w{k}=None" for k in range(2, MAX_WEIGHTS))
 _EACH_GRADIENT = ", ".join(f"Tensor dw{k}" for k in range(MAX_WEIGHTS))
 FORWARD_SCHEMA = _FORWARD_FORM.format(listed="", each=_EACH)
@@ -74,9 +77,9 @@ def _define(backend: str, forward_fake: Callable[..., Any] | None = None) -> Non
 def _of_list(name: str, position: int) -> Callable[..., Any]:
     """The overload of an operator for weights in a list, its argument at `position`, and for gradients in a list."""
 
-    def run(*arguments: Any) -> Any:
+    def run(*arguments: Any, noise: Tensor | None = None) -> Any:
         weights = arguments[position]
-        results = getattr(_ops, name).default(*arguments[:position], *arguments[position + 1 :], *weights)
+        results = getattr(_ops, name).default(*arguments[:position], *arguments[position + 1 :], *weights, noise=noise)
         return (*results[:3], list(results[3 : 3 + len(weights)])) if name.endswith("_backward") else results
 
     return run
@@ -93,7 +96,7 @@ def _each_gradient(dx: Tensor, dh0: Tensor, dc0: Tensor, dweights: Sequence[Tens
 # goes by what Dynamo saw, so `revision` is an argument: another version of this package is not served from the cache.
 _library.define(
     "layer(str revision, str backend, str cell, bool bidirectional, bool cell_states, Tensor x, Tensor? h0, "
-    "Tensor? c0, Tensor? lengths, Tensor? reset, Tensor[] weights) "
+    "Tensor? c0, Tensor? lengths, Tensor? reset, Tensor? noise, Tensor[] weights) "
     "-> (Tensor y, Tensor hn, Tensor cn, Tensor c, Tensor reserve)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -115,11 +118,13 @@ def _forward_fake(
     cell_states: bool,
     reserve: bool,
     *weights: Tensor,
+    noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     steps, B = x.shape[:-1], reference.batch_size(x, lengths)
-    directions = split_directions(weights, bidirectional)
+    kind = named(cell)
+    directions = split_directions(weights, bidirectional, kind)
     D, H, P = len(directions), directions[0].hidden_size, directions[0].w_hh.shape[1]
-    C, S = CELLS[cell].cell_size(H), len(CELLS[cell].saved)
+    C, S = kind.cell_size(H), len(kind.saved)
     return (
         x.new_empty(*steps, D * P),
         x.new_empty(D, B, P),
@@ -146,10 +151,12 @@ def _backward_fake(
     reserve: Tensor,
     needs: Sequence[bool],
     *weights: Tensor,
+    noise: Tensor | None = None,
 ) -> tuple[Any, ...]:
-    directions = split_directions(weights, bidirectional)
+    kind = named(cell)
+    directions = split_directions(weights, bidirectional, kind)
     D, H, P = len(directions), directions[0].hidden_size, directions[0].w_hh.shape[1]
-    B, C = reference.batch_size(x, lengths), CELLS[cell].cell_size(H)
+    B, C = reference.batch_size(x, lengths), kind.cell_size(H)
     shapes = [x.shape, (D, B, P), (D, B, C), *(weight.shape for weight in weights)]
     dx, dh0, dc0, *dweights = (
         x.new_empty(shape) if need else x.new_empty(0) for shape, need in zip(shapes, needs, strict=True)
@@ -168,8 +175,9 @@ def _reference_forward(
     cell_states: bool,
     reserve: bool,
     *weights: Tensor,
+    noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    y, hn, cn, c, saved = reference.layer(CELLS[cell], x, weights, bidirectional, h0, c0, lengths, reset)
+    y, hn, cn, c, saved = reference.layer(named(cell), x, weights, bidirectional, h0, c0, lengths, reset, noise)
     empty = x.new_empty(0)
     return y, hn, cn, c if cell_states or reserve else empty, saved if reserve else empty.clone()
 
@@ -191,9 +199,10 @@ def _reference_backward(
     reserve: Tensor,
     needs: Sequence[bool],
     *weights: Tensor,
+    noise: Tensor | None = None,
 ) -> tuple[Any, ...]:
     *states, dweights = reference.layer_backward(
-        CELLS[cell], dy, dhn, dcn, dc, x, weights, bidirectional, h0, c0, lengths, reset, y, c, reserve
+        named(cell), dy, dhn, dcn, dc, x, weights, bidirectional, h0, c0, lengths, reset, y, c, reserve, noise
     )
     dx, dh0, dc0, *dweights = (
         grad.clone() if need else x.new_empty(0) for grad, need in zip([*states, *dweights], needs, strict=True)
@@ -222,16 +231,18 @@ def _define_gpu(backend: str) -> None:
     """
 
     @torch.no_grad()
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        return gpu.forward(launches(backend), *arguments)
+    def forward(*arguments: Any, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return gpu.forward(launches(backend), *arguments, noise=noise)
 
     @torch.no_grad()
-    def backward(*arguments: Any) -> tuple[Any, ...]:
-        return _each_gradient(*gpu.backward(launches(backend), *arguments))
+    def backward(*arguments: Any, noise: Tensor | None = None) -> tuple[Any, ...]:
+        return _each_gradient(*gpu.backward(launches(backend), *arguments, noise=noise))
 
-    def forward_fake(cell: str, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        y, hn, cn, c, saved = _forward_fake(cell, x, *arguments)
-        return y, hn, cn, c, saved if gpu.reserve() == "gates" else x.new_empty(0)
+    def forward_fake(
+        cell: str, x: Tensor, *arguments: Any, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        y, hn, cn, c, saved = _forward_fake(cell, x, *arguments, noise=noise)
+        return y, hn, cn, c, saved if gpu.reserves_gates(named(cell)) else x.new_empty(0)
 
     _define(backend, forward_fake)
     for key in ("CUDA", "CPU"):
