@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -62,7 +62,7 @@ class Backend(NamedTuple):
     unsupported: Callable[[Problem], str | None]  # the same
     plan: Callable[[Problem], str]
     takes_packed: bool = False  # the rows of a PackedSequence as they lie, which else are padded for it
-    cells: frozenset[str] = frozenset(CELLS)
+    cells: Container[str] = frozenset(CELLS)  # by name
 
 
 def _cpu_unsupported(problem: Problem) -> str | None:
@@ -170,6 +170,13 @@ def _aten_plan(problem: Problem) -> str:
     return f"torch's own {named(problem.cell).title} for this device"
 
 
+class _EveryCell:
+    """All names, those of cells of one's own among them."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+
 _LSTM_ALONE = frozenset({LSTM.name})
 _WITHOUT_NOISE = frozenset((*CELLS, *(name for name, cell in VARIANTS.items() if not cell.noise)))
 _ALL_CELLS = frozenset((*CELLS, *VARIANTS))
@@ -192,7 +199,7 @@ TABLE = {
             lambda: None,
             _dtype_unsupported,
             lambda _: "a Python loop over the time steps",
-            cells=_ALL_CELLS,
+            cells=_EveryCell(),
         ),
     )
 }

@@ -49,6 +49,8 @@ def attempt(
     try:
         train = wants_gradient(x, h0, c0, *weights)
         has_torchs = cell.name in CELLS
+        if not has_torchs and cell.name not in TABLE["cpu"].cells:
+            return None
         asks = has_torchs and (input.numel() > choice.small[train][dims == 2] or cell.name not in TABLE["cpu"].cells)
         if asks and dispatch.is_torchs_faster(cell, input, weights, num_layers, batch_first, bidirectional, train):
             if dims == 2:

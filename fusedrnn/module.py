@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import cells, dispatch, ops, validate
-from .cells import Cell
+from .cells import Cell, OwnCell
 from .forward import layers, step
 from .noise import Noise, noise_of
 
@@ -414,6 +414,84 @@ class CompilableRNN(_RNNLayers):
             raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
         self.nonlinearity = nonlinearity
         super().__init__(cells.RNNS[nonlinearity].name.upper(), *args, **kwargs)
+
+
+class Recurrent(_Layers):
+    """Layers of a cell of one's own, as `fusedrnn.cell` makes it: everything that `LSTM` has but a projection.
+
+    Computed by the reference, a Python loop over the steps, on any device; twice differentiable where the cell is.
+
+    Args:
+        cell: what `fusedrnn.cell` has made.
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as of
+            torch.nn.LSTM, the last seven positional or by keyword. hx is (h_0, c_0) for a cell with state="c", and h_0
+            for others. Parameters of the units are weight_unit_l0, ... [K*H], uniform as the other weights are.
+
+    Raises:
+        TypeError: cell is no such thing.
+    """
+
+    def __init__(self, cell: OwnCell, input_size: int, hidden_size: int, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(cell, OwnCell):
+            raise TypeError(f"cell must be made by fusedrnn.cell, got {type(cell).__name__}")
+        _refuse_projection(kwargs)
+        super().__init__("RNN_TANH", input_size, hidden_size, *args, **kwargs)
+        self.cell, self.mode = cell, cell.definition.name
+        for names in self._all_weights:
+            for name in names:
+                of_one = getattr(self, name)
+                rows = len(cell.definition.gates) * hidden_size
+                setattr(self, name, nn.Parameter(of_one.new_empty(rows, *of_one.shape[1:])))
+            if cell.definition.parameters:
+                names.append(names[0].replace("weight_ih", "weight_unit"))
+                numbers = len(cell.definition.parameters) * hidden_size
+                setattr(self, names[-1], nn.Parameter(getattr(self, names[0]).new_empty(numbers)))
+        self._flat_weights_names = [name for names in self._all_weights for name in names]
+        self._init_flat_weights()
+        self.reset_parameters()
+
+    @property
+    def _cell(self) -> Cell:  # type: ignore[override]
+        return self.cell.definition
+
+    def _run(
+        self,
+        input: Tensor,
+        batch_sizes: Tensor | None,
+        hx: Any,
+        lengths: Tensor | None,
+        reset: Tensor | None,
+        return_states: bool,
+    ) -> Any:
+        return layers(
+            self._cell,
+            input,
+            [getattr(self, name) for name in self._flat_weights_names],
+            hx,
+            self.num_layers,
+            self.batch_first,
+            self.dropout,
+            self.training,
+            self.bidirectional,
+            batch_sizes,
+            lengths,
+            reset,
+            return_states,
+        )
+
+    def permute_hidden(self, hx: Any, permutation: Tensor | None) -> Any:
+        """The states of sequences in another order."""
+        if permutation is None:
+            return hx
+        if self._cell.has_cell_state:
+            return tuple(state.index_select(1, permutation) for state in hx)
+        return hx.index_select(1, permutation)
+
+    def flatten_parameters(self) -> None:
+        """cuDNN has no such layers."""
+
+    def extra_repr(self) -> str:
+        return f"{self.cell!r}, {super().extra_repr()}"
 
 
 class _Step(nn.RNNCellBase):

@@ -20,8 +20,9 @@ BELOW = {
     "cells.gru": {"cells.spec"},
     "cells.lstm": {"cells.spec"},
     "cells.lstm_variants": {"cells.lstm", "cells.spec"},
+    "cells.own": {"cells.spec"},
     "cells.rnn": {"cells.spec"},
-    "cells": {"cells.spec", "cells.gru", "cells.lstm", "cells.lstm_variants", "cells.rnn"},
+    "cells": {"cells.spec", "cells.gru", "cells.lstm", "cells.lstm_variants", "cells.own", "cells.rnn"},
     "layout": {"cells"},
     "packing": set(),
     "aten": {"cells"},
@@ -75,7 +76,7 @@ BELOW["tuning.command"] = {"benchmarks", "cells", "testing", *_MEASURING}
 BELOW["tuning.api"] = {"dispatch", "layout", *_MEASURING}
 BELOW["cli"] = {*BELOW, "__init__", "benchmarks"}
 BELOW["__main__"] = {"cli"}
-BELOW["__init__"] = {"convert", "dispatch", "functional", "module", "tuning.api", "version"}
+BELOW["__init__"] = {"cells", "convert", "dispatch", "functional", "module", "tuning.api", "version"}
 
 
 def place(path):

@@ -3,6 +3,7 @@
 from .gru import GRU
 from .lstm import LSTM
 from .lstm_variants import VARIANTS, lstm_variant
+from .own import OWN, OwnCell, cell
 from .rnn import RNN_RELU, RNN_TANH
 from .spec import NOISE, Cell
 
@@ -11,12 +12,15 @@ RNNS = {"tanh": RNN_TANH, "relu": RNN_RELU}  # by the `nonlinearity` of torch's 
 
 
 def named(name: str) -> Cell:
-    """The cell of this name: one of torch's, or a variant of the LSTM.
+    """The cell of this name: one of torch's, a variant of the LSTM, or one that `cell` has made.
 
     Raises:
         KeyError: there is none.
     """
-    return CELLS[name] if name in CELLS else VARIANTS[name]
+    for known in (CELLS, VARIANTS, OWN):
+        if name in known:
+            return known[name]
+    raise KeyError(name)
 
 
 __all__ = [
@@ -29,6 +33,8 @@ __all__ = [
     "RNN_TANH",
     "VARIANTS",
     "Cell",
+    "OwnCell",
+    "cell",
     "lstm_variant",
     "named",
 ]

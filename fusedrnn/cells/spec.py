@@ -74,7 +74,7 @@ class Cell:
     @property
     def title(self) -> str:
         """The name of torch's own class, which is that of the module of this package as well."""
-        return self.name.replace("+", "_").split("_")[0].upper()
+        return self.name.replace("+", "_").replace("#", "_").split("_")[0].upper()
 
     @property
     def has_operands(self) -> bool:
