@@ -50,33 +50,53 @@ Dtype dtype_of(ScalarType dtype) {
 
 const Kernels& kernels_of(ScalarType dtype) { return (*isa().kernels)[static_cast<size_t>(dtype_of(dtype))]; }
 
-CellKind cell_of(const std::string& name) {
+// What the name of a cell says: its kernels, whether its units have parameters, and what noise there is, by the letters
+// of Noise; see lstm_variant in Python.
+struct CellName {
+  CellKind kind;
+  bool has_parameters = false;
+  std::string noise;
+};
+constexpr const char* kNoiseLetters = "hcgr";
+
+CellName cell_of(const std::string& name) {
   const auto& cells = (*isa().kernels)[0].cells;
-  for (size_t k = 0; k < cells.size(); ++k) {
-    if (name == cells[k].spec.name) return static_cast<CellKind>(k);
+  for (size_t k = 0; k < static_cast<size_t>(CellKind::kLstmPeephole); ++k) {
+    if (name == cells[k].spec.name) return {static_cast<CellKind>(k), false, ""};
   }
-  STD_TORCH_CHECK(false, "the cpu backend has no kernel for the cell ", name);
-  return CellKind::kCount;
+  const size_t plus = name.find('+');
+  const std::string base = name.substr(0, plus), noise = plus == std::string::npos ? "" : name.substr(plus + 1);
+  STD_TORCH_CHECK(noise.find_first_not_of(kNoiseLetters) == std::string::npos, "unknown noise in the cell ", name);
+  if (base == "lstm_coupled") return {CellKind::kLstmCoupled, false, noise};
+  if (base == "lstm_peephole_coupled") return {CellKind::kLstmCoupled, true, noise};
+  const bool has_peepholes = base == "lstm_peephole";
+  STD_TORCH_CHECK(base == "lstm" || has_peepholes, "the cpu backend has no kernel for the cell ", name);
+  return {CellKind::kLstmPeephole, has_peepholes, noise};
 }
 
 // One layer's weights, contiguous, direction after direction in nn.LSTM's order; see fusedrnn/layout.py.
 struct Weights {
-  Weights(const Tensors& flat, bool bidirectional) : directions(bidirectional ? 2 : 1) {
+  Weights(const Tensors& flat, bool bidirectional, bool has_parameters)
+      : directions(bidirectional ? 2 : 1), parameters(has_parameters ? 1 : 0) {
     count = static_cast<int64_t>(flat.size()) / directions;
-    STD_TORCH_CHECK(count >= 2 && count <= 5 && count * directions == static_cast<int64_t>(flat.size()),
-                    "weights must be 2 to 5 tensors per direction, got ", flat.size());
+    const int64_t plain = count - parameters;
+    STD_TORCH_CHECK(plain >= 2 && plain <= 5 && count * directions == static_cast<int64_t>(flat.size()),
+                    "weights must be ", 2 + parameters, " to ", 5 + parameters, " tensors per direction, got ",
+                    flat.size());
     for (const Tensor& weight : flat) all.push_back(dense(weight));
   }
 
-  bool biased() const { return count >= 4; }
-  bool projected() const { return count % 2 == 1; }
+  bool biased() const { return count - parameters >= 4; }
+  bool projected() const { return (count - parameters) % 2 == 1; }
   const Tensor& w_ih(int64_t d) const { return all[d * count]; }
   const Tensor& w_hh(int64_t d) const { return all[d * count + 1]; }
   const Tensor& b_ih(int64_t d) const { return all[d * count + 2]; }
   const Tensor& b_hh(int64_t d) const { return all[d * count + 3]; }
-  const Tensor& w_hr(int64_t d) const { return all[d * count + count - 1]; }
+  int64_t index_of_w_hr() const { return count - parameters - 1; }
+  const Tensor& w_hr(int64_t d) const { return all[d * count + index_of_w_hr()]; }
+  const Tensor& w_p(int64_t d) const { return all[d * count + count - 1]; }
 
-  int64_t directions, count;
+  int64_t directions, parameters, count;
   Tensors all;
 };
 
@@ -103,21 +123,23 @@ std::vector<int64_t> offsets_of(const Tensor& lengths, int64_t N) {
 // One layer of a stack: h0 and c0 are of all layers. x is [T, B, I]; or, with lengths, [N, I], the rows of a
 // PackedSequence; or [B, I] of a cell, with h0 and c0 without a dimension for layers.
 struct Layer {
-  Layer(CellKind kind, const Tensor& x_in, const Tensors& flat, bool bidirectional, const OptionalTensor& h0_in,
+  Layer(const CellName& name, const Tensor& x_in, const Tensors& flat, bool bidirectional, const OptionalTensor& h0_in,
         const OptionalTensor& c0_in, const OptionalTensor& lengths_in, const OptionalTensor& reset_in,
-        int64_t index_in = 0, int64_t layers_in = 1)
+        const OptionalTensor& noise_in, int64_t index_in = 0, int64_t layers_in = 1)
       : index(index_in),
         layers(layers_in),
         x(dense(x_in)),
-        weights(flat, bidirectional),
+        weights(flat, bidirectional, name.has_parameters),
         h0(dense(h0_in)),
         c0(dense(c0_in)),
         lengths(dense(lengths_in)),
         reset(dense(reset_in)),
+        noise(dense(noise_in)),
+        noise_letters(name.noise),
         offsets(is_packed() ? offsets_of(*lengths, x.size(0)) : std::vector<int64_t>()),
         compute(compute_type(x_in)),
         kernels(kernels_of(x_in.scalar_type())),
-        cell(kernels.cells[static_cast<size_t>(kind)]),
+        cell(kernels.cells[static_cast<size_t>(name.kind)]),
         spec(cell.spec) {
     const bool fits = x.dim() == 3 || is_packed() || (is_cell() && layers * weights.directions == 1);
     STD_TORCH_CHECK(fits && weights.w_hh(0).dim() == 2, "x and w_hh must have 3 and 2 dimensions");
@@ -141,6 +163,7 @@ struct Layer {
       if (weights.biased()) check_size("b_ih", weights.b_ih(d), {G * s.H});
       if (weights.biased()) check_size("b_hh", weights.b_hh(d), {G * s.H});
       if (s.projected) check_size("w_hr", weights.w_hr(d), {s.P, s.H});
+      if (has_parameters()) check_size("peepholes", weights.w_p(d), {spec.parameters * s.H});
     }
     STD_TORCH_CHECK(s.projected || s.P == s.H, "w_hh must be [", G, "H, H] without a projection");
     for (const Tensor& weight : weights.all) {
@@ -156,6 +179,38 @@ struct Layer {
       check_size("reset", *reset, {s.T, s.B});
       STD_TORCH_CHECK(reset->scalar_type() == ScalarType::Bool, "reset must be bool");
     }
+    check_noise();
+  }
+
+  void check_noise() const {
+    const auto kinds = static_cast<int64_t>(noise_letters.size());
+    STD_TORCH_CHECK(noise.has_value() == (kinds > 0), "noise must be given to a cell that has it, and to no other");
+    if (!noise.has_value()) return;
+    const Sizes& s = sizes;
+    const int64_t size = s.D * (noise_letters == "r" ? s.P : s.H);
+    if (noise->dim() == 3) {
+      check_size("noise", *noise, {kinds, s.N, size});
+      STD_TORCH_CHECK(is_packed(), "noise of padded rows must have 4 dimensions");
+    } else {
+      const int64_t steps = noise->dim() == 4 && noise->size(1) > 1 && !is_packed() ? s.T : 1;
+      check_size("noise", *noise, {kinds, steps, s.B, size});
+    }
+    STD_TORCH_CHECK(noise->scalar_type() == compute, "noise must have the dtype of the arithmetic");
+    const bool keeps = noise_letters.find_first_of("hc") != std::string::npos;
+    STD_TORCH_CHECK(!keeps || !s.projected, "there is no zoneout with a projection");
+  }
+
+  // The multipliers, where the kernels look for them.
+  NoiseParams noise_params() const {
+    NoiseParams params{};
+    if (!noise.has_value()) return params;
+    params.by_sequence = noise->dim() == 4 && noise->size(1) == 1;
+    const int64_t numbers = noise->numel() / static_cast<int64_t>(noise_letters.size());
+    for (size_t k = 0; k < noise_letters.size(); ++k) {
+      const size_t kind = std::string(kNoiseLetters).find(noise_letters[k]);
+      params.of[kind] = at(*noise, static_cast<int64_t>(k) * numbers);
+    }
+    return params;
   }
 
   void check_state(const char* name, const OptionalTensor& tensor, int64_t N) const {
@@ -168,6 +223,7 @@ struct Layer {
     STD_TORCH_CHECK(tensor->scalar_type() == x.scalar_type(), name, " must have the dtype of x");
   }
 
+  bool has_parameters() const { return weights.parameters > 0; }
   bool has_cell() const { return spec.carry == Carry::kCell; }
   bool has_carry() const { return spec.carry != Carry::kNone; }
   // How many numbers c has.
@@ -233,7 +289,8 @@ struct Layer {
   int64_t index, layers;
   Tensor x;
   Weights weights;
-  OptionalTensor h0, c0, lengths, reset;
+  OptionalTensor h0, c0, lengths, reset, noise;
+  std::string noise_letters;
   std::vector<int64_t> offsets;  // only where packed
   ScalarType compute;
   const Kernels& kernels;

@@ -214,7 +214,9 @@ void forward(const Layer& layer, Outputs& out) {
     params.w_hr[d] = s.projected ? layer.weights.w_hr(d).const_data_ptr() : nullptr;
     params.b_ih[d] = layer.weights.biased() ? layer.weights.b_ih(d).const_data_ptr() : nullptr;
     params.b_hh[d] = layer.weights.biased() ? layer.weights.b_hh(d).const_data_ptr() : nullptr;
+    params.w_p[d] = layer.has_parameters() ? layer.weights.w_p(d).const_data_ptr() : nullptr;
   }
+  params.noise = layer.noise_params();
   params.h0 = layer.h0.has_value() ? at(*layer.h0, layer.own(s.P)) : nullptr;
   params.c0 = layer.c0.has_value() ? at(*layer.c0, layer.own(layer.C())) : nullptr;
   params.y = pointer(out.y);
@@ -236,10 +238,11 @@ void forward(const Layer& layer, Outputs& out) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_forward(
     std::string cell, Tensor x, bool bidirectional, OptionalTensor h0, OptionalTensor c0, OptionalTensor lengths,
     OptionalTensor reset, bool cell_states, bool reserve, Tensor w0, Tensor w1, OptionalTensor w2, OptionalTensor w3,
-    OptionalTensor w4, OptionalTensor w5, OptionalTensor w6, OptionalTensor w7, OptionalTensor w8, OptionalTensor w9) {
+    OptionalTensor w4, OptionalTensor w5, OptionalTensor w6, OptionalTensor w7, OptionalTensor w8, OptionalTensor w9,
+    OptionalTensor w10, OptionalTensor w11, OptionalTensor noise) {
   const NoGrad no_grad;
-  const Tensors flat = listed(w0, w1, {&w2, &w3, &w4, &w5, &w6, &w7, &w8, &w9});
-  const Layer layer(cell_of(cell), x, flat, bidirectional, h0, c0, lengths, reset);
+  const Tensors flat = listed(w0, w1, {&w2, &w3, &w4, &w5, &w6, &w7, &w8, &w9, &w10, &w11});
+  const Layer layer(cell_of(cell), x, flat, bidirectional, h0, c0, lengths, reset, noise);
   const Sizes& s = layer.sizes;
   const ScalarType dtype = x.scalar_type();
   Outputs out(layer);
@@ -264,7 +267,7 @@ std::tuple<Tensor, Tensor, Tensor> cpu_infer(std::string cell, Tensor x, Tensors
   for (int64_t index = 0; index < layers; ++index) {
     const auto first = flat.begin() + index * (all / layers);
     const Layer layer(cell_of(cell), index == 0 ? x : out->y, Tensors(first, first + all / layers), bidirectional, h0,
-                      c0, std::nullopt, std::nullopt, index, layers);
+                      c0, std::nullopt, std::nullopt, std::nullopt, index, layers);
     if (index == 0) {
       out.emplace(layer);
     } else {
@@ -315,6 +318,7 @@ struct StepGradients {
   int64_t da_stride;
   OptionalScratch h_in;       // the panels of the states that entered each step, only if w_hh needs a gradient
   OptionalScratch dh_out, m;  // [N][P] and [N][H], only with a projection
+  OptionalScratch dp;         // [B][K*H], where units have parameters
 };
 
 // The panels of weights whose rows are multiplied with maps of da, of so many columns.
@@ -346,13 +350,17 @@ StepGradients backward_sequence(const Layer& layer, BackwardParams& params, bool
   const int64_t maps = layer.spec.maps * s.H;
   const int64_t least = std::max(of_input.begin + of_input.numbers, of_state.begin + of_state.numbers);
   const int64_t stride = kernels.padded(std::max(maps, least));
-  StepGradients steps{Scratch(s.D * N * stride, da_type), stride, std::nullopt, std::nullopt, std::nullopt};
+  StepGradients steps{
+      Scratch(s.D * N * stride, da_type), stride, std::nullopt, std::nullopt, std::nullopt, std::nullopt};
   for (int64_t row = 0; stride > maps && row < s.D * N; ++row) {
     std::memset(steps.da.at(row * stride + maps), 0, (stride - maps) * bytes_of(da_type));
   }
   if (s.projected) steps.dh_out.emplace(make(N * s.P));
   if (s.projected) steps.m.emplace(make(N * s.H));
+  if (layer.has_parameters()) steps.dp.emplace(make(s.B * layer.spec.parameters * s.H));
   const Scratch dh_state = make(s.B * s.P), dcarry = make(layer.has_carry() ? s.B * s.H : 0);
+  const bool keeps = params.noise.of[static_cast<size_t>(Noise::kH)] != nullptr;
+  const Scratch dh_kept = make(keeps ? s.B * s.H : 0);
   OptionalScratch panel_hh, panel_hr;
   if (s.T > 1 || params.dh0 != nullptr) {
     panel_hh.emplace(packed_for_maps(layer, of_state, s.P, [&](int64_t d) { return layer.weights.w_hh(d); }));
@@ -370,6 +378,8 @@ StepGradients backward_sequence(const Layer& layer, BackwardParams& params, bool
   params.m = pointer(steps.m);
   params.dh_state = dh_state.begin();
   params.dcarry = dcarry.begin();
+  params.dh_kept = keeps ? dh_kept.begin() : nullptr;
+  params.dp = pointer(steps.dp);
   params.team = plan_team(layer);
   const Lines lines(params.team, s, kernels);
   launch(params.team, [&](int worker) { layer.cell.backward(params, worker); });
@@ -542,7 +552,7 @@ Tensors weight_gradients(const Layer& layer, StepGradients& steps, const Needs& 
       append(3, [&] { return of(layer.spec.recurrent); });
     }
     if (s.projected) {
-      append(layer.weights.count - 1, [&] {
+      append(layer.weights.index_of_w_hr(), [&] {
         const Kernels& kernels = kernels_of(layer.compute);  // m is not of the dtype of x
         const Packing columns = columns_of(kernels, s.H, N);
         const Scratch m(columns.numbers(kernels), layer.compute);
@@ -552,6 +562,13 @@ Tensors weight_gradients(const Layer& layer, StepGradients& steps, const Needs& 
         Tensor dw_hr = recycled({s.P, s.H}, layer.compute);
         gemm(kernels, product(kernels, steps.dh_out->at(d * N * s.P), s.P, dw_hr, 0, s.P, m.begin()));
         return dw_hr;
+      });
+    }
+    if (layer.has_parameters()) {
+      append(layer.weights.count - 1, [&] {
+        const int64_t numbers = layer.spec.parameters * s.H;
+        Tensor rows = steps.dp->matrix(d * s.B * numbers, s.B, numbers);
+        return torch::stable::sum(rows, std::array<int64_t, 1>{0});
       });
     }
   }
@@ -571,10 +588,11 @@ Gradients cpu_backward(std::string cell, OptionalTensor dy, OptionalTensor dhn, 
                        Tensor x, bool bidirectional, OptionalTensor h0, OptionalTensor c0, OptionalTensor lengths,
                        OptionalTensor reset, Tensor y, Tensor c, Tensor reserve, std::vector<bool> needs, Tensor w0,
                        Tensor w1, OptionalTensor w2, OptionalTensor w3, OptionalTensor w4, OptionalTensor w5,
-                       OptionalTensor w6, OptionalTensor w7, OptionalTensor w8, OptionalTensor w9) {
+                       OptionalTensor w6, OptionalTensor w7, OptionalTensor w8, OptionalTensor w9, OptionalTensor w10,
+                       OptionalTensor w11, OptionalTensor noise) {
   const NoGrad no_grad;
-  const Tensors flat = listed(w0, w1, {&w2, &w3, &w4, &w5, &w6, &w7, &w8, &w9});
-  const Layer layer(cell_of(cell), x, flat, bidirectional, h0, c0, lengths, reset);
+  const Tensors flat = listed(w0, w1, {&w2, &w3, &w4, &w5, &w6, &w7, &w8, &w9, &w10, &w11});
+  const Layer layer(cell_of(cell), x, flat, bidirectional, h0, c0, lengths, reset, noise);
   const Sizes& s = layer.sizes;
   const ScalarType dtype = x.scalar_type();
   STD_TORCH_CHECK(needs.size() == 3 + flat.size(), "needs must have one entry for x, h0, c0 and each weight");
@@ -619,6 +637,10 @@ Gradients cpu_backward(std::string cell, OptionalTensor dy, OptionalTensor dhn, 
   params.dc = layer.has_cell() ? pointer(gradients[3]) : nullptr;
   params.h0 = pointer(layer.h0);
   params.y = y.const_data_ptr();
+  params.noise = layer.noise_params();
+  for (int64_t d = 0; d < s.D; ++d) {
+    params.w_p[d] = layer.has_parameters() ? layer.weights.w_p(d).const_data_ptr() : nullptr;
+  }
   params.saved = reserve.const_data_ptr();
   params.carry0 = layer.has_cell() ? pointer(layer.c0) : params.h0;
   params.carry = layer.has_cell() ? c.const_data_ptr() : params.y;
@@ -644,7 +666,7 @@ std::string cpu_plan(std::string cell, int64_t T, int64_t B, int64_t I, int64_t 
   const Sizes s{T, B, T * B, I, H, P, D, P != H};
   const Dtype dtype = float64 ? Dtype::kFloat64 : Dtype::kFloat32;
   const Kernels& kernels = (*isa().kernels)[static_cast<size_t>(dtype)];
-  const CellSpec& spec = kernels.cells[static_cast<size_t>(cell_of(cell))].spec;
+  const CellSpec& spec = kernels.cells[static_cast<size_t>(cell_of(cell).kind)].spec;
   const std::string name = std::string(isa().name) + ", ";
   if (T == 1 && is_short(s, kernels, false)) return name + "one step, weights read as they lie";
   const Team team = plan_team(s, spec, kernels, float64, torch::stable::get_num_threads());

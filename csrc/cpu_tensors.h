@@ -121,7 +121,7 @@ OptionalTensor dense(const OptionalTensor& tensor) {
   return tensor.has_value() ? OptionalTensor(dense(*tensor)) : std::nullopt;
 }
 
-constexpr size_t kMaxWeights = 10;  // of a layer: 2 to 5 of a direction
+constexpr size_t kMaxWeights = 12;  // of a layer: 2 to 6 of a direction
 
 // w0, w1, and of the others those that are given.
 Tensors listed(const Tensor& w0, const Tensor& w1, std::initializer_list<const OptionalTensor*> others) {

@@ -26,8 +26,9 @@ using SharedPanels = std::shared_ptr<const Panels>;
 // The input's maps that take the place of saved values come out in SavedOrder, others panel after panel.
 Packing input_packing(const Layer& layer, bool in_place) {
   const Sizes& s = layer.sizes;
-  return in_place && !saved_in_blocks(s.H, layer.kernels.lanes) ? rows_of(layer.kernels, layer.spec.gates * s.H, s.I)
-                                                                : maps_of(layer.kernels, layer.spec.input, s.H, s.I);
+  return in_place && !saved_in_blocks(s.H, layer.spec.saved, layer.kernels.lanes)
+             ? rows_of(layer.kernels, layer.spec.gates * s.H, s.I)
+             : maps_of(layer.kernels, layer.spec.input, s.H, s.I);
 }
 Packing recurrent_packing(const Layer& layer) {
   return maps_of(layer.kernels, layer.spec.recurrent, layer.sizes.H, layer.sizes.P);

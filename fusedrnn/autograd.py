@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from . import batching, ops, reference
-from .cells import CELLS, Cell
+from .cells import Cell, named
 from .layout import split_directions
 
 # The fixed arguments of LayerFunction.apply before the weights, and the first of them that can need a gradient.
-_FIXED = ("backend", "cell", "bidirectional", "cell_states", "x", "h0", "c0", "lengths", "reset")
+_FIXED = ("backend", "cell", "bidirectional", "cell_states", "x", "h0", "c0", "lengths", "reset", "noise")
 _X, _LENGTHS = _FIXED.index("x"), _FIXED.index("lengths")
 _WEIGHTS = len(_FIXED)
 # The tensors that LayerBackwardFunction.apply takes before the weights.
-_SAVED = ("dy", "dhn", "dcn", "dc", "x", "h0", "c0", "lengths", "reset", "y", "c", "reserve")
+_SAVED = ("dy", "dhn", "dcn", "dc", "x", "h0", "c0", "lengths", "reset", "noise", "y", "c", "reserve")
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
@@ -42,6 +42,7 @@ def layer(
     lengths: Tensor | None,
     reset: Tensor | None,
     cell_states: bool,
+    noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One layer, differentiable where it has to be; the arguments are those of `ops.FORWARD_SCHEMA`.
 
@@ -57,12 +58,14 @@ def layer(
         needs_grad = False  # what is recorded will be run and not trained: it should reserve nothing
     with _autocast_off(x.device):
         if _is_forward_mode():
-            y, hn, cn, c, _ = reference.layer(CELLS[cell], x, weights, bidirectional, h0, c0, lengths, reset)
+            y, hn, cn, c, _ = reference.layer(named(cell), x, weights, bidirectional, h0, c0, lengths, reset, noise)
         elif needs_grad or torch._C._are_functorch_transforms_active():
-            y, hn, cn, c, _ = _apply(backend, cell, bidirectional, cell_states, x, h0, c0, lengths, reset, *weights)
+            y, hn, cn, c, _ = _apply(
+                backend, cell, bidirectional, cell_states, x, h0, c0, lengths, reset, noise, *weights
+            )
         else:
             y, hn, cn, c, _ = ops.forward_op(backend)(
-                cell, x, bidirectional, h0, c0, lengths, reset, cell_states, False, *weights
+                cell, x, bidirectional, h0, c0, lengths, reset, cell_states, False, *weights, **_given(noise)
             )
     return y, hn, cn, c
 
@@ -71,8 +74,13 @@ def step(
     backend: str, cell: str, x: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """One time step of one direction, differentiable, outside of autocast: x [B, I], h0 [B, P], c0 [B, C] -> hn, cn."""
-    _, hn, cn, _, _ = _apply(backend, cell, False, False, x, h0, c0, None, None, *weights)
+    _, hn, cn, _, _ = _apply(backend, cell, False, False, x, h0, c0, None, None, None, *weights)
     return hn, cn
+
+
+def _given(noise: Tensor | None) -> dict[str, Tensor]:
+    """The noise as an operator takes it, which has a default for none."""
+    return {} if noise is None else {"noise": noise}
 
 
 def _apply(*arguments: Any) -> tuple[Tensor, ...]:
@@ -127,13 +135,16 @@ class LayerFunction(torch.autograd.Function):
         c0: Tensor | None,
         lengths: Tensor | None,
         reset: Tensor | None,
+        noise: Tensor | None,
         *weights: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        forward = ops.forward_op(backend)
+        forward, given = ops.forward_op(backend), _given(noise)
         if not _is_step(x, lengths):
-            return forward(cell, x, bidirectional, h0, c0, lengths, reset, cell_states, True, *weights)
+            return forward(cell, x, bidirectional, h0, c0, lengths, reset, cell_states, True, *weights, **given)
         x, h0, c0 = unsqueezed(x, h0, c0)
-        y, hn, cn, c, reserve = forward(cell, x, bidirectional, h0, c0, lengths, reset, cell_states, True, *weights)
+        y, hn, cn, c, reserve = forward(
+            cell, x, bidirectional, h0, c0, lengths, reset, cell_states, True, *weights, **given
+        )
         # Not squeezed: a view that is made here may not be changed in place.
         return y, hn.resize_(hn.shape[1:]), cn.resize_(cn.shape[1:]), c, reserve
 
@@ -150,31 +161,32 @@ class LayerFunction(torch.autograd.Function):
     def backward(
         ctx: Any, dy: Tensor | None, dhn: Tensor | None, dcn: Tensor | None, dc: Tensor | None, _: None
     ) -> tuple[Tensor | None, ...]:
-        x, h0, c0, lengths, reset, *weights, y, c, reserve = ctx.saved_tensors
+        x, h0, c0, lengths, reset, noise, *weights, y, c, reserve = ctx.saved_tensors
         is_step = _is_step(x, lengths)
         if is_step:
             x, h0, c0, dhn, dcn = unsqueezed(x, h0, c0, dhn, dcn)
         if ctx.y_version is not None and ctx.y_version.has_changed():
             with torch.no_grad(), _autocast_off(x.device):
                 forward = ops.forward_op(ctx.backend)
-                y = forward(ctx.cell, x, ctx.bidirectional, h0, c0, lengths, reset, False, True, *weights)[0]
+                arguments = (ctx.cell, x, ctx.bidirectional, h0, c0, lengths, reset, False, True, *weights)
+                y = forward(*arguments, **_given(noise))[0]
         needed = ctx.needs_input_grad
         needs = [*needed[_X : _X + 3], *needed[_WEIGHTS:]]
-        arguments = (dy, dhn, dcn, dc, x, h0, c0, lengths, reset, y, c, reserve, *weights)
+        tensors = (dy, dhn, dcn, dc, x, h0, c0, lengths, reset, noise, y, c, reserve, *weights)
         with _autocast_off(x.device):
             if torch.compiler.is_compiling():
-                grads: Sequence[Tensor] = _run_backward(ctx.backend, ctx.cell, ctx.bidirectional, needs, *arguments)
+                grads: Sequence[Tensor] = _run_backward(ctx.backend, ctx.cell, ctx.bidirectional, needs, *tensors)
             elif _is_forward_mode():
-                grads = _gradients_of_given(ctx.cell, ctx.bidirectional, *arguments)
+                grads = _gradients_of_given(ctx.cell, ctx.bidirectional, *tensors)
             elif torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
                 apply = partial(LayerBackwardFunction.apply, ctx.backend, ctx.cell, ctx.bidirectional, needs)
-                grads = _for_each(apply, arguments)
+                grads = _for_each(apply, tensors)
             else:
-                grads = _for_each(partial(_run_backward, ctx.backend, ctx.cell, ctx.bidirectional, needs), arguments)
+                grads = _for_each(partial(_run_backward, ctx.backend, ctx.cell, ctx.bidirectional, needs), tensors)
         dx, dh0, dc0, *dweights = (grad if need else None for grad, need in zip(grads, needs, strict=True))
         if is_step:
             dx, dh0, dc0 = (None if grad is None else grad.squeeze(0) for grad in (dx, dh0, dc0))
-        return None, None, None, None, dx, dh0, dc0, None, None, *dweights
+        return None, None, None, None, dx, dh0, dc0, None, None, None, *dweights
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
@@ -252,14 +264,14 @@ def _run_backward(
     c0: Tensor | None,
     lengths: Tensor | None,
     reset: Tensor | None,
+    noise: Tensor | None,
     y: Tensor,
     c: Tensor,
     reserve: Tensor,
     *weights: Tensor,
 ) -> tuple[Tensor, ...]:
-    grads = ops.backward_op(backend)(
-        cell, dy, dhn, dcn, dc, x, bidirectional, h0, c0, lengths, reset, y, c, reserve, needs, *weights
-    )
+    arguments = (cell, dy, dhn, dcn, dc, x, bidirectional, h0, c0, lengths, reset, y, c, reserve, needs, *weights)
+    grads = ops.backward_op(backend)(*arguments, **_given(noise))
     return grads[: len(needs)]
 
 
@@ -272,12 +284,13 @@ def _gradients(
     c0: Tensor,
     lengths: Tensor | None,
     reset: Tensor | None,
+    noise: Tensor | None,
     weights: Sequence[Tensor],
 ) -> tuple[Tensor, ...]:
     """Those of x, h0, c0 and the weights by the reference, of which any derivative can be taken."""
 
     def outputs(x: Tensor, h0: Tensor, c0: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-        return reference.layer(cell, x, weights, bidirectional, h0, c0, lengths, reset)[:4]
+        return reference.layer(cell, x, weights, bidirectional, h0, c0, lengths, reset, noise)[:4]
 
     return torch.func.vjp(outputs, x, h0, c0, *weights)[1](tuple(grad_outputs))
 
@@ -293,7 +306,7 @@ def _with_zeros(
     c: Tensor,
 ) -> list[Tensor]:
     """dy, dhn, dcn, dc, h0 and c0, with zeros for those that are None."""
-    directions = split_directions(weights, bidirectional)
+    directions = split_directions(weights, bidirectional, cell)
     B, D, P = reference.batch_size(x, lengths), len(directions), directions[0].w_hh.shape[1]
     state, carry = (D, B, P), (D, B, cell.cell_size(directions[0].hidden_size))
     sizes = (y.shape, state, carry, c.shape, state, carry)
@@ -312,6 +325,7 @@ def _gradients_of_given(
     c0: Tensor | None,
     lengths: Tensor | None,
     reset: Tensor | None,
+    noise: Tensor | None,
     y: Tensor,
     c: Tensor,
     _: Tensor,
@@ -319,8 +333,8 @@ def _gradients_of_given(
 ) -> tuple[Tensor, ...]:
     """`_run_backward` by the reference."""
     given = dy, dhn, dcn, dc, h0, c0
-    *grad_outputs, h0, c0 = _with_zeros(CELLS[cell], given, x, lengths, weights, bidirectional, y, c)
-    return _gradients(CELLS[cell], bidirectional, grad_outputs, x, h0, c0, lengths, reset, weights)
+    *grad_outputs, h0, c0 = _with_zeros(named(cell), given, x, lengths, weights, bidirectional, y, c)
+    return _gradients(named(cell), bidirectional, grad_outputs, x, h0, c0, lengths, reset, noise, weights)
 
 
 class LayerBackwardFunction(torch.autograd.Function):
@@ -342,15 +356,15 @@ class LayerBackwardFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *ddgrads: Tensor) -> tuple[Tensor | None, ...]:
-        dy, dhn, dcn, dc, x, h0, c0, lengths, reset, y, c, _, *weights = ctx.saved_tensors
-        cell = CELLS[ctx.cell]
+        dy, dhn, dcn, dc, x, h0, c0, lengths, reset, noise, y, c, _, *weights = ctx.saved_tensors
+        cell = named(ctx.cell)
         given = dy, dhn, dcn, dc, h0, c0
         *grad_outputs, h_first, c_first = _with_zeros(cell, given, x, lengths, weights, ctx.bidirectional, y, c)
         states = h_first, c_first
 
         def gradients(x: Tensor, h0: Tensor, c0: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
             *grad_outputs, weights = *rest[:4], rest[4:]
-            return _gradients(cell, ctx.bidirectional, grad_outputs, x, h0, c0, lengths, reset, weights)
+            return _gradients(cell, ctx.bidirectional, grad_outputs, x, h0, c0, lengths, reset, noise, weights)
 
         cotangents = tuple(
             dd if need else torch.zeros_like(like)
@@ -370,6 +384,7 @@ class LayerBackwardFunction(torch.autograd.Function):
             gx,
             gh0 if h0 is not None else None,
             gc0 if c0 is not None else None,
+            None,
             None,
             None,
             None,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .cells import CELLS, Cell
+from .cells import CELLS, Cell, named
 from .layout import DirectionWeights, split_directions
 
 _ROWS = {"dy", "dc", "x", "y", "c"}  # [T, B, ...], or of packed rows [N, ...]
@@ -32,7 +32,11 @@ def merged(
     x, dim = found["x"]
     assert x is not None
     one = x if dim is None else x.select(dim, 0)
-    return {name: _merged(*found[name], _batch_dim(name, one), V) for name in names}
+    batch = {name: _batch_dim(name, one) for name in names}
+    noise, dim = found.get("noise", (None, None))
+    if noise is not None:  # [K, T, B, D*H], or of packed rows [K, N, D*H]
+        batch["noise"] = noise.dim() - (2 if dim is None else 3)
+    return {name: _merged(*found[name], batch[name], V) for name in names}
 
 
 def _merged(tensor: Tensor | None, in_dim: int | None, batch: int, V: int) -> Tensor | None:
@@ -76,12 +80,12 @@ class MergedLayer:
         weights: Sequence[Tensor],
         V: int,
     ) -> None:
-        self._cell, self._tensors, self._weights, self._V = CELLS[cell], tensors, weights, V
-        self._directions = split_directions(weights, bidirectional)
+        self._cell, self._tensors, self._weights, self._V = named(cell), tensors, weights, V
+        self._directions = split_directions(weights, bidirectional, self._cell)
 
     def has_weight_gradients(self) -> bool:
-        """Whether `backward` knows those of each element: not of packed rows, nor of a projection."""
-        return self._x.dim() == 3 and all(w.w_hr is None for w in self._directions)
+        """Whether `backward` knows those of each element: of torch's cells, not of packed rows, nor of a projection."""
+        return self._cell.name in CELLS and self._x.dim() == 3 and all(w.w_hr is None for w in self._directions)
 
     def backward(
         self, run: Callable[[list[bool], Tensor, Sequence[Tensor]], Sequence[Tensor]], needs: list[bool]

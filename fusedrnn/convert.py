@@ -200,6 +200,8 @@ def _revert_module(module: nn.Module) -> str:
     if not isinstance(module, tuple(BASES)):
         raise _LeftAlone("it is not fusedrnn's")
     _check_forward(module, "it calls fusedrnn's; take it away first")
+    if options := getattr(module, "_options_repr", str)():
+        raise _LeftAlone(f"torch's has no {options.removeprefix(', ')}")
     cls = type(module)
     if parametrize.is_parametrized(module):
         remembered = cls.__dict__.get(_ORIGINAL)

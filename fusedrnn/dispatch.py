@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import gpu, ops
-from .cells import CELLS, LSTM, Cell
+from .cells import CELLS, LSTM, VARIANTS, Cell, named
 from .layout import cell_of, is_step
 from .tuning import choice
 from .tuning.profile import Key, Ratio
@@ -62,7 +62,7 @@ class Backend(NamedTuple):
     unsupported: Callable[[Problem], str | None]  # the same
     plan: Callable[[Problem], str]
     takes_packed: bool = False  # the rows of a PackedSequence as they lie, which else are padded for it
-    cells: frozenset[str] = frozenset(CELLS)
+    cells: Container[str] = frozenset(CELLS)  # by name
 
 
 def _cpu_unsupported(problem: Problem) -> str | None:
@@ -75,7 +75,7 @@ def _aten_unsupported(problem: Problem) -> str | None:
     if problem.lengths or problem.reset or problem.states:
         asked = [name for name in ("lengths", "reset", "states") if getattr(problem, name)]
         names = ", ".join("return_states" if a == "states" else a for a in asked)
-        return f"torch's own {CELLS[problem.cell].title} has no {names}"
+        return f"torch's own {named(problem.cell).title} has no {names}"
     if ops.exporting_onnx():
         return "torch writes its own layers to ONNX for one T; the operators of the others are written for any"
     return None
@@ -167,17 +167,39 @@ def _cpu_plan(problem: Problem) -> str:
 
 
 def _aten_plan(problem: Problem) -> str:
-    return f"torch's own {CELLS[problem.cell].title} for this device"
+    return f"torch's own {named(problem.cell).title} for this device"
 
+
+class _EveryCell:
+    """All names, those of cells of one's own among them."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+
+_WITHOUT_NOISE = frozenset((*CELLS, *(name for name, cell in VARIANTS.items() if not cell.noise)))
+_ALL_CELLS = frozenset((*CELLS, *VARIANTS))
 
 TABLE = {
     backend.name: backend
     for backend in (
         Backend("cuda", ops.cuda_unavailable, _cuda_unsupported, partial(_gpu_plan, "cuda")),
-        Backend("triton", ops.triton_unavailable, _triton_unsupported, partial(_gpu_plan, "triton")),
-        Backend("cpu", lambda: ops.cpu_unavailable, _cpu_unsupported, _cpu_plan, True),
+        Backend(
+            "triton",
+            ops.triton_unavailable,
+            _triton_unsupported,
+            partial(_gpu_plan, "triton"),
+            cells=_WITHOUT_NOISE,
+        ),
+        Backend("cpu", lambda: ops.cpu_unavailable, _cpu_unsupported, _cpu_plan, True, cells=_ALL_CELLS),
         Backend("aten", lambda: None, _aten_unsupported, _aten_plan),
-        Backend("reference", lambda: None, _dtype_unsupported, lambda _: "a Python loop over the time steps"),
+        Backend(
+            "reference",
+            lambda: None,
+            _dtype_unsupported,
+            lambda _: "a Python loop over the time steps",
+            cells=_EveryCell(),
+        ),
     )
 }
 
@@ -298,8 +320,9 @@ def _warn_of_the_reference(problem: Problem) -> None:
     kernels = [name for name in TABLE if name not in ("cpu", "aten", "reference")]
     reasons = "; ".join(f"{name}: {supports(name, problem)}" for name in kernels)
     warnings.warn(
-        f"lengths, reset and return_states are computed by a Python loop over the time steps on {problem.device}, "
-        f"which is slow. What else there is: {reasons}. fusedrnn.use_backend or FUSEDRNN_BACKEND asks by name",
+        "lengths, reset, return_states and variants of the LSTM are computed by a Python loop over the time steps on "
+        f"{problem.device}, which is slow. What else there is: {reasons}. fusedrnn.use_backend or FUSEDRNN_BACKEND "
+        "asks by name",
         RuntimeWarning,
         stacklevel=2,
     )
@@ -310,7 +333,7 @@ def _order(problem: Problem) -> tuple[str, ...]:
 
     What is recorded will be run with other shapes, and on a CPU torch's own layers cannot be recorded for all of them.
     """
-    if not _is_measured(problem.device):
+    if not _is_measured(problem.device) or problem.cell not in CELLS:
         return _NAMES
     if not is_eager():
         return _NAMES if problem.device == "cpu" else _order_for_any_shape(problem.device, problem.dtype, problem.cell)
@@ -375,7 +398,7 @@ def _is_torchs_faster(
 ) -> bool:
     """For an input of sizes [T, B, I], or of one time step [B, I]."""
     *steps, B, I = sizes
-    H, P = w_hh[0] // len(CELLS[cell].gates), w_hh[1]
+    H, P = w_hh[0] // len(named(cell).gates), w_hh[1]
     if min(*sizes, H, P, num_layers) < 1:
         return False
     T, D = steps[0] if steps else 1, 2 if bidirectional else 1
@@ -550,7 +573,8 @@ def explain(
     reasons = {name: reason for name in TABLE if (reason := supports(name, problem)) is not None}
     chosen = None
     asked = forced()
-    made = _choice(problem) if asked == "auto" and _is_measured(problem.device) and is_eager() else None
+    measured = _is_measured(problem.device) and problem.cell in CELLS
+    made = _choice(problem) if asked == "auto" and measured and is_eager() else None
     if asked != "auto":
         _check_name(asked)
         reasons |= {name: f"{asked} was asked for" for name in TABLE if name != asked and name not in reasons}
@@ -587,6 +611,8 @@ def problem_of(
     else:
         expected = "a Tensor" if step else "a Tensor or a PackedSequence"
         raise TypeError(f"input must be {expected}, got {type(input).__name__}")
+    noise = getattr(module, "_noise", None)
+    cell = cell if noise is None else noise.cell(cell, module.training)
     states = [s for s in ([hx] if isinstance(hx, Tensor) else hx or ()) if isinstance(s, Tensor)]
     h, c, *_ = [*states, None, None]
     cast = autocast_dtype(cell, data, h, c if cell.has_cell_state else None, whole=whole)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import aten, autograd, dispatch, ops, stack, validate
 from .autograd import wants_gradient
-from .cells import Cell
+from .cells import CELLS, Cell
 from .dispatch import TABLE
 from .sequence import Form
 from .tuning import choice
@@ -48,7 +48,12 @@ def attempt(
     x = input.transpose(0, 1) if batch_first else input
     try:
         train = wants_gradient(x, h0, c0, *weights)
-        asks = input.numel() > choice.small[cell.name][train][dims == 2] or cell.name not in TABLE["cpu"].cells
+        has_torchs = cell.name in CELLS
+        if not has_torchs and cell.name not in TABLE["cpu"].cells:
+            return None
+        asks = has_torchs and (
+            input.numel() > choice.small[cell.name][train][dims == 2] or cell.name not in TABLE["cpu"].cells
+        )
         if asks and dispatch.is_torchs_faster(cell, input, weights, num_layers, batch_first, bidirectional, train):
             if dims == 2:
                 validate.weight_shapes(cell, weights, 1, 1, x.shape[1])  # torch's own adds a bias of any size

@@ -11,6 +11,7 @@ from torch import Tensor
 from . import aten, autograd, dispatch, fast_path, precision, sequence, stack, validate
 from .autograd import unsqueezed
 from .cells import Cell
+from .noise import Noise
 from .second_derivative import differentiable_twice
 
 
@@ -46,15 +47,17 @@ def layers(
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
     return_states: bool = False,
+    noise: Noise | None = None,
 ) -> Any:
     """A stack of layers: `functional.lstm`, `functional.gru` and `functional.rnn`, which say what the arguments are."""
-    plain = batch_sizes is None and lengths is None and reset is None and not return_states
+    plain = batch_sizes is None and lengths is None and reset is None and not return_states and noise is None
     if plain and 0 <= dropout <= 1 and (num_layers == 1 or not (training and dropout)):
         quick = fast_path.attempt(cell, input, weights, hx, num_layers, batch_first, bidirectional)
         if type(quick) is tuple:
             return quick
     else:
         quick = None
+    cell = cell if noise is None else noise.cell(cell, training)
     validate.layer_input(cell, input, batch_sizes)
     form = sequence.form_of(input, batch_first, batch_sizes)
     h0, c0 = validate.split_hx(cell, hx, cell.title.lower())
@@ -62,7 +65,7 @@ def layers(
     D = 2 if bidirectional else 1
     validate.options(cell, weights, num_layers, D, dropout)
     h_dtype = None  # of what autocast makes narrower than c: the output of a projection is that of a matrix product
-    projected = len(weights) // (num_layers * D) in (3, 5)
+    projected = (len(weights) // (num_layers * D) - len(cell.parameters[:1])) % 2 == 1
     whole = not (form.batch_sizes is not None or projected or (form.rows and dispatch.EQUAL_PACKED_IS_WIDE))
     dtype = dispatch.autocast_dtype(cell, input, h0, c0, whole=whole)
     if dtype is not None:
@@ -106,8 +109,12 @@ def layers(
     if torch.is_grad_enabled() and not dispatch.is_recorded() and any(w.requires_grad for w in weights):
         x = x.contiguous()  # as torch's do, so that a batch_first input may be changed before the backward
     c_states = return_states and cell.has_cell_state
+
+    def draw() -> Tensor | None:
+        return noise.draw(cell, form, D, (H, P), input, training) if noise is not None and cell.noise else None
+
     y, hn, cn, hs, cs = stack.run(
-        backend, cell, x, weights, h0, c0, num_layers, dropout, bidirectional, lengths, reset, c_states
+        backend, cell, x, weights, h0, c0, num_layers, dropout, bidirectional, lengths, reset, c_states, draw
     )
     hn, cn = form.unsort(hn, cn)
     if h_dtype is not None:
@@ -167,14 +174,18 @@ def step(
     w_hh: Tensor,
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
+    w_p: Tensor | None = None,
+    noise: Noise | None = None,
+    training: bool = False,
 ) -> Any:
     """One time step: `functional.lstm_cell` and its siblings, which say what the arguments are."""
-    if b_ih is not None and b_hh is not None and type(hx) is not list:
+    if b_ih is not None and b_hh is not None and type(hx) is not list and w_p is None and noise is None:
         quick = fast_path.attempt(cell, input, [w_ih, w_hh, b_ih, b_hh], hx, dims=2)
         if type(quick) is tuple:
             return quick[1]
     else:
         quick = None
+    cell = cell if noise is None else noise.cell(cell, training)
     validate.cell_input(cell, input)
     batched = input.dim() == 2
     caller = f"{cell.title.lower()}_cell"
@@ -183,7 +194,7 @@ def step(
         validate.cell_hx_dims(cell, h, c, input.dim(), hx, caller)
     if (b_ih is None) != (b_hh is None):
         raise ValueError("b_ih and b_hh must be given both or not at all, got one of them")
-    weights = [w for w in (w_ih, w_hh, b_ih, b_hh) if w is not None]
+    weights = [w for w in (w_ih, w_hh, b_ih, b_hh, w_p) if w is not None]
     validate.options(cell, weights, 1, 1, 0.0)
     dtype = dispatch.autocast_dtype(cell, input, h, c, whole=False)
     if dtype is not None:
@@ -211,7 +222,10 @@ def step(
         hn, cn = aten.step(cell, input, weights, h, c)
     else:
         x, h, c = unsqueezed(input, h, c)
-        _, hn, cn, _ = autograd.layer(backend, cell.name, x, weights, False, h, c, None, None, False)
+        drawn = None
+        if noise is not None and cell.noise:
+            drawn = noise.draw(cell, sequence.Form(1, B), 1, (H, H), input, training)
+        _, hn, cn, _ = autograd.layer(backend, cell.name, x, weights, False, h, c, None, None, False, drawn)
         hn, cn = hn.squeeze(0), cn.squeeze(0)
     if not batched:
         hn, cn = hn.squeeze(0), None if cn is None else cn.squeeze(0)

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from . import forward
-from .cells import GRU, LSTM, RNNS, Cell
+from .cells import GRU, LSTM, RNNS, Cell, lstm_variant
 from .forward import LSTMStates, RNNStates
+from .noise import noise_of
 
 __all__ = ["LSTMStates", "RNNStates", "gru", "gru_cell", "lstm", "lstm_cell", "rnn", "rnn_cell"]
 
@@ -27,6 +28,11 @@ def lstm(
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
     return_states: bool = False,
+    peephole: bool = False,
+    coupled: bool = False,
+    zoneout: float | tuple[float, float] = 0.0,
+    recurrent_dropout: float = 0.0,
+    recurrent_dropout_mode: str = "candidate",
 ) -> tuple[Tensor, tuple[Tensor, Tensor]] | tuple[Tensor, tuple[Tensor, Tensor], LSTMStates]:
     """A stack of LSTM layers over whole sequences (equations: torch.nn.LSTM, docs/math.md).
 
@@ -53,6 +59,10 @@ def lstm(
         reset: [T, B] bool ([B, T] with batch_first, [T] unbatched) on input's device: where true, the state that
             enters step t is zero, in every layer and in both directions.
         return_states: also return every state of every layer.
+        peephole: the last of the weights of each direction are peepholes, [3H] in the order i, f, o.
+        coupled: f = 1 - i: weights and biases have 3H rows, gates in the order i, g, o, and peepholes are [2H]: i, o.
+        zoneout, recurrent_dropout, recurrent_dropout_mode: as of `fusedrnn.LSTM`; if not training, zoneout has its
+            expectation, and nothing is dropped.
 
     Returns:
         output [T, B, D*P] (or as input is laid out) and (h_n [L*D, B, P], c_n [L*D, B, H]); with return_states an
@@ -70,8 +80,14 @@ def lstm(
         >>> y.shape, hn.shape, y[2:, 1].count_nonzero().item()
         (torch.Size([7, 3, 8]), torch.Size([1, 3, 8]), 0)
     """
+    cell, noise = LSTM, None
+    if peephole or coupled:
+        cell = lstm_variant(peephole, coupled)
+    if zoneout or recurrent_dropout:
+        projected = len(weights) // max(num_layers, 1) // (2 if bidirectional else 1) - peephole in (3, 5)
+        noise = noise_of(zoneout, recurrent_dropout, recurrent_dropout_mode, projected)
     return forward.layers(
-        LSTM,
+        cell,
         input,
         weights,
         hx,
@@ -84,6 +100,7 @@ def lstm(
         lengths,
         reset,
         return_states,
+        noise,
     )
 
 
@@ -194,6 +211,9 @@ def lstm_cell(
     w_hh: Tensor,
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
+    *,
+    w_peephole: Tensor | None = None,
+    coupled: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One time step (torch.nn.LSTMCell).
 
@@ -201,6 +221,8 @@ def lstm_cell(
         input: [B, I], or [I] unbatched; B may be 0.
         hx: (h [B, H], c [B, H]), without B for unbatched input, or None for zeros.
         w_ih, w_hh, b_ih, b_hh: [4H, I], [4H, H], [4H] and [4H], gates in the order i, f, g, o; both biases or none.
+        w_peephole: [3H] in the order i, f, o, or None.
+        coupled: f = 1 - i: weights and biases have 3H rows, gates in the order i, g, o, and peepholes are [2H]: i, o.
 
     Returns:
         (h' [B, H], c' [B, H]), without B for unbatched input. Under autocast on the CPU they are of the wider of the
@@ -209,7 +231,8 @@ def lstm_cell(
     Raises:
         TypeError, ValueError, RuntimeError: as `lstm`.
     """
-    return forward.step(LSTM, input, hx, w_ih, w_hh, b_ih, b_hh)
+    cell = lstm_variant(w_peephole is not None, coupled) if w_peephole is not None or coupled else LSTM
+    return forward.step(cell, input, hx, w_ih, w_hh, b_ih, b_hh, w_peephole)
 
 
 def gru_cell(

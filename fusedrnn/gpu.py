@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cells import CELLS, Cell
+from .cells import Cell, named
 from .cells.spec import Blocks
 from .layout import DirectionWeights, split_directions
 from .reference import entering, existing, where_exists
@@ -69,6 +69,11 @@ def reserve() -> str:
     return chosen
 
 
+def reserves_gates(cell: Cell) -> bool:
+    """Whether a forward keeps what the cell saves. Gates with peepholes are functions of c as well, and are kept."""
+    return reserve() == "gates" or bool(cell.parameters)
+
+
 # torch has one switch for the GEMMs of all threads. Ours take turns, or one would put back what another has set.
 _gemm_switch = threading.Lock()
 
@@ -92,7 +97,7 @@ def _gemms_in(precision: str, x: Tensor) -> Iterator[None]:
 def _cell(launch: ModuleType, name: str) -> Cell:
     if name not in launch.CELLS:
         raise NotImplementedError(f"this backend has no kernel for the cell {name}, it has {', '.join(launch.CELLS)}")
-    return CELLS[name]
+    return named(name)
 
 
 def _shape(launch: ModuleType, cell: Cell, x: Tensor, directions: Sequence[DirectionWeights], ragged: bool) -> Any:
@@ -113,12 +118,13 @@ def forward(
     cell_states: bool,
     for_backward: bool,
     *weights: Tensor,
+    noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`ops.FORWARD_SCHEMA` by one launch; reserved is what the cell saves [D, T, B, S*H], or nothing: see `reserve`."""
     kind = _cell(launch, cell)
-    keep = for_backward and reserve() == "gates"
+    keep = for_backward and reserves_gates(kind)
     x, h0, c0, lengths, reset, *flat = _contiguous(x, h0, c0, lengths, reset, *weights)
-    directions = split_directions(flat, bidirectional)
+    directions = split_directions(flat, bidirectional, kind)
     (T, B, _), D, (P, H) = x.shape, len(directions), _sizes(directions)
     C, S = kind.cell_size(H), len(kind.saved)
     y, hn, cn = x.new_empty(T, B, D * P), x.new_empty(D, B, P), x.new_empty(D, B, C)
@@ -136,8 +142,9 @@ def forward(
     fits = xg is not None and len(kind.gates) == S
     saved = None if not keep else xg if fits else x.new_empty(D, T, B, S * H)
     first, *carry = _carry(kind, h0, c0), cn if C else None, c if C else None
-    w_ih, w_hh, b_ih, b_hh, w_hr = zip(*directions, strict=True)
-    launch.forward(plan, x, xg, w_ih, b_ih, b_hh, w_hh, w_hr, h0, first, lengths, reset, y, hn, *carry, saved)
+    w_ih, w_hh, b_ih, b_hh, w_hr, w_p = zip(*directions, strict=True)
+    more = {"w_p": w_p} if kind.parameters else {}
+    launch.forward(plan, x, xg, w_ih, b_ih, b_hh, w_hh, w_hr, h0, first, lengths, reset, y, hn, *carry, saved, **more)
     return y, hn, cn, empty if c is None else c, empty.clone() if saved is None else saved
 
 
@@ -159,13 +166,14 @@ def backward(
     saved: Tensor,
     needs: Sequence[bool],
     *weights: Tensor,
+    noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """`ops.BACKWARD_SCHEMA` by one launch, and GEMMs over what it leaves."""
     kind = _cell(launch, cell)
     dy, dhn, dcn, dc, x, h0, c0, lengths, reset, y, *flat = _contiguous(
         dy, dhn, dcn, dc, x, h0, c0, lengths, reset, y, *weights
     )
-    directions = split_directions(flat, bidirectional)
+    directions = split_directions(flat, bidirectional, kind)
     (T, B, _), D, (P, H) = x.shape, len(directions), _sizes(directions)
     C = kind.cell_size(H)
     needs_x, needs_h0, needs_c0, *needs_weights = needs
@@ -187,10 +195,11 @@ def backward(
     dc0 = x.new_empty(D, B, C) if needs_c0 else None
     dcarry = (dcn, dc) if C else (None, None)
     first, carries = _carry(kind, h0, c0), _carry(kind, y, c)
-    _, w_hh, _, _, w_hr = zip(*directions, strict=True)
+    _, w_hh, _, _, w_hr, w_p = zip(*directions, strict=True)
     plan = launch.plan_for("backward", shape, x.device)
     results = (da, dh_out, dh0, dc0 if C else None)
-    m = launch.backward(plan, dy, dhn, *dcarry, w_hh, w_hr, first, lengths, reset, carries, saved, *results)
+    more = {"w_p": w_p} if kind.parameters else {}
+    m = launch.backward(plan, dy, dhn, *dcarry, w_hh, w_hr, first, lengths, reset, carries, saved, *results, **more)
 
     with _gemms_in(shape.precision, x):
         dx = _gradient_of_input(kind, da, directions).view_as(x) if needs_x else empty
@@ -216,6 +225,13 @@ def backward(
             if dh_out is not None:
                 m_d = _outputs_of_cell(c_d, saved[d]) if m is None else m[d]
                 dweights.append(dh_out[d].flatten(0, 1).T @ m_d.flatten(0, 1) if next(needed) else empty.clone())
+            if w.w_p is not None:
+                first = c_d.new_zeros(B, C) if c0 is None else c0[d]
+                dweights.append(
+                    _gradient_of_peepholes(kind, da[d], entering(c_d, first, steps, reset, d == 1), c_d)
+                    if next(needed)
+                    else empty.clone()
+                )
     return dx, empty.clone() if dh0 is None else dh0, empty.clone() if dc0 is None else dc0, dweights
 
 
@@ -338,5 +354,15 @@ def _gradient_of_recurrence(
 
 
 def _outputs_of_cell(c: Tensor, saved: Tensor) -> Tensor:
-    """m = o * tanh(c), of which w_hr makes h: of the cells, only the LSTM has a projection."""
-    return saved[..., 3 * c.shape[-1] :] * c.tanh()
+    """m = o * tanh(c), of which w_hr makes h: of the cells, only LSTMs have a projection, and o is saved last."""
+    return saved[..., -c.shape[-1] :] * c.tanh()
+
+
+def _gradient_of_peepholes(cell: Cell, da: Tensor, c_in: Tensor, c: Tensor) -> Tensor:
+    """[K*H]: the output gate sees the c that leaves a step, others the one that enters. Summed in float32.
+
+    da [T, B, M*H]; c_in and c [T, B, H].
+    """
+    each = dict(zip(cell.maps, da.chunk(len(cell.maps), dim=-1), strict=True))
+    sums = [(each[gate] * (c if gate == "o" else c_in)).float().sum((0, 1)) for gate in cell.parameters]
+    return torch.cat(sums).to(da.dtype)

@@ -24,29 +24,38 @@ class DirectionWeights(NamedTuple):
     b_ih: Tensor | None  # [G*H]
     b_hh: Tensor | None  # [G*H]
     w_hr: Tensor | None  # [P, H]
+    w_p: Tensor | None = None  # [K*H], the parameters of the units, of a cell that has them
 
     @property
     def hidden_size(self) -> int:
         return self.w_hh.shape[1] if self.w_hr is None else self.w_hr.shape[1]
 
 
-def split_directions(weights: Sequence[Tensor], bidirectional: bool) -> list[DirectionWeights]:
+def split_directions(weights: Sequence[Tensor], bidirectional: bool, cell: Cell = LSTM) -> list[DirectionWeights]:
     """Splits one layer's flat weights (torch's order) into its directions.
 
-    How many there are tells what they are: 2 a direction are w_ih and w_hh, 3 add w_hr, 4 add the biases, 5 both.
+    How many there are tells what they are: 2 a direction are w_ih and w_hh, 3 add w_hr, 4 add the biases, 5 both. One
+    more, the last, are the parameters of the units, where the cell has them.
     """
     count = len(weights) // (2 if bidirectional else 1)
     directions = []
     for start in range(0, len(weights), count):
         rest = list(weights[start + 2 : start + count])
-        w_hr = rest.pop() if count in (3, 5) else None
+        w_p = rest.pop() if cell.parameters else None
+        w_hr = rest.pop() if len(rest) % 2 else None
         b_ih, b_hh = rest if rest else (None, None)
-        directions.append(DirectionWeights(weights[start], weights[start + 1], b_ih, b_hh, w_hr))
+        directions.append(DirectionWeights(weights[start], weights[start + 1], b_ih, b_hh, w_hr, w_p))
     return directions
 
 
 def cell_of(module: nn.Module) -> Cell | None:
-    """The cell that a recurrent module computes, a layer or one step (`is_step`); None for any other module."""
+    """The cell that a recurrent module computes, a layer or one step (`is_step`); None for any other module.
+
+    Of an LSTM of this package it is the one without the noise of a call.
+    """
+    own = getattr(module, "_cell", None)
+    if isinstance(own, Cell):
+        return own
     if isinstance(module, nn.LSTMCell):
         return LSTM
     if isinstance(module, nn.GRUCell):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Sequence
 from functools import lru_cache, wraps
@@ -13,12 +14,29 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import cells, dispatch, ops, validate
-from .cells import Cell
+from .cells import Cell, OwnCell
 from .forward import layers, step
+from .noise import Noise, noise_of
 
 
 def _with_signature_of(function: Any) -> Any:
     return wraps(function)
+
+
+def _and_signature_of(function: Any) -> Any:
+    """The signature of `function`, and the keywords of what is decorated that it has not."""
+
+    def decorate(own: Any) -> Any:
+        theirs = inspect.signature(function).parameters
+        more = [
+            p for p in inspect.signature(own).parameters.values() if p.kind is p.KEYWORD_ONLY and p.name not in theirs
+        ]
+        *rest, last = theirs.values()
+        given = [*rest, *more, last] if last.kind is last.VAR_KEYWORD else [*rest, last, *more]
+        own.__signature__ = inspect.Signature(given)
+        return own
+
+    return decorate
 
 
 class _Layers(nn.RNNBase):
@@ -29,6 +47,7 @@ class _Layers(nn.RNNBase):
     """
 
     _cell: Cell
+    _noise: Noise | None = None
 
     @_with_signature_of(nn.LSTM.__init__)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -101,6 +120,7 @@ class _Layers(nn.RNNBase):
             lengths,
             reset,
             return_states,
+            self._noise,
         )
 
     def _check_padded(self, input: Tensor, hx: Any) -> None:
@@ -154,23 +174,176 @@ class _Layers(nn.RNNBase):
         _refuse_script(self)
 
 
-class _LSTMLayers(_Layers):
-    """nn.LSTM's own methods, which a class that is not an nn.LSTM has to be given."""
+class _Options:
+    """What an LSTM has that torch's has not, as attributes; each may be set later but those that decide parameters."""
 
-    _cell = cells.LSTM
+    peephole: bool = False
+    coupled: bool = False
+    zoneout: Any = 0.0
+    recurrent_dropout: float = 0.0
+    recurrent_dropout_mode: str = "candidate"
+    forget_bias: float | None = None
+
+    @property
+    def _cell(self) -> Cell:
+        return cells.lstm_variant(self.peephole, self.coupled) if self.peephole or self.coupled else cells.LSTM
+
+    @property
+    def _noise(self) -> Noise | None:
+        if not (self.zoneout or self.recurrent_dropout):
+            return None
+        projected = getattr(self, "proj_size", 0) > 0
+        return noise_of(self.zoneout, self.recurrent_dropout, self.recurrent_dropout_mode, projected)
+
+    def _set_options(self, **options: Any) -> None:
+        """Before torch's constructor: it calls `reset_parameters`, which asks for some of them."""
+        for name in ("peephole", "coupled"):
+            if not isinstance(options[name], bool):
+                raise TypeError(f"{name} must be a bool, got {type(options[name]).__name__}")
+        forget_bias = options["forget_bias"]
+        if forget_bias is not None and (isinstance(forget_bias, bool) or not isinstance(forget_bias, (int, float))):
+            raise TypeError(f"forget_bias must be a number or None, got {type(forget_bias).__name__}")
+        if forget_bias is not None and options["coupled"]:
+            raise ValueError("forget_bias must be None with coupled=True: there is no forget gate, f = 1 - i")
+        for name, value in options.items():
+            if value != getattr(_Options, name):
+                setattr(self, name, value)
+
+    def _check_options(self) -> None:
+        """After torch's constructor."""
+        noise_of(self.zoneout, self.recurrent_dropout, self.recurrent_dropout_mode, getattr(self, "proj_size", 0) > 0)
+        if self.forget_bias is not None and not self.bias:  # type: ignore[attr-defined]
+            raise ValueError("forget_bias must be None with bias=False: there is no bias to set")
+
+    def _resize(self, names: Sequence[str]) -> None:
+        """Coupled gates: weights and biases of three gates for those of four, not initialised."""
+        for name in names if self.coupled else ():
+            of_four = getattr(self, name)
+            setattr(self, name, nn.Parameter(of_four.new_empty(of_four.shape[0] // 4 * 3, *of_four.shape[1:])))
+
+    def _peepholes(self, like: Tensor) -> nn.Parameter:
+        """[3H], of i, f and o, or [2H], of i and o; not initialised."""
+        return nn.Parameter(like.new_empty(len(self._cell.parameters) * self.hidden_size))  # type: ignore[attr-defined]
+
+    def _set_forget_biases(self, pairs: Sequence[tuple[Any, Any]]) -> None:
+        """b_ih and b_hh of each direction: their sum is `forget_bias`, whatever it was before."""
+        if self.forget_bias is None:
+            return
+        with torch.no_grad():
+            for b_ih, b_hh in pairs:
+                b_ih.chunk(4)[1].fill_(self.forget_bias)
+                b_hh.chunk(4)[1].zero_()
+
+    def _options_repr(self) -> str:
+        named = ((name, getattr(self, name)) for name in _OPTIONS)
+        return "".join(f", {name}={value!r}" for name, value in named if value != getattr(_Options, name))
+
+    def _explain_sizes(self, state: dict[str, Any], prefix: str, errors: list[str]) -> None:
+        """Adds to torch's messages that a state_dict is of an LSTM with another number of gates."""
+        w_hh = next((w for name, w in state.items() if name.startswith(f"{prefix}weight_hh")), None)
+        own = len(self._cell.gates)
+        found = 0 if w_hh is None or w_hh.dim() != 2 else w_hh.shape[0] // self.hidden_size  # type: ignore[attr-defined]
+        if found != own and {found, own} == {3, 4}:
+            what = "has no forget gate (coupled=True)" if found == 3 else "has a forget gate"
+            errors.append(f"the state_dict is of an LSTM that {what}, and this one has gates {self._cell.gates}")
+
+
+_OPTIONS = ("peephole", "coupled", "zoneout", "recurrent_dropout", "recurrent_dropout_mode", "forget_bias")
+
+
+class _LSTMLayers(_Options, _Layers):  # type: ignore[override]
+    """What the layers of an LSTM have beside those of other cells.
+
+    nn.LSTM's own methods have to be given to a class that is not an nn.LSTM.
+    """
+
+    @_and_signature_of(nn.LSTM.__init__)
+    def __init__(
+        self,
+        *args: Any,
+        peephole: bool = False,
+        coupled: bool = False,
+        zoneout: float | tuple[float, float] = 0.0,
+        recurrent_dropout: float = 0.0,
+        recurrent_dropout_mode: str = "candidate",
+        forget_bias: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._set_options(
+            peephole=peephole,
+            coupled=coupled,
+            zoneout=zoneout,
+            recurrent_dropout=recurrent_dropout,
+            recurrent_dropout_mode=recurrent_dropout_mode,
+            forget_bias=forget_bias,
+        )
+        super().__init__(*args, **kwargs)
+        self._check_options()
+        if peephole or coupled:
+            self._give_own_parameters()
+
+    def _give_own_parameters(self) -> None:
+        for names in self._all_weights:
+            self._resize([name for name in names if not name.startswith("weight_hr")])
+            if self.peephole:
+                names.append(names[0].replace("weight_ih", "weight_peephole"))
+                setattr(self, names[-1], self._peepholes(getattr(self, names[0])))
+        self._flat_weights_names = [name for names in self._all_weights for name in names]
+        self._init_flat_weights()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """nn.LSTM's, and then `forget_bias` for the sum of both biases of each forget gate, where it is given."""
+        super().reset_parameters()
+        if self.bias:
+            self._set_forget_biases([(getattr(self, names[2]), getattr(self, names[3])) for names in self._all_weights])
+
+    def flatten_parameters(self) -> None:
+        """nn.LSTM's, which is for cuDNN, which has none of these options."""
+        if not (self.peephole or self.coupled):
+            super().flatten_parameters()
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + self._options_repr()
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
+    ) -> None:
+        before = len(errors)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        if len(errors) > before:
+            self._explain_sizes(state_dict, prefix, errors)
+
     get_expected_cell_size: Any = nn.LSTM.get_expected_cell_size
     check_forward_args: Any = nn.LSTM.check_forward_args
     permute_hidden: Any = nn.LSTM.permute_hidden
 
 
-class LSTM(_LSTMLayers, nn.LSTM):
+class LSTM(_LSTMLayers, nn.LSTM):  # type: ignore[override]
     """Drop-in for torch.nn.LSTM: its constructor, attributes, parameters, state_dict, inputs, outputs and errors.
 
     `isinstance(module, torch.nn.LSTM)` holds. torch.compile breaks the graph at every nn.LSTM; use `CompilableLSTM`,
     or `fusedrnn.convert(model, compilable=True)`, where a whole graph is wanted.
 
     Args: torch.nn.LSTM's, positional or by keyword: input_size, hidden_size, num_layers, bias, batch_first, dropout,
-    bidirectional, proj_size, device, dtype. Raises what torch.nn.LSTM raises.
+    bidirectional, proj_size, device, dtype. Raises what torch.nn.LSTM raises. And by keyword alone, in any combination
+    (equations: fusedrnn/cells/lstm_variants.py); by default there is none of these, and it is an nn.LSTM:
+
+        peephole: i and f see c_{t-1}, and o sees c_t, each unit its own, by parameters weight_peephole_l0, ... [3H] in
+            the order i, f, o.
+        coupled: f = 1 - i; weights and biases have three gates, i, g, o, [3H, ...], and peepholes two, [2H]: i, o.
+        zoneout: probability to keep the old value of a unit of h and of c at a step, or two, (of h, of c). In
+            evaluation each is a mean of old and new with this weight. Not with proj_size.
+        recurrent_dropout: probability to drop, while training.
+        recurrent_dropout_mode: what is dropped: "candidate", units of g at each step (Semeniuta et al. 2016); or
+            "state", units of the h that enters the product with w_hh, the same ones at all steps of a sequence (Gal and
+            Ghahramani 2016).
+        forget_bias: initial value of b_ih + b_hh of the forget gate; None leaves them to torch.nn.LSTM. Not with
+            bias=False or coupled.
+
+    Masks are drawn by torch's generator of the device. `peephole` and `coupled` are fixed; the other attributes may be
+    set later. Raises TypeError and ValueError for options that are none or do not go together.
+
     Example:
         >>> lstm = fusedrnn.LSTM(4, 8, num_layers=2, batch_first=True)
         >>> x, lengths = torch.randn(3, 7, 4), torch.tensor([7, 2, 0])
@@ -255,6 +428,84 @@ class CompilableRNN(_RNNLayers):
         super().__init__(cells.RNNS[nonlinearity].name.upper(), *args, **kwargs)
 
 
+class Recurrent(_Layers):
+    """Layers of a cell of one's own, as `fusedrnn.cell` makes it: everything that `LSTM` has but a projection.
+
+    Computed by the reference, a Python loop over the steps, on any device; twice differentiable where the cell is.
+
+    Args:
+        cell: what `fusedrnn.cell` has made.
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as of
+            torch.nn.LSTM, the last seven positional or by keyword. hx is (h_0, c_0) for a cell with state="c", and h_0
+            for others. Parameters of the units are weight_unit_l0, ... [K*H], uniform as the other weights are.
+
+    Raises:
+        TypeError: cell is no such thing.
+    """
+
+    def __init__(self, cell: OwnCell, input_size: int, hidden_size: int, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(cell, OwnCell):
+            raise TypeError(f"cell must be made by fusedrnn.cell, got {type(cell).__name__}")
+        _refuse_projection(kwargs)
+        super().__init__("RNN_TANH", input_size, hidden_size, *args, **kwargs)
+        self.cell, self.mode = cell, cell.definition.name
+        for names in self._all_weights:
+            for name in names:
+                of_one = getattr(self, name)
+                rows = len(cell.definition.gates) * hidden_size
+                setattr(self, name, nn.Parameter(of_one.new_empty(rows, *of_one.shape[1:])))
+            if cell.definition.parameters:
+                names.append(names[0].replace("weight_ih", "weight_unit"))
+                numbers = len(cell.definition.parameters) * hidden_size
+                setattr(self, names[-1], nn.Parameter(getattr(self, names[0]).new_empty(numbers)))
+        self._flat_weights_names = [name for names in self._all_weights for name in names]
+        self._init_flat_weights()
+        self.reset_parameters()
+
+    @property
+    def _cell(self) -> Cell:  # type: ignore[override]
+        return self.cell.definition
+
+    def _run(
+        self,
+        input: Tensor,
+        batch_sizes: Tensor | None,
+        hx: Any,
+        lengths: Tensor | None,
+        reset: Tensor | None,
+        return_states: bool,
+    ) -> Any:
+        return layers(
+            self._cell,
+            input,
+            [getattr(self, name) for name in self._flat_weights_names],
+            hx,
+            self.num_layers,
+            self.batch_first,
+            self.dropout,
+            self.training,
+            self.bidirectional,
+            batch_sizes,
+            lengths,
+            reset,
+            return_states,
+        )
+
+    def permute_hidden(self, hx: Any, permutation: Tensor | None) -> Any:
+        """The states of sequences in another order."""
+        if permutation is None:
+            return hx
+        if self._cell.has_cell_state:
+            return tuple(state.index_select(1, permutation) for state in hx)
+        return hx.index_select(1, permutation)
+
+    def flatten_parameters(self) -> None:
+        """cuDNN has no such layers."""
+
+    def extra_repr(self) -> str:
+        return f"{self.cell!r}, {super().extra_repr()}"
+
+
 class _Step(nn.RNNCellBase):
     """One time step of a cell: everything but the class of torch's that it is an instance of."""
 
@@ -273,18 +524,58 @@ class _Step(nn.RNNCellBase):
         _refuse_script(self)
 
 
-class LSTMCell(_Step, nn.LSTMCell):
+class LSTMCell(_Options, _Step, nn.LSTMCell):  # type: ignore[override]
     """Drop-in for torch.nn.LSTMCell, by the same kernels as `LSTM`.
 
-    Args: torch.nn.LSTMCell's, positional or by keyword: input_size, hidden_size, bias, device, dtype.
+    Args: torch.nn.LSTMCell's, positional or by keyword: input_size, hidden_size, bias, device, dtype. By keyword alone
+    those of `LSTM`: peephole (the parameter is weight_peephole), coupled, zoneout, recurrent_dropout of the candidate,
+    and forget_bias. A cell draws its masks at every call. It does not know where a sequence begins, so that it has no
+    recurrent_dropout_mode="state".
     """
 
-    _cell = cells.LSTM
-
-    @_with_signature_of(nn.LSTMCell.__init__)
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    @_and_signature_of(nn.LSTMCell.__init__)
+    def __init__(
+        self,
+        *args: Any,
+        peephole: bool = False,
+        coupled: bool = False,
+        zoneout: float | tuple[float, float] = 0.0,
+        recurrent_dropout: float = 0.0,
+        forget_bias: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._set_options(
+            peephole=peephole,
+            coupled=coupled,
+            zoneout=zoneout,
+            recurrent_dropout=recurrent_dropout,
+            forget_bias=forget_bias,
+        )
         super().__init__(*args, **kwargs)
+        self._check_options()
         mark_as_leaf(self)
+        if not (peephole or coupled):
+            return
+        self._resize(_STEP_WEIGHTS if self.bias else _STEP_WEIGHTS[:2])
+        if peephole:
+            self.weight_peephole = self._peepholes(self.weight_ih)
+        self.reset_parameters()
+
+    def forward(self, input: Tensor, hx: Any = None) -> Any:
+        if not (self.peephole or self.coupled or self.zoneout or self.recurrent_dropout):
+            return super().forward(input, hx)
+        w_p: Any = self.weight_peephole if self.peephole else None
+        weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, w_p)
+        return step(self._cell, input, hx, *weights, self._noise, self.training)
+
+    def reset_parameters(self) -> None:
+        """nn.LSTMCell's, and then `forget_bias`, as `LSTM` does."""
+        super().reset_parameters()
+        if self.bias:
+            self._set_forget_biases([(self.bias_ih, self.bias_hh)])
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + self._options_repr()
 
 
 class GRUCell(_Step, nn.GRUCell):
@@ -381,7 +672,7 @@ def _is_plain(cls: type) -> bool:
 
 @lru_cache(maxsize=1024)  # bounded: a parametrized module has a class of its own
 def _overrides_nothing(cls: type) -> bool:
-    computed = any(re.match("(weight|bias)_[ih]", name) for name in dir(cls))
+    computed = any(re.match("(weight|bias)_[ihp]", name) for name in dir(cls))
     return not (computed or _overrides(cls, *_FLAT_WEIGHTS, *_ATTRIBUTES, *_CHECKS))
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 
 from . import reference
-from .cells import CELLS, Cell
+from .cells import Cell, named
 from .layout import DirectionWeights, split_directions
 
 _OPSET = 9  # of the symbolic function: what it writes is the same in every later one
@@ -35,20 +35,28 @@ class _Node(NamedTuple):
     gates: tuple[int, ...]  # ours, in its order
     activation: str | None = None  # of each direction
     attributes: dict[str, int] = {}  # noqa: RUF012 - nobody changes it
+    negated: int | None = None  # place of a gate that is 1 - that gate of ours: sigmoid of the negated affine map
+    peepholes: tuple[int, ...] = ()  # our parameters in its order; `negated` is a place among these, too
 
 
 _NODES = {
-    "lstm": _Node("LSTM", (0, 3, 1, 2)),  # i, o, f, c
+    "lstm": _Node("LSTM", (0, 3, 1, 2), peepholes=(0, 2, 1)),  # i, o, f, c
+    "lstm_coupled": _Node("LSTM", (0, 2, 0, 1), negated=2, peepholes=(0, 1, 0)),
     "gru": _Node("GRU", (1, 0, 2), attributes={"linear_before_reset": 1}),  # z, r, h
     "rnn_tanh": _Node("RNN", (0,), "Tanh"),
     "rnn_relu": _Node("RNN", (0,), "Relu"),
 }
 
 
-def _ordered(node: _Node, weight: Tensor) -> Tensor:
-    """A weight or bias [G*H, ...] with its gates in the order of ONNX."""
-    gates = weight.chunk(len(node.gates))
-    return torch.cat([gates[k] for k in node.gates])
+def _node(cell: Cell) -> _Node:
+    """The node of a cell, without its noise."""
+    return _NODES[cell.name.partition("+")[0].replace("_peephole", "")]
+
+
+def _ordered(node: _Node, rows: Tensor, order: Sequence[int]) -> Tensor:
+    """Rows [G*H, ...] in the order of ONNX, `node.gates` or `node.peepholes`."""
+    blocks = rows.chunk(max(order) + 1)
+    return torch.cat([-blocks[k] if place == node.negated else blocks[k] for place, k in enumerate(order)])
 
 
 def is_exporting() -> bool:
@@ -73,7 +81,7 @@ def _record(mode: Any, op: Any, types: Any, args: tuple[Any, ...], kwargs: dict[
     if not is_exporting():
         return mode.__torch_dispatch__(op, types, args, kwargs or {})
     with mode:
-        return layer(*args)
+        return layer(*args, **(kwargs or {}))
 
 
 def layer(
@@ -87,39 +95,50 @@ def layer(
     cell_states: bool,
     reserve: bool,
     *weights: Tensor,
+    noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """A forward operator in terms of ONNX: arguments and results are those of `ops.FORWARD_SCHEMA`.
 
     Raises:
-        NotImplementedError: x is the data of a PackedSequence, which ONNX does not have.
+        NotImplementedError: x is the data of a PackedSequence, which ONNX does not have; or there are random masks.
     """
     if x.dim() == 2:
         raise NotImplementedError(_PACKED)
-    directions = split_directions(weights, bidirectional)
+    kind = named(cell)
+    if noise is not None and ({"g", "r"} & {*kind.noise} or noise.shape[1] != 1):
+        raise NotImplementedError(_RANDOM)
+    directions = split_directions(weights, bidirectional, kind)
     D, B = len(directions), x.shape[1]
     h0 = x.new_zeros(D, B, directions[0].w_hh.shape[1]) if h0 is None else h0
-    c0 = x.new_zeros(D, B, CELLS[cell].cell_size(directions[0].hidden_size)) if c0 is None else c0
-    cell_states = cell_states and CELLS[cell].has_cell_state
+    c0 = x.new_zeros(D, B, kind.cell_size(directions[0].hidden_size)) if c0 is None else c0
+    cell_states = cell_states and kind.has_cell_state
     empty = x.new_empty(0)
-    if _beyond_node(directions, x.dtype == torch.float64, reset is not None, cell_states):
-        y, hn, cn, c = _scan_layer(CELLS[cell], x, directions, h0, c0, lengths, reset)
+    if _beyond_node(directions, x.dtype == torch.float64, reset is not None, cell_states, noise is not None):
+        y, hn, cn, c = _scan_layer(kind, x, directions, h0, c0, lengths, reset, noise)
         return y, hn, cn, c if cell_states else empty, empty.clone()
-    return *_node_layer(CELLS[cell], x, directions, h0, c0, lengths), empty, empty.clone()
+    return *_node_layer(kind, x, directions, h0, c0, lengths), empty, empty.clone()
 
 
 _PACKED = (
     "ONNX has no PackedSequence: give fusedrnn's modules padded input and lengths=... instead, which has the same "
     "results and can be exported for any T and B"
 )
+_RANDOM = (
+    "zoneout and recurrent dropout draw masks while training, which ONNX's recurrent nodes do not have: call "
+    "model.eval() before the export"
+)
 
 
-def _beyond_node(directions: Sequence[DirectionWeights], float64: bool, reset: bool, cell_states: bool) -> list[str]:
+def _beyond_node(
+    directions: Sequence[DirectionWeights], float64: bool, reset: bool, cell_states: bool, zoneout: bool
+) -> list[str]:
     """What of a layer a node of ONNX, as ONNX Runtime computes it, cannot say."""
     found = {
         "a projection (proj_size)": directions[0].w_hr is not None,
         "float64": float64,
         "reset": reset,
         "the cell states of every step (return_states)": cell_states,
+        "zoneout": zoneout,
     }
     return [what for what, there in found.items() if there]
 
@@ -134,12 +153,11 @@ def _node_layer(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, hn, cn by one node; see _symbolic, which says the same to the other exporter."""
     (T, B, _), D, H = x.shape, len(directions), directions[0].hidden_size
-    node = _NODES[cell.name]
+    node = _node(cell)
 
-    def stacked(*weights: Tensor | None) -> Tensor | None:
-        return (
-            None if weights[0] is None else torch.stack([_ordered(node, w.float()) for w in weights if w is not None])
-        )
+    def stacked(*weights: Tensor | None, order: Sequence[int] = node.gates) -> Tensor | None:
+        given = [_ordered(node, w.float(), order) for w in weights if w is not None]
+        return torch.stack(given) if given else None
 
     b_ih, b_hh = (stacked(*(getattr(w, name) for w in directions)) for name in ("b_ih", "b_hh"))
     inputs = (
@@ -150,6 +168,7 @@ def _node_layer(
         None if lengths is None else lengths.to(torch.int32),
         h0.float(),
         *([c0.float()] if cell.has_cell_state else []),
+        *([stacked(*(w.w_p for w in directions), order=node.peepholes)] if cell.parameters else []),
     )
     states = [(D, B, H)] * (2 if cell.has_cell_state else 1)
     attributes: dict[str, Any] = {"hidden_size": H, "direction": "bidirectional" if D == 2 else "forward"}
@@ -178,6 +197,7 @@ def _scan_layer(
     c0: Tensor,
     lengths: Tensor | None,
     reset: Tensor | None,
+    noise: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, hn, cn and every c by a Scan node for each direction, whose body is `reference.step`."""
     dtype = reference.compute_dtype(x.dtype)
@@ -187,15 +207,17 @@ def _scan_layer(
     for d, weights in enumerate(directions):
         given = [None if w is None else w.to(dtype) for w in weights]
         masks = [mask for mask in (exists, keep) if mask is not None]
+        multipliers = [] if noise is None else [v.clone() for v in noise[:, 0].chunk(len(directions), dim=-1)[d]]
 
         def body(*arguments: Tensor, given: Any = given) -> list[Tensor]:
             states, x_t, own = arguments[:count], arguments[count], iter(arguments[count + 1 :])
             exists_t = None if exists is None else next(own)
             keep_t = None if keep is None else next(own)
             w = DirectionWeights._make(None if g is None else next(own) for g in given)
+            noise_t = dict(zip(cell.noise, own, strict=True)) if noise is not None else None
             h_in, *c_in = (s if keep_t is None else s.where(keep_t, 0.0) for s in states)
             carry = c_in[0] if c_in else h_in
-            h_out, carry, _ = reference.step(cell, x_t, h_in, carry, w)
+            h_out, carry, _ = reference.step(cell, x_t, h_in, carry, w, noise_t)
             left = [h_out, carry][:count]
             if exists_t is None:
                 return [*left, *(s.clone() for s in left)]
@@ -206,7 +228,7 @@ def _scan_layer(
         if d == 1:
             sequences = [s.flip(0) for s in sequences]
         init = [s[d].to(dtype).clone() for s in (h0, c0)[:count]]
-        additional = tuple(g for g in given if g is not None)
+        additional = (*(g for g in given if g is not None), *multipliers)
         results = torch.ops.higher_order.scan(body, init, sequences, additional)
         hns.append(results[0])
         cns.append(results[1] if count == 2 else c0[d])
@@ -236,21 +258,22 @@ def _symbolic(
 
     symbolic_helper: Any = torch.onnx.symbolic_helper
 
-    cell = CELLS[symbolic_helper._get_const(cell, "s", "cell")]
-    node = _NODES[cell.name]
+    cell = named(symbolic_helper._get_const(cell, "s", "cell"))
+    node = _node(cell)
     bidirectional, cell_states = (
         symbolic_helper._get_const(flag, "b", "flag") for flag in (bidirectional, cell_states)
     )
-    h0, c0, lengths, reset, *given = (
+    h0, c0, lengths, reset, *given, noise = (
         None if symbolic_helper._is_none(value) else value for value in (h0, c0, lengths, reset, *weights)
     )
+    if {"g", "r"} & {*cell.noise}:
+        raise NotImplementedError(_RANDOM)
     if symbolic_helper._get_tensor_rank(x) == 2:
         raise NotImplementedError(_PACKED)
     dtype = JitScalarType.from_value(x)
-    directions = split_directions([w for w in given if w is not None], bidirectional)
-    beyond = _beyond_node(
-        directions, dtype == JitScalarType.DOUBLE, reset is not None, cell_states and cell.has_cell_state
-    )
+    directions = split_directions([w for w in given if w is not None], bidirectional, cell)
+    float64, cell_states = dtype == JitScalarType.DOUBLE, cell_states and cell.has_cell_state
+    beyond = _beyond_node(directions, float64, reset is not None, cell_states, noise is not None)
     if beyond:
         raise NotImplementedError(
             f"ONNX's {node.name}, as ONNX Runtime has it, cannot say {' and '.join(beyond)}: use torch.onnx.export("
@@ -267,9 +290,15 @@ def _symbolic(
     def cast(value: Any, to: Any = _FLOAT) -> Any:
         return absent if value is None else g.op("Cast", value, to_i=to) if half else value
 
-    def ordered(weight: Any) -> Any:
-        rows = _ordered(node, torch.arange(len(node.gates) * H))
-        return g.op("Gather", cast(weight), g.op("Constant", value_t=rows), axis_i=0)
+    def ordered(weight: Any, order: Sequence[int] = node.gates) -> Any:
+        rows = torch.cat([torch.arange(k * H, (k + 1) * H) for k in order])
+        gathered = g.op("Gather", cast(weight), g.op("Constant", value_t=rows), axis_i=0)
+        if node.negated is None:
+            return gathered
+        sign = torch.tensor([-1.0 if place == node.negated else 1.0 for place in range(len(order))])
+        sign = sign.repeat_interleave(H).unsqueeze(1)
+        signed = g.op("Mul", g.op("Reshape", gathered, integers(len(order) * H, -1)), g.op("Constant", value_t=sign))
+        return signed
 
     def stacked(*values: Any) -> Any:
         rows = [g.op("Reshape", value, integers(1, -1, *size)) for value, *size in values]
@@ -280,6 +309,9 @@ def _symbolic(
     b = absent
     if directions[0].b_ih is not None:
         b = stacked(*((g.op("Concat", ordered(d.b_ih), ordered(d.b_hh), axis_i=0),) for d in directions))
+    peepholes = []
+    if cell.parameters:
+        peepholes = [stacked(*((ordered(d.w_p, node.peepholes),) for d in directions))]
     sequence_lens = absent if lengths is None else g.op("Cast", lengths, to_i=_INT32)
     direction = "bidirectional" if D == 2 else "forward"
     states = [h0, c0][: 2 if cell.has_cell_state else 1]
@@ -290,6 +322,7 @@ def _symbolic(
         node.name,
         *(cast(x), w, r, b, sequence_lens),
         *map(cast, states),
+        *peepholes,
         hidden_size_i=H,
         direction_s=direction,
         **attributes,

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from . import flops, gpu, onnx, reference, sources
-from .cells import CELLS
+from .cells import named
 from .layout import split_directions
 
 NAMESPACE = "fusedrnn"
@@ -67,16 +67,16 @@ def _define_once(name: str, schema: str) -> None:
 
 def _listed(schema: str) -> str:
     """The schema of the overload for weights, and gradients of them, in a list."""
-    schema = re.sub(r", Tensor w0.*?\) ->", ") ->", schema.replace("Tensor x, ", "Tensor x, Tensor[] weights, "))
+    schema = re.sub(r", Tensor\?? w\d+(=None)?", "", schema.replace("Tensor x, ", "Tensor x, Tensor[] weights, "))
     return re.sub(r"Tensor dw0.*", "Tensor[] dweights)", schema)
 
 
 def _of_list(name: str, position: int) -> Callable[..., Any]:
     """The overload of an operator for weights in a list, its argument at `position`, and for gradients in a list."""
 
-    def run(*arguments: Any) -> Any:
+    def run(*arguments: Any, noise: Tensor | None = None) -> Any:
         weights = arguments[position]
-        results = getattr(_ops, name).default(*arguments[:position], *arguments[position + 1 :], *weights)
+        results = getattr(_ops, name).default(*arguments[:position], *arguments[position + 1 :], *weights, noise=noise)
         return (*results[:3], list(results[3 : 3 + len(weights)])) if name.endswith("_backward") else results
 
     return run
@@ -93,7 +93,7 @@ def _each_gradient(dx: Tensor, dh0: Tensor, dc0: Tensor, dweights: Sequence[Tens
 # goes by what Dynamo saw, so `revision` is an argument: another version of this package is not served from the cache.
 _library.define(
     "layer(str revision, str backend, str cell, bool bidirectional, bool cell_states, Tensor x, Tensor? h0, "
-    "Tensor? c0, Tensor? lengths, Tensor? reset, Tensor[] weights) "
+    "Tensor? c0, Tensor? lengths, Tensor? reset, Tensor? noise, Tensor[] weights) "
     "-> (Tensor y, Tensor hn, Tensor cn, Tensor c, Tensor reserve)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -115,11 +115,13 @@ def _forward_fake(
     cell_states: bool,
     reserve: bool,
     *weights: Tensor,
+    noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     steps, B = x.shape[:-1], reference.batch_size(x, lengths)
-    directions = split_directions(weights, bidirectional)
+    kind = named(cell)
+    directions = split_directions(weights, bidirectional, kind)
     D, H, P = len(directions), directions[0].hidden_size, directions[0].w_hh.shape[1]
-    C, S = CELLS[cell].cell_size(H), len(CELLS[cell].saved)
+    C, S = kind.cell_size(H), len(kind.saved)
     return (
         x.new_empty(*steps, D * P),
         x.new_empty(D, B, P),
@@ -146,10 +148,12 @@ def _backward_fake(
     reserve: Tensor,
     needs: Sequence[bool],
     *weights: Tensor,
+    noise: Tensor | None = None,
 ) -> tuple[Any, ...]:
-    directions = split_directions(weights, bidirectional)
+    kind = named(cell)
+    directions = split_directions(weights, bidirectional, kind)
     D, H, P = len(directions), directions[0].hidden_size, directions[0].w_hh.shape[1]
-    B, C = reference.batch_size(x, lengths), CELLS[cell].cell_size(H)
+    B, C = reference.batch_size(x, lengths), kind.cell_size(H)
     shapes = [x.shape, (D, B, P), (D, B, C), *(weight.shape for weight in weights)]
     dx, dh0, dc0, *dweights = (
         x.new_empty(shape) if need else x.new_empty(0) for shape, need in zip(shapes, needs, strict=True)
@@ -168,8 +172,9 @@ def _reference_forward(
     cell_states: bool,
     reserve: bool,
     *weights: Tensor,
+    noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    y, hn, cn, c, saved = reference.layer(CELLS[cell], x, weights, bidirectional, h0, c0, lengths, reset)
+    y, hn, cn, c, saved = reference.layer(named(cell), x, weights, bidirectional, h0, c0, lengths, reset, noise)
     empty = x.new_empty(0)
     return y, hn, cn, c if cell_states or reserve else empty, saved if reserve else empty.clone()
 
@@ -191,9 +196,10 @@ def _reference_backward(
     reserve: Tensor,
     needs: Sequence[bool],
     *weights: Tensor,
+    noise: Tensor | None = None,
 ) -> tuple[Any, ...]:
     *states, dweights = reference.layer_backward(
-        CELLS[cell], dy, dhn, dcn, dc, x, weights, bidirectional, h0, c0, lengths, reset, y, c, reserve
+        named(cell), dy, dhn, dcn, dc, x, weights, bidirectional, h0, c0, lengths, reset, y, c, reserve, noise
     )
     dx, dh0, dc0, *dweights = (
         grad.clone() if need else x.new_empty(0) for grad, need in zip([*states, *dweights], needs, strict=True)
@@ -222,16 +228,18 @@ def _define_gpu(backend: str) -> None:
     """
 
     @torch.no_grad()
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        return gpu.forward(launches(backend), *arguments)
+    def forward(*arguments: Any, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return gpu.forward(launches(backend), *arguments, noise=noise)
 
     @torch.no_grad()
-    def backward(*arguments: Any) -> tuple[Any, ...]:
-        return _each_gradient(*gpu.backward(launches(backend), *arguments))
+    def backward(*arguments: Any, noise: Tensor | None = None) -> tuple[Any, ...]:
+        return _each_gradient(*gpu.backward(launches(backend), *arguments, noise=noise))
 
-    def forward_fake(cell: str, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        y, hn, cn, c, saved = _forward_fake(cell, x, *arguments)
-        return y, hn, cn, c, saved if gpu.reserve() == "gates" else x.new_empty(0)
+    def forward_fake(
+        cell: str, x: Tensor, *arguments: Any, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        y, hn, cn, c, saved = _forward_fake(cell, x, *arguments, noise=noise)
+        return y, hn, cn, c, saved if gpu.reserves_gates(named(cell)) else x.new_empty(0)
 
     _define(backend, forward_fake)
     for key in ("CUDA", "CPU"):

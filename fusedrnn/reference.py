@@ -42,18 +42,24 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
-def step(cell: Cell, x: Tensor, h: Tensor, carry: Tensor, w: DirectionWeights) -> tuple[Tensor, Tensor, Tensor]:
+def step(
+    cell: Cell, x: Tensor, h: Tensor, carry: Tensor, w: DirectionWeights, noise: dict[str, Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """One time step: x [B, I], h [B, P] and the carry [B, H], or [B, 0] -> h', the carry' and what is saved [B, S*H].
 
-    Where w_hr is given, h' is projected: Sak et al. 2014 (arXiv 1402.1128).
+    Where w_hr is given, h' is projected: Sak et al. 2014 (arXiv 1402.1128). noise: the cell's multipliers, by name.
     """
-    a = cell.maps_of(x @ w.w_ih.T, cell.input) + cell.maps_of(h @ w.w_hh.T, cell.recurrent)
+    noise = noise or {}
+    h_in = h * noise["r"] if "r" in noise else h
+    a = cell.maps_of(x @ w.w_ih.T, cell.input) + cell.maps_of(h_in @ w.w_hh.T, cell.recurrent)
     if w.b_ih is not None and w.b_hh is not None:
         a = a + cell.maps_of(w.b_ih, cell.input) + cell.maps_of(w.b_hh, cell.recurrent)
-    h, carry, saved = cell.step(a, carry)
+    m, carry, saved = cell.step(a, carry, *((w.w_p, noise) if cell.has_operands else ()))
     if w.w_hr is not None:
-        h = h @ w.w_hr.T
-    return h, carry, saved
+        m = m @ w.w_hr.T
+    if "h" in noise:
+        m = noise["h"] * h + (1 - noise["h"]) * m
+    return m, carry, saved
 
 
 def layer(
@@ -65,6 +71,7 @@ def layer(
     c0: Tensor | None = None,
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
+    noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One layer over a whole sequence, both directions, differentiable by autograd.
 
@@ -79,13 +86,16 @@ def layer(
         lengths: [B] int64; step t of sequence b exists where t < lengths[b]. The reverse direction starts at the
             last step that exists. x is not read where no step exists, and y is zero there.
         reset: [T, B] bool; where true the state that enters step t is zero, in both directions.
+        noise: the multipliers of a cell with noise, in its order, [K, T, B, D*H], or [K, 1, B, D*H], the same for all
+            steps; of packed rows [K, N, D*H]. P stands for H where the cell has those of "r" alone.
 
     Returns:
         y [T, B, D*P], hn [D, B, P], cn [D, B, C], c [T, B, D*C] (every c_t), saved [D, T, B, S*H].
     """
     if x.dim() == 2:
         packing = _packing(lengths)
-        y, hn, cn, c, saved = layer(cell, packing.padded(x), weights, bidirectional, h0, c0, lengths, reset)
+        noise = _padded_noise(packing, noise)
+        y, hn, cn, c, saved = layer(cell, packing.padded(x), weights, bidirectional, h0, c0, lengths, reset, noise)
         return packing.packed(y), hn, cn, packing.packed(c), packing.packed(saved)
     traces = [
         _direction(
@@ -96,9 +106,10 @@ def layer(
             c0[d] if c0 is not None else None,
             lengths,
             reset,
+            _of_steps(cell, noise, x.shape[0], 2 if bidirectional else 1, d),
             reverse=d == 1,
         )
-        for d, w in enumerate(split_directions(weights, bidirectional))
+        for d, w in enumerate(split_directions(weights, bidirectional, cell))
     ]
     y = torch.cat([trace.y for trace in traces], dim=-1)
     c = torch.cat([trace.c for trace in traces], dim=-1).to(x.dtype)
@@ -116,6 +127,7 @@ def _direction(
     c0: Tensor | None,
     lengths: Tensor | None,
     reset: Tensor | None,
+    noise: list[dict[str, Tensor]],
     reverse: bool,
 ) -> Trace:
     T, B, _ = x.shape
@@ -131,7 +143,7 @@ def _direction(
     steps: list[tuple[Tensor, Tensor, Tensor]] = [(h, carry, carry)] * T
     for t in reversed(range(T)) if reverse else range(T):
         h_in, carry_in = (h, carry) if enters is None else (h.where(enters[t], 0.0), carry.where(enters[t], 0.0))
-        h_out, carry_out, saved = step(cell, xs[t], h_in, carry_in, w)
+        h_out, carry_out, saved = step(cell, xs[t], h_in, carry_in, w, noise[t])
         h_out = h_out.to(x.dtype).to(dtype)
         if exists is None:
             h, carry = h_out, carry_out
@@ -160,12 +172,13 @@ def layer_backward(
     y: Tensor,
     c: Tensor,
     saved: Tensor,
+    noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """The derivative of `layer` by hand: backpropagation through time.
 
     Args:
         dy: gradient of y, [T, B, D*P], or None for zeros; so dhn [D, B, P], dcn [D, B, C], dc [T, B, D*C].
-        cell, x, weights, bidirectional, h0, c0, lengths, reset: as given to `layer`.
+        cell, x, weights, bidirectional, h0, c0, lengths, reset, noise: as given to `layer`.
         y, c, saved: as `layer` returned them.
 
     Returns:
@@ -175,8 +188,9 @@ def layer_backward(
         packing = _packing(lengths)
         dy, dc = (None if rows is None else packing.padded(rows) for rows in (dy, dc))
         x, y, c, saved = (packing.padded(rows) for rows in (x, y, c, saved))
+        noise = _padded_noise(packing, noise)
         dx, dh0, dc0, dweights = layer_backward(
-            cell, dy, dhn, dcn, dc, x, weights, bidirectional, h0, c0, lengths, reset, y, c, saved
+            cell, dy, dhn, dcn, dc, x, weights, bidirectional, h0, c0, lengths, reset, y, c, saved, noise
         )
         return packing.packed(dx), dh0, dc0, dweights
     T, B, I = x.shape
@@ -185,7 +199,8 @@ def layer_backward(
     enters = _state_enters(exists, reset)
     xs = where_exists(x.to(dtype), exists)
     dx, dh0s, dc0s, dweights = xs.new_zeros(T, B, I), [], [], []
-    for d, weights_d in enumerate(split_directions(weights, bidirectional)):
+    for d, weights_d in enumerate(split_directions(weights, bidirectional, cell)):
+        vs = _of_steps(cell, noise, T, 2 if bidirectional else 1, d)
         w = _cast_weights(weights_d, dtype)
         H, P = w.hidden_size, w.w_hh.shape[1]
         C = cell.cell_size(H)
@@ -200,15 +215,25 @@ def layer_backward(
         dh = dhn[d].to(dtype) if dhn is not None else xs.new_zeros(B, P)  # gradient of the state that leaves step t
         dcarry = dcn[d].to(dtype) if dcn is not None else torch.zeros_like(carry[0])
         da, dh_out, m = xs.new_zeros(T, B, len(cell.maps) * H), xs.new_zeros(T, B, P), xs.new_zeros(T, B, H)
+        dp = xs.new_zeros(B, len(cell.parameters) * H)
         for t in range(T) if d == 1 else reversed(range(T)):
             dh_t = dh if dy_d is None else dh + dy_d[t]
             dcarry_t = dcarry if dc_d is None else dcarry + dc_d[t]
             if exists is not None:  # what is saved is zero there as well: so is all that follows from it
                 dh_t, dcarry_t = dh_t.where(exists[t], 0.0), dcarry_t.where(exists[t], 0.0)
+            dh_kept = dh_t * vs[t]["h"] if "h" in vs[t] else None
+            dh_t = dh_t if dh_kept is None else dh_t * (1 - vs[t]["h"])
             dh_out[t] = dh_t
             dm = dh_t if w.w_hr is None else dh_t @ w.w_hr
-            da[t], dcarry_in, m[t] = cell.step_backward(saved[d, t].to(dtype), carry_in[t], carry[t], dm, dcarry_t)
+            operands = (w.w_p, vs[t]) if cell.has_operands else ()
+            da[t], dcarry_in, m[t], *dp_t = cell.step_backward(
+                saved[d, t].to(dtype), carry_in[t], carry[t], dm, dcarry_t, *operands
+            )
+            if cell.parameters:
+                dp += dp_t[0]
             dh_in = cell.rows_of(da[t], cell.recurrent) @ w.w_hh
+            dh_in = dh_in * vs[t]["r"] if "r" in vs[t] else dh_in
+            dh_in = dh_in if dh_kept is None else dh_in + dh_kept
             if enters is not None:
                 dh_in, dcarry_in = dh_in.where(enters[t], 0.0), dcarry_in.where(enters[t], 0.0)
             if exists is not None:  # a step that does not exist hands the gradient through
@@ -218,11 +243,15 @@ def layer_backward(
         da = da.flatten(0, 1)
         of_input, of_state = cell.rows_of(da, cell.input), cell.rows_of(da, cell.recurrent)
         dx += (of_input @ w.w_ih).view(T, B, I)
+        if "r" in cell.noise:
+            h_in = torch.stack([h_in[t] * vs[t]["r"] for t in range(T)])
         dw = [of_input.T @ xs.flatten(0, 1), of_state.T @ h_in.flatten(0, 1)]
         if w.b_ih is not None:
             dw += [of_input.sum(0), of_state.sum(0)]
         if w.w_hr is not None:
             dw += [dh_out.flatten(0, 1).T @ m.flatten(0, 1)]
+        if cell.parameters:
+            dw += [dp.sum(0)]
         dweights += [grad.to(x.dtype) for grad in dw]
         dh0s.append(dh + dcarry if cell.carry == "hidden" else dh)
         dc0s.append(dcarry if cell.has_cell_state else c_first)
@@ -240,6 +269,18 @@ def batch_size(x: Tensor, lengths: Tensor | None) -> int:
 def _packing(lengths: Tensor | None) -> Packing:
     assert lengths is not None
     return Packing(lengths, int(lengths[0]))
+
+
+def _padded_noise(packing: Packing, noise: Tensor | None) -> Tensor | None:
+    return packing.padded(noise) if noise is not None and noise.dim() == 3 else noise
+
+
+def _of_steps(cell: Cell, noise: Tensor | None, T: int, D: int, d: int) -> list[dict[str, Tensor]]:
+    """The noise of each step of one direction, by name."""
+    if noise is None:
+        return [{}] * T
+    steps = noise.chunk(D, dim=-1)[d].expand(-1, T, -1, -1).unbind(1)
+    return [dict(zip(cell.noise, step.unbind(0), strict=True)) for step in steps]
 
 
 def entering(s: Tensor, s0: Tensor, exists: Tensor | None, reset: Tensor | None, reverse: bool) -> Tensor:

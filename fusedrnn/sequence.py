@@ -54,6 +54,14 @@ class Form(NamedTuple):
             return y.squeeze(1)
         return y.transpose(0, 1) if self.batch_first else y
 
+    def enter_rows(self, values: Tensor) -> Tensor:
+        """[..., T, B, size], or of a PackedSequence [..., N, size], whatever the layout of the input -> as `enter`."""
+        if self.packing is not None:
+            return self.packing.packed(values.transpose(-3, -2) if self.batch_first else values)
+        if self.padded and self.batch_sizes is not None:
+            return Packing(self._packed_lengths().to(values.device), self.T).padded(values)
+        return values
+
     def sort(
         self,
         h0: Tensor | None,

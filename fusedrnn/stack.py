@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,14 +24,17 @@ def run(
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
     cell_states: bool = False,
+    noise: Callable[[], Tensor | None] = lambda: None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
     """x [T, B, I] -> y [T, B, D*P], hn [L*D, B, P], cn [L*D, B, C], and every layer's h and c [T, B, ...].
 
-    Of packed rows x is [N, I], and so are y, h and c. c is meaningful with cell_states only.
+    Of packed rows x is [N, I], and so are y, h and c. c is meaningful with cell_states only. noise draws a layer's.
     """
     name = cell.name
     if num_layers == 1:
-        y, hn, cn, c = autograd.layer(backend, name, x, weights, bidirectional, h0, c0, lengths, reset, cell_states)
+        y, hn, cn, c = autograd.layer(
+            backend, name, x, weights, bidirectional, h0, c0, lengths, reset, cell_states, noise()
+        )
         return y, hn, cn, [y], [c]
     count, D = len(weights) // num_layers, 2 if bidirectional else 1
     h0s, c0s = ([None] * num_layers if s is None else s.split(D) for s in (h0, c0))
@@ -40,7 +43,9 @@ def run(
         if k > 0 and dropout > 0:
             y = torch.nn.functional.dropout(y, dropout)
         own = weights[k * count : (k + 1) * count]
-        y, hn, cn, c = autograd.layer(backend, name, y, own, bidirectional, h0s[k], c0s[k], lengths, reset, cell_states)
+        y, hn, cn, c = autograd.layer(
+            backend, name, y, own, bidirectional, h0s[k], c0s[k], lengths, reset, cell_states, noise()
+        )
         hns.append(hn)
         cns.append(cn)
         hs.append(y)

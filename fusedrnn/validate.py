@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .cells import LSTM, Cell
+from .cells import Cell
 from .sequence import Form
 
 
@@ -195,10 +195,12 @@ def options(cell: Cell, weights: Sequence[Tensor], num_layers: int, D: int, drop
         if not isinstance(weight, Tensor):
             raise TypeError(f"weights[{k}] must be a Tensor, got {type(weight).__name__}")
     count, rest = divmod(len(weights), num_layers * D)
-    if rest or count not in ((2, 3, 4, 5) if cell is LSTM else (2, 4)):
+    more = 1 if cell.parameters else 0
+    if rest or count - more not in ((2, 3, 4, 5) if cell.has_cell_state else (2, 4)):
+        expected = f"{2 + more} to {5 + more}" if cell.has_cell_state else "2 or 4"
         raise ValueError(
-            f"weights must hold {'2 to 5' if cell is LSTM else '2 or 4'} tensors for each of {num_layers} layers and "
-            f"{D} directions, got {len(weights)}"
+            f"weights must hold {expected} tensors for each of {num_layers} layers and {D} directions, "
+            f"got {len(weights)}"
         )
     for k in (0, 1):
         if weights[k].dim() != 2:
@@ -209,11 +211,13 @@ def weight_shapes(cell: Cell, weights: Sequence[Tensor], num_layers: int, D: int
     """The shapes of all weights; H is that of the first w_hh."""
     count, G = len(weights) // (num_layers * D), len(cell.gates)
     H, P = weights[1].shape[0] // G, weights[1].shape[1]
+    parameters = [(len(cell.parameters) * H,)] if cell.parameters else []
+    count -= len(parameters)
     biases = [(G * H,), (G * H,)] if count >= 4 else []
     projection = [(P, H)] if count in (3, 5) else []
     for layer in range(num_layers):
         w_ih = (G * H, I if layer == 0 else D * P)
-        shapes = [w_ih, (G * H, P if projection else H), *biases, *projection] * D
+        shapes = [w_ih, (G * H, P if projection else H), *biases, *projection, *parameters] * D
         for k, shape in enumerate(shapes, layer * len(shapes)):
             if weights[k].shape != shape:
                 raise ValueError(f"weights[{k}] must have shape {list(shape)}, got {list(weights[k].shape)}")

@@ -5,7 +5,8 @@
     da_t, dc = step_backward(...)     cells/; c is the carry of the cell
 
 Maps that have a product with h lie side by side, from FIRST on, one for each gate, in the order of the rows of w_hh.
-Gradients of x and of the weights are GEMMs over da after the launch: nothing is summed up over time in here.
+Gradients of x and of the weights are GEMMs over da after the launch, and those of the units' parameters are sums:
+nothing is summed up over time in here.
 
 Grid, ownership and meetings are those of forward.py: a program owns UNITS hidden units, here columns of w_hh, and with
 a projection COLUMNS of its outputs. da_t is exchanged through da itself, the result, in global memory; with a
@@ -22,7 +23,7 @@ by one that lies outside of the sequence.
 import triton
 import triton.language as tl
 
-from .affine import load_weights, multiply, round_to_tf32
+from .affine import load_parameters, load_weights, multiply, round_to_tf32
 from .grid import arrive, wait
 
 # Phases of a step: both, the gradient of h, the cell.
@@ -39,6 +40,8 @@ def layer_backward(
     w_hh1,
     w_hr0,  # [P, H], or None
     w_hr1,
+    w_p0,  # [K*H], the parameters of the units of a cell that has K of them, or None
+    w_p1,
     c0,  # [D, B, H], or None for zeros; of a cell whose carry is h it is h0
     lengths,  # [B] int64, or None
     reset,  # [T, B] bool, or None
@@ -62,6 +65,7 @@ def layer_backward(
     GATES: tl.constexpr,
     SAVED: tl.constexpr,
     CARRY: tl.constexpr,
+    PARAMETERS: tl.constexpr,
     D: tl.constexpr,
     BATCH: tl.constexpr,
     UNITS: tl.constexpr,
@@ -107,6 +111,10 @@ def layer_backward(
             w_hh = tl.where(d == 0, w_hh0, w_hh1)
             if COLUMNS:
                 w_hr = tl.where(d == 0, w_hr0, w_hr1)
+        w_p = w_p0
+        if D == 2 and PARAMETERS:
+            w_p = tl.where(d == 0, w_p0, w_p1)
+        b_p = load_parameters(w_p, o_u, m_u, H, PARAMETERS)
 
         if CARRIED:
             kept_hh = ()
@@ -221,7 +229,10 @@ def layer_backward(
                         kept_hr, w_hr, o_u.to(tl.int64), m_u, H,
                         BATCH, UNITS, RESIDENT_HR, STREAMED, CHUNK, SPLIT, AHEAD, PRECISION,
                     )  # fmt: skip
-                da_exact, dc_in = STEP(b_saved, c_in, b_c, b_dm, dc_t)
+                if PARAMETERS:
+                    da_exact, dc_in = STEP(b_saved, c_in, b_c, b_dm, dc_t, b_p)
+                else:
+                    da_exact, dc_in = STEP(b_saved, c_in, b_c, b_dm, dc_t)
                 b_da = ()
                 # Of units that do not exist, too: the product with their zero weights is not 0 if they are not finite.
                 for k in tl.static_range(MAPS):

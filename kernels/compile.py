@@ -28,7 +28,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ..cells import CELLS
+from ..cells import named
 from . import cells
 from . import plan as planner
 from .backward import layer_backward
@@ -97,11 +97,12 @@ def compile(variant: Variant) -> Resources:
         absent |= {"w_hr0", "w_hr1", "m", "dh_out"}
     absent |= {"xg"} if plan.inputs else {"x", "w_ih0", "w_ih1", "b_ih0", "b_ih1"}
     absent |= set() if plan.inputs or cells.adds_bias(plan.cell) else {"b_hh0", "b_hh1"}
+    absent |= set() if named(plan.cell).parameters else {"w_p0", "w_p1"}
     absent |= set() if ragged else {"lengths", "reset"}
     absent |= set() if states else {"h0", "c0", "dhn", "dcn", "dc", "dh0", "dc0"}
-    if not CELLS[plan.cell].has_cell_state:
+    if not named(plan.cell).has_cell_state:
         absent |= {"cn", "dcn", "dc", "dc0"} | ({"c"} if kernel == "forward" else set())
-    if CELLS[plan.cell].carry is None:
+    if named(plan.cell).carry is None:
         absent |= {"c0", "c"}
     constants |= {name: None for name in absent if name in function.arg_names}
     signature, attributes = {}, {}

@@ -4,8 +4,9 @@
     m_t, c_t = step(a, c_{t-1})       cells/; c is the carry of the cell
     h_t = m_t @ w_hr^T                with a projection; without one h_t = m_t
 
-A map of a is the sum of both products, or has one of them alone (INPUT, RECURRENT: fusedrnn/cells/spec.py). Columns of
-xg are in the order of the weights' rows. The bias b_hh of a map without input is added here.
+A map of a is the sum of both products, or has one of them alone (INPUT, RECURRENT: fusedrnn/cells/spec.py), or none,
+where it makes their number a power of 2. Columns of xg are in the order of the weights' rows. The bias b_hh of a map
+without input is added here.
 
 Grid: groups of PROGRAMS programs. A group computes one item after another; an item is a direction and BATCH batch rows,
 and items never need each other.
@@ -29,7 +30,7 @@ from `begin` to `end` and one PHASE of them, and c goes from launch to launch in
 import triton
 import triton.language as tl
 
-from .affine import load_weights, multiply, round_to_tf32
+from .affine import load_parameters, load_weights, multiply, round_to_tf32
 from .grid import arrive, wait
 
 # Phases of a step: both, up to the cell, the projection.
@@ -80,6 +81,8 @@ def layer_forward(
     w_hh1,
     w_hr0,  # [P, H], or None
     w_hr1,
+    w_p0,  # [K*H], the parameters of the units of a cell that has K of them, or None
+    w_p1,
     h0,  # [D, B, P], or None for zeros
     c0,  # [D, B, H], or None for zeros; of a cell whose carry is h it is h0
     lengths,  # [B] int64, or None
@@ -105,6 +108,7 @@ def layer_forward(
     GATES: tl.constexpr,
     SAVED: tl.constexpr,
     CARRY: tl.constexpr,
+    PARAMETERS: tl.constexpr,
     D: tl.constexpr,
     BATCH: tl.constexpr,
     UNITS: tl.constexpr,
@@ -166,6 +170,10 @@ def layer_forward(
                 b_ih = tl.where(d == 0, b_ih0, b_ih1)
             if b_hh0 is not None:
                 b_hh = tl.where(d == 0, b_hh0, b_hh1)
+        w_p = w_p0
+        if D == 2 and PARAMETERS:
+            w_p = tl.where(d == 0, w_p0, w_p1)
+        b_p = load_parameters(w_p, o_u, m_u, H, PARAMETERS)
 
         if CARRIED:
             kept_hh = ()
@@ -185,7 +193,7 @@ def layer_forward(
         for k in tl.static_range(MAPS):
             if INPUTS or INPUT[k] is not None:
                 biases = biases + (0,)  # not used
-            elif b_hh0 is None:
+            elif b_hh0 is None or RECURRENT[k] is None:
                 biases = biases + (tl.zeros((BATCH, UNITS), tl.float32),)
             else:
                 b_bias = tl.load(b_hh + RECURRENT[k] * H + o_u, mask=m_u, other=0.0).to(tl.float32)
@@ -296,7 +304,10 @@ def layer_forward(
                 c_in = b_c
                 if CARRY is not None:
                     c_in = tl.where(enters[:, None], b_c, 0.0)
-                b_m, c_out, b_saved = STEP(with_h, c_in)
+                if PARAMETERS:
+                    b_m, c_out, b_saved = STEP(with_h, c_in, b_p)
+                else:
+                    b_m, c_out, b_saved = STEP(with_h, c_in)
                 if CARRY is not None:
                     b_c = tl.where(exists[:, None], c_out, b_c)
                 # Units that do not exist stay out of the next product, whose zero weights would not: 0 * inf is NaN.

@@ -49,6 +49,7 @@ def forward(
     cn: Tensor | None,
     c: Tensor | None,
     saved: Tensor | None,
+    w_p: Sequence[Tensor | None] = (None,),
 ) -> None:
     """Launches `layer_forward`; shapes, and which tensors are written, stand there. Weights: one of each direction.
 
@@ -62,7 +63,7 @@ def forward(
         inputs, I = (x, *_both(w_ih), *_both(b_ih), *_both(b_hh)), x.shape[2]  # type: ignore[union-attr]
     else:
         inputs, I = (*_NO_INPUTS, *(_both(b_hh) if cells.adds_bias(plan.cell) else (None, None))), 0
-    tensors = (*inputs, xg, *_both(w_hh), *_both(w_hr), h0, c0, lengths, reset, y, hn, cn, c, saved, m)
+    tensors = (*inputs, xg, *_both(w_hh), *_both(w_hr), *_both(w_p), h0, c0, lengths, reset, y, hn, cn, c, saved, m)
     _launch("forward", plan, y, tensors, (T, B, I, H, P), T, D)
 
 
@@ -83,6 +84,7 @@ def backward(
     dh_out: Tensor | None,
     dh0: Tensor | None,
     dc0: Tensor | None,
+    w_p: Sequence[Tensor | None] = (None,),
 ) -> None:
     """Launches `layer_backward`; shapes, and which tensors are written, stand there. All tensors are contiguous.
 
@@ -90,7 +92,8 @@ def backward(
     """
     D, T, B, _ = da.shape
     P, H = _sizes(w_hh, w_hr)
-    tensors = (dy, dhn, dcn, dc, *_both(w_hh), *_both(w_hr), c0, lengths, reset, c, saved, da, dh_out, dh0, dc0)
+    weights = (*_both(w_hh), *_both(w_hr), *_both(w_p))
+    tensors = (dy, dhn, dcn, dc, *weights, c0, lengths, reset, c, saved, da, dh_out, dh0, dc0)
     steps = T if plan.carried or dh0 is None else T + 1
     _launch("backward", plan, da, tensors, (T, B, H, P), steps, D)
 

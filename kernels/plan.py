@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
-from ..cells import CELLS
+from ..cells import named
 from .device import DEVICES, H200, Device, cdiv, power_of_2
 from .device import Shape as _Shape
 
@@ -59,12 +59,13 @@ class Shape(_Shape):
 
     @property
     def gates(self) -> int:
-        return len(CELLS[self.cell].gates)
+        return len(named(self.cell).gates)
 
     @property
     def maps(self) -> int:
         """Columns for each unit of the forward's products; those of maps that have none are masked."""
-        return len(CELLS[self.cell].maps)
+        maps = len(named(self.cell).maps)
+        return 1 if maps == 1 else 4  # cells.columns
 
     @property
     def apart(self) -> bool:

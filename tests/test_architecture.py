@@ -19,8 +19,10 @@ BELOW = {
     "cells.spec": set(),
     "cells.gru": {"cells.spec"},
     "cells.lstm": {"cells.spec"},
+    "cells.lstm_variants": {"cells.lstm", "cells.spec"},
+    "cells.own": {"cells.spec"},
     "cells.rnn": {"cells.spec"},
-    "cells": {"cells.spec", "cells.gru", "cells.lstm", "cells.rnn"},
+    "cells": {"cells.spec", "cells.gru", "cells.lstm", "cells.lstm_variants", "cells.own", "cells.rnn"},
     "layout": {"cells"},
     "packing": set(),
     "aten": {"cells"},
@@ -44,6 +46,7 @@ BELOW = {
     "dispatch": {"cells", "gpu", "layout", "ops", "tuning.choice", "tuning.profile"},
     "precision": {"dispatch"},
     "sequence": {"dispatch", "packing"},
+    "noise": {"cells", "reference", "sequence"},
     "validate": {"cells", "dispatch", "sequence"},
     "stack": {"autograd", "cells"},
     "fast_path": {"aten", "autograd", "cells", "dispatch", "ops", "sequence", "stack", "tuning.choice", "validate"},
@@ -53,14 +56,15 @@ BELOW = {
         "cells",
         "dispatch",
         "fast_path",
+        "noise",
         "precision",
         "second_derivative",
         "sequence",
         "stack",
         "validate",
     },
-    "functional": {"cells", "forward"},
-    "module": {"cells", "dispatch", "forward", "ops", "validate"},
+    "functional": {"cells", "forward", "noise"},
+    "module": {"cells", "dispatch", "forward", "noise", "ops", "validate"},
     "convert": {"module"},
 }
 BELOW["check"] = {*BELOW}
@@ -74,7 +78,7 @@ BELOW["tuning.command"] = {"benchmarks", "cells", "testing", *_MEASURING}
 BELOW["tuning.api"] = {"dispatch", "layout", *_MEASURING}
 BELOW["cli"] = {*BELOW, "__init__", "benchmarks"}
 BELOW["__main__"] = {"cli"}
-BELOW["__init__"] = {"convert", "dispatch", "functional", "module", "tuning.api", "version"}
+BELOW["__init__"] = {"cells", "convert", "dispatch", "functional", "module", "tuning.api", "version"}
 
 
 def place(path):

@@ -49,6 +49,8 @@ struct CellSpec {
   MapWindow input, recurrent;
   Carry carry;
   bool projects;  // whether there may be a projection of m
+  // How many parameters a unit has, of a cell that takes them and noise at run time: see lstm_variants.h.
+  int parameters = 0;
 };
 
 }  // namespace fusedrnn

@@ -13,6 +13,9 @@
 // a product waits for the next.
 #pragma once
 
+#include <cstring>
+#include <vector>
+
 #include "activations.h"
 #include "geometry.h"
 #include "panel.h"
@@ -32,20 +35,35 @@ class EnteringStates {
     constexpr bool kPairs = kOperands != Operands::kNumbers;
     constexpr int64_t kAtATime = inputs_at_a_time(kOperands);
     const int64_t inputs = blocks_of(s_.N, kAtATime) * kAtATime / (kPairs ? 2 : 1);
+    const bool drops = p_.noise.of[static_cast<size_t>(Noise::kR)] != nullptr;
+    std::vector<S> own(drops ? 2 * s_.P : 0);  // states that are multiplied
     for (int64_t index = begin; index < end; ++index) {
       const int64_t d = index / inputs, input = index % inputs;
       const Direction direction(s_, p_.sequence, d);
       A* const panels = static_cast<A*>(p_.h_in) + d * blocks_of(s_.P, kWide<A>) * inputs * kWide<A>;
+      const auto of = [&](int64_t row, int64_t which) {
+        const S* const h = of_row(direction, d, row);
+        return drops && h != nullptr ? dropped(direction, d, row, h, own.data() + which * s_.P) : h;
+      };
       if constexpr (kPairs) {
-        pack_input(of_row(direction, d, 2 * input), of_row(direction, d, 2 * input + 1), s_.P, panels, inputs, input);
+        pack_input(of(2 * input, 0), of(2 * input + 1, 1), s_.P, panels, inputs, input);
       } else {
-        pack_input(of_row(direction, d, input), s_.P, panels, inputs, input);
+        pack_input(of(input, 0), s_.P, panels, inputs, input);
       }
     }
   }
 
  private:
   using A = Compute<S>;
+
+  // That state as the product with w_hh took it, in `to`.
+  const S* dropped(const Direction& direction, int64_t d, int64_t row, const S* h, S* to) const {
+    const int64_t t = direction.step_of(row), b = row - direction.row(t, 0);
+    const A* const v = noise_at<A>(s_, p_.noise, Noise::kR, direction, t, d, b, 0);
+    for (int64_t k = 0; k < s_.P; k += kUnits<A>)
+      store(to + k, load(h + k, s_.P - k) * load(v + k, s_.P - k), s_.P - k);
+    return to;
+  }
 
   // The state that entered the step of a row, or null for zeros.
   const S* of_row(const Direction& direction, int64_t d, int64_t row) const {
@@ -119,6 +137,8 @@ class Backward {
   static constexpr CellSpec kSpec = Cell::kSpec;
   static constexpr int kMaps = kSpec.maps, kSaved = kSpec.saved;
   static constexpr bool kHasCarry = kSpec.carry != Carry::kNone, kHasCell = kSpec.carry == Carry::kCell;
+  static constexpr bool kVariant = kSpec.parameters > 0;
+  static constexpr int kParameters = kVariant ? kSpec.parameters : 1;
 
   struct Rest;
   using Pipeline = std::conditional_t<kTiles, TilePipeline<Rest, 1>, NoPipeline>;
@@ -133,12 +153,16 @@ class Backward {
   A* dh_state(int64_t d, int64_t b) const { return static_cast<A*>(p_.dh_state) + state(s_, d, b, s_.P); }
   // Gradients of the carry of sequences from b on.
   A* dcarry(int64_t d, int64_t b) const { return static_cast<A*>(p_.dcarry) + state(s_, d, b, s_.H); }
+  // Of a variant: gradients of the state that was kept, and of the parameters of a sequence.
+  A* dh_kept(int64_t d, int64_t b) const { return static_cast<A*>(p_.dh_kept) + state(s_, d, b, s_.H); }
+  A* dp(int64_t d, int64_t b) const { return static_cast<A*>(p_.dp) + state(s_, d, b, kParameters * s_.H); }
   A* dh_out(int64_t d, int64_t row) const { return static_cast<A*>(p_.dh_out) + direction_major(s_, d, row, s_.P); }
 
   void start(int64_t d, int64_t row_begin, int64_t row_end) const {
     for (int64_t b = row_begin; b < row_end; ++b) {
       copy(dh_state(d, b), static_cast<const S*>(p_.dhn), state(s_, d, b, s_.P), s_.P);
       if (kHasCarry) copy(dcarry(d, b), static_cast<const S*>(p_.dcn), state(s_, d, b, s_.H), s_.H);
+      if (kVariant && p_.dp != nullptr) std::memset(dp(d, b), 0, kParameters * s_.H * sizeof(A));
     }
   }
 
@@ -273,10 +297,19 @@ class Backward {
                       : static_cast<const S*>(p_.dy) + time_major(s_, direction.row(t, b), d, P) + output;
     A* out = n < 0 || !s_.projected ? nullptr : dh_out(d, direction.row(t, b)) + output;
     const Units units(*this, direction, t < 0 || t >= s_.T ? 0 : t, d, b, output);
+    const A *dropped = nullptr, *kept = nullptr;  // of the next step
+    if constexpr (kVariant) {
+      if (!last) dropped = noise_at<A>(s_, p_.noise, Noise::kR, direction, next, d, b, output);
+      if (p_.dh_kept != nullptr) kept = dh_kept(d, b) + output;
+    }
     for (int64_t r = begin; r < end; ++r) {
       V dh{};
       if (!last && (!kRagged || direction.exists(next, b + r))) {
-        if (!kRagged || !direction.is_reset(next, b + r)) dh = sum[r][v];
+        if (!kRagged || !direction.is_reset(next, b + r)) {
+          dh = sum[r][v];
+          if (kVariant && dropped != nullptr) dh *= load(dropped + r * y_step, count);
+          if (kVariant && kept != nullptr) dh += load(kept + r * P, count);
+        }
       } else {
         dh = load(handed_on + r * P, count);
       }
@@ -348,6 +381,17 @@ class Backward {
       }
       dc_all = !kHasCell || p.dc == nullptr ? nullptr : static_cast<const S*>(p.dc) + carry_at;
       m = !backward.projected() ? nullptr : static_cast<A*>(p.m) + direction_major(s, d, row, H) + unit;
+      if constexpr (kVariant) {
+        const auto noise = [&](Noise kind) { return noise_at<A>(s, p.noise, kind, direction, t, d, b, unit); };
+        g = noise(Noise::kG);
+        c = noise(Noise::kC);
+        h = noise(Noise::kH);
+        if (h != nullptr) dh_kept = backward.dh_kept(d, b) + unit;
+        if (p.w_p[d] != nullptr) {
+          weights = static_cast<const S*>(p.w_p[d]) + unit;
+          dp = backward.dp(d, b) + unit;
+        }
+      }
     }
 
     template <bool kRagged>
@@ -373,10 +417,38 @@ class Backward {
       const S* row = saved + r * kSaved * H;
       for (int k = 0; k < kSaved; ++k) a[k] = load(row + order(0, k), count);
       for (int k = 0; k < kSaved; ++k) __builtin_prefetch(row + kAhead * kSaved * H + order(0, k));
-      const V out = Cell::template backward<VectorMath<A>>(a, entered, left, dm, dleft);
+      V out;
+      if constexpr (kVariant) {
+        out = variant(a, entered, left, dm, dleft, r, count);
+      } else {
+        out = Cell::template backward<VectorMath<A>>(a, entered, left, dm, dleft);
+      }
       for (int k = 0; k < kMaps; ++k) store(da + r * da_step + k * H, a[k], count);
       if (m != nullptr) store(m + r * H, out, count);
       if constexpr (kHasCarry) store(dcarry + r * H, cut ? V{} : dleft, count);
+    }
+
+    // The same of a variant, with what it takes besides.
+    FUSEDRNN_INLINE V variant(V (&a)[kMaps], V entered, V left, V dm, V& dleft, int64_t r, int64_t count) const {
+      V p[1][kParameters], of_g, of_c, own[kParameters] = {};
+      typename Cell::template Operands<VectorMath<A>> operands;
+      if (weights != nullptr) {
+        for (int k = 0; k < kParameters; ++k) p[0][k] = load(weights + k * H, count);
+        operands.p = p;
+      }
+      if (g != nullptr) of_g = load(g + r * carry_step, count), operands.g = &of_g;
+      if (c != nullptr) of_c = load(c + r * carry_step, count), operands.c = &of_c;
+      if (h != nullptr) {
+        const V kept = load(h + r * carry_step, count) * dm;
+        store(dh_kept + r * H, kept, count);
+        dm -= kept;
+      }
+      const V out = Cell::template backward<VectorMath<A>>(a, entered, left, dm, dleft, operands, own);
+      for (int k = 0; weights != nullptr && k < kParameters; ++k) {
+        A* const sum = dp + (r * kParameters + k) * H;
+        store(sum, load(sum, count) + own[k], count);
+      }
+      return out;
     }
 
     static constexpr int kAhead = 4;  // rows whose saved values are on their way
@@ -387,6 +459,9 @@ class Backward {
     const S *saved, *carry = nullptr, *carry_before = nullptr, *carry0 = nullptr, *dc_all;
     Gradient* da;
     A *dcarry = nullptr, *m;
+    const S* weights = nullptr;  // the following of a variant
+    const A *g = nullptr, *c = nullptr, *h = nullptr;
+    A *dh_kept = nullptr, *dp = nullptr;
   };
 
   const BackwardParams& p_;

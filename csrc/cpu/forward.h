@@ -67,6 +67,8 @@ void add_biases(const void* b_ih, const void* b_hh, int64_t H, int begin, int en
   }
 }
 
+struct Nothing {};
+
 // With Operands that are pairs the state is kept in S.
 template <class Cell, class S, Operands kOperands = Operands::kNumbers>
 class Forward {
@@ -149,6 +151,8 @@ class Forward {
   static constexpr CellSpec kSpec = Cell::kSpec;
   static constexpr int kMaps = kSpec.maps, kSaved = kSpec.saved, kInputMaps = kSpec.input.end - kSpec.input.begin;
   static constexpr bool kHasCarry = kSpec.carry != Carry::kNone, kHasCell = kSpec.carry == Carry::kCell;
+  static constexpr bool kVariant = kSpec.parameters > 0;
+  static constexpr int kParameters = kVariant ? kSpec.parameters : 1;
   static_assert(kSaved <= kMaps && kSpec.input.begin == 0 && kInputMaps == kSpec.gates);
   static_assert(kSpec.recurrent.end == kMaps && kMaps - kSpec.recurrent.begin == kSpec.gates);
 
@@ -254,8 +258,13 @@ class Forward {
       const S* h0 = static_cast<const S*>(p_.h0);
       const S* c0 = static_cast<const S*>(kHasCell ? p_.c0 : p_.h0);  // of the size of a carry
       const bool cut = direction.is_reset(direction.first(b), b);
+      const A* dropped = nullptr;
+      if constexpr (kVariant) {
+        if (direction.length(b) > 0) dropped = noise_at<A>(s_, p_.noise, Noise::kR, direction, 0, d, b, 0);
+      }
       for (int64_t k = 0; k < s_.P; k += kUnits<A>) {
-        const V value = h0 == nullptr ? V{} : load(h0 + state(s_, d, b, s_.P) + k, s_.P - k);
+        V value = h0 == nullptr ? V{} : load(h0 + state(s_, d, b, s_.P) + k, s_.P - k);
+        if (kVariant && dropped != nullptr) value *= load(dropped + k, s_.P - k);
         store(h(0, d) + b * h_stride() + k, cut ? V{} : value, s_.P - k);
         // Where steps that do not exist have no rows, nobody hands the state on to the first one that does.
         if (direction.is_packed()) store(h(1, d) + b * h_stride() + k, cut ? V{} : value, s_.P - k);
@@ -458,7 +467,12 @@ class Forward {
           y(static_cast<S*>(forward.p_.y) + time_major(forward.s_, direction.row(t, b), d, forward.s_.P) + output),
           hn(static_cast<S*>(forward.p_.hn) + state(forward.s_, d, b, forward.s_.P) + output),
           h_in(forward.h(n, d) + b * forward.h_stride() + output),
-          h_out(forward.h(n + 1, d) + b * forward.h_stride() + output) {}
+          h_out(forward.h(n + 1, d) + b * forward.h_stride() + output) {
+      if constexpr (kVariant) {
+        dropped = noise_at<A>(forward.s_, forward.p_.noise, Noise::kR, direction, t, d, b, output);
+        dropped_step = blocks ? kUnits<A> : forward.s_.D * forward.s_.P;
+      }
+    }
 
     template <bool kRagged>
     FUSEDRNN_INLINE void write(int64_t r, V value, int64_t count) const {
@@ -467,7 +481,8 @@ class Forward {
       store(y + r * y_step, exists ? value : V{}, count);
       if (exists && (kRagged ? direction.is_last(t, row) : final)) store(hn + r * hn_step, value, count);
       if (final) return;
-      const V after = exists ? rounded<S>(value) : load(h_in + r * h_step, count);
+      V after = exists ? rounded<S>(value) : load(h_in + r * h_step, count);
+      if (kVariant && exists && dropped != nullptr) after *= load(dropped + r * dropped_step, count);
       store(h_out + r * h_step, kRagged && direction.is_reset(next, row) ? V{} : after, count);
     }
 
@@ -477,6 +492,42 @@ class Forward {
     S *y, *hn;
     const State* h_in;
     State* h_out;
+    const A* dropped = nullptr;  // multipliers of the state that enters the next step
+    int64_t dropped_step = 0;
+  };
+
+  // What a variant takes besides, of a block of hidden units of rows from b on; or, of the only row, of blocks.
+  struct Extra {
+    Extra() = default;  // of nothing
+    Extra(const Forward& forward, const Direction& direction, int64_t n, int64_t d, int64_t b, int64_t unit,
+          bool blocks) {
+      const Sizes& s = forward.s_;
+      const ForwardParams& p = forward.p_;
+      const int64_t t = direction.at(n), before = direction.before(t), H = s.H;
+      const auto noise = [&](Noise kind) { return noise_at<A>(s, p.noise, kind, direction, t, d, b, unit); };
+      noise_step = blocks ? kUnits<A> : s.D * H;
+      weights_step = blocks ? kUnits<A> : 0;
+      state_step = blocks ? kUnits<A> : H;
+      if (p.w_p[d] != nullptr) weights = static_cast<const S*>(p.w_p[d]) + unit;
+      g = noise(Noise::kG);
+      c = noise(Noise::kC);
+      h = noise(Noise::kH);
+      if (h == nullptr) return;
+      if (0 <= before && before < s.T) {
+        h_before = static_cast<const S*>(p.y) + time_major(s, direction.row(before, b), d, H) + unit;
+      }
+      if (p.h0 != nullptr) h_first = static_cast<const S*>(p.h0) + state(s, d, b, H) + unit;
+    }
+
+    // The hidden state that entered step t of a row, unless it was cut.
+    V entered(int64_t r, bool is_first, int64_t count) const {
+      if (!is_first) return load(h_before + r * noise_step, count);  // y has the rows of the noise
+      return h_first == nullptr ? V{} : load(h_first + r * state_step, count);
+    }
+
+    const S *weights = nullptr, *h_before = nullptr, *h_first = nullptr;
+    const A *g = nullptr, *c = nullptr, *h = nullptr;
+    int64_t noise_step = 0, weights_step = 0, state_step = 0;
   };
 
   // Cells of a block of hidden units at the n-th step, of rows from b on; or, of the only row, of one block of a chunk
@@ -506,6 +557,7 @@ class Forward {
       if (kHasCarry) carry = forward.carry(d, unit) + b * kUnits<A>;
       if (forward.projected()) m_all = static_cast<A*>(p.m) + state(s, d, b, H) + unit;
       if (kHasCell) cn = static_cast<S*>(p.cn) + state(s, d, b, H) + unit;
+      if constexpr (kVariant) extra = Extra(forward, direction, n, d, b, unit, blocks), hidden = H;
     }
 
     Cells() = default;  // of nothing
@@ -543,7 +595,11 @@ class Forward {
         c[r] = !kHasCarry || cut ? V{} : load(carry + (first + r) * kUnits<A>);
       }
       load_maps(a, first, count, sums);
-      Cell::template forward<VectorMath<A>, R>(a, c, m);
+      if constexpr (kVariant) {
+        variant<kRagged, R>(a, c, m, first, count);
+      } else {
+        Cell::template forward<VectorMath<A>, R>(a, c, m);
+      }
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         const int64_t at = first + r;
@@ -563,6 +619,37 @@ class Forward {
           }
         }
         outputs.template write<kRagged>(at, m[r], count);
+      }
+    }
+
+    // The cells of a variant, with what it takes besides, and zoneout of h.
+    template <bool kRagged, int R>
+    FUSEDRNN_INLINE void variant(V (&a)[R][kMaps], V (&c)[R], V (&m)[R], int64_t first, int64_t count) const {
+      V p[R][kParameters], of_g[R], of_c[R];
+      typename Cell::template Operands<VectorMath<A>> operands;
+      if (extra.weights != nullptr) {
+        for (int r = 0; r < R; ++r) {
+          const S* const own = extra.weights + (first + r) * extra.weights_step;
+          for (int k = 0; k < kParameters; ++k) p[r][k] = load(own + k * hidden, count);
+        }
+        operands.p = p;
+      }
+      const auto take = [&](const A* from, V(&to)[R]) {
+        for (int r = 0; r < R; ++r) to[r] = load(from + (first + r) * extra.noise_step, count);
+        return to;
+      };
+      if (extra.g != nullptr) operands.g = take(extra.g, of_g);
+      if (extra.c != nullptr) operands.c = take(extra.c, of_c);
+      Cell::template forward<VectorMath<A>, R>(a, c, m, operands);
+      if (extra.h == nullptr) return;
+      const Direction& direction = outputs.direction;
+      for (int r = 0; r < R; ++r) {
+        const int64_t at = first + r, row = outputs.b + at * outputs.row_step;
+        if (kRagged && !direction.exists(outputs.t, row)) continue;
+        const V kept = load(extra.h + at * extra.noise_step, count);
+        const bool cut = kRagged && direction.is_reset(outputs.t, row);
+        const V old = cut ? V{} : extra.entered(at, direction.is_first(outputs.t, row), count);
+        m[r] = kept * old + (A(1) - kept) * m[r];
       }
     }
 
@@ -597,6 +684,8 @@ class Forward {
     }
 
     Outputs outputs;
+    [[no_unique_address]] std::conditional_t<kVariant, Extra, Nothing> extra;
+    int64_t hidden = 0;  // H of a variant
     SavedOrder<A> order;
     int64_t state_step, saved_step, c_step, bias_step;  // from one of them to the next
     Maps maps;

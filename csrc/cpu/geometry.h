@@ -74,15 +74,25 @@ FUSEDRNN_INLINE int64_t direction_major(const Sizes& s, int64_t d, int64_t row, 
 }
 FUSEDRNN_INLINE int64_t state(const Sizes& s, int64_t d, int64_t b, int64_t size) { return (d * s.B + b) * size; }
 
+// The multiplier of a unit at step t of a sequence, and of those that follow; null where there are none.
+template <class A>
+FUSEDRNN_INLINE const A* noise_at(const Sizes& s, const NoiseParams& noise, Noise kind, const Direction& direction,
+                                  int64_t t, int64_t d, int64_t b, int64_t unit) {
+  const A* const all = static_cast<const A*>(noise.of[static_cast<size_t>(kind)]);
+  if (all == nullptr) return nullptr;
+  const int64_t size = kind == Noise::kR ? s.P : s.H;
+  return all + time_major(s, noise.by_sequence ? b : direction.row(t, b), d, size) + unit;
+}
+
 // Where the saved values of hidden units lie in a row of S*H of them: the k-th of units from `unit` on, a multiple of
-// `lanes`. Block after block where H is a multiple of `lanes`, so that a step touches one place for each row and block;
-// else the first values of all units, then the second ones.
+// `lanes`. Block after block where `saved_in_blocks`, so that a step touches one place for each row and block; else the
+// first values of all units, then the second ones.
 template <class A>
 class SavedOrder {
  public:
   SavedOrder() = default;  // of nothing
   SavedOrder(int64_t H, int64_t saved)
-      : value_(saved_in_blocks(H, Simd<A>::kLanes) ? Simd<A>::kLanes : H), unit_(value_ == H ? 1 : saved) {}
+      : value_(saved_in_blocks(H, saved, Simd<A>::kLanes) ? Simd<A>::kLanes : H), unit_(value_ == H ? 1 : saved) {}
 
   int64_t operator()(int64_t unit, int64_t k = 0) const { return unit * unit_ + k * value_; }
 

@@ -3,6 +3,7 @@
 
 #include "../cells/gru.h"
 #include "../cells/lstm.h"
+#include "../cells/lstm_variants.h"
 #include "../cells/rnn.h"
 #include "activations.h"
 #include "backward.h"
@@ -61,7 +62,8 @@ template <class S>
 constexpr Kernels kernels_for() {
   return {
       kOperands<S>,
-      {cell_kernels<Lstm, S>(), cell_kernels<Gru, S>(), cell_kernels<RnnTanh, S>(), cell_kernels<RnnRelu, S>()},
+      {cell_kernels<Lstm, S>(), cell_kernels<Gru, S>(), cell_kernels<RnnTanh, S>(), cell_kernels<RnnRelu, S>(),
+       cell_kernels<LstmVariant<false>, S>(), cell_kernels<LstmVariant<true>, S>()},
       [](const BackwardParams& params, int64_t begin, int64_t end) {
         EnteringStates<S, kOperands<S>>(params).run(begin, end);
       },

@@ -27,8 +27,11 @@ static constexpr int64_t blocks_of(int64_t outputs, int64_t width) { return (out
 // How many blocks of `lanes` units a chunk has, by how many maps a product has.
 static constexpr int64_t chunk_blocks(int64_t maps) { return maps % 4 == 0 ? 1 : 4; }
 
-// Whether a row of saved values lies block after block; else value after value. See SavedOrder.
-static constexpr bool saved_in_blocks(int64_t H, int64_t lanes) { return H % lanes == 0; }
+// Whether a row of saved values lies block after block, as the panels of as many maps do if a chunk is one block; else
+// value after value. See SavedOrder.
+static constexpr bool saved_in_blocks(int64_t H, int64_t saved, int64_t lanes) {
+  return H % lanes == 0 && (saved == 1 || chunk_blocks(saved) == 1);
+}
 
 // Storage of 16-bit floating point numbers.
 struct BFloat16 {
@@ -63,6 +66,16 @@ struct Sequence {
   // step t are [offsets[t], offsets[t + 1]), those of the first sequences, and steps that do not exist have none.
   const int64_t* offsets;
   const uint8_t* reset;  // [T][B] or null
+};
+
+// What noise multiplies: see NOISE in fusedrnn/cells/spec.py.
+enum class Noise : int { kH, kC, kG, kR, kCount };
+
+// The multipliers of each, A [N][D][W], or [B][D][W] where those of a sequence are the same at all steps; or null. W is
+// P of kR, which is always the same at all steps, and else H.
+struct NoiseParams {
+  const void* of[static_cast<size_t>(Noise::kCount)];
+  bool by_sequence;
 };
 
 // How the work of one launch is shared by workers that may or may not run at the same time.
@@ -102,6 +115,8 @@ struct ForwardParams {
   const void* biases[2];
   const void* b_ih[2];  // S [gates * H] for each direction, or null
   const void* b_hh[2];  // S [gates * H] for each direction, or null
+  const void* w_p[2];   // S [parameters * H] for each direction, or null
+  NoiseParams noise;    // of a cell with parameters
   const void* h0;       // S [D][B][P] or null
   const void* c0;       // S [D][B][H] or null; this, cn and c only of a cell with a cell state
   void* y;              // S [N][D][P]
@@ -127,6 +142,8 @@ struct BackwardParams {
   const void* dc;        // S [N][D][H] or null
   const void* h0;        // S [D][B][P] or null
   const void* y;         // S [N][D][P]
+  const void* w_p[2];    // S [parameters * H] for each direction, or null
+  NoiseParams noise;     // of a cell with parameters
   const void* saved;     // S [D][N][saved * H], each row in SavedOrder
   // What was carried, rounded: that before the first step, and that of each. They are h0 and y where h is the carry,
   // and only where there is one.
@@ -148,6 +165,8 @@ struct BackwardParams {
   // Scratch, uninitialised.
   void* dh_state;  // A [D][B][P]: gradient of the hidden state where it passes a step that does not exist
   void* dcarry;    // A [D][B][H], where the cell has a carry
+  void* dh_kept;   // A [D][B][H], where there is noise of h: gradient of h_{t-1} by what was kept of it
+  void* dp;        // A [D][B][parameters * H], where there are w_p: written, the sum over the steps
   Team team;
 };
 
@@ -175,7 +194,7 @@ constexpr int64_t kGemmRows = 192;  // of c, that a worker computes at a time: a
 using Pack = void (*)(const void* w, int64_t rows, int64_t columns, void* panel, int64_t begin, int64_t end);
 
 // The cells in csrc/cells.
-enum class CellKind : int { kLstm, kGru, kRnnTanh, kRnnRelu, kCount };
+enum class CellKind : int { kLstm, kGru, kRnnTanh, kRnnRelu, kLstmPeephole, kLstmCoupled, kCount };
 
 // The kernels of a cell. A worker function is called once for every worker of the team.
 struct CellKernels {

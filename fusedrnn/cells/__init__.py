@@ -2,10 +2,39 @@
 
 from .gru import GRU
 from .lstm import LSTM
+from .lstm_variants import VARIANTS, lstm_variant
+from .own import OWN, OwnCell, cell
 from .rnn import RNN_RELU, RNN_TANH
-from .spec import Cell
+from .spec import NOISE, Cell
 
-CELLS = {cell.name: cell for cell in (LSTM, GRU, RNN_TANH, RNN_RELU)}
+CELLS = {cell.name: cell for cell in (LSTM, GRU, RNN_TANH, RNN_RELU)}  # those of torch
 RNNS = {"tanh": RNN_TANH, "relu": RNN_RELU}  # by the `nonlinearity` of torch's modules
 
-__all__ = ["CELLS", "GRU", "LSTM", "RNNS", "RNN_RELU", "RNN_TANH", "Cell"]
+
+def named(name: str) -> Cell:
+    """The cell of this name: one of torch's, a variant of the LSTM, or one that `cell` has made.
+
+    Raises:
+        KeyError: there is none.
+    """
+    for known in (CELLS, VARIANTS, OWN):
+        if name in known:
+            return known[name]
+    raise KeyError(name)
+
+
+__all__ = [
+    "CELLS",
+    "GRU",
+    "LSTM",
+    "NOISE",
+    "RNNS",
+    "RNN_RELU",
+    "RNN_TANH",
+    "VARIANTS",
+    "Cell",
+    "OwnCell",
+    "cell",
+    "lstm_variant",
+    "named",
+]

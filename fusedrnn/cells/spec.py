@@ -14,8 +14,16 @@ import torch
 from torch import Tensor
 
 Blocks = tuple[int | None, ...]
-Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-StepBackward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+Step = Callable[..., tuple[Tensor, Tensor, Tensor]]
+StepBackward = Callable[..., tuple[Tensor, ...]]
+
+# What a multiplier of each name does, in the order in which a cell has them. With v the multiplier of a unit:
+NOISE = {
+    "h": "zoneout of h: h_t = v h_{t-1} + (1 - v) m_t, for m_t the hidden state that the cell gives",
+    "c": "zoneout of c: c_t = v c_{t-1} + (1 - v) c, for c the cell state that m_t is made of",
+    "g": "dropout of the candidate: v g_t stands for g_t",
+    "r": "dropout of the state: v h_{t-1} stands for h_{t-1} in the product with w_hh",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +48,14 @@ class Cell:
         activate_: a [..., M*H] becomes what is saved, S*H = M*H, in place.
         step_backward: (saved, the carry that entered, the carry that left, dm, dcarry) -> da [..., M*H], the gradient
             of the carry that entered, and m. dcarry is the gradient of the carry that left by all ways but m.
+        parameters: names of the parameters that each unit has one of, [K*H] together; none for most cells.
+        noise: the multipliers that a call of the layer is given, each [T, B, H] (a sequence may have one for all
+            steps), by the names of `NOISE`. Those of "h" and "r" are about the hidden state, whatever the cell, and are
+            applied around the pointwise function.
+
+    A cell with parameters, or with noise "c" or "g", has a `step` and a `step_backward` with two more arguments: the
+    parameters [K*H] or None, and a dict of name -> multipliers [..., H]. Its `step_backward` returns one more result:
+    the gradient of the parameters, [..., K*H] for each row, or None.
     """
 
     name: str
@@ -52,11 +68,18 @@ class Cell:
     step: Step
     activate_: Callable[[Tensor], None]
     step_backward: StepBackward
+    parameters: tuple[str, ...] = ()
+    noise: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
         """The name of torch's own class, which is that of the module of this package as well."""
-        return self.name.split("_")[0].upper()
+        return self.name.replace("+", "_").replace("#", "_").split("_")[0].upper()
+
+    @property
+    def has_operands(self) -> bool:
+        """Whether the pointwise function takes parameters or noise."""
+        return bool(self.parameters) or "c" in self.noise or "g" in self.noise
 
     @property
     def has_cell_state(self) -> bool:

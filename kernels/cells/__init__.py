@@ -3,6 +3,8 @@
     step(a, carry) -> m, the new carry, saved
     step_backward(saved, the carry that entered, the carry that left, dm, dcarry) -> da, the gradient of the carry
 
+and both take one more argument of a cell with parameters, a tuple of rows [1, UNITS].
+
 fusedrnn/cells says what these are, and what else makes a cell. Here a and da are tuples of M tiles, one for each map,
 and saved is one of S. All tiles are float32 and of one shape; a cell without a carry gets zeros. The kernels are the
 same for all cells, and take these functions as constants.
@@ -12,8 +14,9 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
-from ...cells import CELLS as DEFINITIONS
-from . import gru, lstm, rnn
+from ...cells import named
+from ...cells.spec import Blocks
+from . import gru, lstm, lstm_variants, rnn
 
 
 class Cell(NamedTuple):
@@ -25,6 +28,9 @@ class Cell(NamedTuple):
 
 CELLS = {
     "lstm": Cell(lstm.step, lstm.step_backward),
+    "lstm_peephole": Cell(lstm_variants.step_peephole, lstm_variants.step_backward_peephole),
+    "lstm_coupled": Cell(lstm_variants.step_coupled, lstm_variants.step_backward_coupled),
+    "lstm_peephole_coupled": Cell(lstm_variants.step_peephole_coupled, lstm_variants.step_backward_peephole_coupled),
     "gru": Cell(gru.step, gru.step_backward),
     "rnn_tanh": Cell(rnn.step_tanh, rnn.step_backward_tanh),
     "rnn_relu": Cell(rnn.step_relu, rnn.step_backward_relu),
@@ -34,18 +40,25 @@ CELLS = {
 @cache
 def constants(kernel: str, name: str) -> dict[str, Any]:
     """The compile-time constants of "forward" or "backward" that a cell decides, by name."""
-    cell = DEFINITIONS[name]
+    cell = named(name)
     gates, maps = len(cell.gates), len(cell.maps)
     first = cell.recurrent.index(0)
-    # What the kernels take for granted: tiles are split into the maps by halves, and backward has one product with h.
-    assert maps in (1, 4)
+    # What the kernels take for granted: backward has one product with h.
     assert cell.recurrent == (*[None] * first, *range(gates), *[None] * (maps - gates - first))
-    both = {"GATES": gates, "SAVED": len(cell.saved), "CARRY": cell.carry}
+    both = {"GATES": gates, "SAVED": len(cell.saved), "CARRY": cell.carry, "PARAMETERS": len(cell.parameters)}
     if kernel == "forward":
-        return {**both, "STEP": CELLS[name].step, "INPUT": cell.input, "RECURRENT": cell.recurrent}
+        return {**both, "STEP": CELLS[name].step, "INPUT": columns(cell.input), "RECURRENT": columns(cell.recurrent)}
     return {**both, "STEP": CELLS[name].step_backward, "MAPS": maps, "FIRST": first}
+
+
+def columns(blocks: Blocks) -> Blocks:
+    """The maps of a unit as forward's products have them: one, or four, of which those that the cell lacks are None.
+
+    Tiles are split into the maps by halves.
+    """
+    return blocks if len(blocks) == 1 else (*blocks, *[None] * (4 - len(blocks)))
 
 
 def adds_bias(name: str) -> bool:
     """Whether the forward adds biases b_hh also where the input's product is given: there are maps without input."""
-    return None in DEFINITIONS[name].input
+    return None in named(name).input

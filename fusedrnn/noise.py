@@ -1,0 +1,104 @@
+"""Zoneout and recurrent dropout: which multipliers a layer is given (cells.NOISE), and how they are drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .cells import Cell, lstm_variant
+from .reference import compute_dtype
+from .sequence import Form
+
+MODES = {"candidate": "g", "state": "r"}  # of recurrent dropout, and what the multiplier is called
+
+
+class Noise(NamedTuple):
+    """What an LSTM drops, each a probability."""
+
+    zoneout_h: float
+    zoneout_c: float
+    dropout: float
+    mode: str  # in MODES
+
+    def kinds(self, training: bool) -> tuple[str, ...]:
+        """The multipliers there are. In evaluation zoneout has its expectation, and nothing is dropped."""
+        kinds = ["h"] if self.zoneout_h else []
+        kinds += ["c"] if self.zoneout_c else []
+        kinds += [MODES[self.mode]] if self.dropout and training else []
+        return tuple(kinds)
+
+    def cell(self, cell: Cell, training: bool) -> Cell:
+        """The LSTM `cell` with this noise."""
+        return lstm_variant(bool(cell.parameters), len(cell.gates) == 3, self.kinds(training))
+
+    def draw(self, cell: Cell, form: Form, D: int, sizes: tuple[int, int], like: Tensor, training: bool) -> Tensor:
+        """The noise of one layer, as `reference.layer` takes it with an input of this form, by torch's generator.
+
+        Masks are drawn for [T, B], whatever the layout of the input, or for the rows of a PackedSequence.
+
+        Args:
+            cell: with this noise.
+            sizes: H and P.
+            like: of the device, and of the dtype of the input.
+        """
+        fixed = {"h": self.zoneout_h, "c": self.zoneout_c} if not training else {}
+        width = D * sizes[1 if cell.noise == ("r",) else 0]
+        rows = (like.shape[0],) if form.batch_sizes is not None else (form.T, form.B)
+        once = all(kind == "r" or kind in fixed for kind in cell.noise)
+        shape = (1, form.B, width) if once else (*rows, width)
+        options: Any = {"dtype": compute_dtype(like.dtype), "device": like.device}
+
+        def drawn(kind: str) -> Tensor:
+            if kind in fixed:
+                return torch.full(shape, fixed[kind], **options)
+            if kind == "r":
+                masks = _dropped(self.dropout, (form.B, width), options)
+                return (_of_rows(masks, form) if len(shape) == 2 else masks).expand(shape)
+            if kind == "g":
+                return _dropped(self.dropout, shape, options)
+            return torch.empty(shape, **options).bernoulli_(self.zoneout_h if kind == "h" else self.zoneout_c)
+
+        masks = [drawn(kind) for kind in cell.noise]
+        noise = torch.stack(masks) if len(masks) > 1 else masks[0].unsqueeze(0)
+        return noise if once else form.enter_rows(noise)
+
+
+def _dropped(p: float, shape: Sequence[int], options: dict[str, Any]) -> Tensor:
+    """As dropout does: 0 with probability p, otherwise 1 / (1 - p)."""
+    mask = torch.empty(shape, **options).bernoulli_(1 - p)
+    return mask.div_(1 - p) if p < 1 else mask
+
+
+def _of_rows(masks: Tensor, form: Form) -> Tensor:
+    """The masks of sequences [B, W] for the rows of a PackedSequence, [N, W]."""
+    assert form.batch_sizes is not None
+    return torch.cat([masks[:size] for size in form.batch_sizes.tolist()])
+
+
+def noise_of(zoneout: Any, recurrent_dropout: Any, mode: Any, projected: bool) -> Noise | None:
+    """The noise of an LSTM with these options; None for none.
+
+    Raises:
+        TypeError, ValueError: an option is of the wrong type or value, or there is zoneout and a projection.
+    """
+    pair = zoneout if isinstance(zoneout, (tuple, list)) else (zoneout, zoneout)
+    if len(pair) != 2:
+        raise ValueError(f"zoneout must be a probability, or two, of h and of c, got {len(pair)} of them")
+    zoneout_h, zoneout_c = (_probability("zoneout", p) for p in pair)
+    dropout = _probability("recurrent_dropout", recurrent_dropout)
+    if mode not in MODES:
+        raise ValueError(f"recurrent_dropout_mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
+    if (zoneout_h or zoneout_c) and projected:
+        raise ValueError("zoneout must be 0 with a projection (proj_size): h and c then have different units")
+    return Noise(zoneout_h, zoneout_c, dropout, mode) if zoneout_h or zoneout_c or dropout else None
+
+
+def _probability(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be a probability in 0..1, got {value}")
+    return float(value)
