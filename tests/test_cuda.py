@@ -654,7 +654,7 @@ def test_the_library_checks_what_memory_safety_needs():
         ({"w_hr": [t(8, 8), t(8, 8)]}, "one w_hr of each direction"),
         ({"plan": launch.plan[:-1]}, "a plan has 13 fields, got 12"),
         ({"plan": [*launch.plan[:-1], 4]}, "a plan of an unknown kind"),
-        ({"plan": [*launch.plan[:-1], 1]}, "w_hh has the wrong shape"),
+        ({"plan": [*launch.plan[:-1], 1]}, "the plan is invalid: P must be H without a projection"),
         ({"cn": None}, "cn must be given"),
         ({"plan": [7, *launch.plan[1:]]}, "a plan of an unknown kind"),
         ({"plan": [4, *launch.plan[1:]]}, "a plan of an unknown kind"),

@@ -44,7 +44,7 @@ NVCC = tool("nvcc")
 pytestmark = [
     pytest.mark.compiles,
     pytest.mark.skipif(NVCC is None, reason="nvcc is not here: the CUDA kernels are not compiled"),
-    pytest.mark.timeout(900),  # two minutes on two cores that are idle; what has not changed is not compiled again
+    pytest.mark.timeout(900),  # four minutes on two cores that are idle; what has not changed is not compiled again
 ]
 
 
