@@ -1,6 +1,7 @@
 """What people put around a recurrent layer, each against nn.LSTM. docs/ecosystem.md names the tests of all of it."""
 
 import ast
+import contextlib
 import copy
 import multiprocessing
 import os
@@ -396,48 +397,95 @@ def test_other_processes(pair, assert_same, importable, method):
 # Training on several processes
 
 
-def train(model, parallel, rank, x):
-    """Two steps of SGD, of which each of two ranks computes one half of the batch."""
-    trained = parallel(model)
-    optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
+def train(model, rank, x, not_synchronised, between=lambda: None):
+    """Two steps of SGD, of which each of two ranks computes one half of the batch, in two parts whose gradients add up;
+    only those of the last part are synchronised."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(2):
         optimizer.zero_grad()
-        trained(x[rank::2]).square().mean().backward()
+        first, last = x[rank::2].chunk(2)
+        with not_synchronised(model):
+            (model(first).square().mean() / 2).backward()
+        (model(last).square().mean() / 2).backward()
         optimizer.step()
-    return trained
+        between()
+
+
+def save_and_load(model, folder):
+    """By torch.distributed.checkpoint: the weights are lost between."""
+    from torch.distributed import checkpoint
+
+    checkpoint.save(model.state_dict(), checkpoint_id=f"{folder}/checkpoint")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    checkpoint.load(model.state_dict(), checkpoint_id=f"{folder}/checkpoint")
+
+
+def shard(model, **options):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in (model.embed, model.lstm, model.head):
+        fully_shard(layer, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+@contextlib.contextmanager
+def without_reduction(model):
+    model.set_requires_gradient_sync(False)
+    yield
+    model.set_requires_gradient_sync(True)
 
 
 def work(rank, folder, kind):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     try:
         model, x = torch.load(f"{folder}/model.pt", weights_only=False)
         if kind == "ddp":
-            trained = train(model, nn.parallel.DistributedDataParallel, rank, x)
-            state = trained.module.state_dict()
+            model.lstm = checkpoint_wrapper(model.lstm)
+            trained = nn.parallel.DistributedDataParallel(model)
+            train(trained, rank, x, lambda trained: trained.no_sync())
+            state = {name.replace("_checkpoint_wrapped_module.", ""): p for name, p in model.state_dict().items()}
         else:
-            from torch.distributed.device_mesh import init_device_mesh
-            from torch.distributed.fsdp import fully_shard
-
-            mesh = init_device_mesh("cpu", (2,))
-
-            def shard(model):
-                for layer in (model.embed, model.lstm, model.head):
-                    fully_shard(layer, mesh=mesh)
-                return fully_shard(model, mesh=mesh)
-
-            trained = train(model, shard, rank, x)
+            trained = shard(model)
+            train(trained, rank, x, without_reduction, lambda: save_and_load(trained, folder))
             state = {name: value.full_tensor() for name, value in trained.state_dict().items()}
         if rank == 0:
             torch.save(state, f"{folder}/state.pt")
+        if kind == "fsdp2":
+            torch.save(mixed(rank, x), f"{folder}/mixed{rank}.pt")
     finally:
         torch.distributed.destroy_process_group()
+
+
+def mixed(rank, x):
+    """A mixed-precision policy, for nn.LSTM and for ours: the output, and the weights after training."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    torch.manual_seed(0)
+    theirs, found = Model(), []
+    ours = fusedrnn.convert(copy.deepcopy(theirs), compilable=True)
+    for model in (theirs, ours):
+        model = shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
+        y = model(x.float())
+        train(model, rank, x.float(), without_reduction)
+        found.append([y.detach(), *(p.full_tensor() for p in model.state_dict().values())])
+    return found
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch is without torch.distributed")
 @pytest.mark.parametrize(("kind", "compilable"), [("ddp", False), ("fsdp2", True)])
 def test_data_parallel_training(pair, assert_same, importable, tmp_path, kind, compilable):
-    """Two ranks do to the weights what one process does with nn.LSTM and the whole batch."""
+    """Two ranks do to the weights what one process does with nn.LSTM and the whole batch.
+
+    DDP with no_sync and a checkpointed layer; FSDP2 with gradients that are reduced later, weights that go through
+    torch.distributed.checkpoint, and a mixed-precision policy.
+    """
     x = batch(B=8)
     torch.save((fusedrnn.convert(pair[1], compilable=compilable), x), tmp_path / "model.pt")
     context = multiprocessing.get_context("spawn")
@@ -454,6 +502,10 @@ def test_data_parallel_training(pair, assert_same, importable, tmp_path, kind, c
     assert [rank.exitcode for rank in ranks] == [0, 0]
     state = torch.load(tmp_path / "state.pt")
     assert_same(list(state.values()), list(pair[0].state_dict().values()))
+    if kind == "fsdp2":
+        theirs, ours = torch.load(tmp_path / "mixed0.pt")
+        assert ours[0].dtype == theirs[0].dtype == torch.bfloat16
+        torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
 
 
 # Compilers
