@@ -63,11 +63,11 @@ class Result:
 
 
 def script(main: Callable[[], Result]) -> int:
-    """Runs an example and prints its claims. The exit status: 0, or 1 where a claim failed or the training diverged."""
+    """Runs an example and prints its claims. The exit status: 0, or 1 where a claim failed or training diverged."""
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         result = main()
-    except FloatingPointError as error:
+    except ArithmeticError as error:
         print(error, file=sys.stderr)
         return 1
     for claim, holds in result.claims.items():
@@ -115,6 +115,12 @@ class Parser(argparse.ArgumentParser):
         self.whole("--seed", 0, "of weights and data", 0, 2**63 - 1)
         self.add_argument("--out", type=Path, default=Path("out"), help="folder for the figure (%(default)s)")
 
+    def options(self, argv: Sequence[str] | None, **quick: Any) -> argparse.Namespace:
+        """Parses argv, sys.argv's by default; `quick` are defaults that replace others where --quick is given."""
+        if self.parse_args(argv).quick:
+            self.set_defaults(**quick)
+        return self.parse_args(argv)
+
     def whole(self, name: str, default: int, what: str, low: int = 1, high: int = 10**6) -> None:
         """Adds an option for a whole number."""
         self.add_argument(name, type=whole(low, high), default=default, help=f"{what} (%(default)s)")
@@ -135,9 +141,7 @@ def parse(parser: Parser, argv: Sequence[str] | None, **quick: Any) -> argparse.
     Raises:
         SystemExit: with status 2, if an argument cannot be used; a line on stderr says why.
     """
-    if parser.parse_args(argv).quick:
-        parser.set_defaults(**quick)
-    options = parser.parse_args(argv)
+    options = parser.options(argv, **quick)
     writable_folder(parser, options.out)
     torch.manual_seed(options.seed)
     return options
@@ -221,6 +225,10 @@ def smooth(values: Sequence[float], width: int) -> list[float]:
     return [(sums[k + 1] - sums[max(k + 1 - width, 0)]) / min(k + 1, width) for k in range(len(values))]
 
 
+class BadTextError(Exception):
+    """The text cannot be used; the message says why."""
+
+
 def standard_library(characters: int) -> str:
     """The modules of Python's standard library one after the other, in the order of their names."""
     folder = Path(sysconfig.get_paths()["stdlib"])
@@ -230,7 +238,7 @@ def standard_library(characters: int) -> str:
         if len(text) >= characters:
             break
     if not text:
-        raise FileNotFoundError(f"there is no source of the standard library in {folder}")
+        raise BadTextError(f"there is none in {folder}")
     return text[:characters]
 
 
