@@ -37,32 +37,22 @@ struct LstmVariant {
         a[r][kI] += operands.p[r][0] * c[r];
         if constexpr (!kCoupled) a[r][kF] += operands.p[r][1] * c[r];
       }
-      if (operands.p == nullptr) {
-        if constexpr (kCoupled) {
-          F::template apply<typename F::Sigmoid, typename F::Tanh, typename F::Sigmoid>(a[r]);
-        } else {
-          F::template apply<typename F::Sigmoid, typename F::Sigmoid, typename F::Tanh, typename F::Sigmoid>(a[r]);
-        }
-      } else {  // o waits for c
-        V first[kO];
-        for (int k = 0; k < kO; ++k) first[k] = a[r][k];
-        if constexpr (kCoupled) {
-          F::template apply<typename F::Sigmoid, typename F::Tanh>(first);
-        } else {
-          F::template apply<typename F::Sigmoid, typename F::Sigmoid, typename F::Tanh>(first);
-        }
-        for (int k = 0; k < kO; ++k) a[r][k] = first[k];
+      V first[kO];  // o waits for c
+      for (int k = 0; k < kO; ++k) first[k] = a[r][k];
+      if constexpr (kCoupled) {
+        F::template apply<typename F::Sigmoid, typename F::Tanh>(first);
+      } else {
+        F::template apply<typename F::Sigmoid, typename F::Sigmoid, typename F::Tanh>(first);
       }
+      for (int k = 0; k < kO; ++k) a[r][k] = first[k];
       const V forget = kCoupled ? A(1) - a[r][kI] : a[r][kF];
       const V candidate = operands.g == nullptr ? a[r][kG] : a[r][kG] * operands.g[r];
       m[r] = c[r] = forget * c[r] + a[r][kI] * candidate;
     }
-    if (operands.p != nullptr) {
-      V o[R];
-      for (int r = 0; r < R; ++r) o[r] = a[r][kO] + operands.p[r][kOfO] * c[r];
-      F::sigmoid(o);
-      for (int r = 0; r < R; ++r) a[r][kO] = o[r];
-    }
+    V o[R];
+    for (int r = 0; r < R; ++r) o[r] = operands.p == nullptr ? a[r][kO] : a[r][kO] + operands.p[r][kOfO] * c[r];
+    F::sigmoid(o);
+    for (int r = 0; r < R; ++r) a[r][kO] = o[r];
     F::tanh(m);
     for (int r = 0; r < R; ++r) m[r] *= a[r][kO];
     if (operands.c == nullptr) return;

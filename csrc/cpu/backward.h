@@ -225,8 +225,8 @@ class Backward {
     FUSEDRNN_INLINE void gradients(int v, int64_t begin, int64_t end, const V (*sum)[4]) const {
       const int64_t output = block * kWide<A> + v * kUnits<A>, count = backward->s_.P - output;
       if (count <= 0) return;
-      if (count >= kUnits<A> && !direction.ragged()) {  // known when compiled: nothing to test per row
-        backward->output_gradients<false>(*this, output, kUnits<A>, begin, end, sum, v);
+      if (!kVariant && count >= kUnits<A> && !direction.ragged()) {  // known when compiled: nothing to test per row
+        if constexpr (!kVariant) backward->output_gradients<false>(*this, output, kUnits<A>, begin, end, sum, v);
       } else {
         backward->output_gradients<true>(*this, output, count, begin, end, sum, v);
       }
@@ -354,6 +354,13 @@ class Backward {
     });
   }
 
+  // What a variant takes besides, and gives.
+  struct Extra {
+    const S* weights = nullptr;
+    const A *g = nullptr, *c = nullptr, *h = nullptr;
+    A *dh_kept = nullptr, *dp = nullptr;
+  };
+
   // Some hidden units of rows from b on at step t: from dm to da, and dcarry for the step before.
   struct Units {
     Units(const Backward& backward, const Direction& direction, int64_t t, int64_t d, int64_t b, int64_t unit)
@@ -383,13 +390,13 @@ class Backward {
       m = !backward.projected() ? nullptr : static_cast<A*>(p.m) + direction_major(s, d, row, H) + unit;
       if constexpr (kVariant) {
         const auto noise = [&](Noise kind) { return noise_at<A>(s, p.noise, kind, direction, t, d, b, unit); };
-        g = noise(Noise::kG);
-        c = noise(Noise::kC);
-        h = noise(Noise::kH);
-        if (h != nullptr) dh_kept = backward.dh_kept(d, b) + unit;
+        extra.g = noise(Noise::kG);
+        extra.c = noise(Noise::kC);
+        extra.h = noise(Noise::kH);
+        if (extra.h != nullptr) extra.dh_kept = backward.dh_kept(d, b) + unit;
         if (p.w_p[d] != nullptr) {
-          weights = static_cast<const S*>(p.w_p[d]) + unit;
-          dp = backward.dp(d, b) + unit;
+          extra.weights = static_cast<const S*>(p.w_p[d]) + unit;
+          extra.dp = backward.dp(d, b) + unit;
         }
       }
     }
@@ -432,20 +439,20 @@ class Backward {
     FUSEDRNN_INLINE V variant(V (&a)[kMaps], V entered, V left, V dm, V& dleft, int64_t r, int64_t count) const {
       V p[1][kParameters], of_g, of_c, own[kParameters] = {};
       typename Cell::template Operands<VectorMath<A>> operands;
-      if (weights != nullptr) {
-        for (int k = 0; k < kParameters; ++k) p[0][k] = load(weights + k * H, count);
+      if (extra.weights != nullptr) {
+        for (int k = 0; k < kParameters; ++k) p[0][k] = load(extra.weights + k * H, count);
         operands.p = p;
       }
-      if (g != nullptr) of_g = load(g + r * carry_step, count), operands.g = &of_g;
-      if (c != nullptr) of_c = load(c + r * carry_step, count), operands.c = &of_c;
-      if (h != nullptr) {
-        const V kept = load(h + r * carry_step, count) * dm;
-        store(dh_kept + r * H, kept, count);
+      if (extra.g != nullptr) of_g = load(extra.g + r * carry_step, count), operands.g = &of_g;
+      if (extra.c != nullptr) of_c = load(extra.c + r * carry_step, count), operands.c = &of_c;
+      if (extra.h != nullptr) {
+        const V kept = load(extra.h + r * carry_step, count) * dm;
+        store(extra.dh_kept + r * H, kept, count);
         dm -= kept;
       }
       const V out = Cell::template backward<VectorMath<A>>(a, entered, left, dm, dleft, operands, own);
-      for (int k = 0; weights != nullptr && k < kParameters; ++k) {
-        A* const sum = dp + (r * kParameters + k) * H;
+      for (int k = 0; extra.weights != nullptr && k < kParameters; ++k) {
+        A* const sum = extra.dp + (r * kParameters + k) * H;
         store(sum, load(sum, count) + own[k], count);
       }
       return out;
@@ -459,9 +466,7 @@ class Backward {
     const S *saved, *carry = nullptr, *carry_before = nullptr, *carry0 = nullptr, *dc_all;
     Gradient* da;
     A *dcarry = nullptr, *m;
-    const S* weights = nullptr;  // the following of a variant
-    const A *g = nullptr, *c = nullptr, *h = nullptr;
-    A *dh_kept = nullptr, *dp = nullptr;
+    [[no_unique_address]] std::conditional_t<kVariant, Extra, Nothing> extra;
   };
 
   const BackwardParams& p_;

@@ -67,8 +67,6 @@ void add_biases(const void* b_ih, const void* b_hh, int64_t H, int begin, int en
   }
 }
 
-struct Nothing {};
-
 // With Operands that are pairs the state is kept in S.
 template <class Cell, class S, Operands kOperands = Operands::kNumbers>
 class Forward {
@@ -449,6 +447,12 @@ class Forward {
     });
   }
 
+  // Multipliers of the state that enters the next step, or null.
+  struct Dropped {
+    const A* at = nullptr;
+    int64_t step = 0;
+  };
+
   // Where some outputs of rows from b on, or of blocks of one row, go at the n-th step: the output, the state that
   // enters the next step, and the final state.
   struct Outputs {
@@ -469,8 +473,8 @@ class Forward {
           h_in(forward.h(n, d) + b * forward.h_stride() + output),
           h_out(forward.h(n + 1, d) + b * forward.h_stride() + output) {
       if constexpr (kVariant) {
-        dropped = noise_at<A>(forward.s_, forward.p_.noise, Noise::kR, direction, t, d, b, output);
-        dropped_step = blocks ? kUnits<A> : forward.s_.D * forward.s_.P;
+        dropped.at = noise_at<A>(forward.s_, forward.p_.noise, Noise::kR, direction, t, d, b, output);
+        dropped.step = blocks ? kUnits<A> : forward.s_.D * forward.s_.P;
       }
     }
 
@@ -482,7 +486,9 @@ class Forward {
       if (exists && (kRagged ? direction.is_last(t, row) : final)) store(hn + r * hn_step, value, count);
       if (final) return;
       V after = exists ? rounded<S>(value) : load(h_in + r * h_step, count);
-      if (kVariant && exists && dropped != nullptr) after *= load(dropped + r * dropped_step, count);
+      if constexpr (kVariant) {
+        if (exists && dropped.at != nullptr) after *= load(dropped.at + r * dropped.step, count);
+      }
       store(h_out + r * h_step, kRagged && direction.is_reset(next, row) ? V{} : after, count);
     }
 
@@ -492,8 +498,7 @@ class Forward {
     S *y, *hn;
     const State* h_in;
     State* h_out;
-    const A* dropped = nullptr;  // multipliers of the state that enters the next step
-    int64_t dropped_step = 0;
+    [[no_unique_address]] std::conditional_t<kVariant, Dropped, Nothing> dropped;
   };
 
   // What a variant takes besides, of a block of hidden units of rows from b on; or, of the only row, of blocks.
@@ -505,6 +510,7 @@ class Forward {
       const ForwardParams& p = forward.p_;
       const int64_t t = direction.at(n), before = direction.before(t), H = s.H;
       const auto noise = [&](Noise kind) { return noise_at<A>(s, p.noise, kind, direction, t, d, b, unit); };
+      units = H;
       noise_step = blocks ? kUnits<A> : s.D * H;
       weights_step = blocks ? kUnits<A> : 0;
       state_step = blocks ? kUnits<A> : H;
@@ -527,7 +533,7 @@ class Forward {
 
     const S *weights = nullptr, *h_before = nullptr, *h_first = nullptr;
     const A *g = nullptr, *c = nullptr, *h = nullptr;
-    int64_t noise_step = 0, weights_step = 0, state_step = 0;
+    int64_t units = 0, noise_step = 0, weights_step = 0, state_step = 0;  // units: H
   };
 
   // Cells of a block of hidden units at the n-th step, of rows from b on; or, of the only row, of one block of a chunk
@@ -557,7 +563,7 @@ class Forward {
       if (kHasCarry) carry = forward.carry(d, unit) + b * kUnits<A>;
       if (forward.projected()) m_all = static_cast<A*>(p.m) + state(s, d, b, H) + unit;
       if (kHasCell) cn = static_cast<S*>(p.cn) + state(s, d, b, H) + unit;
-      if constexpr (kVariant) extra = Extra(forward, direction, n, d, b, unit, blocks), hidden = H;
+      if constexpr (kVariant) extra = Extra(forward, direction, n, d, b, unit, blocks);
     }
 
     Cells() = default;  // of nothing
@@ -565,16 +571,21 @@ class Forward {
     // From the sums of the recurrent product, or of all maps where there are none of the input, to everything that is
     // written about [begin, end) of them. What is known when compiled needs no test for each row.
     FUSEDRNN_INLINE void all(int64_t begin, int64_t end, int64_t count, Sums sums) const {
-      if (count < kUnits<A> || outputs.direction.ragged()) {
+      if (kVariant || count < kUnits<A> || outputs.direction.ragged()) {  // of variants there is one instance
         each<true>(begin, end, count, sums);
       } else {
-        each<false>(begin, end, kUnits<A>, sums);
+        if constexpr (!kVariant) each<false>(begin, end, kUnits<A>, sums);
       }
     }
 
    private:
     template <bool kRagged>
     void each(int64_t begin, int64_t end, int64_t count, Sums sums) const {
+      if constexpr (kVariant) {  // fewer instances, each of which takes its time to compile
+        for (; begin + kTogether <= end; begin += kTogether) some<kRagged, kTogether>(begin, count, sums);
+        for (; begin < end; ++begin) some<kRagged, 1>(begin, count, sums);
+        return;
+      }
       for (int64_t r = begin; r < end; r += kTogether) {
         with_rows<kTogether>(end - r < kTogether ? end - r : kTogether,
                              [&](auto R) { some<kRagged, R.kCount>(r, count, sums); });
@@ -630,7 +641,7 @@ class Forward {
       if (extra.weights != nullptr) {
         for (int r = 0; r < R; ++r) {
           const S* const own = extra.weights + (first + r) * extra.weights_step;
-          for (int k = 0; k < kParameters; ++k) p[r][k] = load(own + k * hidden, count);
+          for (int k = 0; k < kParameters; ++k) p[r][k] = load(own + k * extra.units, count);
         }
         operands.p = p;
       }
@@ -685,7 +696,6 @@ class Forward {
 
     Outputs outputs;
     [[no_unique_address]] std::conditional_t<kVariant, Extra, Nothing> extra;
-    int64_t hidden = 0;  // H of a variant
     SavedOrder<A> order;
     int64_t state_step, saved_step, c_step, bias_step;  // from one of them to the next
     Maps maps;

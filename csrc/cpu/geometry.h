@@ -6,6 +6,9 @@
 
 namespace fusedrnn::FUSEDRNN_ISA {
 
+// Stands for what only variants of a cell have.
+struct Nothing {};
+
 // One direction of a layer: its n-th step is time step at(n), which steps of which sequence exist, and their rows.
 class Direction {
  public:
