@@ -251,7 +251,7 @@ def register_blocks(plan: Plan, kernel: str, stage: int, projected: bool) -> int
         cell = CELLS[plan.cell]
         of_tile = _filled(cell.recurrent)
         if len(cell.maps) > of_tile:
-            return of_four if wide else of_four - 1
+            return of_four - 1
         return min(4 if wide else 8, of_four * 4 // of_tile)
     return 10 if not wide else 1 if math == "tf32" else 3
 

@@ -23,7 +23,7 @@ ARCHITECTURES = {"sm_80": "compute_80", "sm_90a": "compute_90a", "sm_100": "comp
 MATHS = ["bf16", "fp16", "tf32", "fp32", "fp64"]
 CELLS = ["lstm", "gru", "rnn"]  # those with kernels of their own
 # What is compiled here: all of the LSTM, and of the other cells those that are most likely to run out of registers.
-COMPILED = {"lstm": MATHS, "gru": ["bf16", "fp64"], "rnn": ["bf16", "fp64"]}
+COMPILED = {"lstm": MATHS, "gru": ["bf16", "tf32", "fp64"], "rnn": ["bf16", "fp64"]}
 FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-Wall", "-Xptxas", "-v"]
 
 
