@@ -21,15 +21,18 @@ needs_cpu = pytest.mark.skipif(fusedrnn.backends()["cpu"] is not None, reason="t
 
 
 def test_each_plan_is_tried_once_and_its_prediction_is_no_part_of_it(monkeypatch):
-    """A backend with two plans, for small and for large H, that predicts another time for every problem."""
+    """A backend with two plans of a cell, for small and for large H, that predicts another time for every problem."""
 
     def plan(problem):
         return f"{'narrow' if problem.H < 512 else 'wide'}, 4 KiB, {problem.H / 100:.2f} us a step predicted"
 
     monkeypatch.setitem(fusedrnn.dispatch.TABLE, "reference", fusedrnn.dispatch.TABLE["reference"]._replace(plan=plan))
     found = plans.trials("reference", "cpu")
-    assert sorted((trial.cell.dtype, trial.plan) for trial in found) == [
-        (dtype, f"{width}, 4 KiB") for dtype in ("bfloat16", "float32") for width in ("narrow", "wide")
+    assert sorted((trial.cell.case.cell, trial.cell.dtype, trial.plan) for trial in found) == [
+        (cell, dtype, f"{width}, 4 KiB")
+        for cell in ("gru", "lstm", "rnn_tanh")
+        for dtype in ("bfloat16", "float32")
+        for width in ("narrow", "wide")
     ]
     assert {trial.cell.mode for trial in found} == {"train"}
 
