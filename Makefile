@@ -26,7 +26,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cells/*.h
 CUDA_SOURCES := $(wildcard tests/cpp/*.cpp tests/portable/*.cpp csrc/cuda/*.h csrc/cuda/*.cu csrc/cuda/*.cuh csrc/cuda/host/*.h csrc/cuda/host/*.cpp benchmarks/cuda/*)
 CXX ?= g++
 
-.PHONY: help demo gallery test test-oldest test-tools lint format sanitize kernels docs docs-serve chart wheel gpu \
+.PHONY: help demo gallery test test-oldest test-tools matrix lint format sanitize kernels docs docs-serve chart wheel gpu \
   gpu-build clean
 .DELETE_ON_ERROR:
 
@@ -58,6 +58,11 @@ test-tools: $(VENV)/.test
 	$(BIN)/pip install -q --upgrade --target build/tools --no-deps $(TOOLS)
 	$(BIN)/python -c "import sys; sys.path.append('build/tools'); import captum, opacus, torchrl"
 	PYTHONPATH=build/tools $(BIN)/pytest tests/test_ecosystem.py -k "captum or torchrl or opacus"
+
+# make matrix   which torch, Python and Triton this tree runs with: docs/versions.md, from runs in new environments;
+# make matrix   MATRIX="--python python3.10 python3.14", "--compile" or "--environment PYTHON..." are passed on
+matrix: $(VENV)/.test
+	$(BIN)/python .ci/matrix.py $(if $(TORCH_INDEX),--index $(TORCH_INDEX)) $(MATRIX)
 
 # make lint   style of Python and C++, and types
 lint: $(VENV)/.lint

@@ -32,12 +32,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: what follows the program's name; sys.argv[1:] by default.
 
     Returns:
-        The exit status: 0, or 1 if a check failed; of `bench` and `tune`, see there.
+        The exit status: 0, or 1 if a check failed; of `bench` and `tune`, see there. 130 after Ctrl-C; 141 where the
+        program that reads the output has ended. Both are those of a shell for SIGINT and SIGPIPE.
 
     Raises:
         SystemExit: with status 2 for arguments that are wrong or missing, with status 0 after --help and --version.
     """
-    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        status = _run(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # which Python flushes at its end
+        return 141
+    return status
+
+
+def _run(arguments: Sequence[str]) -> int:
     if arguments[:1] == ["bench"]:
         from .benchmarks import command  # which the other commands can do without
 
@@ -87,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="only N of the jobs that can run, from all over: those farthest apart first",
     )
+    checks.add_argument("--json", action="store_true", help="print every outcome as JSON, and not a table")
     checks.add_argument("--record", metavar="FILE", help="append every outcome to this file as it comes, as JSON lines")
     checks.set_defaults(command=_check, error=checks.error)
 
@@ -200,6 +214,12 @@ def _check(options: argparse.Namespace) -> int:
             outcomes += made
             record(made)
 
+    failures = [(o.job, o.backend, o.failure) for o in outcomes if o.failure is not None]
+    checked = {o.backend for o in outcomes if o.inapplicable is None}
+    idle = [name for name in options.backend or [] if name not in checked] if checked else backends
+    if options.json:
+        print(json.dumps({"outcomes": [_fields(o) for o in outcomes], "nothing_checked_on": idle}, indent=2))
+        return 1 if failures or idle else 0
     print("\n".join(_table(outcomes)))
     for name, reason in dispatch.backends().items():
         if name not in backends:
@@ -207,11 +227,8 @@ def _check(options: argparse.Namespace) -> int:
     inapplicable = Counter((o.backend, o.job.device, o.inapplicable) for o in outcomes if o.inapplicable is not None)
     for (backend, device, reason), count in inapplicable.items():
         print(f"n/a: {count} on {backend}, {device}: {reason}")
-    failures = [(o.job, o.backend, o.failure) for o in outcomes if o.failure is not None]
     for job, backend, failure in failures:
         print(f"FAILED {job.check} on {backend}, {job.device}: {job.case.id}\n{indent(failure, '  ')}")
-    checked = {o.backend for o in outcomes if o.inapplicable is None}
-    idle = [name for name in options.backend or [] if name not in checked] if checked else backends
     for name in idle:
         print(f"FAILED: nothing was checked on {name}: no job of these is one that it computes")
     return 1 if failures or idle else 0
@@ -239,14 +256,18 @@ def _record(options: argparse.Namespace) -> Iterator[Callable[[list[Outcome]], N
         options.error(f"argument --record: {options.record}: {error.strerror}")
 
     def record(outcomes: list[Outcome]) -> None:
-        for o in outcomes:
-            line: dict[str, Any] = {"check": o.job.check, "case": o.job.case.id, "device": o.job.device}
-            line |= {"backend": o.backend, "excess": o.excess, "failure": o.failure, "inapplicable": o.inapplicable}
-            file.write(json.dumps(line) + "\n")
+        for outcome in outcomes:
+            file.write(json.dumps(_fields(outcome)) + "\n")
         file.flush()
 
     with file:
         yield record
+
+
+def _fields(outcome: Outcome) -> dict[str, Any]:
+    job = outcome.job
+    of_job = {"check": job.check, "case": job.case.id, "device": job.device, "backend": outcome.backend}
+    return of_job | {"excess": outcome.excess, "failure": outcome.failure, "inapplicable": outcome.inapplicable}
 
 
 def _progress(items: list[Item]) -> Iterable[Item]:

@@ -252,14 +252,32 @@ def test_outcomes_are_recorded_as_they_come(capsys, small, tmp_path, monkeypatch
 
     monkeypatch.setattr(check, "run", interrupted)
     arguments = ["check", "--quick", "--backend", "reference", "--device", "cpu", "--record", str(path)]
-    with pytest.raises(KeyboardInterrupt):
-        cli.main(arguments)
+    assert cli.main(arguments) == 130
+    assert capsys.readouterr().err.endswith("interrupted\n")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(line["check"], line["backend"], line["failure"]) for line in lines] == [
         (job.check, "reference", None) for job in calls[:2]
     ]
     assert cli.main([*arguments, "--limit", "1"]) == 0
     assert len(path.read_text().splitlines()) == 3
+
+
+def test_check_as_json(capsys, small):
+    arguments = ["check", "--quick", "--backend", "reference", "--backend", "aten", "--device", "cpu", "--json"]
+    assert cli.main(arguments) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["nothing_checked_on"] == []
+    assert {outcome["backend"] for outcome in found["outcomes"]} == {"aten", "reference"}
+    assert all(outcome["failure"] is None for outcome in found["outcomes"])
+
+
+def test_a_reader_that_has_ended():
+    """As of `python -m fusedrnn info | head -1`: no trace of Python's, and the status of a shell."""
+    command = [sys.executable, "-m", "fusedrnn", "info"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
 
 
 def test_a_limit_takes_jobs_that_can_run(capsys, small, monkeypatch):
