@@ -31,6 +31,7 @@ from . import (
     results,
     run,
     training,
+    variants,
 )
 from .cases import Cell
 from .ceilings import Ceilings
@@ -143,6 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     plotting = actions.add_parser("plot", help=what, description=what)
     plotting.add_argument("results", type=Path, metavar="RESULTS.csv")
     plotting.set_defaults(action=_plot)
+    variants.add_action(actions)
     on_a_gpu.add_actions(actions)
     return parser
 

@@ -183,10 +183,7 @@ class _Options:
     recurrent_dropout: float = 0.0
     recurrent_dropout_mode: str = "candidate"
     forget_bias: float | None = None
-
-    @property
-    def _cell(self) -> Cell:
-        return cells.lstm_variant(self.peephole, self.coupled) if self.peephole or self.coupled else cells.LSTM
+    _cell: Cell = cells.LSTM  # of what is fixed; a single step feels each question that a call asks
 
     @property
     def _noise(self) -> Noise | None:
@@ -208,6 +205,8 @@ class _Options:
         for name, value in options.items():
             if value != getattr(_Options, name):
                 setattr(self, name, value)
+        if self.peephole or self.coupled:
+            self._cell = cells.lstm_variant(self.peephole, self.coupled)
 
     def _check_options(self) -> None:
         """After torch's constructor."""
@@ -562,7 +561,7 @@ class LSTMCell(_Options, _Step, nn.LSTMCell):  # type: ignore[override]
         self.reset_parameters()
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
-        if not (self.peephole or self.coupled or self.zoneout or self.recurrent_dropout):
+        if self._cell is cells.LSTM and not (self.zoneout or self.recurrent_dropout):
             return super().forward(input, hx)
         w_p: Any = self.weight_peephole if self.peephole else None
         weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, w_p)

@@ -1,5 +1,7 @@
 """The cells: what a recurrent layer computes at each step, one file for each kind; spec.py says what makes a cell."""
 
+import copyreg
+
 from .gru import GRU
 from .lstm import LSTM
 from .lstm_variants import VARIANTS, lstm_variant
@@ -22,6 +24,8 @@ def named(name: str) -> Cell:
             return known[name]
     raise KeyError(name)
 
+
+copyreg.pickle(Cell, lambda cell: (named, (cell.name,)))  # its functions cannot be found by name
 
 __all__ = [
     "CELLS",
