@@ -1,4 +1,6 @@
 # make demo   a virtual environment, the package built into it, and the example for about a minute
+# make gallery   the examples that docs/gallery.md shows: runs all, some ten minutes, and draws its figures anew. They are
+#                part of the repository, small, so that the page can be read where nothing is installed
 # make test   the same, and the tests
 # make test-oldest   the oldest torch that is supported, with the Triton it brings, in .venv-oldest: the tests that another
 #                    torch is most likely to fail. Its torch has CUDA and is about 3 GB to download
@@ -24,7 +26,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cells/*.h
 CUDA_SOURCES := $(wildcard csrc/cuda/*.h csrc/cuda/*.cu csrc/cuda/*.cuh csrc/cuda/host/*.h csrc/cuda/host/*.cpp benchmarks/cuda/*)
 CXX ?= g++
 
-.PHONY: help demo test test-oldest test-tools lint format sanitize kernels gpu gpu-build clean
+.PHONY: help demo gallery test test-oldest test-tools lint format sanitize kernels gpu gpu-build clean
 .DELETE_ON_ERROR:
 
 help:
@@ -33,6 +35,9 @@ help:
 demo: $(VENV)/.examples
 	@echo "== a character language model with nn.LSTM, converted half way (out/char_lm.png) =="
 	$(BIN)/python examples/char_lm.py --out out
+
+gallery: $(VENV)/.examples
+	$(BIN)/python examples/gallery.py --docs docs
 
 test: $(VENV)/.test
 	@echo "== the tests =="
