@@ -109,8 +109,8 @@ def draw(axes, text: str, values: Tensor, title: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> common.Result:
     parser = common.Parser(__doc__)
-    parser.whole("--steps", 3000, "of training", 2)
-    parser.whole("--hidden", 160, "H, the units", 1, 4096)
+    parser.whole("--steps", 1500, "of training", 2)
+    parser.whole("--hidden", 128, "H, the units", 1, 4096)
     options = common.parse(parser, argv, steps=60, hidden=32)
 
     text = common.standard_library(1_500_000)
@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> common.Result:
         draw(axis, held_out[part], sign * cells[part, unit], f"{name}: unit {unit}, correlation {abs(correlation):.2f}")
 
     found = {name: abs(correlation) for name, (_, correlation) in best.items()}
-    least = 0.2 if options.quick else 0.5
+    least = 0.2 if options.quick else 0.4
     return common.Result(
         common.save(figure, options, "cells_of_text"),
         {"correlation": found, "loss": losses[-1]},

@@ -1,16 +1,11 @@
-"""A character-level language model on torch.nn.LSTM that is converted to fusedrnn in the middle of its training.
+"""A character model: three layers of LSTM on source code, converted to fusedrnn half way.
 
-    python examples/char_lm.py                        # the source of Python's standard library, about a minute
-    python examples/char_lm.py --file novel.txt --seconds 600 --hidden 256
-
-The model is three LSTM layers between an embedding and a linear layer, trained by truncated backpropagation through
-time: the text runs by in chunks, the state is carried from each to the next, and the gradient stops at the border.
-Half way, one line, `fusedrnn.convert(model)`, puts fusedrnn's LSTM where torch's was. The script shows that outputs and
-gradients are the same, that the same optimizer trains on, how fast each of the two is, and text that the model writes.
-
-Besides fusedrnn it needs matplotlib and tqdm, which are in its extra `examples`.
-
-Exit status: 0; 1 if the two LSTMs disagree or the training diverges; 2 if an argument or the text cannot be used.
+The model begins on torch.nn.LSTM, with truncated backpropagation through time: the text runs by in chunks, the state
+is carried from each to the next, and the gradient stops at the border. Half way, one line, `fusedrnn.convert(model)`,
+puts fusedrnn's LSTM where torch's was. Outputs and gradients are the same, the same optimizer trains on, and the
+script prints how fast each of the two is. Left, the loss, with the conversion marked. Right, what the model writes: a
+temperature divides the logits, so a low one keeps to what is likely, and a high one dares more. `--file novel.txt
+--seconds 600 --hidden 256` learns from another text, for longer.
 """
 
 from __future__ import annotations
@@ -18,21 +13,17 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-import os
 import sys
-import sysconfig
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+import common
 import torch
 import torch.nn.functional as F
+from common import BadTextError
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -63,23 +54,6 @@ class CharLM(nn.Module):
     def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         y, state = self.lstm(self.embedding(tokens), state)
         return self.head(y), state
-
-
-class BadTextError(Exception):
-    """The text cannot be used; the message says why."""
-
-
-def standard_library(characters: int) -> str:
-    """The modules of the standard library one after the other, in the order of their names."""
-    folder = Path(sysconfig.get_paths()["stdlib"])
-    text = ""
-    for path in sorted(folder.glob("*.py")):
-        text += path.read_text(encoding="utf-8", errors="replace")
-        if len(text) >= characters:
-            break
-    if not text:
-        raise BadTextError(f"there is none in {folder}: give a text with --file")
-    return text[:characters]
 
 
 def text_file(path: Path, characters: int) -> str:
@@ -248,49 +222,6 @@ def sample(model: nn.Module, vocabulary: str, length: int, temperature: float, s
     return text
 
 
-def plot_losses(path: Path, losses: Sequence[float], converted: int, validation: dict[int, float]) -> None:
-    """The loss curve as PNG: every chunk, the held-out text, and the step at which the model was converted."""
-    figure, axes = plt.subplots(figsize=(8, 4.5))
-    axes.plot(range(1, len(losses) + 1), losses, linewidth=1, label="training, each chunk")
-    axes.plot(list(validation), list(validation.values()), "o", color="black", label="held-out text")
-    axes.axvline(converted + 0.5, color="tab:red", linestyle="--", label="fusedrnn.convert(model)")
-    axes.set(xlabel="step", ylabel="bits per character", ylim=(0, None), title="Three-layer character LSTM")
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def whole(low: int, high: int) -> Callable[[str], int]:
-    """A type for argparse: a whole number in low..high."""
-
-    def parse(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            number = low - 1
-        if not low <= number <= high:
-            raise argparse.ArgumentTypeError(f"must be a whole number in {low}..{high}, got {text!r}")
-        return number
-
-    return parse
-
-
-def positive(high: float) -> Callable[[str], float]:
-    """A type for argparse: a number above 0, up to high."""
-
-    def parse(text: str) -> float:
-        try:
-            number = float(text)
-        except ValueError:
-            number = math.nan
-        if not 0 < number <= high:
-            raise argparse.ArgumentTypeError(f"must be a number > 0 and <= {high:g}, got {text!r}")
-        return number
-
-    return parse
-
-
 def usable_device(text: str) -> torch.device:
     """A type for argparse: a device that can hold numbers here."""
     try:
@@ -302,57 +233,48 @@ def usable_device(text: str) -> torch.device:
     return device
 
 
-def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [options]",
-        description="Train a character-level language model, half on torch.nn.LSTM and half on fusedrnn, and compare.",
-    )
+def command_line() -> common.Parser:
+    parser = common.Parser(__doc__)
     add = parser.add_argument
     add("--file", type=Path, help="UTF-8 text to learn from (the source of Python's standard library)")
-    add("--characters", type=whole(1, 10**9), default=1_500_000, help="how many to read at most (%(default)s)")
+    parser.whole("--characters", 1_500_000, "how many to read at most", 1, 10**9)
     budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--seconds", type=positive(1e9), default=45.0, help="how long to train (%(default)s)")
-    budget.add_argument("--steps", type=whole(2, 10**9), help="how many chunks to train on, instead of --seconds")
-    add("--hidden", type=whole(1, 8192), default=128, help="size of each LSTM layer (%(default)s)")
-    add("--batch", type=whole(1, 10**6), default=32, help="streams of text side by side (%(default)s)")
-    add("--chunk", type=whole(1, 10**6), default=32, help="steps after which the gradient is cut (%(default)s)")
-    add("--lr", type=positive(1.0), default=4e-3, help="Adam's learning rate (%(default)s)")
-    add("--temperature", type=positive(1e6), default=0.7, help="of the sampled text: bolder above 1 (%(default)s)")
-    add("--length", type=whole(1, 10**6), default=400, help="characters to sample (%(default)s)")
-    add("--seed", type=whole(0, 2**63 - 1), default=0, help="for the weights and the sampled text (%(default)s)")
+    budget.add_argument("--seconds", type=common.positive(1e9), default=45.0, help="how long to train (%(default)s)")
+    budget.add_argument(
+        "--steps", type=common.whole(2, 10**9), help="how many chunks to train on, instead of --seconds"
+    )
+    parser.whole("--hidden", 128, "size of each LSTM layer", 1, 8192)
+    parser.whole("--batch", 32, "streams of text side by side")
+    parser.whole("--chunk", 32, "steps after which the gradient is cut")
+    parser.positive("--lr", 4e-3, "Adam's learning rate", 1.0)
+    parser.positive("--temperature", 0.7, "of the sampled text: bolder above 1", 1e6)
+    parser.whole("--length", 400, "characters to sample")
     add("--device", type=usable_device, default="cpu", help="cpu, cuda, cuda:1, ... (%(default)s)")
-    add("--out", type=Path, default="out", help="folder for the loss curve (%(default)s)")
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> common.Result:
     parser = command_line()
-    args = parser.parse_args(arguments)
+    args = parser.options(argv, characters=60_000, steps=60, hidden=32, length=60)
     source = args.file or "the source of Python's standard library"
     try:
-        text = text_file(args.file, args.characters) if args.file else standard_library(args.characters)
+        text = text_file(args.file, args.characters) if args.file else common.standard_library(args.characters)
         vocabulary = "".join(sorted(set(text)))
-        index = {character: token for token, character in enumerate(vocabulary)}
-        tokens = torch.tensor([index[character] for character in text], device=args.device)
+        tokens = common.encode(text, vocabulary).to(args.device)
         streams, held_out = split_streams(tokens, args.batch, args.chunk)
     except BadTextError as error:
         parser.error(f"{source}: {error}")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"argument --out: {args.out}: {error.strerror}")
-    if not os.access(args.out, os.W_OK):
-        parser.error(f"argument --out: {args.out}: nothing can be written there")
+    common.writable_folder(parser, args.out)
     print(f"{source}: {streams.numel():,} characters to train on, {held_out.numel():,} held out")
-    try:
-        return demonstrate(args, vocabulary, streams, held_out)
-    except FloatingPointError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 1
+    return demonstrate(args, vocabulary, streams, held_out)
 
 
-def demonstrate(args: argparse.Namespace, vocabulary: str, streams: Tensor, held_out: Tensor) -> int:
-    """Trains, converts, trains on, measures, writes; returns the exit status."""
+def demonstrate(args: argparse.Namespace, vocabulary: str, streams: Tensor, held_out: Tensor) -> common.Result:
+    """Trains, converts, trains on, measures, writes.
+
+    Raises:
+        ArithmeticError: the two LSTMs disagree, or the loss is not finite.
+    """
     torch.manual_seed(args.seed)
     model = CharLM(len(vocabulary), args.hidden).to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
@@ -378,34 +300,44 @@ def demonstrate(args: argparse.Namespace, vocabulary: str, streams: Tensor, held
 
     ours = values_and_gradients(model, x, targets, training.state)
     print(f"converted; computed by {fusedrnn.explain(model.lstm, model.embedding(x), training.state)}")
-    if not report_agreement(relative_differences(ours, torchs), parameters, list(model.parameters())):
-        return 1
+    differences = relative_differences(ours, torchs)
+    report_agreement(differences)
+    same = all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
     training.run(after, args.seconds / 2, "fusedrnn     ")
     validate("trained on with fusedrnn")
 
     report_speed(model, optimizer, x, targets, vocabulary)
-    path = args.out / "char_lm.png"
-    plot_losses(path, training.losses, half, validation)
-    print(f"loss curve: {path}")
+    written = {
+        temperature: sample(model, vocabulary, args.length, temperature, args.seed)
+        for temperature in (args.temperature / 2, args.temperature, 2 * args.temperature)
+    }
     print(f"text written at temperature {args.temperature:g}:")
-    print(sample(model, vocabulary, args.length, args.temperature, args.seed))
-    return 0
+    print(written[args.temperature])
+    bits = list(validation.values())
+    return common.Result(
+        draw(args, training.losses, half, validation, written),
+        {"bits": bits, "differences": differences},
+        {
+            "outputs and gradients are those of torch.nn.LSTM": max(differences.values()) <= TOLERANCE,
+            "the parameters are still the optimizer's own": same,
+            "the loss on held-out text falls with torch.nn.LSTM, and on with fusedrnn": bits[0] > bits[1] > bits[2],
+        },
+    )
 
 
-def report_agreement(differences: dict[str, float], before: list[Tensor], after: list[Tensor]) -> bool:
-    """Prints how far fusedrnn is from torch, and returns whether model and numbers are still the same."""
+def report_agreement(differences: dict[str, float]) -> None:
+    """Prints how far fusedrnn is from torch.
+
+    Raises:
+        ArithmeticError: further than the rounding of float32 explains.
+    """
     print("largest difference from torch.nn.LSTM on one chunk, relative to torch's largest value:")
     for kind, names in (("outputs", OUTPUTS), ("gradients", differences.keys() - OUTPUTS)):
         name = max(names, key=lambda name: differences[name])
         print(f"  {kind:10}{differences[name]:.1e} at most ({name})")
     if not all(difference <= TOLERANCE for difference in differences.values()):
-        print(f"they disagree: {TOLERANCE:.0e} is the most that float32 explains", file=sys.stderr)
-        return False
-    if any(a is not b for a, b in zip(before, after, strict=True)):
-        print("the parameters are not the same objects any longer", file=sys.stderr)
-        return False
-    print(f"  they agree (tolerance {TOLERANCE:.0e}), and the parameters are still the optimizer's own")
-    return True
+        raise ArithmeticError(f"they disagree: {TOLERANCE:.0e} is the most that float32 explains")
+    print(f"  they agree (tolerance {TOLERANCE:.0e})")
 
 
 def report_speed(model: CharLM, optimizer: torch.optim.Optimizer, x: Tensor, targets: Tensor, vocabulary: str) -> None:
@@ -429,6 +361,31 @@ def report_speed(model: CharLM, optimizer: torch.optim.Optimizer, x: Tensor, tar
         print(f"  {label}: {rates}, ratio {torchs / ours:.2f}x (medians of {len(rounds[0])})")
 
 
+def draw(
+    args: argparse.Namespace,
+    losses: Sequence[float],
+    converted: int,
+    validation: dict[int, float],
+    written: dict[float, str],
+) -> Path:
+    """The loss of every chunk and of the held-out text, the step of the conversion, and text at three temperatures."""
+    figure, (left, right) = common.figure_with(1, 2, (8.4, 3.6))
+    left.plot(range(1, len(losses) + 1), losses, linewidth=0.8, color=common.BLUE, label="training, each chunk")
+    left.plot(list(validation), list(validation.values()), "o", color="black", label="held-out text")
+    left.axvline(converted + 0.5, color=common.RED, linestyle="--", label="fusedrnn.convert(model)")
+    left.set(xlabel="step", ylabel="bits per character", ylim=(0, None), title="Three-layer character LSTM")
+    left.legend()
+    for row, (temperature, text) in enumerate(written.items()):
+        top = 1.0 - row / len(written)
+        shown = "".join(character if character == "\n" or " " <= character <= "~" else "?" for character in text)
+        excerpt = "\n".join(line[:54] for line in shown.split("\n") if line.strip())
+        lines = "\n".join(excerpt.split("\n")[:6])
+        right.text(0, top, f"temperature {temperature:g}", va="top", weight="bold", size=8)
+        style = {"family": "monospace", "size": 6.5, "va": "top", "parse_math": False, "in_layout": False}
+        right.text(0, top - 0.06, lines, **style)
+    right.axis("off")
+    return common.save(figure, args, "char_lm")
+
+
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")
-    sys.exit(main())
+    sys.exit(common.script(main))

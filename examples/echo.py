@@ -61,8 +61,8 @@ def distances(text: str) -> list[int]:
 
 def main(argv: Sequence[str] | None = None) -> common.Result:
     parser = common.Parser(__doc__)
-    parser.add_argument("--k", type=distances, default=[2, 5, 8, 11, 15], help="how far back (2,5,8,11,15)")
-    parser.whole("--steps", 800, "of training", 5)
+    parser.add_argument("--k", type=distances, default=[2, 5, 8, 12], help="how far back (2,5,8,12)")
+    parser.whole("--steps", 600, "of training", 5)
     parser.whole("--chunk", 20, "steps of one chunk", 1, 1000)
     parser.whole("--hidden", 32, "H, the hidden units", 1, 1024)
     options = common.parse(parser, argv, k=[2, 3], steps=150, chunk=10)

@@ -3,8 +3,8 @@
 Lines of Python, C++, CMake, JavaScript, YAML and English, all from files that come with Python, torch and matplotlib.
 An LSTM reads a line character by character, and its last state says which language it is. Training cuts every line
 short at a random place, by `lengths`, so the model learns to judge from a beginning as well. Left, what it says of
-held-out lines of each language. Right, its belief while it reads one line: a `return_states` of the layer is not even
-needed, since the output has the state of every step.
+held-out lines of each language. Right, its belief while it reads one line: the layer's output has the state of every
+step.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> common.Result:
 
     names = list(LANGUAGES)
     figure, (left, right) = common.figure_with(1, 2, (8.2, 3.3))
-    left.imshow(confusion, cmap="Blues", vmin=0, vmax=1)
+    left.imshow(confusion.numpy(), cmap="Blues", vmin=0, vmax=1)
     for row, column in torch.cartesian_prod(torch.arange(len(names)), torch.arange(len(names))).tolist():
         share = confusion[row, column].item()
         if share >= 0.005:

@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> common.Result:
         left.plot(digits, values, label=name, **style)
     left.set(ylim=(-0.03, 1.03), xlabel="digits", ylabel="share of right answers", title=f"Task: {options.task}")
     left.legend(loc="lower left")
-    image = middle.imshow(attention, cmap="Blues", vmin=0, vmax=1)
+    image = middle.imshow(attention.numpy(), cmap="Blues", vmin=0, vmax=1)
     middle.set_xticks(range(len(question)), list(question))
     middle.set_yticks(range(len(text)), list(text))
     middle.set(xlabel="read", ylabel="written", title="Attention")

@@ -5,7 +5,7 @@ Y stands, one near step 15 and one near step 55. The class, Q, R, S or U, is the
 problem of Hochreiter and Schmidhuber (1997). Left: an LSTM of ten units learns it; a plain RNN of as many weights per
 unit stays at guessing, because the gradient does not reach back. The sequences are not equally long. Padded on the
 left they all end at the last step, and the layer reads the padding; with `lengths` it does not. Right: the cell states
-of the ten units over one sequence. Units step when X or Y comes and hold on to it through the noise.
+of the ten units over one sequence. Most hold one value through the noise.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def learn(kind: str, options, left: bool, label: str) -> tuple[Classifier, list[
 def main(argv: Sequence[str] | None = None) -> common.Result:
     parser = common.Parser(__doc__)
     parser.add_argument("--level", choices=LEVELS, default="hard", help="how long to remember (%(default)s)")
-    parser.whole("--steps", 1500, "of training", 10)
+    parser.whole("--steps", 1000, "of training", 10)
     parser.whole("--hidden", 10, "H, the hidden units", 1, 1024)
     parser.add_argument("--forget-bias", type=float, default=4.0, help="of the LSTM as it starts (%(default)s)")
     options = common.parse(parser, argv, level="easy", steps=140)
@@ -112,9 +112,8 @@ def main(argv: Sequence[str] | None = None) -> common.Result:
     left.axhline(0.25, color=common.GREY, linewidth=0.8)
     left.set(ylim=(0, 1.03), xlabel="step", ylabel="accuracy", title=f"Order of two symbols, level {options.level}")
     left.legend(loc="lower right")
-    image = right.imshow(
-        states.c[0][:T, 0].detach().tanh().T, cmap="RdBu", vmin=-1, vmax=1, aspect="auto", interpolation="nearest"
-    )
+    cells = states.c[0][:T, 0].detach().tanh().T
+    image = right.imshow(cells.numpy(), cmap="RdBu", vmin=-1, vmax=1, aspect="auto", interpolation="nearest")
     figure.colorbar(image, ax=right, label="tanh(c)")
     text = "".join(SYMBOLS[token] for token in x[:T, 0].argmax(1).tolist())
     marked = [t for t, symbol in enumerate(text) if symbol in "BEXY"]
@@ -128,9 +127,11 @@ def main(argv: Sequence[str] | None = None) -> common.Result:
     return common.Result(
         common.save(figure, options, "temporal_order"),
         ends,
-        {"the LSTM with lengths is right in 9 of 10": lstm > 0.9}
-        | ({} if options.quick else {"the RNN is hardly better than half right": rnn < 0.6})
-        | {"the LSTM beats the RNN": lstm > rnn, "lengths do no worse than padding on the left": lstm > padded - 0.05},
+        {
+            "the LSTM with lengths is right in 9 of 10": lstm > 0.9,
+            "lengths do no worse than padding on the left": lstm > padded - 0.05,
+        }
+        | ({} if options.quick else {"the RNN is right in less than 6 of 10": rnn < 0.6}),
     )
 
 

@@ -39,8 +39,8 @@ class WordModel(nn.Module):
     def __init__(self, V: int, H: int, tied: bool) -> None:
         super().__init__()
         self.embedding = nn.Embedding(V, H)
-        self.dropout = nn.Dropout(0.4)
-        self.lstm = fusedrnn.LSTM(H, H, num_layers=2, dropout=0.4)
+        self.dropout = nn.Dropout(0.3)
+        self.lstm = fusedrnn.LSTM(H, H, num_layers=2, dropout=0.3)
         self.head = nn.Linear(H, V)
         nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
         if tied:
@@ -80,7 +80,7 @@ def learn(streams: Tensor, held_out: Tensor, V: int, tied: bool, options) -> tup
             model,
             next_loss,
             (len(streams) - 1) // chunk,
-            3e-3 * 0.75**k,
+            6e-3 * 0.7**k,
             f"{'tied' if tied else 'separate'}, pass {k + 1}",
         )
         measured.append(perplexity(model, held_out))
@@ -103,8 +103,8 @@ def suggestions(model: WordModel, typed: list[str], vocabulary: list[str], count
 def main(argv: Sequence[str] | None = None) -> common.Result:
     parser = common.Parser(__doc__)
     parser.whole("--passes", 6, "over the text", 1, 1000)
-    parser.whole("--hidden", 160, "H, the hidden units, and size of the embedding", 1, 4096)
-    parser.whole("--words", 80_000, "of the text, at most", 3000, 10**7)
+    parser.whole("--hidden", 128, "H, the hidden units, and size of the embedding", 1, 4096)
+    parser.whole("--words", 60_000, "of the text, at most", 3000, 10**7)
     options = common.parse(parser, argv, passes=1, hidden=32, words=12_000)
 
     words = words_of_manual()[: options.words]

@@ -29,6 +29,7 @@ def char_lm() -> ModuleType:
     spec = importlib.util.spec_from_file_location("char_lm", SCRIPT)
     assert spec is not None
     assert spec.loader is not None
+    sys.path.append(str(SCRIPT.parent))  # it imports common.py
     module = importlib.util.module_from_spec(spec)
     sys.modules["char_lm"] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
@@ -51,7 +52,9 @@ def png_size(path: Path) -> tuple[int, int]:
 
 def test_the_demonstration(char_lm: ModuleType, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "out"
-    assert char_lm.main([*TINY, "--file", str(text), "--out", str(out)]) == 0
+    result = char_lm.main([*TINY, "--file", str(text), "--out", str(out)])
+    assert result.figure == out / "char_lm.png"
+    assert result.claims["the parameters are still the optimizer's own"]
     printed = capsys.readouterr().out
     width, height = png_size(out / "char_lm.png")
     assert min(width, height) > 100
@@ -188,7 +191,7 @@ def test_a_disagreement_is_an_error(
         return convert(model)
 
     monkeypatch.setattr(char_lm.fusedrnn, "convert", convert_wrongly)
-    assert char_lm.main([*TINY, "--file", str(text), "--out", str(tmp_path)]) == 1
+    assert char_lm.common.script(lambda: char_lm.main([*TINY, "--file", str(text), "--out", str(tmp_path)])) == 1
     assert "they disagree" in capsys.readouterr().err
 
 
@@ -201,7 +204,7 @@ def test_a_divergence_is_an_error(
 ) -> None:
     step = char_lm.train_step
     monkeypatch.setattr(char_lm, "train_step", lambda *args: (float("nan"), step(*args)[1]))
-    assert char_lm.main([*TINY, "--file", str(text), "--out", str(tmp_path)]) == 1
+    assert char_lm.common.script(lambda: char_lm.main([*TINY, "--file", str(text), "--out", str(tmp_path)])) == 1
     assert "try a smaller --lr" in capsys.readouterr().err
 
 
