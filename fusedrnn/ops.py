@@ -76,7 +76,8 @@ def _of_list(name: str, position: int) -> Callable[..., Any]:
 
     def run(*arguments: Any, noise: Tensor | None = None) -> Any:
         weights = arguments[position]
-        results = getattr(_ops, name).default(*arguments[:position], *arguments[position + 1 :], *weights, noise=noise)
+        given = {} if noise is None else {"noise": noise}
+        results = getattr(_ops, name).default(*arguments[:position], *arguments[position + 1 :], *weights, **given)
         return (*results[:3], list(results[3 : 3 + len(weights)])) if name.endswith("_backward") else results
 
     return run

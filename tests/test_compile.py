@@ -687,7 +687,7 @@ def test_opcheck_of_a_differentiable_layer(kernel):
     """Made of the pair above: what is left of opcheck are schema and traces."""
     arguments = forward_arguments(kernel.device, True, True)
     cell, x, bidirectional, h0, c0, lengths, reset, cell_states, _, *weights = arguments
-    arguments = ("", kernel.backend, cell, bidirectional, cell_states, x, h0, c0, lengths, reset, weights)
+    arguments = ("", kernel.backend, cell, bidirectional, cell_states, x, h0, c0, lengths, reset, None, weights)
     torch.library.opcheck(ops.layer, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
