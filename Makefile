@@ -2,6 +2,7 @@
 # make gallery   the examples that docs/gallery.md shows: runs all, some ten minutes, and draws its figures anew. They are
 #                part of the repository, small, so that the page can be read where nothing is installed
 # make test   the same, and the tests
+# make test-slow   the tests that take longer than the others, beside which they stand
 # make test-oldest   the oldest torch that is supported, with the Triton it brings, in .venv-oldest: the tests that another
 #                    torch is most likely to fail. Its torch has CUDA and is about 3 GB to download
 # make test-tools    the tests with captum, opacus and TorchRL, which are put into build/tools
@@ -26,7 +27,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cells/*.h
 CUDA_SOURCES := $(wildcard tests/cpp/*.cpp tests/portable/*.cpp csrc/cuda/*.h csrc/cuda/*.cu csrc/cuda/*.cuh csrc/cuda/host/*.h csrc/cuda/host/*.cpp benchmarks/cuda/*)
 CXX ?= g++
 
-.PHONY: help demo gallery test test-oldest test-tools matrix lint format sanitize kernels docs docs-serve chart wheel gpu \
+.PHONY: help demo gallery test test-slow test-oldest test-tools matrix lint format sanitize kernels docs docs-serve chart wheel gpu \
   gpu-build clean
 .DELETE_ON_ERROR:
 
@@ -43,6 +44,9 @@ gallery: $(VENV)/.examples
 test: $(VENV)/.test
 	@echo "== the tests =="
 	$(BIN)/pytest -n $(JOBS) --dist worksteal
+
+test-slow: $(VENV)/.test
+	$(BIN)/pytest -n $(JOBS) --dist worksteal -m slow
 
 OLDEST := 2.10.0
 OLDEST_TRITON := 3.6.0
@@ -82,7 +86,7 @@ sanitize: $(VENV)/.test
 	  $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize/lib FUSEDRNN_EXPECT_SANITIZED=1 \
-	  $(BIN)/pytest tests/test_kernels.py
+	  $(BIN)/pytest -m "not compiles" tests/test_kernels.py
 
 # make docs   the documentation, in docs/_build/html, with warnings as errors; make docs-serve shows it on port 8000
 docs: $(VENV)/.docs

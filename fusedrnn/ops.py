@@ -293,14 +293,14 @@ def constant(function: Any) -> Any:
 
 @constant
 def revision() -> str:
-    """A digest of the Python sources of this package."""
+    """A digest of the Python sources of this package, and of the operators' schemas."""
     return _revision()
 
 
 @cache
 def _revision() -> str:
     folder = Path(__file__).parent
-    sources = sorted((*folder.glob("*.py"), *folder.glob("cells/*.py")))
+    sources = sorted((*folder.glob("*.py"), *folder.glob("cells/*.py"), folder / "operators.def"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 

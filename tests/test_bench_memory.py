@@ -38,6 +38,7 @@ def bench(*arguments):
 # ------------------------------------------------------------------------------------------------ what is freed
 
 
+@pytest.mark.slow
 @glibc
 @pytest.mark.parametrize("before", ["nothing", "a large piece"])
 @pytest.mark.parametrize("freed", ["kept", "returned"])

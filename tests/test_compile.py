@@ -284,6 +284,7 @@ def test_modes_of_compile(assert_same, gradients, mode):
         assert_same(gradients(outputs, list(model.parameters())), gradients(expected, list(model.parameters())))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [False, True], ids=["plain", "lengths-reset-states"])
 def test_whole_graph_of_other_cells(other_kernel, assert_same, gradients, more):
     kind, place = other_kernel
@@ -302,6 +303,7 @@ def test_whole_graph_of_other_cells(other_kernel, assert_same, gradients, more):
     assert [args[0] for args in calls] == [kind.cell] * 3
 
 
+@pytest.mark.slow
 def test_whole_graph_of_torchs_other_cells(kinds, assert_same, gradients):
     """Where torch's own compute, which is for the sizes of the example."""
     for kind in kinds:
@@ -626,6 +628,7 @@ def test_opcheck_forward(kernel, layer, cell_states, reserve):
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", ["no bias", "lengths", "reset"])
 def test_opcheck_of_other_cells(other_kernel, layer):
     kind, place = other_kernel

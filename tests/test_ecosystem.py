@@ -478,6 +478,7 @@ def mixed(rank, x):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch is without torch.distributed")
 @pytest.mark.parametrize(("kind", "compilable"), [("ddp", False), ("fsdp2", True)])
 def test_data_parallel_training(pair, assert_same, importable, tmp_path, kind, compilable):
@@ -542,6 +543,7 @@ def package(pair, tmp_path):
     return theirs, ours, path
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CXX is None, reason="AOTInductor needs a C++ compiler")
 @pytest.mark.skipif(fusedrnn.backends()["cpu"] is not None, reason="the CPU library is not here")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")

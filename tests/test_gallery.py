@@ -50,6 +50,7 @@ def test_every_example_is_tested():
     assert set(gallery.NAMES) <= scripts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAYS)
 def test_an_example(name, tmp_path):
     result = importlib.import_module(name).main(["--quick", "--out", str(tmp_path / "new")])

@@ -456,6 +456,7 @@ def test_layers_of_other_dtypes(isa, name, size, dtype):
     check_layer(name, Case(*size, dtype=dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("T", [1, 3, 7], ids=["one-step", "short", "packed-weights"])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("name", OTHERS)
@@ -514,6 +515,7 @@ def test_layers_shared_by_threads(isa, threads, name, case):
     check_layer(name, case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("case", SHARED, ids=lambda case: case.id)
@@ -527,6 +529,7 @@ def test_number_of_threads_does_not_change_a_bit_of_a_layer(isa, threads, name, 
             assert torch.equal(results[0][key], other[key]), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize(

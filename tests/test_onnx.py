@@ -144,6 +144,7 @@ def test_onnx_runtime_agrees(case, dynamo):
     check(case, file)
 
 
+@pytest.mark.slow
 @cases([*SCAN, *OTHER_SCANS])
 def test_onnx_runtime_agrees_where_a_layer_is_a_scan(case):
     file = export_case(case, dynamo=True)

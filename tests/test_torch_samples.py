@@ -56,6 +56,7 @@ def test_torchs_samples(place, theirs, ours):
         torch.testing.assert_close(flat(again), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("theirs", "ours"), INSTANCES)
 def test_torchs_gradients(place, theirs, ours):
     """What torch expects its own to fail on CUDA: gradcheck and gradgradcheck; in eval mode, which fails there too."""

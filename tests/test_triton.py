@@ -259,6 +259,7 @@ def name_of(value):
     return str(value) if isinstance(value, (str, torch.dtype)) else "-".join(value) or "plain"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("regime", "groups", "dtype", "options"),
     [
@@ -282,6 +283,7 @@ def test_regimes(regime, groups, dtype, options, force):
     assert chosen.keys() == {"forward", "backward"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cell", "regime", "groups", "dtype", "options"),
     [

@@ -283,6 +283,7 @@ def race_plan(kit, exchange, math, **options):
 VARIANTS = [(math, {}) for math in MATHS] + [(math, {"proj": 17}) for math in MATHS] + [(m, {"rows": 16}) for m in WIDE]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inputs", [{}, {"I": 3}, {"I": 37}], ids=["", "input", "inputs"])
 @pytest.mark.parametrize(("math", "variant"), VARIANTS, ids=lambda part: part if part in MATHS else "".join(part))
 def test_every_schedule_gives_the_same_bits(layer, kit, exchange, math, variant, inputs):
@@ -293,6 +294,7 @@ def test_every_schedule_gives_the_same_bits(layer, kit, exchange, math, variant,
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inputs", [{}, {"I": 37}], ids=["", "inputs"])
 @pytest.mark.parametrize("proj", [0, 17], ids=["", "projected"])
 def test_every_schedule_in_parts_gives_the_same_bits(layer, kit, math, proj, inputs):
@@ -343,6 +345,7 @@ def test_scatter_options(layer, kit, math, options, H):
     layer(kit.Problem(6, 5, H, **options), *scatter(kit, math)).check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("math", WIDE)
 @pytest.mark.parametrize("tiles", [1, 2, 3, 4])
 def test_scatter_of_sixteen_rows(layer, kit, math, tiles):
@@ -350,6 +353,7 @@ def test_scatter_of_sixteen_rows(layer, kit, math, tiles):
     layer(problem, *scatter(kit, math, tiles, rows=16, groups=1)).check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", [0, 1, 9], ids=["streamed", "one-shared", "shared"])
 def test_scatter_with_more_weights_than_registers(layer, host, kit, math, shared):
     """The weights of further tiles of dh in shared memory, or streamed."""
@@ -363,6 +367,7 @@ def test_scatter_with_more_weights_than_registers(layer, host, kit, math, shared
     layer(problem, *plans).check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [8, 16])
 @pytest.mark.parametrize("tiles", [1, 2, 3, 4])
 def test_every_schedule_of_scatter_gives_the_same_bits(layer, kit, math, tiles, rows):
