@@ -325,9 +325,10 @@ class LSTM(_LSTMLayers, nn.LSTM):  # type: ignore[override]
     or `fusedrnn.convert(model, compilable=True)`, where a whole graph is wanted.
 
     Args: torch.nn.LSTM's, positional or by keyword: input_size, hidden_size, num_layers, bias, batch_first, dropout,
-    bidirectional, proj_size, device, dtype. Raises what torch.nn.LSTM raises. And by keyword alone, in any combination
-    (equations: fusedrnn/cells/lstm_variants.py); by default there is none of these, and it is an nn.LSTM:
+    bidirectional, proj_size, device, dtype. Raises what torch.nn.LSTM raises. By keyword alone there are variants, in
+    any combination (equations: fusedrnn/cells/lstm_variants.py); without these it is an nn.LSTM.
 
+    Keyword Args:
         peephole: i and f see c_{t-1}, and o sees c_t, each unit its own, by parameters weight_peephole_l0, ... [3H] in
             the order i, f, o.
         coupled: f = 1 - i; weights and biases have three gates, i, g, o, [3H, ...], and peepholes two, [2H]: i, o.
