@@ -12,8 +12,8 @@ Neither onnx nor torch.onnx is loaded before somebody exports.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -65,9 +65,11 @@ def is_exporting() -> bool:
     return module is not None and module.is_in_onnx_export()
 
 
-def register(library: torch.library.Library, name: str) -> None:
-    """Tells the dynamo exporter about a forward operator of `ops.FORWARD_SCHEMA`."""
-    torch.library.register_torch_dispatch(f"{library.ns}::{name}", ProxyTorchDispatchMode, _record, lib=library)
+def register(library: torch.library.Library, name: str, called: Callable[..., Any]) -> None:
+    """Tells the dynamo exporter about a forward operator of `ops.FORWARD_SCHEMA`; `called` makes of `layer` what is
+    called as an operator is."""
+    record = partial(_record, called(layer))
+    torch.library.register_torch_dispatch(f"{library.ns}::{name}", ProxyTorchDispatchMode, record, lib=library)
 
 
 @cache
@@ -76,12 +78,14 @@ def register_symbolic(qualified_name: str) -> None:
     torch.onnx.register_custom_op_symbolic(qualified_name, _symbolic, _OPSET)
 
 
-def _record(mode: Any, op: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
+def _record(
+    compute: Callable[..., Any], mode: Any, op: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None
+) -> Any:
     """What a call of an operator is recorded as: the nodes of `layer` for ONNX, itself for anything else."""
     if not is_exporting():
         return mode.__torch_dispatch__(op, types, args, kwargs or {})
     with mode:
-        return layer(*args, **(kwargs or {}))
+        return compute(*args, **(kwargs or {}))
 
 
 def layer(

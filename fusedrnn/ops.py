@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -39,6 +39,7 @@ _SCHEMAS = {
 }
 FORWARD_SCHEMA, BACKWARD_SCHEMA = _SCHEMAS["cpu_forward"], _SCHEMAS["cpu_backward"]
 MAX_WEIGHTS = len(re.findall(r"Tensor\?? w\d", FORWARD_SCHEMA))
+_BEFORE_WEIGHTS = (9, 15)  # arguments of a forward, whose third is `bidirectional`, and of a backward
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 _ops = getattr(torch.ops, NAMESPACE)
@@ -53,7 +54,7 @@ def _define(backend: str, forward_fake: Callable[..., Any] | None = None) -> Non
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
         _library.define(f"{name}.list{_listed(schema)}")
         _library.impl(f"{name}.list", _of_list(name, position), "CompositeImplicitAutograd")
-    onnx.register(_library, f"{backend}_forward")
+    onnx.register(_library, f"{backend}_forward", _with_noise)
 
 
 def _define_once(name: str, schema: str) -> None:
@@ -71,10 +72,29 @@ def _listed(schema: str) -> str:
     return re.sub(r"Tensor dw0.*", "Tensor[] dweights)", schema)
 
 
+def _with_noise(function: Callable[..., Any]) -> Callable[..., Any]:
+    """An operator's function of (*arguments, *weights, noise=None), as torch calls it: noise may come by position, behind
+    weights that are None."""
+
+    @wraps(function)
+    def run(*arguments: Any, noise: Tensor | None = None) -> Any:
+        fixed = _BEFORE_WEIGHTS[type(arguments[2]) is not bool]
+        if len(arguments) > fixed + MAX_WEIGHTS:
+            *arguments, noise = arguments  # type: ignore[assignment]
+        end = len(arguments)
+        while end > fixed and arguments[end - 1] is None:
+            end -= 1
+        return function(*arguments[:end], noise=noise)
+
+    return run
+
+
 def _of_list(name: str, position: int) -> Callable[..., Any]:
     """The overload of an operator for weights in a list, its argument at `position`, and for gradients in a list."""
 
     def run(*arguments: Any, noise: Tensor | None = None) -> Any:
+        if len(arguments) > _BEFORE_WEIGHTS[name.endswith("_backward")] + 1:
+            *arguments, noise = arguments  # type: ignore[assignment]
         weights = arguments[position]
         given = {} if noise is None else {"noise": noise}
         results = getattr(_ops, name).default(*arguments[:position], *arguments[position + 1 :], *weights, **given)
@@ -105,6 +125,7 @@ def implement_layer(function: Callable[..., Any]) -> None:
     _library.impl("layer", lambda _, *arguments: function(*arguments), "CompositeImplicitAutograd")
 
 
+@_with_noise
 def _forward_fake(
     cell: str,
     x: Tensor,
@@ -132,6 +153,7 @@ def _forward_fake(
     )
 
 
+@_with_noise
 def _backward_fake(
     cell: str,
     dy: Tensor | None,
@@ -162,6 +184,7 @@ def _backward_fake(
     return _each_gradient(dx, dh0, dc0, dweights)
 
 
+@_with_noise
 def _reference_forward(
     cell: str,
     x: Tensor,
@@ -180,6 +203,7 @@ def _reference_forward(
     return y, hn, cn, c if cell_states or reserve else empty, saved if reserve else empty.clone()
 
 
+@_with_noise
 def _reference_backward(
     cell: str,
     dy: Tensor | None,
@@ -228,14 +252,17 @@ def _define_gpu(backend: str) -> None:
     They are not differentiable, so nothing inside them is: an exported program calls them with grad mode on.
     """
 
+    @_with_noise
     @torch.no_grad()
     def forward(*arguments: Any, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         return gpu.forward(launches(backend), *arguments, noise=noise)
 
+    @_with_noise
     @torch.no_grad()
     def backward(*arguments: Any, noise: Tensor | None = None) -> tuple[Any, ...]:
         return _each_gradient(*gpu.backward(launches(backend), *arguments, noise=noise))
 
+    @_with_noise
     def forward_fake(
         cell: str, x: Tensor, *arguments: Any, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
