@@ -73,8 +73,10 @@ def _listed(schema: str) -> str:
 
 
 def _with_noise(function: Callable[..., Any]) -> Callable[..., Any]:
-    """An operator's function of (*arguments, *weights, noise=None), as torch calls it: noise may come by position, behind
-    weights that are None."""
+    """An operator's function of (*arguments, *weights, noise=None), as torch calls it.
+
+    Noise may come by position, behind weights that are None.
+    """
 
     @wraps(function)
     def run(*arguments: Any, noise: Tensor | None = None) -> Any:
