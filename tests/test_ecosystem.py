@@ -280,6 +280,35 @@ def test_opacus_before_convert(assert_same):
     assert_same(grads[1], grads[0])
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_lightning(pair, assert_same):
+    """A Trainer with clipped and accumulated gradients."""
+    lightning = pytest.importorskip("pytorch_lightning")
+
+    class Trained(lightning.LightningModule):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def training_step(self, x, index):
+            return self.model(x).square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    data = torch.utils.data.DataLoader(batch(B=8), batch_size=2)
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    before = [p.clone() for p in pair[0].parameters()]
+    for model in pair:
+        trainer = lightning.Trainer(
+            max_epochs=2, accelerator="cpu", gradient_clip_val=0.05, accumulate_grad_batches=2, **quiet
+        )
+        trainer.fit(Trained(model), data)
+    trained = [p.detach() for p in pair[0].parameters()]
+    assert not any(torch.equal(p, q) for p, q in zip(trained, before, strict=True))
+    assert_same([p.detach() for p in pair[1].parameters()], trained)
+
+
 # Counters and profilers
 
 
