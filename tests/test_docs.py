@@ -1,12 +1,14 @@
 """README and docs: their code runs, their links lead somewhere, and what they list is what there is."""
 
 import ast
+import csv
 import doctest
 import importlib
 import json
 import re
 import runpy
 from pathlib import Path
+from statistics import geometric_mean
 
 import pytest
 import torch
@@ -98,6 +100,16 @@ def test_the_chart_shows_the_committed_results():
 
 def test_the_readme_is_short_and_says_what_the_results_say():
     readme = (ROOT / "README.md").read_text()
+
+    def mean(folder, mode):
+        path = ROOT / "benchmarks" / "results" / "intel-xeon-amx-2-cores" / "auto" / folder / "results.csv"
+        with open(path, newline="") as file:
+            rows = [row for row in csv.DictReader(file) if (row["contender"], row["mode"]) == ("fusedrnn auto", mode)]
+        return f"{geometric_mean(float(row['ratio']) for row in rows):.1f}"
+
+    lstm, gru = ([mean(folder, mode) for mode in ("infer", "train")] for folder in ("float32", "gru_float32"))
+    assert f"**{lstm[0]} times as fast in inference and {lstm[1]} times in training**" in readme
+    assert f"a GRU {gru[0]} and {gru[1]} times" in readme
     assert readme.count("\n") <= 100
     assert "make demo" in readme
     assert "make test" in readme
