@@ -3,9 +3,10 @@
 A label for every step: keyword, name, number, string, comment or operator, for each character of a line of source,
 with the labels from Python's own tokenize module. At the `f` of `for` a layer that reads from left to right cannot
 know whether this will be `for` or `format`; a bidirectional layer knows what follows as well. Left, held-out lines
-coloured by what either says, mistakes marked. Right, the share of wrong characters for each kind. Lines are of all
-lengths: the layer takes them padded, with `lengths`, and gives the same values as a PackedSequence, without the
-packing.
+coloured by what either says, mistakes marked. Right, the share of wrong characters for each kind: both directions win
+over all, by keywords and names; at numbers, comments and operators the layer that reads one way was better in this run.
+Lines are of all lengths: the layer takes them padded, with `lengths`, and gives the same values as a PackedSequence,
+without the packing.
 """
 
 from __future__ import annotations
