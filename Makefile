@@ -23,8 +23,8 @@ ARCHIVE ?=
 GPU ?=
 
 BIN := $(VENV)/bin
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cells/*.h csrc/cpu/*.cpp csrc/cpu/*.h fusedrnn/operators.def)
-CUDA_SOURCES := $(wildcard tests/cpp/*.cpp tests/portable/*.cpp csrc/cuda/*.h csrc/cuda/*.cu csrc/cuda/*.cuh csrc/cuda/host/*.h csrc/cuda/host/*.cpp benchmarks/cuda/*)
+SOURCES := setup.py pyproject.toml $(wildcard csrc/cells/*.h $(addprefix csrc/cpu/,*.h *.cpp torch/*) fusedrnn/operators.def)
+CUDA_SOURCES := $(wildcard $(addprefix csrc/cuda/,*.h *.cu *.cuh torch/*) csrc/testing/cuda_emulator/* tests/cpp/*.cpp tests/portable/*.cpp benchmarks/cuda/*)
 CXX ?= g++
 
 .PHONY: help demo gallery test test-slow test-oldest test-tools matrix lint format sanitize kernels docs docs-serve chart wheel gpu \

@@ -270,15 +270,10 @@ def not_wanted(name):
 
 def extension(name):
     folder = Path("csrc") / name
-    headers = (
-        *Path("csrc").glob(f"{name}_*.h"),
-        *folder.glob("*.h"),
-        *CELLS.glob("*.h"),
-        Path("fusedrnn/operators.def"),
-    )
+    headers = (*folder.rglob("*.h"), *CELLS.glob("*.h"), Path("fusedrnn/operators.def"))
     return CppExtension(
         f"fusedrnn._{name}",
-        [f"csrc/{name}_ops.cpp", *(["csrc/cpu/instruction_sets.cpp"] if name == "cpu" else [])],
+        [str(folder / "torch" / "ops.cpp"), *(["csrc/cpu/instruction_sets.cpp"] if name == "cpu" else [])],
         depends=[str(path) for path in headers],
         extra_compile_args={"cxx": [*FLAGS, *(["-DUSE_CUDA"] if name == "cuda" else [])]},
         extra_link_args=CUDA_LINK if name == "cuda" else [f"-fsanitize={SANITIZE}"] if SANITIZE else [],

@@ -32,6 +32,7 @@ from .timing import percentiles
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES, DEVICE = ROOT / "benchmarks" / "cuda", ROOT / "csrc" / "cuda"
+EMULATOR = ROOT / "csrc" / "testing" / "cuda_emulator"
 ARCHITECTURES = {"sm_80": "compute_80", "sm_90a": "compute_90a", "sm_100": "compute_100"}
 NVCC_FLAGS = ["-std=c++20", "-O3", "-cudart", "static", "-Xcompiler", "-Wall,-Wextra"]
 NVCC_FLAGS += ["-Xcompiler", "-static-libstdc++,-static-libgcc"]
@@ -85,7 +86,7 @@ def program(host: bool = False) -> Path:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.{os.getpid()}")
-    flags = [*HOST_FLAGS, str(DEVICE / "host" / "runtime.cpp")]
+    flags = [*HOST_FLAGS, str(EMULATOR / "runtime.cpp")]
     if not host:
         flags = [*NVCC_FLAGS, *(f"-gencode=arch={v},code={r}" for r, v in ARCHITECTURES.items())]
     command = [str(_compiler(host)), *flags, str(entry), "-o", str(partial)]
@@ -107,7 +108,7 @@ def _target(host: bool) -> Path:
     """Where the program of these sources is, or would be."""
     entry = _entry(host)
     inputs = [*sorted(SOURCES.glob("*.h")), DEVICE / "device.h", DEVICE / f"device_{'host' if host else 'ptx'}.h"]
-    inputs += sorted((DEVICE / "host").glob("[rf]*")) if host else []  # runtime.h, runtime.cpp and fiber.h
+    inputs += sorted(EMULATOR.glob("[rf]*")) if host else []  # runtime.h, runtime.cpp and fiber.h
     digest = hashlib.sha256(json.dumps([NVCC_FLAGS, ARCHITECTURES, HOST_FLAGS]).encode())
     for path in (*inputs, entry):
         digest.update(path.read_bytes())

@@ -1,6 +1,6 @@
 """Launches of the C++ kernels in csrc/cuda: the same interface to gpu.py as kernels/launch.py has.
 
-The library (csrc/cuda_ops.cpp) takes a plan and tensors that exist, packs the weights for the pass, and launches.
+The library (csrc/cuda/torch/ops.cpp) takes a plan and tensors that exist, packs the weights for the pass, and launches.
 Everything runs on the current stream of the tensors' device, nothing waits for the GPU, and all memory is torch's, so
 that a CUDA graph can capture it.
 """

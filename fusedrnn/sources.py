@@ -7,9 +7,8 @@ from pathlib import Path
 def digest(root: Path, name: str) -> str:
     """Of all that the library "cpu" or "cuda" is compiled from, in a checkout at `root`."""
     folders = (root / "csrc" / folder for folder in (name, "cells"))
-    kernels = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".h", ".cuh", ".cpp", ".cu")]
-    sources = [path for path in kernels if "host" not in path.relative_to(root).parts]  # which is for tests
-    sources += [*(root / "csrc").glob(f"{name}_*"), *([root / "fusedrnn" / "operators.def"] if name == "cpu" else [])]
+    sources = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".h", ".cuh", ".cpp", ".cu")]
+    sources += [root / "fusedrnn" / "operators.def"] if name == "cpu" else []
     found = hashlib.sha256()
     for path in sorted(sources):
         found.update(path.relative_to(root).as_posix().encode() + path.read_bytes())

@@ -89,7 +89,7 @@ def test_a_library_of_other_sources_is_noticed(checkout, monkeypatch):
     assert "_cuda was built from other sources" in ops.stale("cuda")
     (checkout / "csrc" / "cpu" / "cell.h").touch()
     noted(ops.sources.digest(checkout, "cuda"))
-    (checkout / "csrc" / "cpu_ops.cpp").write_text("")
+    (checkout / "csrc" / "cpu" / "torch" / "ops.cpp").write_text("")
     assert ops.stale("cuda") is None  # it is not made of that
     shutil.rmtree(checkout / "csrc")
     assert ops.stale("cuda") is None
@@ -253,7 +253,7 @@ def test_sdist_holds_what_a_build_needs_and_its_tests(checkout):
     (archive,) = (checkout / "dist").glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         names = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
-    assert {"csrc/cpu_ops.cpp", "csrc/cpu/panel.h", "csrc/cuda_ops.cpp", "csrc/cuda/launch.cu"} <= names
+    assert {"csrc/cpu/torch/ops.cpp", "csrc/cpu/panel.h", "csrc/cuda/torch/ops.cpp", "csrc/cuda/launch.cu"} <= names
     assert {"kernels/__init__.py", "fusedrnn/py.typed"} <= names
     assert {"tests/conftest.py", "tests/cuda/conftest.py", "docs/math.md", "examples/char_lm.py"} <= names
 

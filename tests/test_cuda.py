@@ -1,6 +1,6 @@
 """The cuda backend from the module down to its kernels: all results of a layer, forward and backward.
 
-On a GPU it runs as it is. Elsewhere csrc/cuda_ops.cpp is built over the host build of the kernels, in which every
+On a GPU it runs as it is. Elsewhere csrc/cuda/torch/ops.cpp is built over the host build of the kernels, in which every
 thread is a fiber, and computes on tensors of the CPU: the same Python, the same operators, the same kernels; only the
 launches themselves are others. The tolerance is that of fusedrnn/testing.py; outputs are poisoned with NaN.
 """
@@ -29,9 +29,9 @@ F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float1
 
 @pytest.fixture(scope="session")
 def host_library(cuda_host):
-    """The operators of csrc/cuda_ops.cpp on the CPU, loaded. Compiled unless those of the same sources are there."""
+    """The operators of csrc/cuda/torch/ops.cpp on the CPU, loaded. Compiled if those of these sources are not there."""
     kernels = cuda_host.built("plain", cuda_host.FLAGS)
-    sources = [ROOT / "csrc" / "cuda_ops.cpp", ROOT / "csrc" / "cuda" / "host" / "launch.cpp"]
+    sources = [ROOT / "csrc" / path for path in ("cuda/torch/ops.cpp", "testing/cuda_emulator/launch.cpp")]
     torch_home = Path(torch.__file__).parent
     flags = ["-std=c++20", "-O1", "-Wall", "-fPIC", "-shared", "-fvisibility=hidden", f"-I{torch_home / 'include'}"]
     flags += ["-DFUSEDRNN_CUDA_HOST", "-DTORCH_TARGET_VERSION=0x020a000000000000"]

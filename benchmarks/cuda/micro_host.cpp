@@ -1,4 +1,4 @@
-// The microbenchmarks' kernels on the host, every thread a fiber (csrc/cuda/host/runtime.h): whether they end, and
+// The microbenchmarks' kernels on the host, every thread a fiber (csrc/testing/cuda_emulator/runtime.h): whether they end, and
 // count right, under a schedule. Prints what micro.cu prints; times mean nothing.
 //
 //   micro_host [--seed N] [--remove SYNCHRONISATION] [NAME ...]      exit status 1 if a kernel did not end or
@@ -6,7 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "../../csrc/cuda/host/runtime.h"
+#include "../../csrc/testing/cuda_emulator/runtime.h"
 #include "suite.h"
 
 namespace fusedrnn::micro {

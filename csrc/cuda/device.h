@@ -1,5 +1,6 @@
 // The device primitives that the kernels are written in, and nothing that they do not use. Two implementations: PTX,
-// and the host, where every thread is a fiber (host/runtime.h). Kernels include this file and no CUDA header.
+// and the host, where every thread is a fiber (testing/cuda_emulator/runtime.h). Kernels include this file and no CUDA
+// header.
 //
 //   thread_index() block_index() cluster_rank()      where a thread is; one dimension each
 //   sync_block(name)                                 barrier of the block

@@ -1,11 +1,11 @@
-// The device primitives on the host; see device.h and host/runtime.h.
+// The device primitives on the host; see device.h and testing/cuda_emulator/runtime.h.
 #pragma once
 
 #include <cmath>
 #include <cstring>
 
+#include "../testing/cuda_emulator/runtime.h"
 #include "device.h"
-#include "host/runtime.h"
 
 namespace fusedrnn::cuda {
 

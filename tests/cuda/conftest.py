@@ -25,7 +25,8 @@ from fusedrnn.cells import CELLS, RNN_RELU, Cell
 from fusedrnn.layout import DirectionWeights, split_directions
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ROOT / "csrc" / "cuda"
+CSRC = ROOT / "csrc"
+EMULATOR = CSRC / "testing" / "cuda_emulator"
 FLAGS = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-fPIC", "-fvisibility=hidden"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1", "-DFUSEDRNN_HOST_FEW"]
 SANITIZED = "FUSEDRNN_CUDA_HOST_SANITIZE" in os.environ
@@ -51,7 +52,7 @@ def built(name: str, flags: list[str]) -> Path:
 
 
 def _built(name: str, flags: list[str]) -> Path:
-    found = (path for folder in (SOURCES, SOURCES.parent / "cells") for path in folder.rglob("*"))
+    found = (path for folder in (CSRC / "cuda", CSRC / "cells", EMULATOR) for path in folder.glob("*"))
     sources = sorted(path for path in found if path.suffix in (".h", ".cpp"))
     digest = hashlib.sha256(" ".join(flags).encode() + b"".join(path.read_bytes() for path in sources)).hexdigest()
     library = ROOT / "build" / "cuda_host" / f"{name}-{digest[:16]}.so"
@@ -63,7 +64,7 @@ def _built(name: str, flags: list[str]) -> Path:
 
     def compiled(source: str) -> str:
         target = partial.with_name(f"{partial.name}.{source}.o")
-        subprocess.run([compiler, *flags, "-c", str(SOURCES / "host" / f"{source}.cpp"), "-o", str(target)], check=True)
+        subprocess.run([compiler, *flags, "-c", str(EMULATOR / f"{source}.cpp"), "-o", str(target)], check=True)
         return str(target)
 
     with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:  # the longest first

@@ -1,8 +1,8 @@
 // The CUDA operators: tensors in, plain structs out, the checks that memory safety needs, and the launches.
 // The schemas, the plans and the large matrix products live in Python (fusedrnn/ops.py, cuda.py, gpu.py).
 //
-// Built with FUSEDRNN_CUDA_HOST, these are operators on tensors of the CPU, over the launches of cuda/host/launch.cpp:
-// what tests run where there is no GPU.
+// Built with FUSEDRNN_CUDA_HOST, these are operators on tensors of the CPU, over the launches of
+// testing/cuda_emulator/launch.cpp: what tests run where there is no GPU.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -18,7 +18,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "cuda/launch.h"
+#include "../launch.h"
 
 namespace fusedrnn::cuda {
 namespace {

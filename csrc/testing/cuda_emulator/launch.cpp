@@ -1,6 +1,6 @@
-// The launches of launch.h on the host, over the functions of harness.cpp: with cuda_ops.cpp, operators for tests. A
-// stream has no meaning, and a launch has ended when it returns.
-#include "../launch.h"
+// The launches of launch.h on the host, over the functions of harness.cpp: with cuda/torch/ops.cpp, operators for
+// tests. A stream has no meaning, and a launch has ended when it returns.
+#include "../../cuda/launch.h"
 
 #include <array>
 

@@ -2,7 +2,7 @@
 #include <cstdio>
 #include <cstring>
 
-#include "../pack.h"
+#include "../../cuda/pack.h"
 #include "bodies.h"
 #include "runtime.h"
 

@@ -21,7 +21,7 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/kept.h"
+#include "../kept.h"
 
 // torch's from 2.11 on, and null with 2.10. A tensor of somebody else's memory, who learns when it is let go of.
 extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(

@@ -11,8 +11,8 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/kept.h"
-#include "cpu_products.h"
+#include "../kept.h"
+#include "products.h"
 
 namespace fusedrnn {
 namespace {

@@ -8,8 +8,8 @@
 #include <string>
 #include <vector>
 
-#include "cpu/params.h"
-#include "cpu_tensors.h"
+#include "../params.h"
+#include "tensors.h"
 
 namespace fusedrnn {
 namespace {

@@ -3,9 +3,9 @@
 
 #include <type_traits>
 
-#include "../backward.h"
-#include "../forward.h"
-#include "../scatter.h"
+#include "../../cuda/backward.h"
+#include "../../cuda/forward.h"
+#include "../../cuda/scatter.h"
 #include "bodies.h"
 
 namespace fusedrnn::cuda {

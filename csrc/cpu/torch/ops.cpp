@@ -12,7 +12,7 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu_weights.h"
+#include "weights.h"
 
 namespace fusedrnn {
 namespace {
@@ -692,7 +692,7 @@ void cpu_poison(bool on) { poisons = on; }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fusedrnn, library) {
 #define OPERATOR(name, schema) library.def(#name schema);
-#include "../fusedrnn/operators.def"
+#include "../../../fusedrnn/operators.def"
 #undef OPERATOR
 }
 

@@ -2,7 +2,7 @@
 // side by side.
 #pragma once
 
-#include "../plan.h"
+#include "../../cuda/plan.h"
 
 namespace fusedrnn::cuda {
 

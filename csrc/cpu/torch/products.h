@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <utility>
 
-#include "cpu/plan.h"
-#include "cpu_layer.h"
+#include "../plan.h"
+#include "layer.h"
 
 namespace fusedrnn {
 namespace {
