@@ -70,7 +70,7 @@ FLAGS = ["-std=c++20", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", *DEFINE
 # One source for every instruction set; which one runs is decided on the machine it runs on.
 ISA_FLAGS = {"kernels_portable.cpp": []}
 if platform.machine() in ("x86_64", "AMD64"):
-    ISA_FLAGS["kernels_avx2.cpp"] = ["-mavx2", "-mfma"]
+    ISA_FLAGS["kernels_avx2.cpp"] = ["-mavx2", "-mfma", "-mf16c"]
     ISA_FLAGS["kernels_avx512.cpp"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
     ISA_FLAGS["kernels_avx512_bf16.cpp"] = [*ISA_FLAGS["kernels_avx512.cpp"], "-mavx512bf16"]
     # Its tiles are in assembly, or emulated.

@@ -80,6 +80,15 @@ class EnteringStates {
   const Sizes& s_;
 };
 
+// The derivative of a variant's pointwise function; see forward_of_variant. dp: the gradients of the peepholes.
+template <class Cell, class A>
+__attribute__((noinline)) Vec<A> backward_of_variant(Vec<A> (&a)[Cell::kSpec.maps], Vec<A> entered, Vec<A> left,
+                                                     Vec<A> dm, Vec<A>& dleft,
+                                                     const typename Cell::template Operands<VectorMath<A>>& operands,
+                                                     Vec<A> (&dp)[Cell::kSpec.parameters]) {
+  return Cell::template backward<VectorMath<A>>(a, entered, left, dm, dleft, operands, dp);
+}
+
 // With Operands that are pairs da is kept in S.
 template <class Cell, class S, Operands kOperands = Operands::kNumbers>
 class Backward {
@@ -183,7 +192,8 @@ class Backward {
 
   // dh of a block of outputs at the n-th step, and, without a projection, all that follows from it for these units.
   // n = -1 is the state before the first step: dh0.
-  void outputs(Pipeline& pipeline, int64_t n, int64_t d, int64_t block, int64_t row_begin, int64_t row_end) const {
+  __attribute__((noinline)) void outputs(Pipeline& pipeline, int64_t n, int64_t d, int64_t block, int64_t row_begin,
+                                         int64_t row_end) const {
     if (n < 0 && p_.dh0 == nullptr) return;
     const Direction direction(s_, p_.sequence, d);
     const int64_t t = direction.at(n), next = direction.after(t);  // n = -1 gives a t that does not exist
@@ -450,7 +460,7 @@ class Backward {
         store(extra.dh_kept + r * H, kept, count);
         dm -= kept;
       }
-      const V out = Cell::template backward<VectorMath<A>>(a, entered, left, dm, dleft, operands, own);
+      const V out = backward_of_variant<Cell, A>(a, entered, left, dm, dleft, operands, own);
       for (int k = 0; extra.weights != nullptr && k < kParameters; ++k) {
         A* const sum = extra.dp + (r * kParameters + k) * H;
         store(sum, load(sum, count) + own[k], count);

@@ -67,8 +67,16 @@ void add_biases(const void* b_ih, const void* b_hh, int64_t H, int begin, int en
   }
 }
 
+// The pointwise function of a variant. A function of its own, which all dtypes of the arithmetic share: it takes much
+// longer than a call, and to compile.
+template <class Cell, class A, int R>
+__attribute__((noinline)) void forward_of_variant(Vec<A> (&a)[R][Cell::kSpec.maps], Vec<A> (&c)[R], Vec<A> (&m)[R],
+                                                  const typename Cell::template Operands<VectorMath<A>>& operands) {
+  Cell::template forward<VectorMath<A>, R>(a, c, m, operands);
+}
+
 // With Operands that are pairs the state is kept in S.
-template <class Cell, class S, Operands kOperands = Operands::kNumbers>
+template <class Cell, class S, Operands kOperands>
 class Forward {
  public:
   using A = Compute<S>;
@@ -571,25 +579,29 @@ class Forward {
     // From the sums of the recurrent product, or of all maps where there are none of the input, to everything that is
     // written about [begin, end) of them. What is known when compiled needs no test for each row.
     FUSEDRNN_INLINE void all(int64_t begin, int64_t end, int64_t count, Sums sums) const {
-      if (kVariant || count < kUnits<A> || outputs.direction.ragged()) {  // of variants there is one instance
+      if constexpr (kVariant) {
+        each_of_variant(begin, end, count, sums);
+      } else if (count < kUnits<A> || outputs.direction.ragged()) {
         each<true>(begin, end, count, sums);
       } else {
-        if constexpr (!kVariant) each<false>(begin, end, kUnits<A>, sums);
+        each<false>(begin, end, kUnits<A>, sums);
       }
     }
 
    private:
     template <bool kRagged>
     void each(int64_t begin, int64_t end, int64_t count, Sums sums) const {
-      if constexpr (kVariant) {  // fewer instances, each of which takes its time to compile
-        for (; begin + kTogether <= end; begin += kTogether) some<kRagged, kTogether>(begin, count, sums);
-        for (; begin < end; ++begin) some<kRagged, 1>(begin, count, sums);
-        return;
-      }
       for (int64_t r = begin; r < end; r += kTogether) {
         with_rows<kTogether>(end - r < kTogether ? end - r : kTogether,
                              [&](auto R) { some<kRagged, R.kCount>(r, count, sums); });
       }
+    }
+
+    // Fewer instances, each of which takes its time to compile, and one copy for whoever calls it.
+    __attribute__((noinline, noclone)) void each_of_variant(int64_t begin, int64_t end, int64_t count,
+                                                            Sums sums) const {
+      for (; begin + kTogether <= end; begin += kTogether) some<true, kTogether>(begin, count, sums);
+      for (; begin < end; ++begin) some<true, 1>(begin, count, sums);
     }
 
     // R of them from the first-th on.
@@ -639,6 +651,7 @@ class Forward {
       V p[R][kParameters], of_g[R], of_c[R];
       typename Cell::template Operands<VectorMath<A>> operands;
       if (extra.weights != nullptr) {
+#pragma GCC unroll 1
         for (int r = 0; r < R; ++r) {
           const S* const own = extra.weights + (first + r) * extra.weights_step;
           for (int k = 0; k < kParameters; ++k) p[r][k] = load(own + k * extra.units, count);
@@ -646,14 +659,16 @@ class Forward {
         operands.p = p;
       }
       const auto take = [&](const A* from, V(&to)[R]) {
+#pragma GCC unroll 1
         for (int r = 0; r < R; ++r) to[r] = load(from + (first + r) * extra.noise_step, count);
         return to;
       };
       if (extra.g != nullptr) operands.g = take(extra.g, of_g);
       if (extra.c != nullptr) operands.c = take(extra.c, of_c);
-      Cell::template forward<VectorMath<A>, R>(a, c, m, operands);
+      forward_of_variant<Cell, A, R>(a, c, m, operands);
       if (extra.h == nullptr) return;
       const Direction& direction = outputs.direction;
+#pragma GCC unroll 1
       for (int r = 0; r < R; ++r) {
         const int64_t at = first + r, row = outputs.b + at * outputs.row_step;
         if (kRagged && !direction.exists(outputs.t, row)) continue;
@@ -754,7 +769,7 @@ class Forward {
       const S* const w_hh = enters(n) ? weights(p_.w_hh[d], kSpec.recurrent, map, s_.P) : nullptr;
       for (int64_t r = 0; r < rows; ++r) {
         // The states of rows that are reset were made zero where they were written.
-        const A* const state = reinterpret_cast<const A*>(h(n, d)) + (b + r) * s_.P;
+        const State* const state = h(n, d) + (b + r) * h_stride();
         all(r, map) = dots_of_units(w_ih, x + (b + r) * s_.I, s_.I, w_hh, state, s_.P, count) + bias;
       }
     }

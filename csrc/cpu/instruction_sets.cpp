@@ -55,9 +55,12 @@ static bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("a
 #endif
 }
 
+static bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+
 static const Isa avx512 = {"avx512", has_avx512, &kAvx512};
-static const Isa avx2 = {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },
-                         &kAvx2};
+static const Isa avx2 = {"avx2", has_avx2, &kAvx2};
 
 const Isa* const* instruction_sets() {
   static const KernelTable kernels = with_bfloat16(kAvx512, kAvx512BFloat16);

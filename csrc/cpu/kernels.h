@@ -36,23 +36,19 @@ using GemmOf = Gemm<Compute<S>>;
 
 template <class Cell, class S>
 constexpr CellKernels cell_kernels() {
+  using CellForward = Forward<Cell, S, kOperands<S>>;
   CellKernels kernels = {
       Cell::kSpec,
-      [](const ForwardParams& params, int worker) {
-        if constexpr (kOperands<S> != Operands::kNumbers) {
-          if (params.panel_hh != nullptr) return Forward<Cell, S, kOperands<S>>(params).run(worker);
-        }
-        Forward<Cell, S>(params).run(worker);
-      },
+      [](const ForwardParams& params, int worker) { CellForward(params).run(worker); },
       add_biases<Cell, S>,
-      [](const ForwardParams& params) { Forward<Cell, S>(params).step_start(); },
-      [](const ForwardParams& params, int64_t begin, int64_t end) { Forward<Cell, S>(params).step(begin, end); },
+      [](const ForwardParams& params) { CellForward(params).step_start(); },
+      [](const ForwardParams& params, int64_t begin, int64_t end) { CellForward(params).step(begin, end); },
       nullptr,
       [](const BackwardParams& params, int worker) { Backward<Cell, S, kOperands<S>>(params).run(worker); },
   };
   if constexpr (Cell::kSpec.projects) {
     kernels.step_project = [](const ForwardParams& params, int64_t begin, int64_t end) {
-      Forward<Cell, S>(params).step_project(begin, end);
+      CellForward(params).step_project(begin, end);
     };
   }
   return kernels;

@@ -411,9 +411,9 @@ FUSEDRNN_INLINE void add_dots(Vec<A> (&sums)[kUnits<A>], const S* w, int64_t uni
 
 // Lane u is the sum of both products of unit u, w_ih[u] @ x + w_hh[u] @ h, for w_ih [units][I] and w_hh [units][P]; or
 // of one of them, where the other's weights are null. A function of its own, which all cells share.
-template <class S>
+template <class S, class State>
 __attribute__((noinline)) Vec<Compute<S>> dots_of_units(const S* w_ih, const S* x, int64_t I, const S* w_hh,
-                                                        const Compute<S>* h, int64_t P, int64_t units) {
+                                                        const State* h, int64_t P, int64_t units) {
   using A = Compute<S>;
   Vec<A> sums[kUnits<A>];
 #pragma GCC unroll 16  // not a call of memset, whose stores what follows would wait for

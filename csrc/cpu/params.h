@@ -125,7 +125,8 @@ struct ForwardParams {
   void* c;              // S [N][D][H] or null
   void* saved;          // S [D][N][saved * H], each row in SavedOrder, or null; may hold xg where S is A
   // Scratch, uninitialised.
-  void* h;  // A [2][D][B][P], or S [2][D][B][P, padded] with panels of pairs: the state entering this step and the next
+  void* h;  // A [2][D][B][P], or S [2][D][B][P, padded] of Operands that are pairs: the state entering this step and
+            // the next
   void* carry;  // A [D][ceil(H / lanes)][B][lanes], where the cell has one
   void* m;      // A [D][B][H], only where projected
   Team team;

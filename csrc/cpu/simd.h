@@ -7,7 +7,7 @@
 #include <cstring>
 #include <type_traits>
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -105,7 +105,8 @@ FUSEDRNN_INLINE Vec<A> larger(Vec<A> a, Vec<A> b) {
 typedef uint16_t NarrowVec __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES / 2)));
 typedef uint32_t WordVec __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES)));
 
-// bfloat16 is the upper half of a float; float16 by the usual rebiasing of the exponent, exact for subnormals.
+// bfloat16 is the upper half of a float; float16 by an instruction, or by the usual rebiasing of the exponent. Both are
+// exact for subnormals.
 FUSEDRNN_INLINE Vec<float> widen(NarrowVec narrow, BFloat16) {
   return bit_cast<Vec<float>>(__builtin_convertvector(narrow, WordVec) << 16);
 }
@@ -116,6 +117,11 @@ FUSEDRNN_INLINE Vec<float> paired(Vec<float> first, Vec<float> second) {
 }
 
 FUSEDRNN_INLINE Vec<float> widen(NarrowVec narrow, Float16) {
+#if defined(__AVX512F__) && FUSEDRNN_VECTOR_BYTES == 64
+  return bit_cast<Vec<float>>(_mm512_cvtph_ps(bit_cast<__m256i>(narrow)));
+#elif defined(__F16C__) && FUSEDRNN_VECTOR_BYTES == 32
+  return bit_cast<Vec<float>>(_mm256_cvtph_ps(bit_cast<__m128i>(narrow)));
+#else
   const WordVec bits = __builtin_convertvector(narrow, WordVec);
   const WordVec magnitude = (bits & 0x7fffu) << 13;
   const WordVec exponent = magnitude & 0x0f800000u;
@@ -125,6 +131,7 @@ FUSEDRNN_INLINE Vec<float> widen(NarrowVec narrow, Float16) {
   WordVec result = exponent == 0x0f800000u ? special : normal;
   result = exponent == 0u ? bit_cast<WordVec>(tiny) : result;
   return bit_cast<Vec<float>>(result | (bits & 0x8000u) << 16);
+#endif
 }
 
 // Both round to nearest, ties to even, and keep NaN a NaN. The instruction takes denormal numbers for zero, as those do
@@ -141,6 +148,12 @@ FUSEDRNN_INLINE NarrowVec narrow(Vec<float> value, BFloat16) {
 }
 
 FUSEDRNN_INLINE NarrowVec narrow(Vec<float> value, Float16) {
+#if defined(__AVX512F__) && FUSEDRNN_VECTOR_BYTES == 64
+  constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  return bit_cast<NarrowVec>(_mm512_cvtps_ph(bit_cast<__m512>(value), kNearest));
+#elif defined(__F16C__) && FUSEDRNN_VECTOR_BYTES == 32
+  return bit_cast<NarrowVec>(_mm256_cvtps_ph(bit_cast<__m256>(value), _MM_FROUND_TO_NEAREST_INT));
+#else
   const WordVec bits = bit_cast<WordVec>(value);
   const WordVec sign = (bits & 0x80000000u) >> 16;
   const WordVec magnitude = bits & 0x7fffffffu;
@@ -152,6 +165,7 @@ FUSEDRNN_INLINE NarrowVec narrow(Vec<float> value, Float16) {
   result = magnitude >= (143u << 23) ? WordVec{} + 0x7c00u : result;  // 65536 and above overflow
   result = magnitude > 0x7f800000u ? WordVec{} + 0x7e00u : result;
   return __builtin_convertvector(result | sign, NarrowVec);
+#endif
 }
 
 template <class S>
@@ -177,13 +191,42 @@ FUSEDRNN_INLINE void store(S* to, Vec<Compute<S>> value) {
   }
 }
 
-// The first n lanes only; the rest of what is loaded is zero. n may be kLanes or more, which means all.
+// The first n lanes only, 0 <= n; the rest of what is loaded is zero. n may be kLanes or more, which means all. What
+// follows the test for that is kept small: it is compiled wherever a block of units may not be full.
+#if defined(__AVX512BW__) && defined(__AVX512VL__) && FUSEDRNN_VECTOR_BYTES == 64
+template <class S>
+FUSEDRNN_INLINE Vec<Compute<S>> load(const S* from, int64_t n) {
+  if (__builtin_expect(n >= Simd<Compute<S>>::kLanes, 1)) return load(from);
+  const uint32_t mask = (1u << n) - 1;
+  if constexpr (sizeof(S) == 2) return widen(bit_cast<NarrowVec>(_mm256_maskz_loadu_epi16(mask, from)), S{});
+  if constexpr (sizeof(S) == 4) return bit_cast<Vec<float>>(_mm512_maskz_loadu_ps(mask, from));
+  if constexpr (sizeof(S) == 8) return bit_cast<Vec<double>>(_mm512_maskz_loadu_pd(mask, from));
+}
+
+template <class S>
+FUSEDRNN_INLINE void store(S* to, Vec<Compute<S>> value, int64_t n) {
+  if (__builtin_expect(n >= Simd<Compute<S>>::kLanes, 1)) return store(to, value);
+  const uint32_t mask = (1u << n) - 1;
+  if constexpr (sizeof(S) == 2) _mm256_mask_storeu_epi16(to, mask, bit_cast<__m256i>(narrow(value, S{})));
+  if constexpr (sizeof(S) == 4) _mm512_mask_storeu_ps(to, mask, bit_cast<__m512>(value));
+  if constexpr (sizeof(S) == 8) _mm512_mask_storeu_pd(to, mask, bit_cast<__m512d>(value));
+}
+#else
+template <int kStep, class S>
+FUSEDRNN_INLINE void copy_first(S* to, const S* from, int64_t n) {
+  if constexpr (kStep > 0) {
+    const int64_t more = n & kStep;
+    if (more != 0) std::memcpy(to, from, kStep * sizeof(S));
+    copy_first<kStep / 2>(to + more, from + more, n);
+  }
+}
+
 template <class S>
 FUSEDRNN_INLINE Vec<Compute<S>> load(const S* from, int64_t n) {
   constexpr int kLanes = Simd<Compute<S>>::kLanes;
   if (__builtin_expect(n >= kLanes, 1)) return load(from);
   S lanes[kLanes] = {};
-  for (int64_t k = 0; k < n; ++k) lanes[k] = from[k];
+  copy_first<kLanes / 2>(lanes, from, n);
   return load<S>(lanes);
 }
 
@@ -193,8 +236,9 @@ FUSEDRNN_INLINE void store(S* to, Vec<Compute<S>> value, int64_t n) {
   if (__builtin_expect(n >= kLanes, 1)) return store(to, value);
   S lanes[kLanes];
   store<S>(lanes, value);
-  for (int64_t k = 0; k < n; ++k) to[k] = lanes[k];
+  copy_first<kLanes / 2>(to, lanes, n);
 }
+#endif
 
 template <class S>
 FUSEDRNN_INLINE Compute<S> to_compute(S value) {
