@@ -334,6 +334,14 @@ def test_masks_have_their_probabilities(drawn):
         assert not torch.equal(mask[0], mask[1])
 
 
+@pytest.mark.parametrize(
+    "zoneout, dropout, ones", [(1.0, 1.0, (1, 1, 0)), (1e-9, 0.0, (0, 0)), ((1.0, 1e-9), 0.0, (1, 0))]
+)
+def test_masks_of_extreme_probabilities(drawn, zoneout, dropout, ones):
+    fusedrnn.LSTM(2, 5, zoneout=zoneout, recurrent_dropout=dropout)(torch.randn(3, 3, 2))
+    assert [mask.unique().tolist() for mask in drawn[0].values()] == [[value] for value in ones]
+
+
 def test_one_mask_a_sequence(drawn):
     module = fusedrnn.LSTM(2, 50, bidirectional=True, **STATE)
     with torch.no_grad():
