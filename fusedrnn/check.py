@@ -21,7 +21,7 @@ from torch.func import functional_call
 from . import testing
 from .cells import CELLS, LSTM
 from .dispatch import explain, use_backend
-from .module import BASES
+from .module import BASES, VARIANT_OPTIONS
 from .testing import Answer, Case, InexactError, Inputs
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -48,6 +48,16 @@ _OWN_OPTIONS: tuple[dict[str, Any], ...] = (
     {"packed": True, "bias": False, "hx": False, "batch_first": True},
     {key: value for key, value in _EVERYTHING.items() if key != "proj_size"},
 )
+# Of the variants of the LSTM, and with `quick` the last one: all that they may have, once in each dtype.
+_VARIANTS: tuple[dict[str, Any], ...] = (
+    {"peephole": True, "proj_size": True, "lengths": True},
+    {"coupled": True, "packed": True, "recurrent_dropout": 0.25},
+    {"peephole": True, "recurrent_dropout": 0.25, "recurrent_dropout_mode": "state", "proj_size": True, "reset": True},
+    {"zoneout": (0.5, 0.1), "layers": 2, "hx": False, "bias": False},
+    {"peephole": True, "zoneout": (0.1, 0.5), "recurrent_dropout": 0.25, "bidirectional": True, "states": True},
+    {"peephole": True, "coupled": True, "zoneout": 0.25, "recurrent_dropout": 0.25}
+    | {key: value for key, value in _EVERYTHING.items() if key != "proj_size"},
+)
 _QUICK_SIZES = ((1, 3, 5, 2), (7, 3, 5, 33))  # T, B, I, H
 _SIZES = (*_QUICK_SIZES, (1, 1, 1, 2), (2, 17, 7, 64), (63, 3, 9, 30), (40, 1, 20, 129))
 
@@ -73,8 +83,8 @@ class Outcome:
 
 
 def jobs(devices: Sequence[str], quick: bool) -> list[Job]:
-    """All there is to check: derivatives in float64, results in every dtype. `quick` leaves out the large sizes, and of
-    the cells that are no LSTM all but one option in each dtype."""
+    """All there is to check: derivatives in float64, results in every dtype. `quick` leaves out the large sizes, of the
+    cells that are no LSTM all but one option in each dtype, and of the LSTM all variants but one."""
     checks: list[tuple[str, Case]] = []
     for cell in CELLS:
         some = quick and cell != LSTM.name
@@ -89,6 +99,10 @@ def jobs(devices: Sequence[str], quick: bool) -> list[Job]:
         ]
         checks += [(check, case) for case in small for check in ("gradcheck", "gradgradcheck")]
         checks += [(check, case) for case in grid for check in (_torchs(case), "reference")]
+    for variant in _VARIANTS[-1:] if quick else _VARIANTS:
+        case = _case((3, 3, 2, 2), torch.float64, LSTM.name, variant)
+        checks += [(check, case) for check in ("gradcheck", "gradgradcheck")]
+        checks += [("reference", _case(_QUICK_SIZES[-1], dtype, LSTM.name, variant)) for dtype in DTYPES]
     return [Job(check, case, device, quick) for device in devices for check, case in checks]
 
 
@@ -115,7 +129,9 @@ def _concerned(job: Job, backends: Sequence[str]) -> list[str]:
 
 def _case(size: tuple[int, int, int, int], dtype: torch.dtype, cell: str, options: dict[str, Any]) -> Case:
     proj_size = size[-1] // 2 if "proj_size" in options else 0
-    return Case(*size, dtype=dtype, cell=cell, **{**options, "proj_size": proj_size})
+    variant = tuple(item for item in options.items() if item[0] in VARIANT_OPTIONS)
+    of_torch = {key: value for key, value in options.items() if key not in VARIANT_OPTIONS}
+    return Case(*size, dtype=dtype, cell=cell, variant=variant, **{**of_torch, "proj_size": proj_size})
 
 
 def _torchs(case: Case) -> str:
@@ -151,7 +167,8 @@ def _describe(error: Exception) -> str:
 
 def _unsupported(job: Job, backend: str) -> str | None:
     x, hx, options = testing.arguments(job.case, job.case.inputs(job.device))
-    return explain(job.case.module(device=job.device), x, hx, **options).reasons.get(backend)
+    module = job.case.module(_ours(job.case) if job.case.variant else None, job.device)
+    return explain(module, x, hx, **options).reasons.get(backend)
 
 
 def _limit_of_torch(check: Callable[[Job, type], float | None], job: Job) -> str | None:
@@ -203,9 +220,7 @@ def _check_derivative(check: Callable[..., object], job: Job, cls: type) -> None
 
 
 def _compare(job: Job, cls: type) -> float:
-    answers = (
-        _answers(job.case, job.device) if job.check == _torchs(job.case) else _reference_answers(job.case, job.device)
-    )
+    answers = _reference_answers(job.case, job.device) if job.check == "reference" else _answers(job.case, job.device)
     with testing.poisoned():
         ours = testing.evaluate(testing.call, cls, job.case, job.device)
     worst, failures = 0.0, []
@@ -228,6 +243,8 @@ def _answers(case: Case, device: str) -> dict[str, Answer]:
 @lru_cache(maxsize=1)
 def _reference_answers(case: Case, device: str) -> dict[str, Answer]:
     with use_backend("reference"), testing.single_threaded():
+        if case.variant:  # torch has no such layer
+            return testing.answers(case, device, testing.call, _ours(case))
         stored = testing.evaluate(testing.call, _ours(case), case, device)
         exact = testing.evaluate(testing.call, _ours(case), case, device, torch.float64)
     return {k: Answer(stored[k], exact[k], answer.rounding) for k, answer in _answers(case, device).items()}

@@ -234,7 +234,7 @@ class _Options:
                 b_hh.chunk(4)[1].zero_()
 
     def _options_repr(self) -> str:
-        named = ((name, getattr(self, name)) for name in _OPTIONS)
+        named = ((name, getattr(self, name)) for name in VARIANT_OPTIONS)
         return "".join(f", {name}={value!r}" for name, value in named if value != getattr(_Options, name))
 
     def _explain_sizes(self, state: dict[str, Any], prefix: str, errors: list[str]) -> None:
@@ -247,7 +247,7 @@ class _Options:
             errors.append(f"the state_dict is of an LSTM that {what}, and this one has gates {self._cell.gates}")
 
 
-_OPTIONS = ("peephole", "coupled", "zoneout", "recurrent_dropout", "recurrent_dropout_mode", "forget_bias")
+VARIANT_OPTIONS = ("peephole", "coupled", "zoneout", "recurrent_dropout", "recurrent_dropout_mode", "forget_bias")
 
 
 class _LSTMLayers(_Options, _Layers):  # type: ignore[override]

@@ -234,6 +234,7 @@ class Case:
     strided: bool = False  # x, h0 and c0 are slices of larger tensors
     seed: int = 0
     cell: str = LSTM.name  # of `cells.CELLS`
+    variant: tuple[tuple[str, Any], ...] = ()  # options that fusedrnn.LSTM has and torch's has not, by name
 
     @property
     def id(self) -> str:
@@ -246,12 +247,13 @@ class Case:
         parts += [] if self.hx else ["nohx"]
         flags = ("bidirectional", "batch_first", "lengths", "packed", "reset", "states", "strided")
         parts += [flag for flag in flags if getattr(self, flag)]
+        parts += [name if value is True else f"{name}={value}".replace(" ", "") for name, value in self.variant]
         parts += [f"seed{self.seed}"] if self.seed else []
         return "-".join([*parts, str(self.dtype).removeprefix("torch.")])
 
     def module(self, cls: Callable[..., nn.Module] | None = None, device: str = "cpu") -> nn.Module:
         """A module of a class with the constructor and initialisation of torch's for the cell, which is the default."""
-        own: dict[str, Any] = {"proj_size": self.proj_size} if self.cell == LSTM.name else {}
+        own: dict[str, Any] = {"proj_size": self.proj_size, **dict(self.variant)} if self.cell == LSTM.name else {}
         if self.cell.startswith("rnn_"):
             own = {"nonlinearity": self.cell.removeprefix("rnn_")}
         with torch.random.fork_rng(devices=[]):
@@ -321,7 +323,7 @@ Call = Callable[[Callable[..., Any], Case, Inputs], dict[str, Tensor]]
 
 
 def call(module: Callable[..., Any], case: Case, inputs: Inputs) -> dict[str, Tensor]:
-    """Calls a module as the case says.
+    """Calls a module as the case says. The masks of a variant follow from the seed of the case.
 
     Returns:
         y, hn, cn and, with states, h_l0, c_l0, h_l1, ...; what was packed is padded with zeros. Of a cell without cell
@@ -332,7 +334,10 @@ def call(module: Callable[..., Any], case: Case, inputs: Inputs) -> dict[str, Te
         return pad_packed_sequence(values, case.batch_first)[0] if isinstance(values, PackedSequence) else values
 
     x, hx, options = arguments(case, inputs)
-    y, last, *rest = module(x, hx, **options)
+    with torch.random.fork_rng([inputs.x.device] if inputs.x.is_cuda else [], enabled=bool(case.variant)):
+        if case.variant:
+            torch.manual_seed(case.seed)
+        y, last, *rest = module(x, hx, **options)
     outputs = {"y": padded(y), **_named_states(last, "hn", "cn")}
     for states in rest:
         for k, layer in enumerate(zip(*states, strict=True)):
@@ -436,13 +441,18 @@ def evaluate(
     return {k: v.detach() for k, v in outputs.items()} | {f"d{k}": g for k, g in zip(leaves, grads, strict=True)}
 
 
-def answers(case: Case, device: str = "cpu") -> dict[str, Answer]:
-    """What each tensor that `evaluate` returns is held to, by torch's own: `excess(ours[name], *answers[name])`."""
+def answers(
+    case: Case, device: str = "cpu", caller: Call | None = None, cls: Callable[..., nn.Module] | None = None
+) -> dict[str, Answer]:
+    """What each tensor that `evaluate` returns is held to: `excess(ours[name], *answers[name])`.
+
+    By torch's own; or by another class and how it is called, as `evaluate` takes them."""
+    caller = call_torch if caller is None else caller
     kink = case.cell == RNN_RELU.name and case.dtype in (torch.bfloat16, torch.float16)
     nudges = _NUDGES_AT_A_KINK if kink else _NUDGES
     with single_threaded():
-        torchs = evaluate(call_torch, None, case, device)
-        exact, *nudged = (evaluate(call_torch, None, case, device, torch.float64, nudge) for nudge in range(nudges + 1))
+        torchs = evaluate(caller, cls, case, device)
+        exact, *nudged = (evaluate(caller, cls, case, device, torch.float64, nudge) for nudge in range(nudges + 1))
     return {
         name: Answer(torchs[name], exact[name], max(_error(other[name], exact[name]) for other in nudged))
         for name in exact

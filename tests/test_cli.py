@@ -17,6 +17,7 @@ def small(monkeypatch):
     """Two options of one cell at one size are enough to see what becomes of an outcome."""
     monkeypatch.setattr(check, "CELLS", ("lstm",))
     monkeypatch.setattr(check, "_OPTIONS", ({}, {"lengths": True}))
+    monkeypatch.setattr(check, "_VARIANTS", ())
     monkeypatch.setattr(check, "_QUICK_SIZES", ((7, 3, 5, 33),))
 
 
@@ -119,6 +120,11 @@ def test_every_cell_is_checked(quick):
         assert {job.case.dtype for job in own} == set(check.DTYPES)
         assert any(job.case.lengths and job.case.reset and job.case.states for job in own)
         assert any(job.case.packed for job in own)
+    variants = [job for job in jobs if job.case.variant]
+    assert {job.check for job in variants} == {"gradcheck", "gradgradcheck", "reference"}
+    options = {name for job in variants for name, _ in job.case.variant}
+    assert options >= {"peephole", "coupled", "zoneout", "recurrent_dropout"}
+    assert quick or "recurrent_dropout_mode" in options
     assert quick or len(jobs) > 3 * len(check.jobs(["cpu"], quick=True))
 
 

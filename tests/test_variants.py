@@ -335,7 +335,7 @@ def test_masks_have_their_probabilities(drawn):
 
 
 @pytest.mark.parametrize(
-    "zoneout, dropout, ones", [(1.0, 1.0, (1, 1, 0)), (1e-9, 0.0, (0, 0)), ((1.0, 1e-9), 0.0, (1, 0))]
+    ("zoneout", "dropout", "ones"), [(1.0, 1.0, (1, 1, 0)), (1e-9, 0.0, (0, 0)), ((1.0, 1e-9), 0.0, (1, 0))]
 )
 def test_masks_of_extreme_probabilities(drawn, zoneout, dropout, ones):
     fusedrnn.LSTM(2, 5, zoneout=zoneout, recurrent_dropout=dropout)(torch.randn(3, 3, 2))
