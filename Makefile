@@ -1,5 +1,5 @@
 # make demo   a virtual environment, the package built into it, and the example for about a minute
-# make gallery   the examples that docs/gallery.md shows: runs all, some ten minutes, and draws its figures anew. They are
+# make gallery   the examples that docs/gallery.md shows: runs all, some 20 minutes, and draws its figures anew. They are
 #                part of the repository, small, so that the page can be read where nothing is installed
 # make test   the same, and the tests
 # make test-slow   the tests that take longer than the others, beside which they stand

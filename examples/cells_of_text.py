@@ -4,7 +4,9 @@ A character model learns the source of Python's standard library; nobody tells i
 the cell states of all units over held-out text, from `return_states`, are compared with four things one can count:
 whether the character is in a string, how far it is into its line, how many brackets are open, and how far the line is
 indented. The figure shows for each the unit that follows it best, by correlation, and colours the text by tanh(c) of
-that unit (Karpathy, Johnson and Li 2015 looked for such cells first).
+that unit (Karpathy, Johnson and Li 2015 looked for such cells first). Few units stand for one thing alone, and none for
+the indentation. The best sum of all units, fitted to half of the text and tried on the other half, follows each of the
+four more closely.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ class CharacterModel(nn.Module):
 
 
 def features(text: str) -> dict[str, Tensor]:
-    """What can be counted at each character [N] of a program."""
+    """What can be counted in a program up to and with each of its characters [N]."""
     lines = text.splitlines(keepends=True)
     starts = [0]
     for line in lines:
@@ -59,22 +61,39 @@ def features(text: str) -> dict[str, Tensor]:
         for token in tokenize.generate_tokens(io.StringIO(text).readline):
             begin = starts[token.start[0] - 1] + token.start[1]
             if "STRING" in tokenize.tok_name[token.type]:  # f-strings are several tokens from Python 3.12 on
-                quoted[begin : starts[token.end[0] - 1] + token.end[1]] = 1.0
+                quoted[begin : starts[token.end[0] - 1] + token.end[1] - 1] = 1.0
             elif token.string in tuple("([{"):
                 brackets[begin:] += 1
             elif token.string in tuple(")]}"):
                 brackets[begin:] -= 1
     except (tokenize.TokenError, SyntaxError):
         pass  # the text ends in the middle of something
-    place = torch.tensor([float(column) for line in lines for column in range(len(line))])
-    depth = torch.tensor([float(len(line) - len(line.lstrip(" "))) for line in lines for _ in line])
-    return {"in a string": quoted, "place in the line": place, "open brackets": brackets, "indentation": depth}
+    place, indentation = [], []
+    for line in lines:
+        depth = len(line) - len(line.lstrip(" "))
+        for column, character in enumerate(line, start=1):
+            place.append(0.0 if character == "\n" else float(column))
+            indentation.append(min(place[-1], float(depth)))
+    return {
+        "in a string": quoted,
+        "place in the line": torch.tensor(place),
+        "open brackets": brackets,
+        "indentation": torch.tensor(indentation),
+    }
 
 
 def correlations(cells: Tensor, feature: Tensor) -> Tensor:
     """The correlation of each unit [H] with a feature [N]; cells are [N, H]."""
     cells, feature = cells - cells.mean(0), feature - feature.mean()
     return (cells * feature[:, None]).sum(0) / (cells.norm(dim=0) * feature.norm()).clamp(min=1e-9)
+
+
+def linear_probe(cells: Tensor, feature: Tensor) -> float:
+    """The correlation of a feature [N] with the best sum of the cells [N, H]: fitted to one half, on the other."""
+    half = len(feature) // 2
+    inputs = torch.cat([cells, torch.ones(len(cells), 1)], dim=1)
+    weights = torch.linalg.lstsq(inputs[:half], feature[:half, None]).solution
+    return correlations(inputs[half:] @ weights, feature[half:]).item()
 
 
 def excerpt(feature: Tensor, text: str, rows: int) -> slice:
@@ -109,7 +128,7 @@ def draw(axes, text: str, values: Tensor, title: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> common.Result:
     parser = common.Parser(__doc__)
-    parser.whole("--steps", 1500, "of training", 2)
+    parser.whole("--steps", 3000, "of training", 2)
     parser.whole("--hidden", 128, "H, the units", 1, 4096)
     options = common.parse(parser, argv, steps=60, hidden=32)
 
@@ -128,12 +147,13 @@ def main(argv: Sequence[str] | None = None) -> common.Result:
         state, at = common.detached(state), at + chunk
         return F.cross_entropy(logits.flatten(0, 1), streams[at - chunk + 1 : at + 1].flatten())
 
-    losses = common.train(model, next_loss, options.steps, 4e-3, "character model")
+    losses = common.train(model, next_loss, options.steps, 4e-3, "character model", anneal=True)
 
     held_out = Path(textwrap.__file__).read_text(encoding="utf-8")  # the text to learn from ends long before it
     cells = model.cells(common.encode(held_out, vocabulary))
-    best, followed = {}, features(held_out)
+    best, together, followed = {}, {}, features(held_out)
     for name, feature in followed.items():
+        together[name] = linear_probe(cells, feature)
         correlation = correlations(cells, feature)
         unit = int(correlation.abs().argmax())
         best[name] = (unit, correlation[unit].item())
@@ -142,18 +162,17 @@ def main(argv: Sequence[str] | None = None) -> common.Result:
     for axis, (name, (unit, correlation)) in zip(axes, best.items(), strict=True):
         part = excerpt(followed[name], held_out, 5)
         sign = math.copysign(1.0, correlation)  # blue is more, whichever sign the unit has
-        draw(axis, held_out[part], sign * cells[part, unit], f"{name}: unit {unit}, correlation {abs(correlation):.2f}")
+        title = f"{name}: unit {unit}, correlation {abs(correlation):.2f}; all units together {together[name]:.2f}"
+        draw(axis, held_out[part], sign * cells[part, unit], title)
 
     found = {name: abs(correlation) for name, (_, correlation) in best.items()}
-    least = 0.2 if options.quick else 0.4
-    return common.Result(
-        common.save(figure, options, "cells_of_text"),
-        {"correlation": found, "loss": losses[-1]},
-        {
-            f"a unit follows the place in the line, correlation over {least}": found["place in the line"] > least,
-            f"for three of the four there is a unit over {least / 2}": sorted(found.values())[1] > least / 2,
-        },
-    )
+    least = 0.2 if options.quick else 0.5
+    claims = {f"a unit follows the place in the line, correlation over {least}": found["place in the line"] > least}
+    if not options.quick:
+        claims["for three of the four there is a unit over 0.3"] = sorted(found.values())[1] > 0.3
+        claims["all units together follow each more closely"] = all(together[name] > found[name] for name in found)
+    numbers = {"correlation": found, "together": together, "loss": losses[-1]}
+    return common.Result(common.save(figure, options, "cells_of_text"), numbers, claims)
 
 
 if __name__ == "__main__":

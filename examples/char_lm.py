@@ -132,7 +132,7 @@ class Training:
         """
         begin, done, progress = time.perf_counter(), 0, 0.0
         bar_format = "{desc} {percentage:3.0f}%|{bar:30}|{postfix}"
-        with tqdm(total=1.0, desc=label, mininterval=0.5, bar_format=bar_format) as bar:
+        with tqdm(total=1.0, desc=label, mininterval=0.5, disable=None, bar_format=bar_format) as bar:
             while progress < 1:
                 x, targets, at_beginning = next(self.chunks)
                 state = None if at_beginning else self.state
@@ -196,7 +196,7 @@ def seconds_in_turn(model: nn.Module, work: Callable[[], object]) -> tuple[list[
 
 
 @torch.no_grad()
-def sample(model: nn.Module, vocabulary: str, length: int, temperature: float, seed: int) -> str:
+def sample(model: nn.Module, vocabulary: str, length: int, temperature: float, seed: int, prompt: str = "\n") -> str:
     """Lets the model write: one step at a time, each character drawn and fed back, the state passed on.
 
     Args:
@@ -204,6 +204,10 @@ def sample(model: nn.Module, vocabulary: str, length: int, temperature: float, s
         length: how many characters.
         temperature: divides the logits: below 1 safer, above 1 bolder.
         seed: the same seed draws the same characters.
+        prompt: what the model reads before it writes; characters that are not in the vocabulary are left out.
+
+    Returns:
+        What it writes, without the prompt.
 
     Raises:
         ValueError: temperature is not above 0.
@@ -212,13 +216,13 @@ def sample(model: nn.Module, vocabulary: str, length: int, temperature: float, s
         raise ValueError(f"temperature must be > 0, got {temperature}")
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    token, state, text = max(vocabulary.find("\n"), 0), None, ""
+    tokens, state, text = [vocabulary.index(character) for character in prompt if character in vocabulary], None, ""
     for _ in range(length):
-        logits, state = model(torch.tensor([[token]], device=device), state)
-        logits = logits[0, 0].double().cpu()
+        logits, state = model(torch.tensor(tokens or [0], device=device)[:, None], state)
+        logits = logits[-1, 0].double().cpu()
         probabilities = ((logits - logits.max()) / temperature).softmax(0)
-        token = int(torch.multinomial(probabilities, 1, generator=generator))
-        text += vocabulary[token]
+        tokens = [int(torch.multinomial(probabilities, 1, generator=generator))]
+        text += vocabulary[tokens[0]]
     return text
 
 
@@ -307,9 +311,10 @@ def demonstrate(args: argparse.Namespace, vocabulary: str, streams: Tensor, held
     validate("trained on with fusedrnn")
 
     report_speed(model, optimizer, x, targets, vocabulary)
+    prompt = "\n" if args.file else "\ndef "
     written = {
-        temperature: sample(model, vocabulary, args.length, temperature, args.seed)
-        for temperature in (args.temperature / 2, args.temperature, 2 * args.temperature)
+        temperature: prompt[1:] + sample(model, vocabulary, args.length, temperature, args.seed, prompt)
+        for temperature in (args.temperature / 1.4, args.temperature, 2 * args.temperature)
     }
     print(f"text written at temperature {args.temperature:g}:")
     print(written[args.temperature])

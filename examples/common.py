@@ -176,7 +176,15 @@ def detached(state: Any) -> Any:
 
 
 def train(
-    model: nn.Module, next_loss: Callable[[], Tensor], steps: int, lr: float, label: str, clip: float = 1.0
+    model: nn.Module,
+    next_loss: Callable[[], Tensor],
+    steps: int,
+    lr: float,
+    label: str,
+    clip: float = 1.0,
+    anneal: bool = False,
+    measure: Callable[[], object] | None = None,
+    parts: int = 10,
 ) -> list[float]:
     """Trains with Adam and clipping by norm, and shows a progress bar.
 
@@ -187,6 +195,9 @@ def train(
         lr: the learning rate.
         label: stands in front of the bar.
         clip: the largest norm of the gradient.
+        anneal: whether the learning rate rises over the first tenth of the steps, and falls to zero after it.
+        measure: called before the first step and after each of `parts` equal parts of the training.
+        parts: how many there are.
 
     Returns:
         The loss of every step.
@@ -195,7 +206,10 @@ def train(
         FloatingPointError: a loss is not finite.
     """
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: annealing(step, steps) if anneal else 1.0)
     losses: list[float] = []
+    if measure:
+        measure()
     bar = progress(steps, label)
     for step in bar:
         loss = next_loss()
@@ -203,17 +217,32 @@ def train(
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
+        schedule.step()
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             raise FloatingPointError(f"{label}: the loss is {losses[-1]} at step {step}")
         bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
+        if measure and (step + 1) * parts // steps > step * parts // steps:
+            measure()
     return losses
 
 
+def annealing(step: int, steps: int) -> float:
+    """The factor of the learning rate: rises linearly over a tenth of the steps, then falls as a cosine to zero."""
+    rise = max(steps // 10, 1)
+    if step < rise:
+        return (step + 1) / rise
+    return (1 + math.cos(math.pi * (step - rise) / max(steps - rise, 1))) / 2
+
+
 def progress(steps: int, label: str) -> tqdm:
-    """A progress bar over range(steps)."""
+    """A progress bar over range(steps), on a terminal only."""
     return tqdm(
-        range(steps), desc=f"{label:18}", mininterval=0.3, bar_format="{desc}{percentage:3.0f}%|{bar:30}|{postfix}"
+        range(steps),
+        desc=f"{label:18}",
+        mininterval=0.3,
+        disable=None,
+        bar_format="{desc}{percentage:3.0f}%|{bar:30}|{postfix}",
     )
 
 

@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> common.Result:
     weights, biases = torch.linspace(3, 6, 300).double(), torch.linspace(-4, -1.5, 300).double()
     surface = unit_loss(*torch.meshgrid(weights, biases, indexing="xy"))
     colours = left.pcolormesh(weights, biases, surface, cmap="Greys", vmin=0, vmax=0.9, rasterized=True)
-    figure.colorbar(colours, ax=left, label="loss")
+    figure.colorbar(colours, ax=left)
     styles = {"with clipping": {"color": common.BLUE}, "without": {"color": common.RED, "linestyle": "--"}}
     for label, path in paths.items():
         left.plot(path[:, 0], path[:, 1], marker=".", markersize=4, linewidth=1, label=label, **styles[label])

@@ -1,6 +1,6 @@
 """Runs every example with its defaults, draws its figure, and writes the gallery's page.
 
-    python examples/gallery.py --docs docs                     # what `make gallery` does, some ten minutes
+    python examples/gallery.py --docs docs                     # what `make gallery` does, some 20 minutes
     python examples/gallery.py --docs docs --only echo seq2seq # two of them
     python examples/gallery.py --docs docs --only              # none: the page alone
 
@@ -23,13 +23,18 @@ NAMES = [
     "vanishing_gradients",
     "exploding_gradients",
     "truncated_bptt",
-    "temporal_order",
+    "char_lm",
     "cells_of_text",
+    "word_model",
+    "temporal_order",
+    "echo",
     "seq2seq",
     "reading_programs",
+    "captioning",
     "tagging",
     "language_of_line",
     "chaotic_series",
+    "lstm_variants",
     "memory_task",
 ]
 HEAD = """# Gallery
@@ -66,11 +71,11 @@ def main() -> int:
     failed = []
     for name in options.only:
         print(f"== {name}", flush=True)
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         example = importlib.import_module(name)
         if common.script(lambda example=example: example.main(["--out", str(options.docs / "gallery")])):
             failed.append(name)
-        print(f"{time.perf_counter() - start:.0f} s", flush=True)
+        print(f"{time.perf_counter() - start:.0f} s, {time.process_time() - cpu:.0f} s of processors", flush=True)
     (options.docs / "gallery.md").write_text(page(), encoding="utf-8")
     if failed:
         print(f"claims failed: {', '.join(failed)}", file=sys.stderr)

@@ -46,7 +46,7 @@ LANGUAGES = {
     "YAML": lambda: files("torchgen", "packaged/**/*.yaml"),
     "English": topics.values,  # the reference manual of Python, as help() shows it
 }
-COLOURS = (common.BLUE, common.RED, common.GREEN, common.YELLOW, common.PINK, "black")
+COLOURS = (common.BLUE, common.RED, common.GREEN, common.SKY, common.PINK, "black")
 STYLES = ("-", "--", "-.", ":", "-", "--")
 
 

@@ -4,8 +4,8 @@ An LSTM reads the text of a small Python program character by character and writ
 ever running one (after Zaremba and Sutskever 2014). There are four kinds: a sum, a sum with a variable, with two
 variables in either order, and with a second assignment that changes one of them. Left, the share of right answers for
 each kind as training goes on, for pairs of numbers that never occurred in training. Right, some programs and what the
-model says. In this short training it gets about half of the answers right, and where it errs it is often off by one.
-It uses the encoder and decoder of seq2seq.py, attention included.
+model says. For a thousand steps it gets almost nothing right; in the end nine of ten answers are, also those to
+programs that assign a variable twice. It uses the encoder and decoder of seq2seq.py, attention included.
 """
 
 from __future__ import annotations
@@ -53,28 +53,28 @@ def programs(count: int, test: bool) -> list[tuple[str, str]]:
 
 def main(argv: Sequence[str] | None = None) -> common.Result:
     parser = common.Parser(__doc__)
-    parser.whole("--steps", 2500, "of training", 10)
-    parser.whole("--hidden", 96, "H, the hidden units", 1, 1024)
+    parser.whole("--steps", 4000, "of training", 10)
+    parser.whole("--hidden", 128, "H, the hidden units", 1, 1024)
     options = common.parse(parser, argv, steps=120, hidden=24)
 
     model = Writer(SYMBOLS, options.hidden, attention=True)
     tests = {kind: [program(kind, test=True) for _ in range(150)] for kind in KINDS}
-    shares = {kind: [right_answers(model, test, SYMBOLS).float().mean().item()] for kind, test in tests.items()}
+    shares: dict[str, list[float]] = {kind: [] for kind in KINDS}
 
     def next_loss() -> Tensor:
-        questions, lengths, given, targets = collate(programs(96, test=False), SYMBOLS)
+        questions, lengths, given, targets = collate(programs(64, test=False), SYMBOLS)
         return F.cross_entropy(model(questions, lengths, given).flatten(0, 1), targets.flatten())
 
-    rounds, losses = 10, []
-    for k in range(rounds):
-        losses += common.train(model, next_loss, options.steps // rounds, 4e-3 * 0.8**k, f"part {k + 1} of {rounds}")
+    def measure() -> None:
         for kind, test in tests.items():
             shares[kind].append(right_answers(model, test, SYMBOLS).float().mean().item())
+
+    losses = common.train(model, next_loss, options.steps, 4e-3, "reading programs", anneal=True, measure=measure)
 
     figure, (left, right) = common.figure_with(1, 2, (8.0, 3.2), width_ratios=[3, 4])
     looks = zip("osv^", ("-", "--", "-.", ":"), (common.BLUE, common.GREEN, common.ORANGE, common.PINK), strict=True)
     for (kind, values), (marker, dashes, colour) in zip(shares.items(), looks, strict=True):
-        steps = [k * (options.steps // rounds) for k in range(rounds + 1)]
+        steps = [k * options.steps / (len(values) - 1) for k in range(len(values))]
         left.plot(steps, values, marker=marker, linestyle=dashes, color=colour, label=kind)
     left.set(ylim=(-0.03, 1.03), xlabel="step", ylabel="share of right answers", title="Unseen pairs of numbers")
     left.legend()
@@ -92,7 +92,8 @@ def main(argv: Sequence[str] | None = None) -> common.Result:
     ends = {kind: values[-1] for kind, values in shares.items()}
     claims = {"the loss falls by more than a quarter": losses[-1] < 0.75 * losses[0]}
     if not options.quick:
-        claims["more than a third of the answers to each kind are right"] = min(ends.values()) > 1 / 3
+        claims["three quarters of the answers to each kind are right"] = min(ends.values()) > 0.75
+        claims["of all answers 17 in 20 are right"] = sum(ends.values()) / len(ends) > 0.85
     return common.Result(common.save(figure, options, "reading_programs"), {"shares": shares, "losses": losses}, claims)
 
 

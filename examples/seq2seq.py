@@ -98,7 +98,7 @@ def learn(attention: bool, options, label: str) -> Writer:
         questions, lengths, given, targets = collate([problem(options.task, n) for n in digits], SYMBOLS)
         return F.cross_entropy(model(questions, lengths, given).flatten(0, 1), targets.flatten())
 
-    common.train(model, next_loss, options.steps, 4e-3, label)
+    common.train(model, next_loss, options.steps, 4e-3, label, anneal=True)
     return model
 
 

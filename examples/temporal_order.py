@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> common.Result:
         left.plot(common.smooth(accuracies, max(options.steps // 50, 1)), label=label, **style)
     left.axhline(0.25, color=common.GREY, linewidth=0.8)
     left.set(ylim=(0, 1.03), xlabel="step", ylabel="accuracy", title=f"Order of two symbols, level {options.level}")
-    left.legend(loc="lower right")
+    left.legend(loc="center right")
     cells = states.c[0][:T, 0].detach().tanh().T
     image = right.imshow(cells.numpy(), cmap="RdBu", vmin=-1, vmax=1, aspect="auto", interpolation="nearest")
     figure.colorbar(image, ax=right, label="tanh(c)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -30,22 +31,24 @@ SAYS = {
     "vanishing_gradients": lambda n: n["first"]["rnn"] < n["first"]["lstm"] < n["first"]["lstm, forget bias 1"] / 1e3,
     "exploding_gradients": lambda n: n["jump"] > 1000 and n["ends"]["with clipping"] < n["ends"]["without"],
     "truncated_bptt": lambda n: n["carried"] < n["zeros"],
-    "temporal_order": lambda n: n["LSTM, lengths"] > 0.9,
-    "echo": lambda n: min(n["lstm"]) > 0.95 > max(n["zeros"]),
     "char_lm": lambda n: n["bits"][0] > n["bits"][2] and max(n["differences"].values()) < 1e-4,
     "cells_of_text": lambda n: n["correlation"]["place in the line"] > 0.2,
     "word_model": lambda n: n["sizes"]["tied"] < n["sizes"]["separate"],
+    "temporal_order": lambda n: n["LSTM, lengths"] > 0.9,
+    "echo": lambda n: min(n["lstm"]) > 0.95 > max(n["zeros"]),
     "seq2seq": lambda n: sum(n["right"]["with attention"]) > sum(n["right"]["without"]) and n["off"] < 1,
     "reading_programs": lambda n: n["losses"][-1] < 0.75 * n["losses"][0],
+    "captioning": lambda n: n["on thing"] > 2 * n["by chance"],
     "tagging": lambda n: n["right"]["both directions"]["all"] > n["right"]["left to right"]["all"],
     "language_of_line": lambda n: sum(n["shares"].values()) / len(n["shares"]) > 0.5,
     "chaotic_series": lambda n: n["one step"] < 0.1 < n["last"],
+    "lstm_variants": lambda n: max(map(max, n["bits"].values())) < 5 and len(n["bits"]) == 8,
     "memory_task": lambda n: n["with memory"] > 0.8 > 0.6 > n["without"],
 }
 
 
 def test_every_example_is_tested():
-    assert [name for name in SAYS if name in gallery.NAMES] == gallery.NAMES
+    assert list(SAYS) == gallery.NAMES
     scripts = {path.stem for path in EXAMPLES.glob("*.py")}
     assert set(gallery.NAMES) <= scripts
 
@@ -97,6 +100,37 @@ def test_a_loss_that_is_no_number_ends_the_training(capsys):
     model = torch.nn.Linear(1, 1)
     with pytest.raises(FloatingPointError, match="label: the loss is nan at step 0"):
         common.train(model, lambda: model(torch.full((1, 1), float("nan"))).sum(), 2, 0.1, "label")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("stream", [io.StringIO(), Terminal()], ids=["pipe", "terminal"])
+def test_a_progress_bar_is_for_a_terminal(stream, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", stream)
+    assert list(common.progress(3, "label")) == [0, 1, 2]
+    assert ("100%" in stream.getvalue()) == stream.isatty()
+
+
+def test_training_is_measured_before_it_and_after_each_part():
+    model = torch.nn.Linear(1, 1)
+    seen = []
+    losses = common.train(
+        model, lambda: model(torch.ones(1, 1)).square().sum(), 10, 0.1, "", measure=lambda: seen.append(1), parts=5
+    )
+    assert len(losses) == 10
+    assert len(seen) == 6
+
+
+def test_annealing_rises_and_falls_to_zero():
+    factors = [common.annealing(step, 100) for step in range(101)]
+    assert factors[9] == factors[10] == 1
+    assert factors[:10] == sorted(factors[:10])
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+    assert factors[100] == 0
+    assert common.annealing(0, 1) == 1
 
 
 def test_the_page_is_what_the_examples_say():
@@ -151,6 +185,46 @@ def test_tags_of_python():
     letters = {"keyword": "k", "name": "n", "number": "1", "string": "s", "comment": "c", "operator": "o"}
     named = "".join(" " if tag == module.SPACE else letters[module.TAGS[tag]] for tag in tags)
     assert named == "kk nn oo sssso  c c"
+
+
+def test_features_of_a_program_know_what_has_been_read_and_no_more():
+    module = importlib.import_module("cells_of_text")
+    found = {name: "".join(str(int(v)) for v in values) for name, values in module.features('  f("a")\nb\n').items()}
+    assert found == {
+        "in a string": "00001100000",
+        "place in the line": "12345678010",
+        "open brackets": "00011110000",
+        "indentation": "12222222000",
+    }
+
+
+def test_a_sentence_says_what_is_in_the_picture():
+    module = importlib.import_module("captioning")
+    torch.manual_seed(0)
+    batch = module.pictures(50, test=False)
+    assert len(batch.images) == 50
+    for image, sentence, covered in zip(batch.images, batch.sentences.T, batch.covered.transpose(0, 1), strict=True):
+        words = [module.WORDS[word] for word in sentence]
+        two = words[3] != "<end>"
+        assert bool(covered[1].any()) == two
+        assert words[-1] == "<end>"
+        where = []  # the middle of the pixels of each thing's colour
+        for k in (1, 5)[: 1 + two]:
+            paint = torch.tensor(module.COLOURS[words[k]])[:, None, None]
+            where.append((image == paint).all(0).nonzero().float().mean(0))
+        if two and words[1] != words[5]:
+            down, right = (where[1] - where[0]).tolist()
+            assert (down > abs(right)) if words[3] == "above" else (right > abs(down))
+
+
+def test_pairs_of_the_captions_test_are_in_no_picture_for_training():
+    module = importlib.import_module("captioning")
+
+    def pairs(test):
+        _, words, _ = module.pictures(400, test)
+        return {tuple(sentence) for sentence in words[[1, 2, 5, 6]].T.tolist()}
+
+    assert not pairs(False) & pairs(True)
 
 
 def test_mazes():
