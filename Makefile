@@ -6,7 +6,7 @@
 # make test-oldest   the oldest torch that is supported, with the Triton it brings, in .venv-oldest: the tests that another
 #                    torch is most likely to fail. Its torch has CUDA and is about 3 GB to download
 # make test-tools    the tests with libraries that hold, train or explain a layer, as accelerate, transformers and
-#                    TorchRL: some 200 MB, which are put into build/tools
+#                    TorchRL, which are put into build/tools and take 600 MB there
 #
 # PYTHON  the interpreter to start from          TORCH  the version of torch
 # VENV    where the environment goes             TORCH_INDEX  a package index to take torch from
