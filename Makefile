@@ -5,7 +5,8 @@
 # make test-slow   the tests that take longer than the others, beside which they stand
 # make test-oldest   the oldest torch that is supported, with the Triton it brings, in .venv-oldest: the tests that another
 #                    torch is most likely to fail. Its torch has CUDA and is about 3 GB to download
-# make test-tools    the tests with captum, opacus, TorchRL and Lightning, which are put into build/tools
+# make test-tools    the tests with libraries that hold, train or explain a layer, as accelerate, transformers and
+#                    TorchRL, which are put into build/tools and take 600 MB there
 #
 # PYTHON  the interpreter to start from          TORCH  the version of torch
 # VENV    where the environment goes             TORCH_INDEX  a package index to take torch from
@@ -58,11 +59,16 @@ test-oldest:
 
 # Without what they depend on, which is here, or would be another torch or NumPy.
 TOOLS := captum opacus torchrl "tensordict<0.15" opt_einsum orjson cloudpickle pyvers importlib_metadata scipy zipp
-TOOLS += pytorch-lightning lightning-utilities torchmetrics pyyaml
+TOOLS += lightning lightning-utilities torchmetrics pyyaml accelerate psutil torchao
+TOOLS += transformers huggingface-hub tokenizers regex typer click httpx2 httpcore2 h11 anyio idna sniffio truststore
+TOOLS += stable-baselines3 sb3-contrib gymnasium farama-notifications pandas python-dateutil six pytz tzdata
+TOOLS += pytorch-forecasting scikit-learn scikit-base joblib threadpoolctl narwhals
+TOOLS += speechbrain hyperpyyaml ruamel.yaml sentencepiece requests urllib3 certifi charset-normalizer
+IMPORTED := accelerate, captum, lightning, opacus, pytorch_forecasting, sb3_contrib, torchao, torchrl, transformers
 test-tools: $(VENV)/.test
 	$(BIN)/pip install -q --upgrade --target build/tools --no-deps $(TOOLS)
-	$(BIN)/python -c "import sys; sys.path.append('build/tools'); import captum, opacus, torchrl, pytorch_lightning"
-	PYTHONPATH=build/tools $(BIN)/pytest tests/test_ecosystem.py -k "captum or torchrl or opacus or lightning"
+	PYTHONPATH=build/tools $(BIN)/python -W ignore -c "import $(IMPORTED)"
+	PYTHONPATH=build/tools $(BIN)/pytest tests/test_libraries.py
 
 # make matrix   which torch, Python and Triton this tree runs with: docs/versions.md, from runs in new environments;
 # make matrix   MATRIX="--python python3.10 python3.14", "--compile" or "--environment PYTHON..." are passed on

@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "versions.md"
-TORCH = ("2.10.0", "2.11.0", "2.12.0", "2.13.0", "2.14.1")
+TORCH = ("2.10.0", "2.11.0", "2.12.0", "2.13.0", "2.14.1", "2.15.0")
 VERSIONS = """
 import json, platform, fusedrnn, torch
 try:
@@ -121,8 +121,11 @@ What was run, and whether it passed: `make matrix` writes this page. One CPU lib
 
 {lines}
 
-CPU kernels and interpreted Triton kernels: a part of `python -m fusedrnn check --quick`. Compiled: every kernel of
-`python -m fusedrnn.kernels.compile --quick`.
+A row is one environment, in which fusedrnn was imported and computed on a CPU. CPU kernels: 24 jobs of
+`python -m fusedrnn check --quick`, taken from all over (derivatives, and results against torch's own). Triton kernels,
+interpreted: 3 jobs by Triton's interpreter. Triton kernels, compiled: every kernel of
+`python -m fusedrnn.kernels.compile --quick` has no spills; `make kernels` does this with the oldest and the installed
+Triton. No row was run on a GPU, and what is not in the table was not run.
 """
 
 

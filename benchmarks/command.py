@@ -123,14 +123,15 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="divide T, B, I and H, to try everything out quickly",
     )
-    add("--limit", type=arguments.whole(1), metavar="N", help="measure only the first N cells")
+    add("--limit", type=arguments.whole(1), metavar="N", help="measure only the first N cells, models among them")
+    add("--json", action="store_true", help="print the results as JSON, as in results.json, and not as a table")
     add(
         "--resume",
         action="store_true",
         help="go on in the FOLDER of --out, with the cells that are not in it yet",
     )
 
-    actions = parser.add_subparsers(title="instead of measuring", metavar="", prog="python -m fusedrnn bench")
+    actions = parser.add_subparsers(title="instead of measuring", metavar="TOOL", prog="python -m fusedrnn bench")
     what = "A.csv B.csv: what became faster or slower, beyond the noise"
     comparing = actions.add_parser("compare", help=what, description=compare.__doc__)
     comparing.add_argument("before", type=Path, metavar="A.csv")
@@ -139,6 +140,7 @@ def _parser() -> argparse.ArgumentParser:
         "--threshold", type=arguments.share, default=0.05, help="of a median that has to have moved (%(default)s)"
     )
     comparing.add_argument("--relative", action="store_true", help="compare times over those of nn.LSTM")
+    comparing.add_argument("--json", action="store_true", help="print every change as JSON")
     comparing.set_defaults(action=_compare)
     what = "RESULTS.csv: draw the pictures and write the report again"
     plotting = actions.add_parser("plot", help=what, description=what)
@@ -179,8 +181,7 @@ def _cells_of(kind: str, options: argparse.Namespace, device: str) -> list[tuple
     if options.shrink > 1:
         found = [(name, cases.shrunk(cell, options.shrink)) for name, cell in found]
     seen = {cell: name for name, cell in reversed(found)}
-    ordered = [(seen[cell], cell) for cell in dict.fromkeys(cell for _, cell in found)]
-    return ordered[: options.limit]
+    return [(seen[cell], cell) for cell in dict.fromkeys(cell for _, cell in found)]
 
 
 def _bench(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
@@ -226,12 +227,16 @@ def _bench(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         interrupted = True
     finally:
         writer.close()
-    results.write_json(folder / "results.json", rows, facts)
+    (folder / "results.json").write_text(results.as_json(rows, facts) + "\n")
     if curves:
         _write_curves(folder / "losses.csv", curves)
-    print("\n".join([*results.table(rows), *results.summary(rows)]))
+    if options.json:
+        print(results.as_json(rows, facts))
+    else:
+        print("\n".join([*results.table(rows), *results.summary(rows)]))
     _illustrate(rows, facts, folder)
-    print(f"results: {folder / 'results.csv'}; report: {folder / 'report.md'}")
+    files = f"results: {folder / 'results.csv'}; report: {folder / 'report.md'}"
+    print(files, file=sys.stderr if options.json else sys.stdout)
     if interrupted:
         print("interrupted: what is above was measured before", file=sys.stderr)
         return arguments.INTERRUPTED
@@ -255,11 +260,14 @@ def _measure(
     settings = run.Settings(options.rounds, options.time_budget, options.time_wrong, computing)
     ticking = clock(device)
     ceilings = Ceilings(ticking)
-    cells: list[Any] = [
-        (suite, cell) for suite, cell in _cells(options, device) if (cell.id, cell.mode, cell.device) not in done
-    ]
     whole = [("models", task) for task in models.tasks(options.shrink)] if "models" in (options.suite or []) else []
-    for suite, item in progress.shown([*cells, *whole], "cell", _label):
+    every: list[tuple[str, Any]] = [*_cells(options, device), *whole][: options.limit]
+    left = [
+        (suite, item)
+        for suite, item in every
+        if not isinstance(item, Cell) or (item.id, item.mode, item.device) not in done
+    ]
+    for suite, item in progress.shown(left, "cell", _label):
         if isinstance(item, Cell):
             keep(run.measure(suite, item, entered[item.case.cell], ticking, ceilings, settings))
         else:
@@ -305,7 +313,8 @@ def _compare(options: argparse.Namespace, parser: argparse.ArgumentParser) -> in
     (before, old), (after, new) = (arguments.read(path, parser) for path in (options.before, options.after))
     for name in ("cpu", "gpu", "threads", "torch", "memory"):
         if old.get(name, "") != new.get(name, ""):
-            print(f"note: {name} is {old.get(name)!r} in A and {new.get(name)!r} in B")
+            note = f"note: {name} is {old.get(name)!r} in A and {new.get(name)!r} in B"
+            print(note, file=sys.stderr if options.json else sys.stdout)
     changes = compare.compare(before, after, options.threshold, options.relative)
-    print("\n".join(compare.lines(changes, options.relative)))
+    print(compare.as_json(changes) if options.json else "\n".join(compare.lines(changes, options.relative)))
     return 1 if any(change.regression for change in changes) else 0

@@ -7,6 +7,7 @@ instead, which is what to look at if the machine itself was slower or faster, as
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -85,3 +86,14 @@ def lines(changes: Sequence[Change], relative: bool) -> list[str]:
     same = sum(change.word == "same" for change in changes)
     regressions = sum(change.regression for change in changes)
     return [*map(text, shown), f"{same} of {len(changes)} rows are the same within noise; {regressions} regressions"]
+
+
+def as_json(changes: Sequence[Change]) -> str:
+    """Every change: the row's key and status, the word, and both medians."""
+    names = ("case", "mode", "device", "contender", "status", "reason")
+    rows = [{name: getattr(c.row, name) for name in names} for c in changes]
+    found = [
+        row | {"change": c.word, "regression": c.regression, "before": c.before, "after": c.after}
+        for row, c in zip(rows, changes, strict=True)
+    ]
+    return json.dumps({"changes": found}, indent=2)

@@ -1,30 +1,35 @@
-"""A bar that says what is measured, and the time left."""
+"""What is measured at the moment: a bar on a terminal, a line for each item elsewhere."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 
 
-def shown(items: Sequence[Item], unit: str, label: Callable[[Item], str]) -> Iterable[Item]:
-    """The items, with a bar where there is a terminal, and tqdm to draw it.
+def shown(items: Sequence[Item], unit: str, label: Callable[[Item], str]) -> Iterator[Item]:
+    """The items. Before each one stderr says which it is: in a bar with the time left, where there is a terminal and
+    tqdm to draw it; else in a line of its own.
 
     Args:
         unit: what the bar counts.
-        label: what it says of the item that is at work.
+        label: what is said of the item that is at work.
     """
+    bar = _bar(items, unit) if sys.stderr.isatty() else None
+    for number, item in enumerate(items if bar is None else bar, 1):
+        if bar is None:
+            print(f"{unit} {number} of {len(items)}: {label(item)}", file=sys.stderr, flush=True)
+        else:
+            bar.set_description_str(label(item))
+        yield item
+
+
+def _bar(items: Sequence[Item], unit: str) -> Any:
+    """tqdm's, None where it is not installed."""
     try:
         from tqdm import tqdm
     except ImportError:
-        return items
-    bar = tqdm(items, file=sys.stderr, disable=None, leave=False, unit=unit, smoothing=0)
-
-    def described() -> Iterable[Item]:
-        for item in bar:
-            bar.set_description_str(label(item))
-            yield item
-
-    return described()
+        return None
+    return tqdm(items, file=sys.stderr, leave=False, unit=unit, smoothing=0)

@@ -146,9 +146,9 @@ def read(path: Path) -> tuple[list[Row], dict[str, str]]:
     return rows, provenance
 
 
-def write_json(path: Path, rows: Sequence[Row], provenance: dict[str, str]) -> None:
+def as_json(rows: Sequence[Row], provenance: dict[str, str]) -> str:
     """The same as JSON."""
-    path.write_text(json.dumps({"provenance": provenance, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    return json.dumps({"provenance": provenance, "rows": [asdict(row) for row in rows]}, indent=1)
 
 
 def _number(value: float | None, digits: int = 3) -> str:

@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     checks.add_argument("--quick", action="store_true", help="small sizes only, and derivatives in random directions")
     checks.add_argument(
         "--limit",
-        type=int,
+        type=_count,
         metavar="N",
         help="only N of the jobs that can run, from all over: those farthest apart first",
     )
@@ -107,6 +107,12 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("tune", help="measure what is fastest on this machine, for `auto` to know", add_help=False)
     commands.add_parser("bench", help="measure speed and memory against torch's own LSTM and others", add_help=False)
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1, got {text!r}")
+    return int(text)
 
 
 def _backend(name: str) -> str:
@@ -204,8 +210,6 @@ def _check(options: argparse.Namespace) -> int:
 
     jobs = check.jobs(devices, options.quick)
     if options.limit is not None:
-        if options.limit < 1:
-            options.error(f"argument --limit: must be a whole number from 1, got {options.limit}")
         jobs = list(islice((job for job in _spread(jobs) if check.applies(job, backends)), options.limit))
     outcomes: list[Outcome] = []
     with _record(options) as record:

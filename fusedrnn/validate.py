@@ -53,6 +53,11 @@ def _packed(data: Tensor, batch_sizes: Any) -> None:
     if not isinstance(batch_sizes, Tensor):
         raise TypeError(f"batch_sizes must be a Tensor, got {type(batch_sizes).__name__}")
     if batch_sizes.dtype != torch.int64:
+        if torch.compiler._is_exporting_flag:  # torch gives the batch_sizes of its fake packed rows the dtype of data
+            raise NotImplementedError(
+                "torch.export, and torch.onnx.export with it, cannot follow pack_padded_sequence: give fusedrnn's "
+                "modules padded input and lengths=... instead, which has the same results for any T and B"
+            )
         raise TypeError(f"batch_sizes must be int64, got {batch_sizes.dtype}")
     if batch_sizes.device.type != "cpu":
         raise RuntimeError(f"batch_sizes must be on the CPU, got {batch_sizes.device}")

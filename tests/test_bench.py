@@ -604,7 +604,8 @@ def test_a_small_suite_end_to_end(capsys, tmp_path):
     baselines = [argument for name in (BASELINE, "onnxruntime", "haste") for argument in ("--baseline", name)]
     assert bench(*arguments, *baselines, "--steps", 2, "--out", tmp_path) == 0
     out, err = capsys.readouterr()
-    assert err == ""
+    lines = err.splitlines()  # no bar, where there is no terminal
+    assert [line.split(":")[0] for line in lines] == [f"cell {k + 1} of {len(lines)}" for k in range(len(lines))]
 
     rows, facts = results.read(tmp_path / "results.csv")
     timed = [row for row in rows if row.status == "ok"]
@@ -774,6 +775,40 @@ def test_interrupting_keeps_what_was_measured(capsys, monkeypatch, tmp_path):
     out, err = capsys.readouterr()
     assert "geometric mean" in out
     assert "interrupted" in err
+
+
+def test_a_cell_is_named_before_it_is_measured(capsys, monkeypatch, tmp_path):
+    said = []
+    monkeypatch.setattr(run, "measure", lambda *_: said.append(capsys.readouterr().err) or [])
+    bench(*SMALL, "--backend", "reference", "--out", tmp_path)
+    names = [cell.id for _, cell in command._cells(command._parser().parse_args([str(a) for a in SMALL]), "cpu")]
+    assert said == [
+        f"cell {k} of 3: {name} {mode}\n" for k, (name, mode) in enumerate(zip(names, cases.MODES, strict=True), 1)
+    ]
+
+
+def test_a_limit_counts_models_too(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(run, "measure", lambda suite, cell, *_: asked.append(cell.mode) or [])
+    monkeypatch.setattr(command.training, "measure", lambda task, *_: asked.append(task.name) or ([], []))
+    bench(*SMALL, "--suite", "models", "--limit", 4, "--out", tmp_path)
+    assert asked == [*cases.MODES, command.models.tasks()[0].name]
+
+
+def test_results_as_json(capsys, tmp_path):
+    arguments = ["--mode", "infer", "--backend", "reference", "--baseline", BASELINE, "--out", tmp_path]
+    assert bench(*SMALL, *arguments, "--json") == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == json.loads((tmp_path / "results.json").read_text())
+    assert {row["contender"] for row in json.loads(out)["rows"]} >= {BASELINE, f"{OURS}reference"}
+    assert f"results: {tmp_path / 'results.csv'}" in err
+    compared = ["compare", tmp_path / "results.csv", tmp_path / "results.csv", "--json"]
+    assert bench(*compared) == 0
+    changes = json.loads(capsys.readouterr().out)["changes"]
+    assert {(change["contender"], change["change"], change["regression"]) for change in changes} == {
+        (BASELINE, "same", False),
+        (f"{OURS}reference", "same", False),
+    }
 
 
 def test_rows_are_on_disk_as_they_come(monkeypatch, tmp_path):

@@ -73,6 +73,16 @@ def test_info(capsys, monkeypatch):
     assert lines["FUSEDRNN_BACKEND"] == "reference"
 
 
+@pytest.mark.parametrize("command", ["info", "check", "tune", "bench", "bench compare"])
+def test_what_a_command_finds_can_be_had_as_json(capsys, command):
+    with pytest.raises(SystemExit) as exit:
+        cli.main([*command.split(), "--help"])
+    assert exit.value.code == 0
+    out = capsys.readouterr().out
+    assert "--json" in out
+    assert "\033" not in out  # no colours where there is no terminal
+
+
 def test_info_json(capsys, monkeypatch):
     monkeypatch.delenv("FUSEDRNN_BACKEND", raising=False)
     assert cli.main(["info", "--json"]) == 0
@@ -322,9 +332,10 @@ def test_a_limit_takes_jobs_from_everywhere(capsys):
     assert {key[1] for key in found} >= {"float64", "float32"}
     jobs = check.jobs(["cpu"], quick=True)
     assert sorted(map(jobs.index, cli._spread(jobs))) == list(range(len(jobs)))
-    with pytest.raises(SystemExit):
-        cli.main(["check", "--limit", "0"])
-    assert "from 1, got 0" in capsys.readouterr().err
+    for wrong in ("0", "x"):
+        with pytest.raises(SystemExit):
+            cli.main(["check", "--limit", wrong])
+        assert f"argument --limit: must be a whole number from 1, got '{wrong}'" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(["check", "--quick", "--backend", "reference", "--record", "nowhere/file"])
     assert "argument --record: nowhere/file" in capsys.readouterr().err

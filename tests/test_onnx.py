@@ -42,6 +42,7 @@ OTHER_NODES = [
     *(replace(case, cell="gru") for case in (LSTM[0], LSTM[2], LSTM[3])),
     replace(LSTM[3], cell="rnn_tanh"),
     replace(LSTM[2], cell="rnn_relu"),
+    replace(LSTM[4], cell="gru"),
 ]
 OTHER_SCANS = [
     replace(PLAIN, cell=cell, states=True, reset=True, lengths=True, bidirectional=True, dtype=torch.float64)
@@ -139,7 +140,9 @@ def export_case(case, dynamo, compilable=True):
 @cases([*LSTM, *OTHER_NODES])
 def test_onnx_runtime_agrees(case, dynamo):
     file = export_case(case, dynamo)
-    assert operators(file).count(NODES[case.cell]) == case.layers
+    nodes = [node for node in onnx.load_from_string(file).graph.node if node.op_type == NODES[case.cell]]
+    assert len(nodes) == case.layers
+    assert all(bool(node.input[4]) == case.lengths for node in nodes)  # sequence_lens
     assert "Scan" not in operators(file)
     check(case, file)
 
@@ -269,11 +272,16 @@ class Packed(nn.Module):
         return pad_packed_sequence(packed)[0]
 
 
-def test_a_packed_sequence_is_refused_and_told_what_to_do():
-    """By the TorchScript exporter; the other one says itself that it cannot follow pack_padded_sequence."""
-    model = fusedrnn.convert(Packed()).eval()
-    with pytest.raises(NotImplementedError, match="lengths="):
-        export(model, {"x": torch.randn(4, 2, 3), "lengths": torch.tensor([4, 2])}, {}, dynamo=False)
+@pytest.mark.parametrize("compilable", [False, True], ids=["LSTM", "CompilableLSTM"])
+@EXPORTERS
+def test_a_packed_sequence_is_refused_and_told_what_to_do(dynamo, compilable):
+    """The dynamo exporter tells the reason as the cause of an error of its own."""
+    model = fusedrnn.convert(Packed(), compilable=compilable).eval()
+    with pytest.raises((NotImplementedError, RuntimeError)) as raised:
+        export(model, {"x": torch.randn(4, 2, 3), "lengths": torch.tensor([4, 2])}, {}, dynamo)
+    error = raised.value.__cause__ if dynamo else raised.value
+    assert isinstance(error, NotImplementedError)
+    assert "lengths=" in str(error)
 
 
 def test_torch_export_for_other_purposes_still_has_the_operators():

@@ -1,5 +1,6 @@
 """Verifying and measuring: backends that are wrong, raise, hang, crash or are slow; the command; tune(model)."""
 
+import json
 import os
 import re
 import signal
@@ -192,7 +193,7 @@ def test_the_command_saves_what_calls_then_find(cache, capsys):
         ["float32", mode, "layer", "3", "2", "4", "8", "1", "1"] for mode in ("train", "infer")
     ]
     assert lines[-1] == f"profile: {cache / os.listdir(cache)[0]}"
-    assert err == ""
+    assert [line.split(":")[0] for line in err.splitlines()] == ["size 1 of 2", "size 2 of 2"]
     explanation = fusedrnn.explain(lstm, x)
     assert "measured at T 3, B 2, I 4, H 8, float32, training" in explanation.measured
     assert "measured on this machine" in explanation.measured
@@ -212,9 +213,14 @@ def test_the_command_goes_on_with_what_is_there(cache, capsys, here):
 
 
 def test_another_file_and_another_number_of_threads(cache, tmp_path, capsys):
-    assert tune("--shape", "3,2,4,8", "--dtype", "float32", "--threads", "2", "--out", str(tmp_path / "p.json")) == 0
+    path = tmp_path / "p.json"
+    assert tune("--shape", "3,2,4,8", "--dtype", "float32", "--threads", "2", "--out", str(path), "--json") == 0
     assert not cache.exists()
-    assert profile.load(tmp_path / "p.json").threads == 2
+    assert profile.load(path).threads == 2
+    found = json.loads(capsys.readouterr().out)
+    assert found.keys() == {"profile", "measurements", "left"}
+    assert (found["profile"], found["left"]) == (str(path), 0)
+    assert found["measurements"] == json.loads(path.read_text())["measurements"][::-1]
 
 
 def test_what_takes_no_time_measures_nothing_and_says_so(cache, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -100,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--backend", action="append", type=arguments.backend, metavar="NAME", help="by default all that have kernels")
     add("--threads", type=arguments.whole(1), help="of the CPU; by default as many as torch takes")
     add("--seconds", type=arguments.seconds, help="begin nothing new after this time; --resume then goes on")
+    add("--json", action="store_true", help="print what was measured as JSON, and not as a table")
     add("--resume", action="store_true", help="leave out what is in the profile already")
     add("--undecided", action="store_true", help="measure again what the noise left undecided in the profile")
     add("--rounds", type=arguments.whole(2), default=settings.rounds, help="samples of each backend (%(default)s)")
@@ -156,12 +158,16 @@ def _tune(
         interrupted = True
     choice.forget()
     made = keeper.made
-    print("\n".join(report.table(made)))
     begun = {m.key for m in made}
     left = sum(key not in begun for key in keys)
-    if left:
-        print(f"{left} of {len(keys)} were not measured; --resume goes on with them")
-    print(f"profile: {keeper.path}")
+    if options.json:
+        found = {"profile": str(keeper.path), "measurements": [profile.to_line(m) for m in made], "left": left}
+        print(json.dumps(found, indent=2))
+    else:
+        print("\n".join(report.table(made)))
+        if left:
+            print(f"{left} of {len(keys)} were not measured; --resume goes on with them")
+        print(f"profile: {keeper.path}")
     if interrupted:
         print("interrupted: what is above was measured before, and is kept", file=sys.stderr)
         return arguments.INTERRUPTED
