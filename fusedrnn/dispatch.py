@@ -177,7 +177,6 @@ class _EveryCell:
         return True
 
 
-_WITHOUT_NOISE = frozenset((*CELLS, *(name for name, cell in VARIANTS.items() if not cell.noise)))
 _ALL_CELLS = frozenset((*CELLS, *VARIANTS))
 
 TABLE = {
@@ -189,7 +188,7 @@ TABLE = {
             ops.triton_unavailable,
             _triton_unsupported,
             partial(_gpu_plan, "triton"),
-            cells=_WITHOUT_NOISE,
+            cells=_ALL_CELLS,
         ),
         Backend("cpu", lambda: ops.cpu_unavailable, _cpu_unsupported, _cpu_plan, True, cells=_ALL_CELLS),
         Backend("aten", lambda: None, _aten_unsupported, _aten_plan),

@@ -68,6 +68,12 @@ class Shape(_Shape):
         return 1 if maps == 1 else 4  # cells.columns
 
     @property
+    def extras(self) -> bool:
+        """Whether a unit has parameters or noise, which take registers."""
+        cell = named(self.cell)
+        return bool(cell.parameters or cell.noise)
+
+    @property
     def apart(self) -> bool:
         """Whether there are maps of the state alone: a bias of their own takes registers, and so do masked columns."""
         return self.maps > self.gates
@@ -170,12 +176,13 @@ def _tiles(kernel: str, shape: Shape, device: Device) -> Iterator[_Tile]:
     """
     plain = shape.itemsize == 4 and shape.precision == "ieee"  # without matrix instructions it takes the most
     masks = ((3 if shape.apart else 2) if shape.ragged or plain else 1) * (shape.kept // shape.itemsize)
+    sums = kernel == "backward" and bool(named(shape.cell).parameters)  # of their gradients, for each element
     longest = max(shape.P, shape.H if shape.projected else 0) if kernel == "forward" else shape.gates * shape.H
     for batch, split, chunk in ((16, 8, 128), (32, 4, 64)):
-        for units in (8, 16, 32) if shape.aligned and not shape.projected else (8, 16):
+        for units in (8, 16, 32) if shape.aligned and not (shape.projected or sums) else (8, 16):
             most = 64 if units <= (16 if device.capability < 100 else 8) else 48
             most = 24 if batch == 32 and units > 8 else most
-            most = most * 3 // 4 if shape.apart else most
+            most = most * 3 // 4 if shape.apart or sums or (shape.extras and kernel == "forward") else most
             held = most * 1024 // masks if shape.aligned else 8 * 1024
             if batch * cdiv(longest, chunk) * chunk * shape.kept <= held:
                 yield _Tile(batch, units, split, chunk, 3, 1)
@@ -330,7 +337,7 @@ def _inputs(kernel: str, shape: Shape, chunk: int) -> Iterator[int]:
     yield 0
     aligned = shape.aligned and shape.I % 16 == 0
     most = 0 if shape.ragged or kernel == "backward" else 4 if aligned else 1
-    if shape.apart and not (aligned and shape.kept == shape.itemsize):
+    if (shape.apart or shape.extras) and not (aligned and shape.kept == shape.itemsize):
         most = 0
     if cdiv(shape.I, chunk) <= most:
         yield cdiv(shape.I, chunk)
