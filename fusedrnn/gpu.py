@@ -71,8 +71,11 @@ def reserve() -> str:
 
 
 def reserves_gates(cell: Cell) -> bool:
-    """Whether a forward keeps what the cell saves. Gates with peepholes are functions of c as well, and are kept."""
-    return reserve() == "gates" or bool(cell.parameters)
+    """Whether a forward keeps what the cell saves.
+
+    Gates with peepholes are functions of c as well, and are kept; so is what is saved of some maps only.
+    """
+    return reserve() == "gates" or bool(cell.parameters or cell.unread)
 
 
 # torch has one switch for the GEMMs of all threads. Ours take turns, or one would put back what another has set.
@@ -201,6 +204,7 @@ def backward(
     dcarry = (dcn, dc) if C else (None, None)
     first, carries = _carry(kind, h0, c0), _carry(kind, y, c)
     _, w_hh, _, _, w_hr, w_p = zip(*directions, strict=True)
+    w_hh = tuple(_in_order_of_maps(w, kind.recurrent) for w in w_hh)
     plan = launch.plan_for("backward", shape, x.device)
     results = (da, dh_out, dh0, dc0 if C else None)
     dp = None
@@ -224,7 +228,10 @@ def backward(
             )
             recurrent = next(needed)
             dweights.append(
-                _gradient_of_recurrence(of_state, y_d, first, steps, reset, d == 1, _of_direction(dropped, d, D))
+                _in_order_of_gates(
+                    _gradient_of_recurrence(of_state, y_d, first, steps, reset, d == 1, _of_direction(dropped, d, D)),
+                    kind.recurrent,
+                )
                 if recurrent
                 else empty.clone()
             )

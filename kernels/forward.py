@@ -286,6 +286,9 @@ def layer_forward(
                         x + (t * B + b0) * I + o_b * I, exists, None, None, I, kept_ih, w_ih, o_ih, m_ih, 1,
                         BATCH, N, INPUTS, False, CHUNK, SPLIT, AHEAD, PRECISION,
                     )  # fmt: skip
+                    for k in tl.static_range(MAPS):
+                        if INPUT[k] is None:  # 0 * inf is NaN
+                            acc = tl.where((o_n % MAPS != k)[None, :], acc, 0.0)
                     a = split_maps(acc + bias[None, :], BATCH, UNITS, MAPS)
                 else:
                     a = ()

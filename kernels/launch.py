@@ -23,7 +23,7 @@ from .device import Device, device_of, power_of_2
 from .forward import layer_forward
 from .plan import Plan, Shape
 
-CELLS = frozenset(cells.CELLS)
+CELLS = cells.Names()
 
 # Triton's interpreter runs the programs of a launch one after another, on tensors of the CPU: see forward.py.
 INTERPRETED = not isinstance(layer_forward, triton.runtime.JITFunction)

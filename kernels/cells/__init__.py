@@ -12,13 +12,13 @@ and saved is one of S. All tiles are float32 and of one shape; a cell without a 
 same for all cells, and take these functions as constants.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
-from ...cells import VARIANTS, named
+from ...cells import OWN, VARIANTS, named, obstacle
 from ...cells.spec import Blocks
-from . import gru, lstm, lstm_variants, rnn
+from . import gru, lstm, lstm_variants, own, rnn
 
 
 class Cell(NamedTuple):
@@ -41,24 +41,44 @@ CELLS = {
 }
 
 
+class Names:
+    """Of the cells above, and of those of one's own that code is generated for."""
+
+    def __contains__(self, name: object) -> bool:
+        return name in CELLS or (name in OWN and obstacle(OWN[str(name)]) is None)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(CELLS)
+
+
+@cache
+def functions(name: str) -> Cell:
+    """The functions of a cell."""
+    if name in CELLS:
+        return CELLS[name]
+    return Cell(*own.functions(named(name)), operands=bool(named(name).parameters))
+
+
 @cache
 def constants(kernel: str, name: str) -> dict[str, Any]:
     """The compile-time constants of "forward" or "backward" that a cell decides, by name."""
     cell = named(name)
+    step, step_backward, operands = functions(name)
     gates, maps = len(cell.gates), len(cell.maps)
-    first = cell.recurrent.index(0)
+    filled = [k for k, gate in enumerate(cell.recurrent) if gate is not None]
     # What the kernels take for granted: backward has one product with h.
-    assert cell.recurrent == (*[None] * first, *range(gates), *[None] * (maps - gates - first))
+    assert filled == [*range(filled[0], filled[0] + gates)]
     both = {
         "GATES": gates,
         "SAVED": len(cell.saved),
         "CARRY": cell.carry,
         "PARAMETERS": len(cell.parameters),
-        "OPERANDS": CELLS[name].operands,
+        "OPERANDS": operands,
     }
     if kernel == "forward":
-        return {**both, "STEP": CELLS[name].step, "INPUT": columns(cell.input), "RECURRENT": columns(cell.recurrent)}
-    return {**both, "STEP": CELLS[name].step_backward, "MAPS": maps, "FIRST": first}
+        blocks = {"INPUT": cell.input, "RECURRENT": cell.recurrent}
+        return {**both, "STEP": step, **{key: columns(tuple(of[k] for k in cell.read)) for key, of in blocks.items()}}
+    return {**both, "STEP": step_backward, "MAPS": maps, "FIRST": filled[0]}
 
 
 def columns(blocks: Blocks) -> Blocks:
