@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import gpu, ops
-from .cells import CELLS, LSTM, VARIANTS, Cell, named
+from .cells import CELLS, LSTM, OWN, VARIANTS, Cell, named, obstacle
 from .layout import cell_of, is_step
 from .tuning import choice
 from .tuning.profile import Key, Ratio
@@ -63,6 +63,7 @@ class Backend(NamedTuple):
     plan: Callable[[Problem], str]
     takes_packed: bool = False  # the rows of a PackedSequence as they lie, which else are padded for it
     cells: Container[str] = frozenset(CELLS)  # by name
+    generates: bool = False  # code for cells of one's own
 
 
 def _cpu_unsupported(problem: Problem) -> str | None:
@@ -177,7 +178,6 @@ class _EveryCell:
         return True
 
 
-_WITHOUT_NOISE = frozenset((*CELLS, *(name for name, cell in VARIANTS.items() if not cell.noise)))
 _ALL_CELLS = frozenset((*CELLS, *VARIANTS))
 
 TABLE = {
@@ -189,7 +189,8 @@ TABLE = {
             ops.triton_unavailable,
             _triton_unsupported,
             partial(_gpu_plan, "triton"),
-            cells=_WITHOUT_NOISE,
+            cells=_ALL_CELLS,
+            generates=True,
         ),
         Backend("cpu", lambda: ops.cpu_unavailable, _cpu_unsupported, _cpu_plan, True, cells=_ALL_CELLS),
         Backend("aten", lambda: None, _aten_unsupported, _aten_plan),
@@ -285,9 +286,18 @@ def supports(name: str, problem: Problem) -> str | None:
     """Why backend `name` cannot compute `problem`, or None if it can."""
     backend = TABLE[name]
     reason = backend.unavailable()
-    if reason is None and problem.cell not in backend.cells:
-        reason = f"it has no kernel for the cell {problem.cell}"
-    return reason or backend.unsupported(problem)
+    return reason or _no_kernel(backend, problem.cell) or backend.unsupported(problem)
+
+
+def _no_kernel(backend: Backend, cell: str) -> str | None:
+    """Why a backend does not have a cell, or None."""
+    if cell in backend.cells:
+        return None
+    reason = f"it has no kernel for the cell {cell}"
+    if not backend.generates or cell not in OWN:
+        return reason
+    why = obstacle(OWN[cell])
+    return None if why is None else f"{reason}, and can generate none: {why}"
 
 
 def select(problem: Problem) -> str:

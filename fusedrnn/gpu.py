@@ -7,7 +7,8 @@ Everything that has no recurrence in it is a GEMM before or after, by torch.
 
 The columns of xg [D, T, B, G*H] are in the order of the weights' rows. b_hh is a part of xg where a gate's two affine
 maps are summed; the launch adds it to the others. What a launch takes as c0, cn and c is the cell's carry: the cell
-state; for a cell whose carry is h, h0 and y stand for c0 and c; for a cell without one, nothing.
+state; for a cell whose carry is h, h0 and y stand for c0 and c; for a cell without one, nothing. Of noise it takes the
+multipliers by name, and backward gives the gradients of the units' parameters as sums over time, dp.
 """
 
 from __future__ import annotations
@@ -70,8 +71,11 @@ def reserve() -> str:
 
 
 def reserves_gates(cell: Cell) -> bool:
-    """Whether a forward keeps what the cell saves. Gates with peepholes are functions of c as well, and are kept."""
-    return reserve() == "gates" or bool(cell.parameters)
+    """Whether a forward keeps what the cell saves.
+
+    Gates with peepholes are functions of c as well, and are kept; so is what is saved of some maps only.
+    """
+    return reserve() == "gates" or bool(cell.parameters or cell.unread)
 
 
 # torch has one switch for the GEMMs of all threads. Ours take turns, or one would put back what another has set.
@@ -143,7 +147,9 @@ def forward(
     saved = None if not keep else xg if fits else x.new_empty(D, T, B, S * H)
     first, *carry = _carry(kind, h0, c0), cn if C else None, c if C else None
     w_ih, w_hh, b_ih, b_hh, w_hr, w_p = zip(*directions, strict=True)
-    more = {"w_p": w_p} if kind.parameters else {}
+    more: dict[str, Any] = {"w_p": w_p} if kind.parameters else {}
+    if noise is not None:
+        more["noise"] = _multipliers(kind, noise)
     launch.forward(plan, x, xg, w_ih, b_ih, b_hh, w_hh, w_hr, h0, first, lengths, reset, y, hn, *carry, saved, **more)
     return y, hn, cn, empty if c is None else c, empty.clone() if saved is None else saved
 
@@ -186,9 +192,11 @@ def backward(
     steps = existing(T, lengths)
     if saved.numel() == 0 or any(needs_weights):
         x = where_exists(x, steps)
+    more: dict[str, Any] = {} if noise is None else {"noise": _multipliers(kind, noise)}
+    dropped = more["noise"].get("r") if more else None
     if saved.numel() == 0:
         with _gemms_in(shape.precision, x):
-            saved = _saved_again(kind, x, directions, h0, steps, reset, y)
+            saved = _saved_again(kind, x, directions, h0, steps, reset, y, dropped)
     da = x.new_empty(D, T, B, len(kind.maps) * H)
     dh_out = x.new_empty(D, T, B, P) if shape.projected else None
     dh0 = x.new_empty(D, B, P) if needs_h0 else None
@@ -196,9 +204,14 @@ def backward(
     dcarry = (dcn, dc) if C else (None, None)
     first, carries = _carry(kind, h0, c0), _carry(kind, y, c)
     _, w_hh, _, _, w_hr, w_p = zip(*directions, strict=True)
+    w_hh = tuple(_in_order_of_maps(w, kind.recurrent) for w in w_hh)
     plan = launch.plan_for("backward", shape, x.device)
     results = (da, dh_out, dh0, dc0 if C else None)
-    more = {"w_p": w_p} if kind.parameters else {}
+    dp = None
+    if kind.parameters:
+        if any(needs_weights[len(flat) // D - 1 :: len(flat) // D]):
+            dp = x.new_empty(D, B, len(kind.parameters) * H, dtype=torch.float32)
+        more |= {"w_p": w_p, "dp": dp}
     m = launch.backward(plan, dy, dhn, *dcarry, w_hh, w_hr, first, lengths, reset, carries, saved, *results, **more)
 
     with _gemms_in(shape.precision, x):
@@ -215,7 +228,12 @@ def backward(
             )
             recurrent = next(needed)
             dweights.append(
-                _gradient_of_recurrence(of_state, y_d, first, steps, reset, d == 1) if recurrent else empty.clone()
+                _in_order_of_gates(
+                    _gradient_of_recurrence(of_state, y_d, first, steps, reset, d == 1, _of_direction(dropped, d, D)),
+                    kind.recurrent,
+                )
+                if recurrent
+                else empty.clone()
             )
             if w.b_ih is not None:
                 wanted = (next(needed), next(needed))
@@ -226,17 +244,27 @@ def backward(
                 m_d = _outputs_of_cell(c_d, saved[d]) if m is None else m[d]
                 dweights.append(dh_out[d].flatten(0, 1).T @ m_d.flatten(0, 1) if next(needed) else empty.clone())
             if w.w_p is not None:
-                first = c_d.new_zeros(B, C) if c0 is None else c0[d]
-                dweights.append(
-                    _gradient_of_peepholes(kind, da[d], entering(c_d, first, steps, reset, d == 1), c_d)
-                    if next(needed)
-                    else empty.clone()
-                )
+                wanted_p = next(needed)
+                dweights.append(dp[d].sum(0).to(x.dtype) if dp is not None and wanted_p else empty.clone())
     return dx, empty.clone() if dh0 is None else dh0, empty.clone() if dc0 is None else dc0, dweights
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Any]:
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+def _multipliers(cell: Cell, noise: Tensor) -> dict[str, Tensor]:
+    """Those of each kind, [T, B, D*W] or [1, B, D*W], by name."""
+    return dict(zip(cell.noise, noise.contiguous().unbind(0), strict=True))
+
+
+def _of_direction(v: Tensor | None, d: int, D: int) -> Tensor | None:
+    return None if v is None else v.chunk(D, dim=-1)[d]
+
+
+def _dropped(h_in: Tensor, v: Tensor | None) -> Tensor:
+    """States that enter, as the product takes them."""
+    return h_in if v is None else (h_in * v).to(h_in.dtype)
 
 
 def _carry(cell: Cell, h: Tensor | None, c: Tensor | None) -> Tensor | None:
@@ -284,10 +312,11 @@ def _saved_again(
     steps: Tensor | None,
     reset: Tensor | None,
     y: Tensor,
+    dropped: Tensor | None,
 ) -> Tensor:
     """What a forward did not keep, [D, T, B, S*H]: x and the states that entered, in one product.
 
-    x is zero where no step exists.
+    x is zero where no step exists. dropped: multipliers of the states.
     """
     T, B, I = x.shape
     P, H = _sizes(directions)
@@ -295,6 +324,7 @@ def _saved_again(
     for d, w in enumerate(directions):
         first = y.new_zeros(B, P) if h0 is None else h0[d]
         h_in = entering(y[..., d * P : (d + 1) * P], first, steps, reset, d == 1)
+        h_in = _dropped(h_in, _of_direction(dropped, d, len(directions)))
         bias = None
         if w.b_ih is not None and w.b_hh is not None:
             bias = cell.maps_of(w.b_ih, cell.input) + cell.maps_of(w.b_hh, cell.recurrent)
@@ -338,15 +368,22 @@ def _gradient_of_input(cell: Cell, da: Tensor, directions: Sequence[DirectionWei
 
 
 def _gradient_of_recurrence(
-    da: Tensor, y: Tensor, h0: Tensor | None, steps: Tensor | None, reset: Tensor | None, reverse: bool
+    da: Tensor,
+    y: Tensor,
+    h0: Tensor | None,
+    steps: Tensor | None,
+    reset: Tensor | None,
+    reverse: bool,
+    dropped: Tensor | None,
 ) -> Tensor:
     """dw_hh [G*H, P] = sum over t of da_t^T h_in, where h_in is the state that enters step t.
 
-    da [T, B, G*H]: the gradients of the affine maps of the state, in torch's order of the gates.
+    da [T, B, G*H]: the gradients of the affine maps of the state, in torch's order of the gates. dropped: multipliers
+    of the state.
     """
-    if steps is not None or reset is not None:
+    if steps is not None or reset is not None or dropped is not None:
         first = y.new_zeros(y.shape[1:]) if h0 is None else h0
-        return da.flatten(0, 1).T @ entering(y, first, steps, reset, reverse).flatten(0, 1)
+        return da.flatten(0, 1).T @ _dropped(entering(y, first, steps, reset, reverse), dropped).flatten(0, 1)
     # da against y, one step apart, without a copy of either.
     later, earlier = (da[:-1], y[1:]) if reverse else (da[1:], y[:-1])
     dw = later.flatten(0, 1).T @ earlier.flatten(0, 1)
@@ -356,13 +393,3 @@ def _gradient_of_recurrence(
 def _outputs_of_cell(c: Tensor, saved: Tensor) -> Tensor:
     """m = o * tanh(c), of which w_hr makes h: of the cells, only LSTMs have a projection, and o is saved last."""
     return saved[..., -c.shape[-1] :] * c.tanh()
-
-
-def _gradient_of_peepholes(cell: Cell, da: Tensor, c_in: Tensor, c: Tensor) -> Tensor:
-    """[K*H]: the output gate sees the c that leaves a step, others the one that enters. Summed in float32.
-
-    da [T, B, M*H]; c_in and c [T, B, H].
-    """
-    each = dict(zip(cell.maps, da.chunk(len(cell.maps), dim=-1), strict=True))
-    sums = [(each[gate] * (c if gate == "o" else c_in)).float().sum((0, 1)) for gate in cell.parameters]
-    return torch.cat(sums).to(da.dtype)

@@ -2,6 +2,7 @@
 
     cells/        the pointwise functions of the cells and their derivatives, on tiles: the piece that makes a cell
     affine.py     the product of states with weights that stay on the chip, or are streamed
+    noise.py      parameters of units, and multipliers of noise
     grid.py       how the programs that share a layer meet
     forward.py    one launch for a layer over all time steps, both directions
     backward.py   one launch for its derivative with respect to the gates and the states

@@ -48,15 +48,6 @@ def load_weights(
 
 
 @triton.jit
-def load_parameters(w, o_u, m_u, H, COUNT: tl.constexpr):
-    """COUNT parameters of each unit, w [COUNT * H], as a tuple of rows [1, UNITS] in float32."""
-    rows = ()
-    for k in tl.static_range(COUNT):
-        rows = rows + (tl.load(w + k * H + o_u, mask=m_u, other=0.0).to(tl.float32)[None, :],)
-    return rows
-
-
-@triton.jit
 def multiply(
     p_rows,
     m_rows,

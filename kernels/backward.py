@@ -5,8 +5,10 @@
     da_t, dc = step_backward(...)     cells/; c is the carry of the cell
 
 Maps that have a product with h lie side by side, from FIRST on, one for each gate, in the order of the rows of w_hh.
-Gradients of x and of the weights are GEMMs over da after the launch, and those of the units' parameters are sums:
-nothing is summed up over time in here.
+Gradients of x and of the weights are GEMMs over da after the launch; those of the units' parameters are summed over
+time in here.
+
+With noise (noise.py), v_h of dh_t goes past the cell to dh_{t-1}, and the product comes multiplied by v_r.
 
 Grid, ownership and meetings are those of forward.py: a program owns UNITS hidden units, here columns of w_hh, and with
 a projection COLUMNS of its outputs. da_t is exchanged through da itself, the result, in global memory; with a
@@ -23,8 +25,9 @@ by one that lies outside of the sequence.
 import triton
 import triton.language as tl
 
-from .affine import load_parameters, load_weights, multiply, round_to_tf32
+from .affine import load_weights, multiply, round_to_tf32
 from .grid import arrive, wait
+from .noise import load_multipliers, load_parameters
 
 # Phases of a step: both, the gradient of h, the cell.
 BOTH, STATE, CELL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -42,6 +45,10 @@ def layer_backward(
     w_hr1,
     w_p0,  # [K*H], the parameters of the units of a cell that has K of them, or None
     w_p1,
+    v_h,  # multipliers of noise, as in forward.py
+    v_c,
+    v_g,
+    v_r,
     c0,  # [D, B, H], or None for zeros; of a cell whose carry is h it is h0
     lengths,  # [B] int64, or None
     reset,  # [T, B] bool, or None
@@ -51,7 +58,8 @@ def layer_backward(
     dh_out,  # [D, T, B, P], written, with a projection; or None
     dh0,  # [D, B, P], written, or None
     dc0,  # [D, B, H], written, or None
-    carry,  # [D, B, H] float32, or None where one launch covers all steps
+    dp,  # [D, B, K*H] float32, written, the gradients of the parameters of each sequence; or None
+    carry,  # [2, D, B, H] float32, or None where one launch covers all steps
     counters,  # [groups, 32] int32, zeros
     T,
     B,
@@ -66,6 +74,8 @@ def layer_backward(
     SAVED: tl.constexpr,
     CARRY: tl.constexpr,
     PARAMETERS: tl.constexpr,
+    OPERANDS: tl.constexpr,
+    ONCE: tl.constexpr,
     D: tl.constexpr,
     BATCH: tl.constexpr,
     UNITS: tl.constexpr,
@@ -114,7 +124,9 @@ def layer_backward(
         w_p = w_p0
         if D == 2 and PARAMETERS:
             w_p = tl.where(d == 0, w_p0, w_p1)
-        b_p = load_parameters(w_p, o_u, m_u, H, PARAMETERS)
+        b_p = None
+        if PARAMETERS:
+            b_p = load_parameters(w_p, o_u, m_u, H, PARAMETERS)
 
         if CARRIED:
             kept_hh = ()
@@ -148,8 +160,15 @@ def layer_backward(
         b_dh = b_dhn
         if lengths is not None and dh0 is not None:  # sequences without a step
             tl.store(dh0 + p_h, b_dhn, mask=m_h & (length == 0)[:, None])
+        b_kept = tl.zeros((BATCH, UNITS), tl.float32)  # of dh, what zoneout lets past the cell
+        b_dp = ()
+        for _k in tl.static_range(PARAMETERS):
+            b_dp = b_dp + (tl.zeros((BATCH, UNITS), tl.float32),)
+        o_dp = (row0 + o_b)[:, None] * (PARAMETERS * H) + o_u[None, :]
         if carry is not None and CARRY is not None and begin > 0:
             b_dc = tl.load(carry + p_c, mask=m_c, other=0.0)
+            if v_h is not None:
+                b_kept = tl.load(carry + D * B * H + p_c, mask=m_c, other=0.0)
 
         for s in tl.range(begin, end, num_stages=1):
             if D == 1:
@@ -174,6 +193,20 @@ def layer_backward(
             m_tile = exists[:, None] & m_u[None, :]
             p_da = ((d * T + t) * B + b0) * (MAPS * H) + o_da
 
+            b_v_c = None
+            b_v_g = None
+            if v_h is not None:
+                b_v_h = load_multipliers(v_h, t, b0, B, d, H, o_c, m_tile, D, ONCE)
+            if v_c is not None:
+                b_v_c = load_multipliers(v_c, t, b0, B, d, H, o_c, m_tile, D, ONCE)
+            if v_g is not None:
+                b_v_g = load_multipliers(v_g, t, b0, B, d, H, o_c, m_tile, D, ONCE)
+            if v_r is not None:  # of the product that comes next
+                if CARRIED:
+                    b_v_r = load_multipliers(v_r, t, b0, B, d, P, o_y, m_tile, D, ONCE)
+                else:
+                    m_after = passes[:, None] & m_p[None, :]
+                    b_v_r = load_multipliers(v_r, after, b0, B, d, P, o_y, m_after, D, ONCE)
             if PHASE != STATE:  # what waits for nobody is on its way first
                 b_saved = ()
                 p_saved = ((d * T + t) * B + b0) * (SAVED * H) + o_saved
@@ -207,6 +240,10 @@ def layer_backward(
                         GATES * H, kept_hh, w_hh, o_p.to(tl.int64), m_p, P,
                         BATCH, OUTPUTS, RESIDENT, STREAMED, CHUNK, SPLIT, AHEAD, PRECISION,
                     )  # fmt: skip
+                    if v_r is not None:
+                        b_dm *= b_v_r
+                    if v_h is not None:
+                        b_dm += tl.where(passes[:, None], b_kept, 0.0)
                     if dh0 is not None:
                         b_dh0 = b_dm
                         if CARRY == "hidden":
@@ -215,6 +252,9 @@ def layer_backward(
                     b_dm += tl.where((exists & (zero + t == last))[:, None], b_dhn, 0.0)
                 if dy is not None:
                     b_dm += b_dy
+                if v_h is not None:
+                    b_kept = b_v_h * b_dm
+                    b_dm -= b_kept
                 if COLUMNS:
                     p_out = ((d * T + t) * B + b0) * P + o_out
                     tl.store(dh_out + p_out, tl.where(exists[:, None], b_dm, 0.0), mask=m_h & in_time[:, None])
@@ -230,7 +270,14 @@ def layer_backward(
                         BATCH, UNITS, RESIDENT_HR, STREAMED, CHUNK, SPLIT, AHEAD, PRECISION,
                     )  # fmt: skip
                 if PARAMETERS:
-                    da_exact, dc_in = STEP(b_saved, c_in, b_c, b_dm, dc_t, b_p)
+                    da_exact, dc_in, dp_exact = STEP(b_saved, c_in, b_c, b_dm, dc_t, b_p, b_v_c, b_v_g)
+                    if dp is not None:
+                        sums = ()
+                        for k in tl.static_range(PARAMETERS):
+                            sums = sums + (b_dp[k] + tl.where(m_tile, dp_exact[k], 0.0),)
+                        b_dp = sums
+                elif OPERANDS:
+                    da_exact, dc_in = STEP(b_saved, c_in, b_c, b_dm, dc_t, b_p, b_v_c, b_v_g)
                 else:
                     da_exact, dc_in = STEP(b_saved, c_in, b_c, b_dm, dc_t)
                 b_da = ()
@@ -245,6 +292,10 @@ def layer_backward(
                     for k in tl.static_range(GATES):
                         operand = round_to_tf32(b_da[FIRST + k], PRECISION)
                         dh_in = tl.dot(operand, kept_hh[k], dh_in, input_precision=PRECISION)
+                    if v_r is not None:
+                        dh_in *= b_v_r
+                    if v_h is not None:
+                        dh_in += b_kept
                     b_dh = tl.where(exists[:, None], tl.where(kept[:, None], dh_in, 0.0), b_dh)
                 else:
                     arrive(counter, MEET)
@@ -259,5 +310,13 @@ def layer_backward(
         if PHASE != STATE:
             if dc0 is not None:
                 tl.store(dc0 + p_c, b_dc, mask=m_c)
+            if dp is not None:
+                for k in tl.static_range(PARAMETERS):
+                    b_sum = b_dp[k]
+                    if carry is not None and begin > 0:
+                        b_sum += tl.load(dp + o_dp + k * H, mask=m_c, other=0.0)
+                    tl.store(dp + o_dp + k * H, b_sum, mask=m_c)
             if carry is not None and CARRY is not None:
                 tl.store(carry + p_c, b_dc, mask=m_c)
+                if v_h is not None:
+                    tl.store(carry + D * B * H + p_c, b_kept, mask=m_c)

@@ -28,7 +28,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ..cells import named
+from ..cells import NOISE, named
 from . import cells
 from . import plan as planner
 from .backward import layer_backward
@@ -38,9 +38,11 @@ from .plan import Plan, Shape
 
 FITTED = ("3.6", "3.7", "3.8", "3.9")  # releases of Triton
 KERNELS = {"forward": layer_forward, "backward": layer_backward}
-_POINTERS = {"lengths": "*i64", "reset": "*i1", "carry": "*fp32", "counters": "*i32"}
+_POINTERS = {"lengths": "*i64", "reset": "*i1", "carry": "*fp32", "counters": "*i32", "dp": "*fp32"}
+_POINTERS |= {f"v_{name}": "*fp32" for name in NOISE}
 _SIZES = ("T", "B", "I", "H", "P", "begin", "end")
 _ALIGNED = ("I", "H", "P")  # the others are not specialised
+_VARIANTS = ("lstm_peephole", "lstm+hcg", "lstm_peephole+hcg", "lstm_peephole_coupled+hcr")
 
 
 class Variant(NamedTuple):
@@ -84,25 +86,28 @@ class Resources(NamedTuple):
 def compile(variant: Variant) -> Resources:
     """Compiles one kernel."""
     kernel, capability, dtype, D, projected, ragged, states, aligned, plan = variant
-    function = KERNELS[kernel]
+    function, cell = KERNELS[kernel], named(plan.cell)
     constants: dict[str, Any] = {
         **plan.constants(kernel),
         **cells.constants(kernel, plan.cell),
         "D": D,
         "PHASE": 0,
         "MEET": plan.programs > 1,
+        "ONCE": {*cell.noise} == {"r"},
     }
     absent = {"carry"}
     if not projected:
         absent |= {"w_hr0", "w_hr1", "m", "dh_out"}
     absent |= {"xg"} if plan.inputs else {"x", "w_ih0", "w_ih1", "b_ih0", "b_ih1"}
     absent |= set() if plan.inputs or cells.adds_bias(plan.cell) else {"b_hh0", "b_hh1"}
-    absent |= set() if named(plan.cell).parameters else {"w_p0", "w_p1"}
+    absent |= set() if cell.parameters else {"w_p0", "w_p1", "dp"}
+    absent |= {f"v_{name}" for name in NOISE if name not in cell.noise}
+    absent |= {"fed", "fed0"} if plan.carried or "r" not in cell.noise else set()
     absent |= set() if ragged else {"lengths", "reset"}
-    absent |= set() if states else {"h0", "c0", "dhn", "dcn", "dc", "dh0", "dc0"}
-    if not named(plan.cell).has_cell_state:
+    absent |= set() if states else {"h0", "fed0", "c0", "dhn", "dcn", "dc", "dh0", "dc0"}
+    if not cell.has_cell_state:
         absent |= {"cn", "dcn", "dc", "dc0"} | ({"c"} if kernel == "forward" else set())
-    if named(plan.cell).carry is None:
+    if cell.carry is None:
         absent |= {"c0", "c"}
     constants |= {name: None for name in absent if name in function.arg_names}
     signature, attributes = {}, {}
@@ -174,6 +179,9 @@ def grid(quick: bool) -> list[Problem]:
         ]
         shapes += [Shape(128, 64, 256, 256, 256, 2, 4, "ieee", True, "gru")]
         shapes += [Shape(128, 64, 256, 256, 256, 2, 4, "tf32", True, "rnn_tanh")]
+        shapes += [Shape(128, B, 512, 512, 512, 1, 2, "tf32", cell="lstm_peephole+hcg") for B in (1, 64)]
+        shapes += [Shape(128, 64, 512, 512, 256, 2, 2, "tf32", True, "lstm_peephole+r")]
+        shapes += [Shape(128, 64, 64, 64, 64, 2, 4, "tf32", True, "lstm_peephole_coupled+hcr")]
         given = Shape(128, 16, 512, 512, 512, 1, 2, "tf32")
         return [*(Problem(shape, shape.ragged) for shape in shapes), Problem(given, True)]
     problems = []
@@ -183,6 +191,10 @@ def grid(quick: bool) -> list[Problem]:
         problems.append(Problem(Shape(1, B, H, H, H, 1, *kind), True))
         problems += [Problem(Shape(128, B, H, H, P, 2, *kind, ragged=True), True) for P in (H, H // 2)]
     for cell, H, B, kind in itertools.product(("gru", "rnn_tanh"), (64, 100, 256, 512, 1024), (1, 64), kinds):
+        problems.append(Problem(Shape(128, B, H, H, H, 1, *kind, cell=cell), False))
+        problems.append(Problem(Shape(128, B, H, H, H, 2, *kind, ragged=True, cell=cell), True))
+        problems.append(Problem(Shape(1, B, H, H, H, 1, *kind, cell=cell), True))
+    for cell, H, B, kind in itertools.product(_VARIANTS, (64, 100, 256, 512, 1024), (1, 64), kinds):
         problems.append(Problem(Shape(128, B, H, H, H, 1, *kind, cell=cell), False))
         problems.append(Problem(Shape(128, B, H, H, H, 2, *kind, ragged=True, cell=cell), True))
         problems.append(Problem(Shape(1, B, H, H, H, 1, *kind, cell=cell), True))

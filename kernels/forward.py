@@ -18,20 +18,21 @@ time.
 
 h_t is exchanged through y itself, in global memory: the group meets once for each step (grid.py), and once more with a
 projection, where m is exchanged first. If one program owns all units (CARRIED), h does not leave its registers, and
-nobody meets.
+nobody meets. Noise (noise.py) changes what h_t is, or what of it is exchanged.
 
 Row b exists at step t if t < lengths[b]. The state that enters is h0 at its first step, which is t = 0, or
 lengths[b] - 1 in the reverse direction; what leaves its last step is hn.
 
 Under Triton's interpreter, which runs one program after another, programs cannot meet. There a launch covers the steps
-from `begin` to `end` and one PHASE of them, and c goes from launch to launch in `carry`.
+from `begin` to `end` and one PHASE of them, and c goes from launch to launch in `carry`, and so does h for zoneout.
 """
 
 import triton
 import triton.language as tl
 
-from .affine import load_parameters, load_weights, multiply, round_to_tf32
+from .affine import load_weights, multiply, round_to_tf32
 from .grid import arrive, wait
+from .noise import load_multipliers, load_parameters
 
 # Phases of a step: both, up to the cell, the projection.
 BOTH, CELL, PROJECTION = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -83,7 +84,12 @@ def layer_forward(
     w_hr1,
     w_p0,  # [K*H], the parameters of the units of a cell that has K of them, or None
     w_p1,
+    v_h,  # the multipliers of zoneout of h, [T, B, D*H], or with ONCE [1, B, D*H]; None without
+    v_c,  # the same of zoneout of c
+    v_g,  # of dropout of the candidate
+    v_r,  # of dropout of the state, P in place of H
     h0,  # [D, B, P], or None for zeros
+    fed0,  # [D, B, P], h0 as its product is given it, where there are v_r, h0 and exchange; or None
     c0,  # [D, B, H], or None for zeros; of a cell whose carry is h it is h0
     lengths,  # [B] int64, or None
     reset,  # [T, B] bool, or None
@@ -93,7 +99,8 @@ def layer_forward(
     c,  # [T, B, D*H], written, or None
     saved,  # [D, T, B, S*H], written, or None
     m,  # [D, B, H], scratch of the projection, or None
-    carry,  # [D, B, H] float32, or None where one launch covers all steps
+    fed,  # [T, B, D*P], scratch, y as the products are given it, where there are v_r and exchange; or None
+    carry,  # [2, D, B, H] float32, or None where one launch covers all steps
     counters,  # [groups, 32] int32, zeros
     T,
     B,
@@ -109,6 +116,8 @@ def layer_forward(
     SAVED: tl.constexpr,
     CARRY: tl.constexpr,
     PARAMETERS: tl.constexpr,
+    OPERANDS: tl.constexpr,
+    ONCE: tl.constexpr,
     D: tl.constexpr,
     BATCH: tl.constexpr,
     UNITS: tl.constexpr,
@@ -173,7 +182,9 @@ def layer_forward(
         w_p = w_p0
         if D == 2 and PARAMETERS:
             w_p = tl.where(d == 0, w_p0, w_p1)
-        b_p = load_parameters(w_p, o_u, m_u, H, PARAMETERS)
+        b_p = None
+        if PARAMETERS:
+            b_p = load_parameters(w_p, o_u, m_u, H, PARAMETERS)
 
         if CARRIED:
             kept_hh = ()
@@ -219,8 +230,8 @@ def layer_forward(
         b_c = tl.zeros((BATCH, UNITS), tl.float32)
         if c0 is not None:
             b_c = tl.load(c0 + p_c, mask=m_c, other=0.0).to(tl.float32)
-        b_h = tl.zeros((BATCH, UNITS), dtype)  # used if CARRIED
-        if CARRIED and h0 is not None:
+        b_h = tl.zeros((BATCH, UNITS), dtype)  # used if CARRIED, or with zoneout
+        if (CARRIED or v_h is not None) and h0 is not None:
             b_h = tl.load(h0 + p_h, mask=m_h, other=0.0)
         if lengths is not None:  # sequences without a step
             ended = (length + begin == 0)[:, None]
@@ -232,6 +243,8 @@ def layer_forward(
                 tl.store(hn + p_h, tl.zeros_like(p_h).to(dtype), mask=m_h & ended)
         if carry is not None and CARRY is not None and begin > 0:
             b_c = tl.load(carry + p_c, mask=m_c, other=0.0)
+            if v_h is not None:
+                b_h = tl.load(carry + D * B * H + p_c, mask=m_c, other=0.0).to(dtype)
 
         for s in tl.range(begin, end, num_stages=1):
             if D == 1:
@@ -250,13 +263,32 @@ def layer_forward(
             if reset is not None:
                 enters = exists & (tl.load(reset + t * B + b0 + o_b, mask=exists, other=1) == 0)
 
+            m_tile = exists[:, None] & m_u[None, :]
+            b_v_c = None
+            b_v_g = None
+            if v_h is not None:
+                b_v_h = load_multipliers(v_h, t, b0, B, d, H, o_c, m_tile, D, ONCE)
+            if v_c is not None:
+                b_v_c = load_multipliers(v_c, t, b0, B, d, H, o_c, m_tile, D, ONCE)
+            if v_g is not None:
+                b_v_g = load_multipliers(v_g, t, b0, B, d, H, o_c, m_tile, D, ONCE)
+            if v_r is not None:
+                if CARRIED:
+                    b_v_r = load_multipliers(v_r, t, b0, B, d, P, o_y, m_tile, D, ONCE)
+                else:  # of the step that takes the state
+                    next = t + t - before
+                    m_next = m_h & ((zero + next >= 0) & (zero + next < T))[:, None]
+                    b_v_r = load_multipliers(v_r, next, b0, B, d, P, o_y, m_next, D, ONCE)
+
             if PHASE != PROJECTION:
-                m_tile = exists[:, None] & m_u[None, :]
                 if INPUTS:
                     acc = multiply(
                         x + (t * B + b0) * I + o_b * I, exists, None, None, I, kept_ih, w_ih, o_ih, m_ih, 1,
                         BATCH, N, INPUTS, False, CHUNK, SPLIT, AHEAD, PRECISION,
                     )  # fmt: skip
+                    for k in tl.static_range(MAPS):
+                        if INPUT[k] is None:  # 0 * inf is NaN
+                            acc = tl.where((o_n % MAPS != k)[None, :], acc, 0.0)
                     a = split_maps(acc + bias[None, :], BATCH, UNITS, MAPS)
                 else:
                     a = ()
@@ -268,7 +300,10 @@ def layer_forward(
                             a = a + (tl.load(xg + p_xg + INPUT[k] * H, mask=m_tile, other=0.0).to(tl.float32),)
 
                 if CARRIED:
-                    h_in = round_to_tf32(tl.where(enters[:, None], b_h, 0.0).to(dtype), PRECISION)
+                    h_in = tl.where(enters[:, None], b_h, 0.0).to(dtype)
+                    if v_r is not None:
+                        h_in = (h_in.to(tl.float32) * b_v_r).to(dtype)
+                    h_in = round_to_tf32(h_in, PRECISION)
                     with_h = ()
                     for k in tl.static_range(MAPS):
                         if RECURRENT[k] is None:
@@ -277,7 +312,12 @@ def layer_forward(
                             with_h = with_h + (tl.dot(h_in, kept_hh[RECURRENT[k]], a[k], input_precision=PRECISION),)
                 else:
                     wait(counter, arrivals, MEET)
-                    p_before = y + ((before * B + b0) * D + d) * P
+                    exchanged = y
+                    exchanged0 = h0
+                    if v_r is not None:
+                        exchanged = fed
+                        exchanged0 = fed0
+                    p_before = exchanged + ((before * B + b0) * D + d) * P
                     p_rows = p_before + o_b * (D * P)
                     m_rows = enters
                     p_others = None
@@ -285,9 +325,10 @@ def layer_forward(
                     if h0 is None:
                         m_rows = enters & (zero + t != first)
                     elif lengths is None:  # all rows begin at the same step
-                        p_rows = tl.where(t == first, h0 + row0 * P, p_before) + o_b * tl.where(t == first, P, D * P)
+                        p_rows = tl.where(t == first, exchanged0 + row0 * P, p_before)
+                        p_rows += o_b * tl.where(t == first, P, D * P)
                     else:
-                        p_others = h0 + row0 * P + o_b * P
+                        p_others = exchanged0 + row0 * P + o_b * P
                         m_others = zero + t == first
                     acc = multiply(
                         p_rows, m_rows, p_others, m_others, P, kept_hh, w_hh, o_hh.to(tl.int64) * P, m_hh, 1,
@@ -304,12 +345,14 @@ def layer_forward(
                 c_in = b_c
                 if CARRY is not None:
                     c_in = tl.where(enters[:, None], b_c, 0.0)
-                if PARAMETERS:
-                    b_m, c_out, b_saved = STEP(with_h, c_in, b_p)
+                if OPERANDS:
+                    b_m, c_out, b_saved = STEP(with_h, c_in, b_p, b_v_c, b_v_g)
                 else:
                     b_m, c_out, b_saved = STEP(with_h, c_in)
                 if CARRY is not None:
                     b_c = tl.where(exists[:, None], c_out, b_c)
+                if v_h is not None:
+                    b_m = b_v_h * tl.where(enters[:, None], b_h, 0.0).to(tl.float32) + (1.0 - b_v_h) * b_m
                 # Units that do not exist stay out of the next product, whose zero weights would not: 0 * inf is NaN.
                 b_m = tl.where(m_tile, b_m, 0.0).to(dtype)
                 if COLUMNS:
@@ -317,6 +360,9 @@ def layer_forward(
                 else:
                     b_h = tl.where(exists[:, None], b_m, b_h)
                     tl.store(y + ((t * B + b0) * D + d) * P + o_y, b_m, mask=m_c)
+                    if v_r is not None and not CARRIED:
+                        b_fed = (b_m.to(tl.float32) * b_v_r).to(dtype)
+                        tl.store(fed + ((t * B + b0) * D + d) * P + o_y, b_fed, mask=m_c)
                 if not CARRIED:
                     arrive(counter, MEET)
                     arrivals += PROGRAMS
@@ -340,9 +386,14 @@ def layer_forward(
                     BATCH, COLUMNS, RESIDENT_HR, STREAMED, CHUNK, SPLIT, AHEAD, PRECISION,
                 )  # fmt: skip
                 tl.store(y + ((t * B + b0) * D + d) * P + o_y, acc, mask=m_h)
+                if v_r is not None:
+                    b_fed = (acc.to(dtype).to(tl.float32) * b_v_r).to(dtype)
+                    tl.store(fed + ((t * B + b0) * D + d) * P + o_y, b_fed, mask=m_h)
                 arrive(counter, MEET)
                 arrivals += PROGRAMS
                 tl.store(hn + p_h, acc, mask=m_h & leaves)
 
         if carry is not None and CARRY is not None and PHASE != PROJECTION:
             tl.store(carry + p_c, b_c, mask=m_c)
+            if v_h is not None:
+                tl.store(carry + D * B * H + p_c, b_h.to(tl.float32), mask=m_c)

@@ -6,14 +6,16 @@ that a CUDA graph can capture it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from ..cells import NOISE
 from . import cells
 from . import plan as planner
 from .backward import layer_backward
@@ -21,7 +23,7 @@ from .device import Device, device_of, power_of_2
 from .forward import layer_forward
 from .plan import Plan, Shape
 
-CELLS = frozenset(cells.CELLS)
+CELLS = cells.Names()
 
 # Triton's interpreter runs the programs of a launch one after another, on tensors of the CPU: see forward.py.
 INTERPRETED = not isinstance(layer_forward, triton.runtime.JITFunction)
@@ -50,11 +52,12 @@ def forward(
     c: Tensor | None,
     saved: Tensor | None,
     w_p: Sequence[Tensor | None] = (None,),
+    noise: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:
     """Launches `layer_forward`; shapes, and which tensors are written, stand there. Weights: one of each direction.
 
-    x, w_ih and the biases are read if plan.inputs, xg otherwise, and b_hh if the cell has it apart. All tensors are
-    contiguous.
+    x, w_ih and the biases are read if plan.inputs, xg otherwise, and b_hh if the cell has it apart. noise: multipliers
+    by name. All tensors are contiguous.
     """
     T, B, _ = y.shape
     D, (P, H) = len(w_hh), _sizes(w_hh, w_hr)
@@ -63,8 +66,12 @@ def forward(
         inputs, I = (x, *_both(w_ih), *_both(b_ih), *_both(b_hh)), x.shape[2]  # type: ignore[union-attr]
     else:
         inputs, I = (*_NO_INPUTS, *(_both(b_hh) if cells.adds_bias(plan.cell) else (None, None))), 0
-    tensors = (*inputs, xg, *_both(w_hh), *_both(w_hr), *_both(w_p), h0, c0, lengths, reset, y, hn, cn, c, saved, m)
-    _launch("forward", plan, y, tensors, (T, B, I, H, P), T, D)
+    fed = fed0 = None
+    if "r" in noise and not plan.carried:
+        fed, fed0 = torch.empty_like(y), None if h0 is None else _dropped(h0, noise["r"], lengths)
+    weights, states = (*_both(w_hh), *_both(w_hr), *_both(w_p)), (h0, fed0, c0, lengths, reset)
+    tensors = (*inputs, xg, *weights, *_multipliers(noise), *states, y, hn, cn, c, saved, m, fed)
+    _launch("forward", plan, y, tensors, (T, B, I, H, P), T, D, _once(noise, T))
 
 
 def backward(
@@ -85,6 +92,8 @@ def backward(
     dh0: Tensor | None,
     dc0: Tensor | None,
     w_p: Sequence[Tensor | None] = (None,),
+    dp: Tensor | None = None,
+    noise: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:
     """Launches `layer_backward`; shapes, and which tensors are written, stand there. All tensors are contiguous.
 
@@ -92,15 +101,35 @@ def backward(
     """
     D, T, B, _ = da.shape
     P, H = _sizes(w_hh, w_hr)
-    weights = (*_both(w_hh), *_both(w_hr), *_both(w_p))
-    tensors = (dy, dhn, dcn, dc, *weights, c0, lengths, reset, c, saved, da, dh_out, dh0, dc0)
+    weights = (*_both(w_hh), *_both(w_hr), *_both(w_p), *_multipliers(noise))
+    tensors = (dy, dhn, dcn, dc, *weights, c0, lengths, reset, c, saved, da, dh_out, dh0, dc0, dp)
     steps = T if plan.carried or dh0 is None else T + 1
-    _launch("backward", plan, da, tensors, (T, B, H, P), steps, D)
+    _launch("backward", plan, da, tensors, (T, B, H, P), steps, D, _once(noise, T))
 
 
 def _sizes(w_hh: Sequence[Tensor], w_hr: Sequence[Tensor | None]) -> tuple[int, int]:
     P, projection = w_hh[0].shape[1], w_hr[0]
     return P, P if projection is None else projection.shape[1]
+
+
+def _multipliers(noise: Mapping[str, Tensor]) -> tuple[Tensor | None, ...]:
+    return tuple(noise.get(name) for name in NOISE)
+
+
+def _once(noise: Mapping[str, Tensor], T: int) -> bool:
+    """Whether the multipliers are the same at all of T steps."""
+    return T > 1 and any(len(v) == 1 for v in noise.values())
+
+
+def _dropped(h0: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
+    """h0 [D, B, P], multiplied by v [T, B, D*P] or [1, B, D*P] of the first step of each direction."""
+    D, B, _ = h0.shape
+    v = v.unflatten(-1, (D, -1))
+    first = [v[0, :, 0]]
+    if D == 2:
+        last = lengths.clamp(1, len(v)) - 1 if lengths is not None else torch.full((B,), len(v) - 1, device=v.device)
+        first.append(v[last, torch.arange(B, device=v.device), 1])
+    return (h0 * torch.stack(first)).to(h0.dtype)
 
 
 def _both(of_directions: Sequence[Any]) -> tuple[Any, Any]:
@@ -112,7 +141,14 @@ _NO_INPUTS = (None,) * 5  # x, w_ih and b_ih
 
 
 def _launch(
-    kernel: str, plan: Plan, like: Tensor, tensors: tuple[Any, ...], sizes: tuple[int, ...], steps: int, D: int
+    kernel: str,
+    plan: Plan,
+    like: Tensor,
+    tensors: tuple[Any, ...],
+    sizes: tuple[int, ...],
+    steps: int,
+    D: int,
+    once: bool,
 ) -> None:
     """One launch over all steps, on the device of `like`; in the interpreter many.
 
@@ -121,12 +157,12 @@ def _launch(
     """
     function = _KERNELS[kernel][(plan.groups * plan.programs,)]
     if INTERPRETED:
-        _interpret(function, kernel, plan, like, tensors, sizes, steps, D)
+        _interpret(function, kernel, plan, like, tensors, sizes, steps, D, once)
         return
     with torch.cuda.device_of(like):
         counters = _zeros(plan.groups, like.device) if plan.programs > 1 else _unread(like.device)
         constants = cells.constants(kernel, plan.cell)
-        function(*tensors, None, counters, *sizes, 0, steps, D=D, **constants, **plan.keywords[kernel])
+        function(*tensors, None, counters, *sizes, 0, steps, D=D, ONCE=once, **constants, **plan.keywords[kernel])
 
 
 def _interpret(
@@ -138,16 +174,17 @@ def _interpret(
     sizes: tuple[int, ...],
     steps: int,
     D: int,
+    once: bool,
 ) -> None:
     """Programs that would meet are launched for each step, and each phase of it."""
-    constants = {**plan.constants(kernel), **cells.constants(kernel, plan.cell), "D": D, "MEET": False}
+    constants = {**plan.constants(kernel), **cells.constants(kernel, plan.cell), "D": D, "ONCE": once, "MEET": False}
     constants["PRECISION"] = "ieee"  # what it multiplies float32 in
     counters = _zeros(plan.groups, like.device)
     if plan.programs == 1:
         function(*tensors, None, counters, *sizes, 0, steps, PHASE=0, **constants)
         return
     B, H = sizes[1], sizes[-2]
-    carry = torch.empty(D, B, H, dtype=torch.float32, device=like.device)
+    carry = torch.empty(2, D, B, H, dtype=torch.float32, device=like.device)
     for step in range(steps):
         for phase in (1, 2) if plan.columns else (0,):
             function(*tensors, carry, counters, *sizes, step, step + 1, PHASE=phase, **constants)

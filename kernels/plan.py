@@ -64,8 +64,14 @@ class Shape(_Shape):
     @property
     def maps(self) -> int:
         """Columns for each unit of the forward's products; those of maps that have none are masked."""
-        maps = len(named(self.cell).maps)
+        maps = len(named(self.cell).read)
         return 1 if maps == 1 else 4  # cells.columns
+
+    @property
+    def extras(self) -> int:
+        """What a unit has beside its maps, which takes registers: parameters, as two, and kinds of noise."""
+        cell = named(self.cell)
+        return 2 * bool(cell.parameters) + len(cell.noise)
 
     @property
     def apart(self) -> bool:
@@ -171,31 +177,44 @@ def _tiles(kernel: str, shape: Shape, device: Device) -> Iterator[_Tile]:
     plain = shape.itemsize == 4 and shape.precision == "ieee"  # without matrix instructions it takes the most
     masks = ((3 if shape.apart else 2) if shape.ragged or plain else 1) * (shape.kept // shape.itemsize)
     longest = max(shape.P, shape.H if shape.projected else 0) if kernel == "forward" else shape.gates * shape.H
+    sums = kernel == "backward" and bool(named(shape.cell).parameters)  # of their gradients, for each element
+    widths = (8, 16, 32) if shape.aligned and not (shape.projected or sums) else (8, 16)
     for batch, split, chunk in ((16, 8, 128), (32, 4, 64)):
-        for units in (8, 16, 32) if shape.aligned and not shape.projected else (8, 16):
-            most = 64 if units <= (16 if device.capability < 100 else 8) else 48
-            most = 24 if batch == 32 and units > 8 else most
-            most = most * 3 // 4 if shape.apart else most
-            held = most * 1024 // masks if shape.aligned else 8 * 1024
+        for units in widths if shape.extras <= 2 else (8,):
+            held = _most_held(shape, device, batch, units) * 1024 // masks if shape.aligned else 8 * 1024
             if batch * cdiv(longest, chunk) * chunk * shape.kept <= held:
                 yield _Tile(batch, units, split, chunk, 3, 1)
     batches, widest, elements = ((16, 32, 64), 128, 2048) if shape.aligned else ((16,), 32, 512)
     if shape.itemsize == 4:
         shrink = {"tf32": 2, "tf32x3": 3, "ieee": 4}[shape.precision]
         widest, elements = max(widest // shrink, 16), max(elements // shrink, 256)
+    elements = min(elements, 1024) if shape.extras > 2 else elements
     for batch in batches:
         for units in (8, 16, 32, 64, 128):
             if units <= widest and batch * units <= elements:
-                wide = shape.aligned and units <= 32 and not plain
+                wide = shape.aligned and units <= 32 and not plain and not (sums and shape.kept > shape.itemsize)
                 chunk = (64 if shape.projected else 128) // shape.itemsize
                 yield _Tile(batch, units, 1, chunk if wide else 16, 0, 4)
+
+
+def _most_held(shape: Shape, device: Device, batch: int, units: int) -> int:
+    """KiB of states that are on their way to resident weights."""
+    if batch == 32 and units > 8:
+        most = 24
+    else:
+        most = 64 if units <= (16 if device.capability < 100 else 8) else 48
+    if shape.extras and units == 32:
+        most = min(most, 24)
+    elif shape.extras and (units == 16 or shape.itemsize > 2 or shape.extras > 2):
+        most = min(most, 48)
+    return most * 3 // 4 if shape.apart else most
 
 
 def _most_carried(shape: Shape) -> int:
     """Units that one program can have, whatever its shared memory."""
     if shape.itemsize == 2:
         return 128 if shape.aligned and not shape.ragged else 64
-    return 64 if shape.precision == "tf32" else 32
+    return 64 if shape.precision == "tf32" and shape.extras <= 2 else 32
 
 
 _CARRIED = 16  # rows
@@ -330,7 +349,7 @@ def _inputs(kernel: str, shape: Shape, chunk: int) -> Iterator[int]:
     yield 0
     aligned = shape.aligned and shape.I % 16 == 0
     most = 0 if shape.ragged or kernel == "backward" else 4 if aligned else 1
-    if shape.apart and not (aligned and shape.kept == shape.itemsize):
+    if ((shape.apart or shape.extras) and not (aligned and shape.kept == shape.itemsize)) or shape.extras > 2:
         most = 0
     if cdiv(shape.I, chunk) <= most:
         yield cdiv(shape.I, chunk)

@@ -3,17 +3,33 @@
 import copy
 import importlib.util
 import pickle
+import re
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fusedrnn
+from fusedrnn import testing
+from fusedrnn.cells import program
 
 F64 = torch.float64
 EXAMPLE = Path(__file__).parents[1] / "examples" / "own_cell.py"
+
+
+has_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+
+@pytest.fixture
+def triton_device(monkeypatch):
+    """The GPU, or the CPU for Triton's interpreter."""
+    if torch.cuda.is_available():
+        return "cuda"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    return "cpu"
 
 
 @fusedrnn.cell(gates=("i", "f", "g", "o"), state="c")
@@ -43,7 +59,7 @@ def with_parameters(x, u, c, p):
 
 def results(outputs, leaves):
     generator = torch.Generator().manual_seed(3)
-    douts = [torch.randn(o.shape, generator=generator, dtype=o.dtype) for o in outputs]
+    douts = [torch.randn(o.shape, generator=generator, dtype=F64).to(o) for o in outputs]
     return [*outputs, *torch.autograd.grad(outputs, leaves, douts)]
 
 
@@ -106,6 +122,197 @@ def test_half_precision_is_computed_in_float32():
     assert (ours.float() - wide).abs().max() < 0.01
 
 
+def example():
+    spec = importlib.util.spec_from_file_location("own_cell", EXAMPLE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_maps_of_which_only_the_sum_is_read_are_one_map():
+    """So a cell keeps no more than one that is built in."""
+    cells = example()
+    for made, maps, unread in [
+        (lstm, ("s.i", "s.f", "s.g", "s.o"), ()),
+        (gru, ("x.n", "s.r", "s.z", "u.n"), ()),
+        (cells.mutant, ("x.z", "x.n", "s.r", "u.z", "u.n"), ("u.z",)),
+    ]:
+        assert (made.definition.maps, made.definition.unread) == (maps, unread)
+        assert len(made.definition.saved) == len(maps) - len(unread)
+
+
+COMPUTED = {
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
+    "div": lambda a, b: a / b,
+    "neg": lambda a: -a,
+    "less": lambda a, b: a < b,
+    "less_equal": lambda a, b: a <= b,
+    "equal": lambda a, b: a == b,
+    "and": lambda a, b: a & b,
+    "or": lambda a, b: a | b,
+    "not": lambda a: ~a,
+    "where": torch.where,
+    **{name: getattr(torch, name) for name in ("abs", "exp", "log", "sqrt", "sin", "cos", "erf", "sigmoid", "tanh")},
+}
+
+
+def run_program(recorded, values):
+    """The results and gradients of a program for tensors by name."""
+    values = dict(values)
+
+    def value(operand):
+        return values[operand] if isinstance(operand, str) else torch.tensor(operand, dtype=F64)
+
+    for line in (*recorded.forward, *recorded.backward):
+        values[line.result] = COMPUTED[line.operation](*map(value, line.operands))
+    return [value(operand) for operand in (*recorded.results, *recorded.gradients)]
+
+
+FUNCTIONS = {
+    "arithmetic": lambda a, b: (2 - a) * b / (1 + b * b) - (-a).abs() + torch.add(a, b, alpha=0.5) - a.sub(b, alpha=2),
+    "functions": lambda a, b: a.exp() + (b * b + 1).log() + (a * a + 0.1).sqrt().reciprocal() + a.sin() * b.cos(),
+    "powers": lambda a, b: a**2 + a**3 + (b * b + 1) ** -1.5 + (b * b + 1) ** 0.5 + b.square() + (b * b + 1).rsqrt(),
+    "choices": lambda a, b: torch.where((a > 0) & (b < 1) | (a == b), a * b, torch.zeros_like(a)) + (a >= b) * a,
+    "bounds": lambda a, b: a.clamp(-0.5, 0.5) + b.clamp(min=0) + a.clamp(max=0.3) + torch.minimum(a, b) + a.maximum(b),
+    "conditions": lambda a, b: torch.where(~(a <= 0) & (b != a), a, 0.5 * b).masked_fill(a.logical_or(b < 0), 0.1),
+    "rectifiers": lambda a, b: a.relu() + F.leaky_relu(b, 0.1) + F.elu(a) + F.hardtanh(b) + F.relu6(4 * a),
+    "smooth": lambda a, b: F.silu(a) + F.softplus(b) + F.gelu(a) + F.logsigmoid(b) + F.hardswish(a) + F.softsign(b),
+    "constants": lambda a, b: a * torch.tensor(0.5) + torch.full_like(b, 2.0) * b + torch.ones_like(a),
+    "in place": lambda a, b: (a * b).mul_(2).add_(a),
+    "detached": lambda a, b: a.detach() * b + a.float(),
+    "no gradient": lambda a, b: b.detach() * 2 + 1,
+}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_programs_compute_what_functions_do(function):
+    cell = fusedrnn.cell(gates=("a",))(lambda x, u: function(x.a, u.a)).definition
+    assert not isinstance(cell.program, str), cell.program
+    a, b, dm = torch.randn(3, 5, 7, dtype=F64)
+    inputs = [t.requires_grad_() for t in ((a, b) if len(cell.maps) == 2 else (a + b,))]
+    expected = function(*inputs) if len(inputs) == 2 else function(inputs[0], torch.zeros_like(inputs[0]))
+    gradients = [torch.zeros_like(t) for t in inputs]
+    if expected.requires_grad:
+        gradients = torch.autograd.grad(expected, inputs, dm, allow_unused=True, materialize_grads=True)
+    found = run_program(cell.program, {**dict(zip(cell.maps, inputs, strict=True)), "dm": dm})
+    for ours, theirs in zip(found, (expected, *gradients), strict=True):
+        torch.testing.assert_close(ours.expand_as(theirs), theirs)
+
+
+OUTSIDE = torch.ones(1)
+
+
+def draws(x, u):
+    return x.a * torch.rand_like(u.a).ge(-1)
+
+
+def asks(x, u):
+    return x.a if x.a.sum() < 1e9 else u.a
+
+
+def counts_units(x, u):
+    return x.a / x.a.shape[-1]
+
+
+def reads_more(x, u):
+    return x.a * OUTSIDE
+
+
+def raises_to(x, u):
+    return x.a.abs() ** u.a.abs()
+
+
+def overwrites(x, u):
+    return (x.a + 0).detach().add_(u.a)
+
+
+def reads_five(x, u):
+    return x.a * u.a * x.b * u.b * x.c
+
+
+@pytest.mark.parametrize(
+    ("function", "why"),
+    [
+        (draws, "it calls rand_like"),
+        (asks, "it calls sum"),
+        (counts_units, "it does not do the same at each call, or for each size"),
+        (reads_more, "it reads a tensor that is none of its arguments"),
+        (raises_to, "pow with an exponent that is no constant"),
+        (overwrites, "add_ changes an argument, or what it was made of, in place"),
+        (reads_five, r"it reads 5 affine maps \(x.a, x.b, x.c, u.a, u.b\), and kernels have 1 to 4"),
+    ],
+)
+def test_explain_names_what_has_no_code(function, why, triton_device):
+    made = fusedrnn.cell(gates=("a", "b", "c") if function is reads_five else ("a",))(function)
+    module, x = fusedrnn.Recurrent(made, 3, 5, device=triton_device), torch.randn(4, 2, 3, device=triton_device)
+    reason = fusedrnn.explain(module, x).reasons["triton"]
+    assert re.search(f"no kernel for the cell {function.__name__}#[0-9]+, and can generate none: {why}", reason)
+    assert module(x)[0].shape == (4, 2, 5)
+    with fusedrnn.use_backend("triton"), pytest.raises(RuntimeError, match=why):
+        module(x)
+
+
+@has_triton
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_every_operation_is_written_for_triton(function, triton_device, monkeypatch):
+    """Also of what is not finite: each sequence has another number."""
+    monkeypatch.setenv("FUSEDRNN_FP32", "ieee")
+    made = fusedrnn.cell(gates=("a",))(lambda x, u: function(x.a, u.a))
+    module = fusedrnn.Recurrent(made, 1, 1, bias=False, device=triton_device)
+    torch.nn.init.ones_(module.weight_ih_l0)
+    x = torch.tensor([0.0, 1.0, -1.0, 0.3, 1e-5, 30.0, torch.inf, -torch.inf, torch.nan], device=triton_device)
+    h0 = torch.full((1, len(x), 1), 0.5, device=triton_device)
+
+    def run(backend):
+        given = x.clone().view(1, -1, 1).requires_grad_()
+        with fusedrnn.use_backend(backend):
+            return results([module(given, h0)[0]], [given])
+
+    for ours, theirs in zip(run("triton"), run("reference"), strict=True):
+        torch.testing.assert_close(ours, theirs, equal_nan=True, rtol=1e-5, atol=1e-5)
+
+
+def test_functions_above_have_every_operation():
+    made = [fusedrnn.cell(gates=("a",))(lambda x, u, f=f: f(x.a, u.a)).definition for f in FUNCTIONS.values()]
+    found = {line.operation for cell in made for line in (*cell.program.forward, *cell.program.backward)}
+    assert found == program.OPERATIONS
+
+
+@has_triton
+@pytest.mark.parametrize(
+    ("name", "units", "dtype"),
+    [
+        ("no_input_gate", 20, torch.bfloat16),
+        ("coupled_with_peepholes", 20, torch.float32),
+        ("mutant", 20, torch.float16),
+        ("rnn", 20, torch.float32),
+        ("with_parameters", 40, torch.float32),  # some programs
+        ("mutant", 40, torch.float32),
+    ],
+)
+def test_generated_kernels_compute_what_the_reference_does(name, units, dtype, triton_device):
+    """With lengths, resets and initial states. The error is held to that of the reference in the same dtype."""
+    cell = getattr(example(), name, None) or globals()[name]
+    module = fusedrnn.Recurrent(cell, 5, units, bidirectional=True, device=triton_device, dtype=dtype)
+    sizes = [(3, 3, 5), *[(2, 3, units)] * (2 if cell.definition.carry == "cell" else 1)]
+    inputs = [torch.randn(size).to(triton_device, dtype) for size in sizes]
+    calls = {"lengths": torch.tensor([2, 0, 3]).to(triton_device), "reset": (torch.rand(3, 3) < 0.3).to(triton_device)}
+
+    def run(backend, dtype):
+        own = copy.deepcopy(module).to(dtype)
+        x, *states = (t.to(dtype).requires_grad_() for t in inputs)
+        with fusedrnn.use_backend(backend), testing.poisoned():
+            y, last = own(x, tuple(states) if len(states) == 2 else states[0], **calls)
+        last = last if isinstance(last, tuple) else (last,)
+        return results([y, *last], [x, *states, *own.parameters()])
+
+    for our, their, right in zip(*(run("triton", dtype), run("reference", dtype), run("reference", F64)), strict=True):
+        error, allowed = (our.double() - right).abs().max(), (their.double() - right).abs().max()
+        assert error <= 2 * allowed + 16 * testing.roundoff(dtype) * right.abs().max()
+
+
 def mixes(x, u):
     return x.a.flip(-1)
 
@@ -154,8 +361,6 @@ def test_what_is_no_cell_is_no_module():
 
 
 def test_the_example_learns():
-    spec = importlib.util.spec_from_file_location("own_cell", EXAMPLE)
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    assert example.train(example.coupled_with_peepholes, steps=4, updates=120) < 0.1
+    cells = example()
+    assert cells.train(cells.coupled_with_peepholes, steps=4, updates=120) < 0.1
     assert len(EXAMPLE.read_text().splitlines()) <= 66

@@ -17,7 +17,7 @@ from torch import nn
 
 import fusedrnn
 from fusedrnn import autograd, dispatch, gpu, ops, testing
-from fusedrnn.cells import CELLS
+from fusedrnn.cells import CELLS, VARIANTS
 from fusedrnn.testing import Answer, Case
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -423,7 +423,7 @@ def test_operators_of_other_cells_pass_opcheck(cell, B):
 
 def test_a_cell_that_a_backend_does_not_have(launch, monkeypatch):
     with fusedrnn.use_backend("triton"):
-        assert [dispatch.supports("triton", problem(cell=cell)) for cell in CELLS] == [None] * len(CELLS)
+        assert {dispatch.supports("triton", problem(cell=cell)) for cell in (*CELLS, *VARIANTS)} == {None}
     x, weights = torch.randn(3, 2, 4), [torch.randn(12, 4), torch.randn(12, 4)]
     monkeypatch.setattr(launch, "CELLS", frozenset({"lstm"}))
     with pytest.raises(NotImplementedError, match="no kernel for the cell gru, it has lstm"):

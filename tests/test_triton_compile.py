@@ -9,6 +9,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -59,8 +60,48 @@ def test_no_kernel_spills_or_exceeds_its_plan(compiled):
         "projected",
         "gru",
         "rnn_tanh",
+        "lstm_peephole+hcg",
     ):
         assert any(name in row["variant"] for row in rows), name
+
+
+OWN = """
+import importlib.util, json, os, sys
+os.environ.pop("TRITON_INTERPRET", None)
+from fusedrnn.kernels import compile as ahead
+from fusedrnn.kernels.plan import H200, Shape
+spec = importlib.util.spec_from_file_location("own_cell", sys.argv[1])
+cells = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(cells)
+out = {}
+for cell in (cells.no_input_gate, cells.coupled_with_peepholes, cells.mutant):
+    shapes = [Shape(128, 64, 64, 64, 64, 2, 2, "tf32", True), Shape(128, 16, 512, 512, 512, 1, 2, "tf32")]
+    shapes += [Shape(128, 64, 1024, 1024, 1024, 1, 4, "tf32")]
+    problems = [ahead.Problem(shape._replace(cell=cell.definition.name), True) for shape in shapes]
+    for variant in ahead.variants([H200], problems):
+        outcome = ahead.report(variant)
+        out[str(variant)] = [outcome.failure, variant.plan.regime]
+print(json.dumps(out))
+"""
+
+
+@pytest.mark.compiles
+def test_generated_kernels_do_not_spill(tmp_path):
+    example = Path(__file__).parents[1] / "examples" / "own_cell.py"
+    result = subprocess.run(
+        [sys.executable, "-c", OWN, example],
+        env=environment(),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert {name: failure for name, (failure, _) in found.items() if failure} == {}
+    assert len(found) == 18
+    assert {regime for _, regime in found.values()} == {"rows", "resident", "streamed"}
 
 
 ONE = """

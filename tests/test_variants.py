@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
 import fusedrnn
-from fusedrnn import cells, cli, dispatch, layout, testing
+from fusedrnn import autograd, cells, cli, dispatch, layout, reference, testing
 from fusedrnn.noise import Noise
 
 F64 = torch.float64
@@ -57,6 +57,19 @@ def drawn(monkeypatch):
 
     monkeypatch.setattr(Noise, "draw", record)
     return found
+
+
+@pytest.fixture
+def same_noise(monkeypatch):
+    """What is drawn first is drawn again, in any dtype."""
+    found, draw = [], Noise.draw
+
+    def again(self, cell, form, D, sizes, like, training):
+        if not found:
+            found.append(draw(self, cell, form, D, sizes, like, training))
+        return found[0].to(reference.compute_dtype(like.dtype))
+
+    monkeypatch.setattr(Noise, "draw", again)
 
 
 def sequence(x, h, c, w, v, coupled, reset, length, reverse):
@@ -211,39 +224,81 @@ def test_kernels_compute_what_the_reference_does_in_float64(backend, dtype, name
         assert error <= 2 * allowed + 4 * testing.roundoff(dtype) * right.abs().max()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+has_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+
+@pytest.fixture
+def triton_device(monkeypatch):
+    """The GPU, or the CPU for Triton's interpreter."""
+    if torch.cuda.is_available():
+        return "cuda"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    return "cpu"
+
+
+@has_triton
 @pytest.mark.parametrize(
-    ("name", "units", "more"),
+    ("name", "units", "form", "dtype", "more"),
     [
-        ("peephole", 20, {"bidirectional": True}),  # one program
-        ("coupled", 20, {}),
-        ("peephole-coupled", 72, {"bidirectional": True}),  # some programs
-        ("peephole", 24, {"proj_size": 10, "bias": False}),
+        ("peephole", 20, "ragged", torch.float32, {"bidirectional": True}),  # one program
+        ("coupled", 20, "ragged", torch.float32, {}),
+        ("zoneout", 20, "ragged", torch.float32, {"bidirectional": True}),
+        ("candidate", 20, "plain", torch.float16, {"bidirectional": True}),
+        ("state", 20, "ragged", torch.float32, {"bidirectional": True}),
+        ("peephole-zoneout_c-candidate", 20, "packed", torch.float32, {}),
+        ("everything", 20, "ragged", torch.bfloat16, {"bidirectional": True}),
+        ("everything", 72, "ragged", torch.float32, {"bidirectional": True}),  # some programs
+        ("peephole", 24, "plain", torch.float32, {"proj_size": 10, "bias": False}),
+        ("state", 24, "plain", torch.float32, {"proj_size": 10}),
     ],
 )
-def test_triton_kernels_compute_what_the_reference_does(name, units, more, monkeypatch):
-    """In Triton's interpreter where there is no GPU; with lengths, resets, states, and the gates computed again."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
-    if name == "coupled":
+def test_triton_kernels_compute_what_the_reference_does(
+    name, units, form, dtype, more, monkeypatch, same_noise, triton_device
+):
+    """Every state, and where the name says so the gates computed again. The error is held to that of the reference."""
+    if name in ("coupled", "state"):
         monkeypatch.setenv("FUSEDRNN_RESERVE", "recompute")
-    module = fusedrnn.LSTM(5, units, device=device, **OPTIONS[name], **more)
+    module = fusedrnn.LSTM(5, units, device=triton_device, dtype=dtype, **OPTIONS[name], **more)
     rows, P = 2 if "bidirectional" in more else 1, module.proj_size or units
-    x, hx = torch.randn(3, 3, 5), (torch.randn(rows, 3, P), torch.randn(rows, 3, units))
-    calls = {"lengths": torch.tensor([2, 0, 3], device=device), "reset": (torch.rand(3, 3) < 0.3).to(device)}
-    calls = calls if "proj_size" not in more else {}
+    inputs = [torch.randn(size).to(triton_device, dtype) for size in ((3, 3, 5), (rows, 3, P), (rows, 3, units))]
+    ragged = {"lengths": torch.tensor([2, 0, 3]), "reset": torch.rand(3, 3) < 0.3} if form == "ragged" else {}
+    calls = {key: value.to(triton_device) for key, value in ragged.items()}
 
     def run(backend, dtype):
         own = copy.deepcopy(module).to(dtype)
-        leaves = [t.to(device, dtype).requires_grad_() for t in (x, *hx)] + [*own.parameters()]
+        leaves = [t.to(dtype).requires_grad_() for t in inputs] + [*own.parameters()]
+        x, *hx = leaves[:3]
+        x = pack_padded_sequence(x, [1, 3, 2], enforce_sorted=False) if form == "packed" else x
         with fusedrnn.use_backend(backend), testing.poisoned():
-            y, (hn, cn), states = own(leaves[0], leaves[1:3], return_states=True, **calls)
-            return results([y, hn, cn, states.c[0]], leaves)
+            y, (hn, cn), states = own(x, hx, return_states=True, **calls)
+            y, c = (s.data if form == "packed" else s for s in (y, states.c[0]))
+            return results([y, hn, cn, c], leaves)
 
-    exact = run("reference", F64)
-    for our, right in zip(run("triton", torch.float32), exact, strict=True):
-        torch.testing.assert_close(our.double(), right, rtol=2e-5, atol=2e-5)
+    ours, theirs, exact = run("triton", dtype), run("reference", dtype), run("reference", F64)
+    for our, their, right in zip(ours, theirs, exact, strict=True):
+        error, allowed = (our.double() - right).abs().max(), (their.double() - right).abs().max()
+        assert error <= 2 * allowed + 16 * testing.roundoff(dtype) * right.abs().max()
+
+
+@has_triton
+@pytest.mark.parametrize(("units", "projection"), [(20, None), (24, 10)])
+def test_multipliers_of_the_state_may_change_with_time(units, projection, triton_device):
+    """They are those of the step whose product takes the state, also where that is its first."""
+    D, steps, batch, P = 2, 3, 3, projection or units
+    sizes = [(4 * units, 5), (4 * units, P), (4 * units,), (4 * units,), *([(P, units)] if projection else [])] * D
+    generator = torch.Generator().manual_seed(0)
+    x, h0, c0, noise, *weights = (
+        torch.randn(size, generator=generator, dtype=F64).mul(0.3).requires_grad_()
+        for size in ((steps, batch, 5), (D, batch, P), (D, batch, units), (1, steps, batch, D * P), *sizes)
+    )
+    lengths, noise = torch.tensor([2, 0, 3]), 1 + noise.detach()
+
+    def run(backend, dtype):
+        own = [t.detach().to(triton_device, dtype).requires_grad_() for t in (x, h0, c0, *weights)]
+        given = (lengths.to(triton_device), None, False, noise.to(triton_device, dtype))
+        return results(autograd.layer(backend, "lstm+r", own[0], own[3:], True, *own[1:3], *given)[:3], own)
+
+    assert_close([our.double() for our in run("triton", torch.float32)], run("reference", F64), rtol=2e-5, atol=2e-5)
 
 
 def evaluated(node, feeds):

@@ -5,7 +5,7 @@ import copyreg
 from .gru import GRU
 from .lstm import LSTM
 from .lstm_variants import VARIANTS, lstm_variant
-from .own import OWN, OwnCell, cell
+from .own import OWN, OwnCell, cell, obstacle
 from .rnn import RNN_RELU, RNN_TANH
 from .spec import NOISE, Cell
 
@@ -41,4 +41,5 @@ __all__ = [
     "cell",
     "lstm_variant",
     "named",
+    "obstacle",
 ]

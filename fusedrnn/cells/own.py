@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .program import Program, UntranslatableError, record
 from .spec import Cell
 
 OWN: dict[str, Cell] = {}  # by name
@@ -55,7 +56,8 @@ def cell(
 
     and with parameters one more argument p: p.a [H] for a parameter a, of which each unit has its own. It has to be
     pointwise, a function of each unit and each sequence apart, and differentiable by autograd, twice for second
-    derivatives. It is checked when it is defined.
+    derivatives. It is checked when it is defined, and what it computes is recorded, for kernels that are generated:
+    docs/variants.md says for which functions.
 
     Args:
         gates: the names of the affine maps; weights have a block of H rows for each, in this order.
@@ -79,36 +81,69 @@ def cell(
         raise ValueError(f"names must differ, got gates {gates} and parameters {parameters}")
 
     def decorate(function: Callable[..., Any]) -> OwnCell:
-        definition = _definition(function, gates, state, parameters)
-        _check(function.__name__, definition)
+        call = _call_of(function, gates, state, parameters)
+        name = f"{function.__name__}#{next(_count)}"
+        apart = (*(f"x.{gate}" for gate in gates), *(f"u.{gate}" for gate in gates))
+        _check(function.__name__, _definition(name, call, gates, state, parameters, apart))
+        definition = _definition(
+            name, call, gates, state, parameters, *_translated(call, apart, gates, state, parameters)
+        )
         OWN[definition.name] = definition
         return OwnCell(function, definition)
 
     return decorate
 
 
+_MOST_MAPS = 4  # that the kernels read
+
+
+def obstacle(cell: Cell) -> str | None:
+    """Why no kernel can be generated for a cell of one's own, or None."""
+    if not isinstance(cell.program, Program):
+        return cell.program
+    if not 0 < len(cell.read) <= _MOST_MAPS:
+        return f"it reads {len(cell.read)} affine maps ({', '.join(cell.saved)}), and kernels have 1 to {_MOST_MAPS}"
+    return None
+
+
 _count = itertools.count()
+_CARRIES: dict[Any, Any] = {"c": "cell", "h": "hidden", None: None}
+_Call = Callable[[dict[str, Tensor], Tensor, dict[str, Tensor]], tuple[Any, ...]]
 
 
 def _definition(
-    function: Callable[..., Any], gates: tuple[str, ...], state: str | None, parameters: tuple[str, ...]
+    name: str,
+    call: _Call,
+    gates: tuple[str, ...],
+    state: str | None,
+    parameters: tuple[str, ...],
+    maps: tuple[str, ...],
+    unread: tuple[str, ...] = (),
+    program: Program | str | None = None,
 ) -> Cell:
-    G, K = len(gates), len(parameters)
-    by_gate, by_parameter = namedtuple("Maps", gates), namedtuple("Parameters", parameters)  # type: ignore[misc]
+    K, read = len(parameters), [k for k, of in enumerate(maps) if of not in unread]
+
+    def of_read(values: Tensor) -> Tensor:
+        """What is saved of the maps."""
+        if not unread:
+            return values
+        each = values.chunk(len(maps), dim=-1)
+        return torch.cat([each[k] for k in read], dim=-1) if read else values[..., :0]
+
+    def of_saved(saved: Tensor, like: Tensor) -> Tensor:
+        """The maps, those that are not read as zeros."""
+        if not unread:
+            return saved
+        each = iter(saved.chunk(len(read), dim=-1)) if read else iter(())
+        return torch.cat([torch.zeros_like(like) if of in unread else next(each) for of in maps], dim=-1)
 
     def step(a: Tensor, carry: Tensor, p: Tensor | None = None, _: Any = None) -> tuple[Tensor, Tensor, Tensor]:
-        each = a.chunk(2 * G, dim=-1)
-        states = () if state is None else (carry,)
-        own = () if p is None else (by_parameter(*p.chunk(K, dim=-1)),)
-        found = function(by_gate(*each[:G]), by_gate(*each[G:]), *states, *own)
-        if state != "c":
-            return found, carry if state is None else found, a
-        if not isinstance(found, tuple) or len(found) != 2:
-            raise TypeError(f"{function.__name__} must return (h, c), got {type(found).__name__}")
-        return *found, a
+        own = {} if p is None else dict(zip(parameters, p.chunk(K, dim=-1), strict=True))
+        found = call(dict(zip(maps, a.chunk(len(maps), dim=-1), strict=True)), carry, own)
+        return found[0], carry if state is None else found[-1], of_read(a)
 
     def step_backward(
-        a: Tensor,
+        saved: Tensor,
         carry_in: Tensor,
         carry: Tensor,
         dm: Tensor,
@@ -116,6 +151,7 @@ def _definition(
         p: Tensor | None = None,
         _: Any = None,
     ) -> tuple[Tensor, ...]:
+        a = of_saved(saved, dm)
         if p is None:
             outputs, pullback, *_ = torch.func.vjp(lambda *args: step(*args)[:2], a, carry_in)
             return *pullback((dm, dcarry)), outputs[0]
@@ -124,20 +160,77 @@ def _definition(
         da, dcarry, dp = pullback((dm, dcarry))
         return da, dcarry, outputs[0], dp
 
-    nothing = (None,) * G
     return Cell(
-        name=f"{function.__name__}#{next(_count)}",
+        name=name,
         gates=gates,
-        maps=(*(f"x.{gate}" for gate in gates), *(f"u.{gate}" for gate in gates)),
-        input=(*range(G), *nothing),
-        recurrent=(*nothing, *range(G)),
-        saved=(*(f"x.{gate}" for gate in gates), *(f"u.{gate}" for gate in gates)),
-        carry={"c": "cell", "h": "hidden", None: None}[state],  # type: ignore[arg-type]
+        maps=maps,
+        input=tuple(gates.index(of[2:]) if of[:2] != "u." else None for of in maps),
+        recurrent=tuple(gates.index(of[2:]) if of[:2] != "x." else None for of in maps),
+        saved=tuple(of for of in maps if of not in unread),
+        carry=_CARRIES[state],
         step=step,
         activate_=lambda a: None,
         step_backward=step_backward,
         parameters=parameters,
+        unread=unread,
+        program=program,
     )
+
+
+def _call_of(
+    function: Callable[..., Any], gates: tuple[str, ...], state: str | None, parameters: tuple[str, ...]
+) -> _Call:
+    """The function of maps by name, the carry, and parameters by name: (h,), or (h, c).
+
+    A map "s.i" is the sum of x.i and u.i, of which the function reads nothing else: it gets the one for x.i, and zeros
+    for u.i.
+    """
+    by_gate, by_parameter = namedtuple("Maps", gates), namedtuple("Parameters", parameters)  # type: ignore[misc]
+
+    def call(maps: dict[str, Tensor], carry: Tensor, own: dict[str, Tensor]) -> tuple[Any, ...]:
+        x = by_gate(*(maps[f"{'s' if f's.{gate}' in maps else 'x'}.{gate}"] for gate in gates))
+        u = by_gate(*(maps[f"u.{g}"] if f"u.{g}" in maps else torch.zeros_like(maps[f"s.{g}"]) for g in gates))
+        arguments: list[Any] = [x, u]
+        arguments += [] if state is None else [carry]
+        arguments += [by_parameter(**own)] if parameters else []
+        found = function(*arguments)
+        if state != "c":
+            return (found,)
+        if not isinstance(found, tuple) or len(found) != 2:
+            raise TypeError(f"{function.__name__} must return (h, c), got {type(found).__name__}")
+        return found
+
+    return call
+
+
+def _translated(
+    call: _Call, apart: tuple[str, ...], gates: tuple[str, ...], state: str | None, parameters: tuple[str, ...]
+) -> tuple[tuple[str, ...], tuple[str, ...], Program | str]:
+    """The maps of a cell, those of them that it does not read, and its program or why there is none.
+
+    apart: the maps that it can do with in any case.
+    """
+
+    def recorded(maps: Sequence[str]) -> Program:
+        def run(given: dict[str, Tensor]) -> tuple[Tensor, ...]:
+            own = {name: given[f"p.{name}"] for name in parameters}
+            found = call({name: given[name] for name in maps}, given.get("carry"), own)  # type: ignore[arg-type]
+            return (*found, found[0]) if state == "h" else found
+
+        carry = [] if state is None else ["carry"]
+        inputs = [*maps, *carry, *(f"p.{name}" for name in parameters)]
+        return record(run, inputs, ["dm", "dcarry"][: 1 + len(carry)])
+
+    try:
+        maps, program = apart, recorded(apart)
+        summed = [g for g in gates if program.only_sums(f"x.{g}", f"u.{g}")]
+        if summed:
+            split = [g for g in gates if g not in summed]
+            maps = (*(f"x.{g}" for g in split), *(f"s.{g}" for g in summed), *(f"u.{g}" for g in split))
+            program = recorded(maps)
+    except UntranslatableError as error:
+        return apart, (), str(error)
+    return maps, tuple(name for name in maps if not program.reads(name)), program
 
 
 def _check(name: str, definition: Cell) -> None:

@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .program import Program
+
 Blocks = tuple[int | None, ...]
 Step = Callable[..., tuple[Tensor, Tensor, Tensor]]
 StepBackward = Callable[..., tuple[Tensor, ...]]
@@ -52,6 +54,8 @@ class Cell:
         noise: the multipliers that a call of the layer is given, each [T, B, H] (a sequence may have one for all
             steps), by the names of `NOISE`. Those of "h" and "r" are about the hidden state, whatever the cell, and are
             applied around the pointwise function.
+        unread: of the maps, those that the pointwise function does not read. Their gradient is zero.
+        program: of a cell of one's own, its pointwise function for whoever generates code, or why there is none.
 
     A cell with parameters, or with noise "c" or "g", has a `step` and a `step_backward` with two more arguments: the
     parameters [K*H] or None, and a dict of name -> multipliers [..., H]. Its `step_backward` returns one more result:
@@ -70,6 +74,8 @@ class Cell:
     step_backward: StepBackward
     parameters: tuple[str, ...] = ()
     noise: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
+    program: Program | str | None = None
 
     @property
     def title(self) -> str:
@@ -88,6 +94,11 @@ class Cell:
     def cell_size(self, hidden_size: int) -> int:
         """How many numbers c has: H, or 0 for a cell without."""
         return hidden_size if self.has_cell_state else 0
+
+    @property
+    def read(self) -> tuple[int, ...]:
+        """Which of the maps the pointwise function reads."""
+        return tuple(k for k, name in enumerate(self.maps) if name not in self.unread)
 
     def maps_of(self, rows: Tensor, blocks: Blocks, dim: int = -1) -> Tensor:
         """Affine maps [..., G*H] where the pointwise function reads them, [..., M*H]; zeros in maps that have none."""
