@@ -25,7 +25,7 @@ from torch import Tensor
 from .cells import Cell, named
 from .cells.spec import Blocks
 from .layout import DirectionWeights, split_directions
-from .reference import entering, existing, where_exists
+from .reference import compute_dtype, entering, existing, where_exists
 
 FP32_VARIABLE = "FUSEDRNN_FP32"
 FP32_PRECISIONS = ("ieee", "tf32", "tf32x3")
@@ -123,7 +123,7 @@ def forward(
     """`ops.FORWARD_SCHEMA` by one launch; reserved is what the cell saves [D, T, B, S*H], or nothing: see `reserve`."""
     kind = _cell(launch, cell)
     keep = for_backward and reserves_gates(kind)
-    x, h0, c0, lengths, reset, *flat = _contiguous(x, h0, c0, lengths, reset, *weights)
+    x, h0, c0, lengths, reset, noise, *flat = _contiguous(x, h0, c0, lengths, reset, noise, *weights)
     directions = split_directions(flat, bidirectional, kind)
     (T, B, _), D, (P, H) = x.shape, len(directions), _sizes(directions)
     C, S = kind.cell_size(H), len(kind.saved)
@@ -143,7 +143,7 @@ def forward(
     saved = None if not keep else xg if fits else x.new_empty(D, T, B, S * H)
     first, *carry = _carry(kind, h0, c0), cn if C else None, c if C else None
     w_ih, w_hh, b_ih, b_hh, w_hr, w_p = zip(*directions, strict=True)
-    more = {"w_p": w_p} if kind.parameters else {}
+    more = _more(kind, w_p, noise)
     launch.forward(plan, x, xg, w_ih, b_ih, b_hh, w_hh, w_hr, h0, first, lengths, reset, y, hn, *carry, saved, **more)
     return y, hn, cn, empty if c is None else c, empty.clone() if saved is None else saved
 
@@ -170,8 +170,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """`ops.BACKWARD_SCHEMA` by one launch, and GEMMs over what it leaves."""
     kind = _cell(launch, cell)
-    dy, dhn, dcn, dc, x, h0, c0, lengths, reset, y, *flat = _contiguous(
-        dy, dhn, dcn, dc, x, h0, c0, lengths, reset, y, *weights
+    dy, dhn, dcn, dc, x, h0, c0, lengths, reset, y, noise, *flat = _contiguous(
+        dy, dhn, dcn, dc, x, h0, c0, lengths, reset, y, noise, *weights
     )
     directions = split_directions(flat, bidirectional, kind)
     (T, B, _), D, (P, H) = x.shape, len(directions), _sizes(directions)
@@ -188,7 +188,7 @@ def backward(
         x = where_exists(x, steps)
     if saved.numel() == 0:
         with _gemms_in(shape.precision, x):
-            saved = _saved_again(kind, x, directions, h0, steps, reset, y)
+            saved = _saved_again(kind, x, directions, h0, steps, reset, y, noise)
     da = x.new_empty(D, T, B, len(kind.maps) * H)
     dh_out = x.new_empty(D, T, B, P) if shape.projected else None
     dh0 = x.new_empty(D, B, P) if needs_h0 else None
@@ -198,7 +198,7 @@ def backward(
     _, w_hh, _, _, w_hr, w_p = zip(*directions, strict=True)
     plan = launch.plan_for("backward", shape, x.device)
     results = (da, dh_out, dh0, dc0 if C else None)
-    more = {"w_p": w_p} if kind.parameters else {}
+    more = _more(kind, w_p, noise)
     m = launch.backward(plan, dy, dhn, *dcarry, w_hh, w_hr, first, lengths, reset, carries, saved, *results, **more)
 
     with _gemms_in(shape.precision, x):
@@ -207,7 +207,7 @@ def backward(
         for d, w in enumerate(directions):
             of_input, of_state = _window(da[d], kind.input), _window(da[d], kind.recurrent)
             y_d, c_d = y[..., d * P : (d + 1) * P], c[..., d * C : (d + 1) * C]
-            first = None if h0 is None else h0[d]
+            first, v = None if h0 is None else h0[d], _multipliers(kind, noise, D, d)
             dweights.append(
                 _in_order_of_gates(of_input.flatten(0, 1).T @ x.flatten(0, 1), kind.input)
                 if next(needed)
@@ -215,7 +215,9 @@ def backward(
             )
             recurrent = next(needed)
             dweights.append(
-                _gradient_of_recurrence(of_state, y_d, first, steps, reset, d == 1) if recurrent else empty.clone()
+                _gradient_of_recurrence(of_state, y_d, first, steps, reset, d == 1, v.get("r"))
+                if recurrent
+                else empty.clone()
             )
             if w.b_ih is not None:
                 wanted = (next(needed), next(needed))
@@ -228,7 +230,7 @@ def backward(
             if w.w_p is not None:
                 first = c_d.new_zeros(B, C) if c0 is None else c0[d]
                 dweights.append(
-                    _gradient_of_peepholes(kind, da[d], entering(c_d, first, steps, reset, d == 1), c_d)
+                    _gradient_of_parameters(kind, da[d], saved[d], entering(c_d, first, steps, reset, d == 1), c_d, v)
                     if next(needed)
                     else empty.clone()
                 )
@@ -237,6 +239,16 @@ def backward(
 
 def _contiguous(*tensors: Tensor | None) -> list[Any]:
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+def _more(cell: Cell, w_p: Sequence[Tensor | None], noise: Tensor | None) -> dict[str, Any]:
+    """What a launch takes of a cell with parameters or noise, by name."""
+    return ({"w_p": w_p} if cell.parameters else {}) | ({} if noise is None else {"noise": noise})
+
+
+def _multipliers(cell: Cell, noise: Tensor | None, D: int, d: int) -> dict[str, Tensor]:
+    """Of noise [K, T or 1, B, D*W], that of one direction, by name."""
+    return {} if noise is None else dict(zip(cell.noise, noise.chunk(D, dim=-1)[d], strict=True))
 
 
 def _carry(cell: Cell, h: Tensor | None, c: Tensor | None) -> Tensor | None:
@@ -284,6 +296,7 @@ def _saved_again(
     steps: Tensor | None,
     reset: Tensor | None,
     y: Tensor,
+    noise: Tensor | None,
 ) -> Tensor:
     """What a forward did not keep, [D, T, B, S*H]: x and the states that entered, in one product.
 
@@ -295,6 +308,7 @@ def _saved_again(
     for d, w in enumerate(directions):
         first = y.new_zeros(B, P) if h0 is None else h0[d]
         h_in = entering(y[..., d * P : (d + 1) * P], first, steps, reset, d == 1)
+        h_in = _dropped(h_in, _multipliers(cell, noise, len(directions), d).get("r"))
         bias = None
         if w.b_ih is not None and w.b_hh is not None:
             bias = cell.maps_of(w.b_ih, cell.input) + cell.maps_of(w.b_hh, cell.recurrent)
@@ -337,16 +351,28 @@ def _gradient_of_input(cell: Cell, da: Tensor, directions: Sequence[DirectionWei
     return dx
 
 
+def _dropped(h_in: Tensor, v: Tensor | None) -> Tensor:
+    """The state that enters each step as the product with w_hh takes it: rounded, with dropout of the state."""
+    return h_in if v is None else (h_in * v).to(h_in.dtype)
+
+
 def _gradient_of_recurrence(
-    da: Tensor, y: Tensor, h0: Tensor | None, steps: Tensor | None, reset: Tensor | None, reverse: bool
+    da: Tensor,
+    y: Tensor,
+    h0: Tensor | None,
+    steps: Tensor | None,
+    reset: Tensor | None,
+    reverse: bool,
+    v: Tensor | None = None,
 ) -> Tensor:
     """dw_hh [G*H, P] = sum over t of da_t^T h_in, where h_in is the state that enters step t.
 
-    da [T, B, G*H]: the gradients of the affine maps of the state, in torch's order of the gates.
+    da [T, B, G*H]: the gradients of the affine maps of the state, in torch's order of the gates. v: what h_in was
+    multiplied with.
     """
-    if steps is not None or reset is not None:
+    if steps is not None or reset is not None or v is not None:
         first = y.new_zeros(y.shape[1:]) if h0 is None else h0
-        return da.flatten(0, 1).T @ entering(y, first, steps, reset, reverse).flatten(0, 1)
+        return da.flatten(0, 1).T @ _dropped(entering(y, first, steps, reset, reverse), v).flatten(0, 1)
     # da against y, one step apart, without a copy of either.
     later, earlier = (da[:-1], y[1:]) if reverse else (da[1:], y[:-1])
     dw = later.flatten(0, 1).T @ earlier.flatten(0, 1)
@@ -358,11 +384,13 @@ def _outputs_of_cell(c: Tensor, saved: Tensor) -> Tensor:
     return saved[..., -c.shape[-1] :] * c.tanh()
 
 
-def _gradient_of_peepholes(cell: Cell, da: Tensor, c_in: Tensor, c: Tensor) -> Tensor:
-    """[K*H]: the output gate sees the c that leaves a step, others the one that enters. Summed in float32.
+def _gradient_of_parameters(
+    cell: Cell, da: Tensor, saved: Tensor, carry_in: Tensor, carry: Tensor, v: dict[str, Tensor]
+) -> Tensor:
+    """[K*H], summed over all steps and sequences in float32 at least.
 
-    da [T, B, M*H]; c_in and c [T, B, H].
+    da [T, B, M*H], saved [T, B, S*H]; carry_in and carry [T, B, H]; v: the multipliers by name.
     """
-    each = dict(zip(cell.maps, da.chunk(len(cell.maps), dim=-1), strict=True))
-    sums = [(each[gate] * (c if gate == "o" else c_in)).float().sum((0, 1)) for gate in cell.parameters]
-    return torch.cat(sums).to(da.dtype)
+    assert cell.parameters_backward is not None
+    dp = cell.parameters_backward(da, saved, carry_in, carry, v)
+    return dp.sum((0, 1), dtype=compute_dtype(da.dtype)).to(da.dtype)

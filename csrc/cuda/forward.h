@@ -31,6 +31,7 @@
 #include <type_traits>
 
 #include "exchange.h"
+#include "extras.h"
 #include "geometry.h"
 #include "inputs.h"
 #include "runs.h"
@@ -64,6 +65,8 @@ class Forward {
   static constexpr int kOfState = kCell.recurrent.begin, kOfStateEnd = kCell.recurrent.end;
   static constexpr bool kCarries = kCell.carry != Carry::kNone, kHasCellState = has_cell_state(kCell);
   static_assert(kSaved <= kMaps);
+  static constexpr bool kVariant = is_variant(kCell);
+  using Extra = CellExtras<M, C, ForwardParams>;
   template <Stage kStage>
   using Multiplier = WarpProduct<M, segments(kCell, kPass, kStage), kColumnTiles,
                                  register_blocks(kCell, Channel::kExchange, kPass, kStage, kMath, kRows, kProjected),
@@ -96,6 +99,7 @@ class Forward {
         is_plain_(kept(p.sequence.lengths == nullptr && p.sequence.reset == nullptr ? 1 : 0) != 0),
         steps_(shared + layout.steps + role.local_tile * kColumnTiles * kStepBytes),
         direction_(p.sizes, p.sequence, role.direction),
+        extra_(p, role.direction),
         x_(p, role, shared + layout.operands[static_cast<int>(Stage::kInput)]) {
     take_tile();
     in_units_ = Channel::kIdleWarpsTakePart ? role.rank < blocks_with(unit_tiles(), p.plan) : has_units_;
@@ -114,6 +118,7 @@ class Forward {
     unit_ = role_.tile * kUnits + role_.lane / 4;
     has_units_ = role_.tile < unit_tiles();
     has_outputs_ = role_.tile < output_tiles();
+    if constexpr (kVariant) extra_.load(peepholes_, unit_);
   }
 
   static FUSEDRNN_DEVICE Product product_of(const ForwardParams& p, Stage stage) {
@@ -182,6 +187,7 @@ class Forward {
         start_runs(b);
         look_at(0);
         if (is_plain_) cut_next_ = ColumnMask();
+        load_multipliers(0);
       } else {
         load(0);
       }
@@ -211,6 +217,7 @@ class Forward {
           store_step(a);
           copy_xg(n + 2 < T, next_slot(xg_slot_));
           if (!is_plain_) look_at(n + 1);
+          if (n + 1 < T) load_multipliers(n + 1);
         } else {
           store_h(direction_.at(n));
           store_cells(direction_.at(n), a);
@@ -508,6 +515,20 @@ class Forward {
   FUSEDRNN_DEVICE void find_rows(int64_t first_row) {
     first_row_ = first_row + role_.lane % 4 * 2;
     for_each_column([&](int n, int j) { lengths_[n][j] = unit_ < p_.sizes.H ? direction_.length(row(n, j)) : 0; });
+    if constexpr (kVariant) {
+      for_each_output([&](int n, int j, int k) {
+        of_state_[n][k][j] = extra_.of_state(is_output(n, j, k), row(n, j), output(k));
+      });
+    }
+  }
+
+  // Those of the n-th step, of a variant.
+  FUSEDRNN_DEVICE void load_multipliers([[maybe_unused]] int64_t step) {
+    if constexpr (kVariant) {
+      const int64_t t = direction_.at(step);
+      for_each_column(
+          [&](int n, int j) { extra_.load(multipliers_[n][j], is_unit(n, j), t, row(n, j), unit_); });
+    }
   }
 
   // Whether the state that enters the n-th step is cut to zero.
@@ -530,6 +551,7 @@ class Forward {
   FUSEDRNN_DEVICE void load(int64_t step) {
     const int64_t t = direction_.at(step);
     look_at(step);
+    load_multipliers(step);
     FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
       FUSEDRNN_UNROLL for (int v = 0; v < 2 * kMaps; ++v) xg_[n][v / 2][v % 2] = 0;
     }
@@ -608,7 +630,13 @@ class Forward {
     for_each_column([&](int n, int j) {
       A maps[1][kMaps], carry[1] = {cut_(n, j) ? A(0) : carry_[n][j]}, m[1];
       FUSEDRNN_UNROLL for (int k = 0; k < kMaps; ++k) maps[0][k] = a[n][k][j];
-      C::template forward<typename M::ForwardMath, 1>(p_.plan.cell, maps, carry, m);
+      if constexpr (kVariant) {
+        const auto operands = extra_.operands(peepholes_, multipliers_[n][j]);
+        C::template forward<typename M::ForwardMath, 1>(p_.plan.cell, maps, carry, m, operands);
+        if constexpr (!kProjected) m[0] = extra_.zoned_out(multipliers_[n][j], cut_(n, j) ? A(0) : h_[n][0][j], m[0]);
+      } else {
+        C::template forward<typename M::ForwardMath, 1>(p_.plan.cell, maps, carry, m);
+      }
       if constexpr (kCarries) carry_[n][j] = exists_(n, j) ? carry[0] : carry_[n][j];
       if constexpr (kProjected) {
         m_[n][j] = exists_(n, j) ? m[0] : A(0);  // nor is there a unit: its zero weights would make NaN of an infinity
@@ -644,7 +672,10 @@ class Forward {
 
   // Sends the state that enters the step that comes.
   FUSEDRNN_DEVICE void send_h() {
-    send<kOutputs * 8>(h_channel_, has_outputs_, [&](int n, int j, int k) { return cut_(n, j) ? A(0) : h_[n][k][j]; });
+    send<kOutputs * 8>(h_channel_, has_outputs_, [&](int n, int j, int k) {
+      if constexpr (kVariant) return cut_(n, j) ? A(0) : h_[n][k][j] * of_state_[n][k][j];
+      return cut_(n, j) ? A(0) : h_[n][k][j];
+    });
   }
   FUSEDRNN_DEVICE void announce_h() {
     if (in_outputs_) h_channel_.announce();
@@ -709,6 +740,7 @@ class Forward {
   const bool is_plain_;  // whether all steps exist, and no state is cut
   char* steps_;          // [column tile] of kStepsAhead steps of xg, and of the outputs of a step
   const Direction direction_;
+  const Extra extra_;  // of a variant
   X x_;  // only where the launch takes it
   int unit_;
   // Whether the warp has a tile of units, and of outputs; and whether the thread takes part in receiving h, and m.
@@ -726,6 +758,10 @@ class Forward {
   int xg_slot_ = 0;      // of the step that comes
   bool ragged_ = false;  // whether any of these is
   A m_[kColumnTiles][2];
+  // Of a variant: those of the step that comes, and what the state is multiplied with where it enters the product.
+  typename Extra::Peepholes peepholes_;
+  typename Extra::Multipliers multipliers_[kColumnTiles][2];
+  A of_state_[kColumnTiles][kOutputs][2];
   ColumnMask exists_;          // whether that step does
   ColumnMask cut_, cut_next_;  // whether the state that enters it, or the next, is zero
 };

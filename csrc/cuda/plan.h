@@ -106,9 +106,9 @@ FUSEDRNN_BOTH constexpr int register_blocks(const CellSpec& cell, Exchange excha
   if (stage == Stage::kProjection) return 1;
   if (math == Math::kFloat32) return 2;
   if (projected) return forward ? 5 : 8;
-  const bool tf32 = math == Math::kTf32;
-  if (!forward) return narrow ? 10 : tf32 ? 1 : 3;
-  const int of_four = !narrow ? 2 : tf32 ? 5 : 6, of_tile = segments(cell, pass, stage);
+  const bool tf32 = math == Math::kTf32, variant = is_variant(cell);  // which has its multipliers
+  if (!forward) return narrow ? 10 : tf32 ? (variant ? 0 : 1) : variant ? 1 : 3;
+  const int of_four = !narrow ? 2 : (tf32 ? 5 : 6) - (variant ? 1 : 0), of_tile = segments(cell, pass, stage);
   if (cell.maps > of_tile) return of_four - 1;  // maps of one product alone take registers as well
   const int blocks = of_four * 4 / of_tile, most = narrow ? 8 : 4;
   return blocks < most ? blocks : most;
@@ -136,7 +136,7 @@ FUSEDRNN_BOTH constexpr int scatter_blocks(const CellSpec& cell, Math math, int 
 // Tiles of dh of which a warp has the weights in registers, 8 registers for each K block.
 FUSEDRNN_BOTH constexpr int scatter_outputs_in_registers(const CellSpec& cell, Math math, int rows, int tiles) {
   const int wide = math == Math::kTf32 || tiles > 2 ? 0 : 8;
-  const int on_matrix_unit = rows != kColumns ? wide : tiles <= 2 ? 16 : 12;
+  const int on_matrix_unit = rows != kColumns ? wide : (tiles <= 2 ? 16 : 12) - (is_variant(cell) ? 4 : 0);
   const int blocks = uses_matrix_unit(math) ? on_matrix_unit : math == Math::kFloat32 ? 8 : 0;
   const int outputs = blocks / scatter_blocks(cell, math, tiles);
   return outputs < 4 ? outputs : 4;

@@ -24,6 +24,7 @@
 #pragma once
 
 #include "backward_inputs.h"
+#include "extras.h"
 #include "geometry.h"
 #include "product.h"
 #include "stream.h"
@@ -38,6 +39,7 @@ class ScatterTiles {
       : p_(p),
         role_(p.plan),
         direction_(p.sizes, p.sequence, role_.direction),
+        extra_(p, role_.direction),
         thread_(thread_index()),
         first_unit_(role_.rank * kUnits),
         all_tiles_(static_cast<int>(ceil_div(p.sizes.H, 16))),
@@ -53,6 +55,9 @@ class ScatterTiles {
     parts_ = reinterpret_cast<A*>(shared + layout.partial[0]);
     copies_ = shared + layout.staging;
     barriers_ = reinterpret_cast<Mbarrier*>(shared + layout.barriers[0]);
+    if constexpr (kVariant) {
+      FUSEDRNN_UNROLL for (int k = 0; k < kCells; ++k) extra_.load(peepholes_[k], first_unit_ + cell(k).unit);
+    }
   }
 
   FUSEDRNN_DEVICE void run() {
@@ -89,6 +94,8 @@ class ScatterTiles {
   static constexpr int kMaps = kCell.maps, kSaved = kCell.saved;
   static constexpr bool kCarries = kCell.carry != Carry::kNone, kHasCellState = has_cell_state(kCell);
   static_assert(kSaved <= kMaps);
+  static constexpr bool kVariant = is_variant(kCell);
+  using Extra = CellExtras<M, C, BackwardParams>;
   static constexpr int kK = scatter_blocks(kCell, kMath, kTiles);  // K blocks of the product
   static constexpr int kOfTile = scatter_blocks(kCell, kMath, 1);
   // Whether da ends within the last of them.
@@ -133,6 +140,7 @@ class ScatterTiles {
       if constexpr (!M::kRoundsOperands) stores_.store(da);
       copy(n - kStepsCopied);
       look_at(n - 1);
+      if (n > 0) load_multipliers(n - 1);
       receive();
     }
     finish();
@@ -151,8 +159,10 @@ class ScatterTiles {
       dh_[k] = is_there && p_.dhn != nullptr ? number(p_.dhn, at) : A(0);
       dc_[k] = kHasCellState && is_there && p_.dcn != nullptr ? number(p_.dcn, at) : A(0);
       c0_[k] = kCarries && is_there && p_.c0 != nullptr ? number(p_.c0, at) : A(0);
+      if constexpr (kVariant) of_state_[k] = extra_.of_state(is_there, b, first_unit_ + c.unit);
     }
     look_at(p_.sizes.T - 1);
+    load_multipliers(p_.sizes.T - 1);
     const int64_t backwards = role_.direction == 1 ? 1 : -1;  // from a step to the next that is computed
     inputs_.template start<kStepsCopied>(p_, direction_, thread_, first_row, first_unit_, role_.direction == 1,
                                          copies_);
@@ -193,6 +203,32 @@ class ScatterTiles {
     }
   }
 
+  // Those of the n-th step, of a variant.
+  FUSEDRNN_DEVICE void load_multipliers([[maybe_unused]] int64_t n) {
+    if constexpr (kVariant) {
+      const int64_t t = direction_.at(n);
+      FUSEDRNN_UNROLL for (int k = 0; k < kCells; ++k) {
+        const int64_t b = first_row_ + cell(k).row, unit = first_unit_ + cell(k).unit;
+        extra_.load(multipliers_[k], b < p_.sizes.B && unit < p_.sizes.H, t, b, unit);
+      }
+    }
+  }
+
+  // dh: the gradient of h_t.
+  FUSEDRNN_DEVICE void backward_cell(int k, [[maybe_unused]] bool exists, A (&a)[kMaps], A c_in, A c, A dh, A& dc) {
+    using Math = typename M::BackwardMath;
+    if constexpr (kVariant) {
+      typename Extra::Peepholes dp;  // computed after the launch
+      // What goes past the cell takes the place of dh until that of the step before is there.
+      const A passed = extra_.passed(multipliers_[k], dh);
+      if (exists) dh_[k] = passed;
+      const auto operands = extra_.operands(peepholes_[k], multipliers_[k]);
+      C::template backward<Math>(p_.plan.cell, a, c_in, c, dh - passed, dc, operands, dp);
+    } else {
+      C::template backward<Math>(p_.plan.cell, a, c_in, c, dh, dc);
+    }
+  }
+
   // Where a byte of a row of da is staged. Every two rows have the quads of a K block in another order: the lanes of a
   // warp write the same gate of eight rows, which lie 16 banks apart.
   static FUSEDRNN_DEVICE int staged_at(int row, int byte) {
@@ -215,9 +251,8 @@ class ScatterTiles {
       const A last = Inputs::carry(before, c.row, c.unit),
               entered = direction_.is_first(t, lengths_[k]) ? c0_[k] : last;
       A dc = dc_[k] + Inputs::dcarry(now, c.row, c.unit);
-      C::template backward<typename M::BackwardMath>(p_.plan.cell, a, cut ? A(0) : entered,
-                                                     Inputs::carry(now, c.row, c.unit),
-                                                     dh_[k] + copied(now, Inputs::kDy), dc);
+      backward_cell(k, exists, a, cut ? A(0) : entered, Inputs::carry(now, c.row, c.unit),
+                    dh_[k] + copied(now, Inputs::kDy), dc);
       if (exists) exists_ |= 1u << k;
       if constexpr (kCarries) dc_[k] = !exists ? dc_[k] : cut ? A(0) : dc;
       // What is staged may be rounded to the operand's precision, and then is not what is stored.
@@ -408,6 +443,7 @@ class ScatterTiles {
       default: add_parts<16>(parts(buffer, 0), sums); break;
     }
     FUSEDRNN_UNROLL for (int k = 0; k < kCells; ++k) {
+      if constexpr (kVariant) sums[k] = sums[k] * of_state_[k] + dh_[k];
       if ((exists_ >> k & 1) != 0) dh_[k] = (cut_ >> k & 1) != 0 ? A(0) : sums[k];
     }
   }
@@ -426,6 +462,7 @@ class ScatterTiles {
   const BackwardParams& p_;
   const Role role_;
   const Direction direction_;
+  const Extra extra_;  // of a variant
   const int thread_, first_unit_, all_tiles_, senders_;  // tiles of 16 units of the layer; blocks that have units
   const int first_output_;                               // the warp's first tile of dh
   const bool has_resets_;
@@ -442,6 +479,10 @@ class ScatterTiles {
   uint32_t exists_ = 0, cut_ = 0, cut_next_ = 0;  // a bit for each of the thread's cells
   int lengths_[kCells];
   A dh_[kCells], dc_[kCells], c0_[kCells];
+  // Of a variant: those of the step that comes, and what the state was multiplied with where it entered the product.
+  typename Extra::Peepholes peepholes_[kCells];
+  typename Extra::Multipliers multipliers_[kCells];
+  A of_state_[kCells];
   Inputs inputs_;
   Stores stores_;                              // of those whose operands are not rounded
   int64_t exact_step_ = 0, exact_stride_ = 0;  // where da of a step begins, of kRoundsOperands
