@@ -170,6 +170,8 @@ class Layer {
                 const std::array<OptionalTensor, kNoises>& noise) const {
     Extras extras{};
     const Tensors w_p = present(w_p0, w_p1);
+    STD_TORCH_CHECK(is_variant(cell) || (w_p.empty() && !(noise[0] || noise[1] || noise[2] || noise[3])), cell.name,
+                    " has neither peepholes nor noise");
     STD_TORCH_CHECK(w_p.empty() || static_cast<int64_t>(w_p.size()) == sizes.D,
                     "there must be peepholes of each direction, or none");
     for (size_t d = 0; d < w_p.size(); ++d) extras.w_p[d] = address("w_p", w_p[d], {cell.parameters * sizes.H});
@@ -180,7 +182,6 @@ class Layer {
     for (size_t k = 0; k < noise.size(); ++k) {
       if (!noise[k].has_value()) continue;
       const int64_t W = static_cast<Noise>(k) == Noise::kR ? sizes.P : sizes.H;
-      STD_TORCH_CHECK(is_variant(cell), "there is no noise of this cell");
       STD_TORCH_CHECK(noise[k]->dim() == 3 && (steps == 0 || noise[k]->size(0) == steps) &&
                           (noise[k]->size(0) == sizes.T || noise[k]->size(0) == 1),
                       "noise must be of all time steps or of one");

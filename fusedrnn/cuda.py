@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cells import NOISE, VARIANTS, named
 from .cells import CELLS as _PLAIN
+from .cells import NOISE, VARIANTS, named
 from .cuda_plan import MATHS, PASSES, Plan, ranked
 from .kernels.device import H200, Device, Shape, cdiv, device_of, power_of_2
 

@@ -245,18 +245,18 @@ def is_variant(plan: Plan) -> bool:
 
 def register_blocks(plan: Plan, kernel: str, stage: int, projected: bool) -> int:
     """K blocks of weights that a warp keeps in registers."""
-    forward, math = kernel == "forward", plan.math
+    forward, math, variant = kernel == "forward", plan.math, is_variant(plan)
     if stage == INPUT or plan.exchange == "parts":
         return 0
     if math == "fp64":
-        return 0 if projected else 1
+        return 0 if projected or variant else 1
     if stage == PROJECTION:
         return 1
     if math == "fp32":
         return 2
     if projected:
         return 5 if forward else 8
-    wide, variant = plan.rows > _COLUMNS, is_variant(plan)
+    wide = plan.rows > _COLUMNS
     if forward:
         of_four = 2 if wide else (5 if math == "tf32" else 6) - variant
         cell = named(plan.cell)
@@ -264,7 +264,9 @@ def register_blocks(plan: Plan, kernel: str, stage: int, projected: bool) -> int
         if len(cell.maps) > of_tile:
             return of_four - 1
         return min(4 if wide else 8, of_four * 4 // of_tile)
-    return 10 if not wide else 1 - variant if math == "tf32" else 3 - 2 * variant
+    if variant:
+        return 0 if wide else 9
+    return 10 if not wide else 1 if math == "tf32" else 3
 
 
 # Of "scatter".

@@ -58,7 +58,7 @@ class Backward {
   static constexpr bool kCarries = kCell.carry != Carry::kNone, kHasCellState = has_cell_state(kCell);
   static_assert(kSaved <= kMaps);
   static constexpr bool kVariant = is_variant(kCell);
-  using Extra = CellExtras<M, C, BackwardParams>;
+  using Extra = CellExtras<M, C, BackwardParams, kProjected>;
   static constexpr int kStepBytes = step_bytes(kCell, kPass, kMath);
   template <Stage kStage>
   using Multiplier = WarpProduct<M, kSegments, kColumnTiles,
@@ -104,6 +104,11 @@ class Backward {
     first_unit_ = role_.tile * kUnits + role_.lane / 4;
     has_units_ = role_.tile < unit_tiles();
     has_outputs_ = role_.tile < output_tiles();
+    if constexpr (!kInRuns) load_peepholes();
+  }
+
+  // Of a variant.
+  FUSEDRNN_DEVICE void load_peepholes() {
     if constexpr (kVariant) {
       FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) extra_.load(peepholes_[s], unit_of(s));
     }
@@ -203,21 +208,30 @@ class Backward {
   // From the last step of a slice on.
   FUSEDRNN_DEVICE void start_runs(int64_t first_row) {
     const int64_t unit = has_units_ ? role_.tile * kUnits : p_.sizes.H;
+    // A variant has no registers to keep what follows from the lane from slice to slice.
+    const int lane = kVariant ? static_cast<int>(fresh(role_.lane)) & (kWarp - 1) : role_.lane;
     FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
       const int64_t row = role_.owns(n) ? first_row + n * kColumns : p_.sizes.B;
-      inputs_[n].template start<kStepsAhead>(p_, direction_, role_.lane, row, unit, role_.direction == 1, copied(n, 0));
-      stores_[n].start(p_, direction_, role_.lane, row, unit, role_.direction == 1);
+      inputs_[n].template start<kStepsAhead>(p_, direction_, lane, row, unit, role_.direction == 1, copied(n, 0));
+      stores_[n].start(p_, direction_, lane, row, unit, role_.direction == 1);
     }
+    if constexpr (!kVariant) load_c0();
+    look_at(p_.sizes.T - 1);
+    slot_ = 0;
+    FUSEDRNN_UNROLL for (int k = 0; k < kStepsAhead; ++k) copy(p_.sizes.T > k, k);
+    if constexpr (kVariant) {  // here, where registers are left
+      load_c0();
+      load_peepholes();
+      load_multipliers(p_.sizes.T - 1);
+    }
+  }
+  FUSEDRNN_DEVICE void load_c0() {
     for_each_cell([&](int n, int s, int j) {
       c0_[n][s][j] = 0;
       if (kCarries && p_.c0 != nullptr && is_unit(n, s, j)) {
         c0_[n][s][j] = number(p_.c0, direction_.state(row(n, j), p_.sizes.H) + unit_of(s));
       }
     });
-    look_at(p_.sizes.T - 1);
-    load_multipliers(p_.sizes.T - 1);
-    slot_ = 0;
-    FUSEDRNN_UNROLL for (int k = 0; k < kStepsAhead; ++k) copy(p_.sizes.T > k, k);
   }
   FUSEDRNN_DEVICE void copy(bool exists, int slot) {
     FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) inputs_[n].copy(exists, copied(n, slot));
@@ -324,6 +338,7 @@ class Backward {
         recurrent.add_parts(z);
         recall(kept, b);
         look_at(n);
+        load_multipliers(n);
         next_step();
         take(z);
       }
@@ -450,7 +465,7 @@ class Backward {
   FUSEDRNN_DEVICE void find_rows(int64_t first_row) {
     first_row_ = first_row + role_.lane % 4 * 2;
     for_each_column([&](int n, int j) { lengths_[n][j] = direction_.length(row(n, j)); });
-    if constexpr (kVariant) {
+    if constexpr (kVariant && kProjected) {
       for_each_cell([&](int n, int s, int j) {
         of_state_[n][s][j] = extra_.of_state(is_output(n, s, j), row(n, j), unit_of(s));
       });
@@ -460,9 +475,9 @@ class Backward {
   // Those of the n-th step, of a variant.
   FUSEDRNN_DEVICE void load_multipliers([[maybe_unused]] int64_t step) {
     if constexpr (kVariant) {
-      const int64_t t = direction_.at(step);
+      const auto [first, stride] = extra_.place(direction_.at(step), first_row_, first_unit_);
       for_each_cell([&](int n, int s, int j) {
-        extra_.load(multipliers_[n][s][j], is_unit(n, s, j), t, row(n, j), unit_of(s));
+        extra_.load(multipliers_[n][s][j], is_unit(n, s, j), first + (n * kColumns + j) * stride + s * kColumns);
       });
     }
   }
@@ -535,7 +550,7 @@ class Backward {
   FUSEDRNN_DEVICE void take(const Results& z) {
     for_each_cell([&](int n, int s, int j) {
       A dh = z[n][s][j];
-      if constexpr (kVariant) dh *= of_state_[n][s][j];
+      if constexpr (kVariant) dh *= kProjected ? of_state_[n][s][j] : extra_.of_state(multipliers_[n][s][j]);
       if constexpr (kVariant && !kProjected) dh += dh_[n][s][j];
       if (exists_(n, j)) dh_[n][s][j] = cut_(n, j) ? A(0) : dh;
     });
@@ -622,7 +637,7 @@ class Backward {
   A dh_[kColumnTiles][kSegments][2];  // gradients of the state that leaves it
   A dc_[kColumnTiles][kSegments][2];
   Numbers loaded_[kColumnTiles][kSegments][2];
-  // Of a variant: those of the step that comes, and what the state was multiplied with where it entered the product.
+  // Of a variant: multipliers of the step that comes and, with a projection, those of h in the product with w_hh.
   typename Extra::Peepholes peepholes_[kSegments];
   typename Extra::Multipliers multipliers_[kColumnTiles][kSegments][2];
   A of_state_[kColumnTiles][kSegments][2];

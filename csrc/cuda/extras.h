@@ -23,8 +23,8 @@ struct IfGiven {
   FUSEDRNN_DEVICE const V& operator[](int) const { return value; }
 };
 
-// C: of cell.h. Empty where it is no variant.
-template <class M, class C, class Params, bool kVariant = is_variant(C::kSpec)>
+// C: of cell.h. Empty where it is no variant. With a projection there is no zoneout.
+template <class M, class C, class Params, bool kProjected, bool kVariant = is_variant(C::kSpec)>
 class CellExtras {
  public:
   struct Peepholes {};
@@ -32,15 +32,17 @@ class CellExtras {
   FUSEDRNN_DEVICE CellExtras(const Params&, int) {}
 };
 
-template <class M, class C, class Params>
-class CellExtras<M, C, Params, true> {
+template <class M, class C, class Params, bool kProjected>
+class CellExtras<M, C, Params, kProjected, true> {
  public:
   using S = typename M::Storage;
   using A = typename M::Compute;
   static constexpr int kPeepholes = C::kSpec.parameters;
   using Peepholes = A[kPeepholes];
-  struct Multipliers {  // of a unit, a batch row and a step
-    A h, c, g;
+  // Of a unit, a batch row and a step. dropped: of the candidate, or of the state in the product with w_hh, which is
+  // the same at all steps: no variant has both.
+  struct Multipliers {
+    A h, c, dropped;
   };
   struct Operands {
     IfGiven<Peepholes> p;
@@ -52,8 +54,9 @@ class CellExtras<M, C, Params, true> {
         H_(p.sizes.H),
         direction_(direction),
         has_peepholes_(extras_.w_p[direction] != nullptr),
-        has_h_(of(Noise::kH) != nullptr),
-        has_c_(of(Noise::kC) != nullptr) {}
+        has_h_(!kProjected && of(Noise::kH) != nullptr),
+        has_c_(!kProjected && of(Noise::kC) != nullptr),
+        has_g_(of(Noise::kG) != nullptr) {}
 
   // Of a unit; zeros where it does not exist.
   FUSEDRNN_DEVICE void load(Peepholes& p, int64_t unit) const {
@@ -61,18 +64,28 @@ class CellExtras<M, C, Params, true> {
     const bool exist = has_peepholes_ && unit < H_;
     FUSEDRNN_UNROLL for (int k = 0; k < kPeepholes; ++k) p[k] = exist ? to_compute(w_p[k * H_]) : A(0);
   }
-  // Of a step; whatever where the unit or the row does not exist.
-  FUSEDRNN_DEVICE void load(Multipliers& v, bool exist, int64_t t, int64_t b, int64_t unit) const {
-    const int64_t at = offset(t, b) + unit;
-    v = {number(Noise::kH, exist, at), number(Noise::kC, exist, at), number(Noise::kG, exist, at)};
+  // Where the multipliers of a step lie: those of a row and a unit, and how far it is to the next row.
+  struct Place {
+    int64_t at, row;
+  };
+  FUSEDRNN_DEVICE Place place(int64_t t, int64_t b, int64_t unit) const {
+    const Strides& strides = extras_.noise_strides;
+    const int64_t row = fresh(strides.b);
+    return {direction_ * strides.d + t * strides.t + b * row + unit, row};
   }
-  // Of the hidden state in the product with w_hh, at all steps.
+  FUSEDRNN_DEVICE void load(Multipliers& v, bool exist, int64_t at) const {
+    v.h = kProjected ? A(1) : number(of(Noise::kH), exist, at);
+    v.c = kProjected ? A(1) : number(of(Noise::kC), exist, at);
+    v.dropped = number(of(has_g_ ? Noise::kG : Noise::kR), exist, at);
+  }
+  // Of a number of the hidden state in the product with w_hh; with a projection it is not of a unit.
+  FUSEDRNN_DEVICE A of_state(const Multipliers& v) const { return has_g_ ? A(1) : v.dropped; }
   FUSEDRNN_DEVICE A of_state(bool exists, int64_t b, int64_t output) const {
-    return number(Noise::kR, exists, offset(0, b) + output);
+    return number(of(Noise::kR), exists, place(0, b, output).at);
   }
 
   FUSEDRNN_DEVICE Operands operands(const Peepholes& p, const Multipliers& v) const {
-    return {{p, has_peepholes_}, {v.g, true}, {v.c, has_c_}};
+    return {{p, has_peepholes_}, {v.dropped, has_g_}, {v.c, has_c_}};
   }
 
   // h_t from the one that entered and the cell's m, by zoneout.
@@ -84,19 +97,15 @@ class CellExtras<M, C, Params, true> {
 
  private:
   FUSEDRNN_DEVICE const A* of(Noise kind) const { return static_cast<const A*>(extras_.noise[static_cast<int>(kind)]); }
-  FUSEDRNN_DEVICE int64_t offset(int64_t t, int64_t b) const {
-    const Strides& strides = extras_.noise_strides;
-    return direction_ * strides.d + t * strides.t + b * strides.b;
-  }
   // One where there is no such noise.
-  FUSEDRNN_DEVICE A number(Noise kind, bool exists, int64_t at) const {
-    return exists && of(kind) != nullptr ? of(kind)[at] : A(1);
+  static FUSEDRNN_DEVICE A number(const A* from, bool exists, int64_t at) {
+    return exists && from != nullptr ? from[at] : A(1);
   }
 
   const Extras& extras_;
   const int64_t& H_;
   const int direction_;
-  const bool has_peepholes_, has_h_, has_c_;
+  const bool has_peepholes_, has_h_, has_c_, has_g_;
 };
 
 }  // namespace fusedrnn::cuda

@@ -66,7 +66,7 @@ class Forward {
   static constexpr bool kCarries = kCell.carry != Carry::kNone, kHasCellState = has_cell_state(kCell);
   static_assert(kSaved <= kMaps);
   static constexpr bool kVariant = is_variant(kCell);
-  using Extra = CellExtras<M, C, ForwardParams>;
+  using Extra = CellExtras<M, C, ForwardParams, kProjected>;
   template <Stage kStage>
   using Multiplier = WarpProduct<M, segments(kCell, kPass, kStage), kColumnTiles,
                                  register_blocks(kCell, Channel::kExchange, kPass, kStage, kMath, kRows, kProjected),
@@ -187,7 +187,6 @@ class Forward {
         start_runs(b);
         look_at(0);
         if (is_plain_) cut_next_ = ColumnMask();
-        load_multipliers(0);
       } else {
         load(0);
       }
@@ -510,24 +509,24 @@ class Forward {
         h_[n][k][j] = to_compute(static_cast<const S*>(p_.h0)[direction_.state(row(n, j), p_.sizes.P) + output(k)]);
       }
     });
+    load_multipliers(0);
   }
 
   FUSEDRNN_DEVICE void find_rows(int64_t first_row) {
     first_row_ = first_row + role_.lane % 4 * 2;
     for_each_column([&](int n, int j) { lengths_[n][j] = unit_ < p_.sizes.H ? direction_.length(row(n, j)) : 0; });
-    if constexpr (kVariant) {
-      for_each_output([&](int n, int j, int k) {
-        of_state_[n][k][j] = extra_.of_state(is_output(n, j, k), row(n, j), output(k));
-      });
+    if constexpr (kVariant && kProjected) {
+      for_each_output(
+          [&](int n, int j, int k) { of_state_[n][k][j] = extra_.of_state(is_output(n, j, k), row(n, j), output(k)); });
     }
   }
 
   // Those of the n-th step, of a variant.
   FUSEDRNN_DEVICE void load_multipliers([[maybe_unused]] int64_t step) {
     if constexpr (kVariant) {
-      const int64_t t = direction_.at(step);
+      const auto [first, stride] = extra_.place(direction_.at(step), first_row_, unit_);
       for_each_column(
-          [&](int n, int j) { extra_.load(multipliers_[n][j], is_unit(n, j), t, row(n, j), unit_); });
+          [&](int n, int j) { extra_.load(multipliers_[n][j], is_unit(n, j), first + (n * kColumns + j) * stride); });
     }
   }
 
@@ -673,8 +672,9 @@ class Forward {
   // Sends the state that enters the step that comes.
   FUSEDRNN_DEVICE void send_h() {
     send<kOutputs * 8>(h_channel_, has_outputs_, [&](int n, int j, int k) {
-      if constexpr (kVariant) return cut_(n, j) ? A(0) : h_[n][k][j] * of_state_[n][k][j];
-      return cut_(n, j) ? A(0) : h_[n][k][j];
+      const A h = cut_(n, j) ? A(0) : h_[n][k][j];
+      if constexpr (kVariant) return h * (kProjected ? of_state_[n][k][j] : extra_.of_state(multipliers_[n][j]));
+      return h;
     });
   }
   FUSEDRNN_DEVICE void announce_h() {
@@ -741,7 +741,7 @@ class Forward {
   char* steps_;          // [column tile] of kStepsAhead steps of xg, and of the outputs of a step
   const Direction direction_;
   const Extra extra_;  // of a variant
-  X x_;  // only where the launch takes it
+  X x_;                // only where the launch takes it
   int unit_;
   // Whether the warp has a tile of units, and of outputs; and whether the thread takes part in receiving h, and m.
   bool has_units_, has_outputs_, in_units_, in_outputs_;
@@ -758,7 +758,7 @@ class Forward {
   int xg_slot_ = 0;      // of the step that comes
   bool ragged_ = false;  // whether any of these is
   A m_[kColumnTiles][2];
-  // Of a variant: those of the step that comes, and what the state is multiplied with where it enters the product.
+  // Of a variant: multipliers of the step that comes and, with a projection, those of h in the product with w_hh.
   typename Extra::Peepholes peepholes_;
   typename Extra::Multipliers multipliers_[kColumnTiles][2];
   A of_state_[kColumnTiles][kOutputs][2];

@@ -41,9 +41,9 @@ constexpr int kNoises = 4;
 
 // Of a variant of the LSTM.
 struct Extras {
-  const void* w_p[2];           // S [K * H], one for each direction; both null without peepholes
-  const void* noise[kNoises];   // A, the multipliers of each; or null
-  Strides noise_strides;        // of all; t may be 0. Those of kR are the same at all steps
+  const void* w_p[2];          // S [K * H], one for each direction; both null without peepholes
+  const void* noise[kNoises];  // A, the multipliers of each; or null
+  Strides noise_strides;       // of all; t may be 0. Those of kR are the same at all steps
 };
 
 struct ForwardParams {

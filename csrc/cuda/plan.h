@@ -102,12 +102,13 @@ FUSEDRNN_BOTH constexpr int register_blocks(const CellSpec& cell, Exchange excha
                                             int rows, bool projected) {
   const bool forward = pass == Pass::kForward, narrow = rows == kColumns;
   if (stage == Stage::kInput || exchange == Exchange::kParts) return 0;
-  if (math == Math::kFloat64) return projected ? 0 : 1;
+  const bool variant = is_variant(cell);  // which has its multipliers and peepholes in registers
+  if (math == Math::kFloat64) return projected || variant ? 0 : 1;
   if (stage == Stage::kProjection) return 1;
   if (math == Math::kFloat32) return 2;
   if (projected) return forward ? 5 : 8;
-  const bool tf32 = math == Math::kTf32, variant = is_variant(cell);  // which has its multipliers
-  if (!forward) return narrow ? 10 : tf32 ? (variant ? 0 : 1) : variant ? 1 : 3;
+  const bool tf32 = math == Math::kTf32;
+  if (!forward) return variant ? (narrow ? 9 : 0) : narrow ? 10 : tf32 ? 1 : 3;
   const int of_four = !narrow ? 2 : (tf32 ? 5 : 6) - (variant ? 1 : 0), of_tile = segments(cell, pass, stage);
   if (cell.maps > of_tile) return of_four - 1;  // maps of one product alone take registers as well
   const int blocks = of_four * 4 / of_tile, most = narrow ? 8 : 4;

@@ -95,7 +95,7 @@ class ScatterTiles {
   static constexpr bool kCarries = kCell.carry != Carry::kNone, kHasCellState = has_cell_state(kCell);
   static_assert(kSaved <= kMaps);
   static constexpr bool kVariant = is_variant(kCell);
-  using Extra = CellExtras<M, C, BackwardParams>;
+  using Extra = CellExtras<M, C, BackwardParams, false>;
   static constexpr int kK = scatter_blocks(kCell, kMath, kTiles);  // K blocks of the product
   static constexpr int kOfTile = scatter_blocks(kCell, kMath, 1);
   // Whether da ends within the last of them.
@@ -159,7 +159,6 @@ class ScatterTiles {
       dh_[k] = is_there && p_.dhn != nullptr ? number(p_.dhn, at) : A(0);
       dc_[k] = kHasCellState && is_there && p_.dcn != nullptr ? number(p_.dcn, at) : A(0);
       c0_[k] = kCarries && is_there && p_.c0 != nullptr ? number(p_.c0, at) : A(0);
-      if constexpr (kVariant) of_state_[k] = extra_.of_state(is_there, b, first_unit_ + c.unit);
     }
     look_at(p_.sizes.T - 1);
     load_multipliers(p_.sizes.T - 1);
@@ -206,10 +205,11 @@ class ScatterTiles {
   // Those of the n-th step, of a variant.
   FUSEDRNN_DEVICE void load_multipliers([[maybe_unused]] int64_t n) {
     if constexpr (kVariant) {
-      const int64_t t = direction_.at(n);
+      const auto [first, stride] = extra_.place(direction_.at(n), first_row_, first_unit_);
       FUSEDRNN_UNROLL for (int k = 0; k < kCells; ++k) {
-        const int64_t b = first_row_ + cell(k).row, unit = first_unit_ + cell(k).unit;
-        extra_.load(multipliers_[k], b < p_.sizes.B && unit < p_.sizes.H, t, b, unit);
+        const Cell c = cell(k);
+        const bool is_there = first_row_ + c.row < p_.sizes.B && first_unit_ + c.unit < p_.sizes.H;
+        extra_.load(multipliers_[k], is_there, first + c.row * stride + c.unit);
       }
     }
   }
@@ -443,7 +443,7 @@ class ScatterTiles {
       default: add_parts<16>(parts(buffer, 0), sums); break;
     }
     FUSEDRNN_UNROLL for (int k = 0; k < kCells; ++k) {
-      if constexpr (kVariant) sums[k] = sums[k] * of_state_[k] + dh_[k];
+      if constexpr (kVariant) sums[k] = sums[k] * extra_.of_state(multipliers_[k]) + dh_[k];
       if ((exists_ >> k & 1) != 0) dh_[k] = (cut_ >> k & 1) != 0 ? A(0) : sums[k];
     }
   }
@@ -462,7 +462,7 @@ class ScatterTiles {
   const BackwardParams& p_;
   const Role role_;
   const Direction direction_;
-  const Extra extra_;  // of a variant
+  const Extra extra_;                                    // of a variant
   const int thread_, first_unit_, all_tiles_, senders_;  // tiles of 16 units of the layer; blocks that have units
   const int first_output_;                               // the warp's first tile of dh
   const bool has_resets_;
@@ -479,10 +479,8 @@ class ScatterTiles {
   uint32_t exists_ = 0, cut_ = 0, cut_next_ = 0;  // a bit for each of the thread's cells
   int lengths_[kCells];
   A dh_[kCells], dc_[kCells], c0_[kCells];
-  // Of a variant: those of the step that comes, and what the state was multiplied with where it entered the product.
-  typename Extra::Peepholes peepholes_[kCells];
-  typename Extra::Multipliers multipliers_[kCells];
-  A of_state_[kCells];
+  typename Extra::Peepholes peepholes_[kCells];      // of a variant
+  typename Extra::Multipliers multipliers_[kCells];  // of the step that comes
   Inputs inputs_;
   Stores stores_;                              // of those whose operands are not rounded
   int64_t exact_step_ = 0, exact_stride_ = 0;  // where da of a step begins, of kRoundsOperands

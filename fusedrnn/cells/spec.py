@@ -52,8 +52,8 @@ class Cell:
         noise: the multipliers that a call of the layer is given, each [T, B, H] (a sequence may have one for all
             steps), by the names of `NOISE`. Those of "h" and "r" are about the hidden state, whatever the cell, and are
             applied around the pointwise function.
-        parameters_backward: (da, saved, the carry that entered, the carry that left, a dict of noise) -> the gradient of
-            the parameters [..., K*H] for each row, where it follows from these; else None.
+        parameters_backward: (da, saved, the carry that entered, the carry that left, a dict of noise) -> the gradient
+            of the parameters [..., K*H] for each row, where it follows from these; else None.
 
     A cell with parameters, or with noise "c" or "g", has a `step` and a `step_backward` with two more arguments: the
     parameters [K*H] or None, and a dict of name -> multipliers [..., H]. Its `step_backward` returns one more result:

@@ -507,7 +507,7 @@ class Layer:
         w_p = [w.w_p.data_ptr() for w in self.weights if w.w_p is not None]
         if noise is None:
             return Extras(w_p=(P * 2)(*w_p))
-        K, steps, B, width = noise.shape
+        _, steps, B, width = noise.shape
         given = dict(zip(self.problem.kind.noise, noise, strict=True))
         strides = Strides(d=width // self.problem.D, t=B * width * (steps > 1), b=width)
         pointers = [given[kind].data_ptr() if kind in given else None for kind in NOISE]
