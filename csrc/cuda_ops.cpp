@@ -185,6 +185,7 @@ class Layer {
       STD_TORCH_CHECK(noise[k]->dim() == 3 && (steps == 0 || noise[k]->size(0) == steps) &&
                           (noise[k]->size(0) == sizes.T || noise[k]->size(0) == 1),
                       "noise must be of all time steps or of one");
+      STD_TORCH_CHECK(sizes.B * sizes.D * W <= INT32_MAX, "noise of a step must have less than 2^31 numbers");
       steps = noise[k]->size(0);
       extras.noise[k] = address("noise", *noise[k], {steps, sizes.B, sizes.D * W}, compute);
       extras.noise_strides = {W, steps == 1 ? 0 : sizes.B * sizes.D * W, sizes.D * W};

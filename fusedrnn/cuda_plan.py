@@ -261,6 +261,8 @@ def register_blocks(plan: Plan, kernel: str, stage: int, projected: bool) -> int
         of_four = 2 if wide else (5 if math == "tf32" else 6) - variant
         cell = named(plan.cell)
         of_tile = _filled(cell.recurrent)
+        if variant:
+            return of_four
         if len(cell.maps) > of_tile:
             return of_four - 1
         return min(4 if wide else 8, of_four * 4 // of_tile)

@@ -110,6 +110,7 @@ class Backward {
   // Of a variant.
   FUSEDRNN_DEVICE void load_peepholes() {
     if constexpr (kVariant) {
+      if constexpr (!Extra::kKeepsPeepholes) return;
       FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) extra_.load(peepholes_[s], unit_of(s));
     }
   }
@@ -301,8 +302,9 @@ class Backward {
                                   A c_in, A c, A dm, A& dc) const {
     using Math = typename M::BackwardMath;
     if constexpr (kVariant) {
-      typename Extra::Peepholes dp;  // computed after the launch
-      const auto operands = extra_.operands(peepholes_[s], multipliers_[n][s][j]);
+      typename Extra::Peepholes p, dp;  // the gradients are computed after the launch
+      extra_.take(p, peepholes_[s], unit_of(s));
+      const auto operands = extra_.operands(p, multipliers_[n][s][j]);
       return C::template backward<Math>(p_.plan.cell, a, c_in, c, dm, dc, operands, dp);
     } else {
       return C::template backward<Math>(p_.plan.cell, a, c_in, c, dm, dc);

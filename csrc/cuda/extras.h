@@ -42,7 +42,7 @@ class CellExtras<M, C, Params, kProjected, true> {
   // Of a unit, a batch row and a step. dropped: of the candidate, or of the state in the product with w_hh, which is
   // the same at all steps: no variant has both.
   struct Multipliers {
-    A h, c, dropped;
+    A h = 0, c = 0, dropped = 0;
   };
   struct Operands {
     IfGiven<Peepholes> p;
@@ -56,7 +56,12 @@ class CellExtras<M, C, Params, kProjected, true> {
         has_peepholes_(extras_.w_p[direction] != nullptr),
         has_h_(!kProjected && of(Noise::kH) != nullptr),
         has_c_(!kProjected && of(Noise::kC) != nullptr),
-        has_g_(of(Noise::kG) != nullptr) {}
+        has_g_(of(Noise::kG) != nullptr),
+        has_r_(of(Noise::kR) != nullptr) {}
+
+  // Whether a thread keeps the peepholes of its units in registers, and does not load them where they are used: of
+  // float64 there is no room.
+  static constexpr bool kKeepsPeepholes = sizeof(A) == sizeof(float);
 
   // Of a unit; zeros where it does not exist.
   FUSEDRNN_DEVICE void load(Peepholes& p, int64_t unit) const {
@@ -64,24 +69,38 @@ class CellExtras<M, C, Params, kProjected, true> {
     const bool exist = has_peepholes_ && unit < H_;
     FUSEDRNN_UNROLL for (int k = 0; k < kPeepholes; ++k) p[k] = exist ? to_compute(w_p[k * H_]) : A(0);
   }
+  // Those of a unit that are kept, or loaded.
+  FUSEDRNN_DEVICE void take(Peepholes& p, const Peepholes& kept, int64_t unit) const {
+    if constexpr (kKeepsPeepholes) {
+      FUSEDRNN_UNROLL for (int k = 0; k < kPeepholes; ++k) p[k] = kept[k];
+    } else {
+      load(p, fresh(unit));
+    }
+  }
   // Where the multipliers of a step lie: those of a row and a unit, and how far it is to the next row.
   struct Place {
     int64_t at, row;
   };
   FUSEDRNN_DEVICE Place place(int64_t t, int64_t b, int64_t unit) const {
-    const Strides& strides = extras_.noise_strides;
+    const Strides& strides = extras_.noise_strides;  // which are of 32 bits, and so are t and b
     const int64_t row = fresh(strides.b);
-    return {direction_ * strides.d + t * strides.t + b * row + unit, row};
+    const int64_t of_row = int64_t{static_cast<int>(b)} * static_cast<int>(row),
+                  of_step = int64_t{static_cast<int>(t)} * static_cast<int>(strides.t);
+    return {of_step + of_row + (unit + (direction_ == 1 ? strides.d : 0)), row};
   }
   FUSEDRNN_DEVICE void load(Multipliers& v, bool exist, int64_t at) const {
-    v.h = kProjected ? A(1) : number(of(Noise::kH), exist, at);
-    v.c = kProjected ? A(1) : number(of(Noise::kC), exist, at);
-    v.dropped = number(of(has_g_ ? Noise::kG : Noise::kR), exist, at);
+    if constexpr (!kProjected) {
+      load(v.h, Noise::kH, exist, at);
+      load(v.c, Noise::kC, exist, at);
+    }
+    load(v.dropped, has_g_ ? Noise::kG : Noise::kR, exist, at);
   }
   // Of a number of the hidden state in the product with w_hh; with a projection it is not of a unit.
-  FUSEDRNN_DEVICE A of_state(const Multipliers& v) const { return has_g_ ? A(1) : v.dropped; }
+  FUSEDRNN_DEVICE A of_state(const Multipliers& v) const { return has_r_ ? v.dropped : A(1); }
   FUSEDRNN_DEVICE A of_state(bool exists, int64_t b, int64_t output) const {
-    return number(of(Noise::kR), exists, place(0, b, output).at);
+    A v = 1;
+    load(v, Noise::kR, exists, place(0, b, output).at);
+    return v;
   }
 
   FUSEDRNN_DEVICE Operands operands(const Peepholes& p, const Multipliers& v) const {
@@ -97,15 +116,15 @@ class CellExtras<M, C, Params, kProjected, true> {
 
  private:
   FUSEDRNN_DEVICE const A* of(Noise kind) const { return static_cast<const A*>(extras_.noise[static_cast<int>(kind)]); }
-  // One where there is no such noise.
-  static FUSEDRNN_DEVICE A number(const A* from, bool exists, int64_t at) {
-    return exists && from != nullptr ? from[at] : A(1);
+  // Leaves it as it is where there is no such noise.
+  FUSEDRNN_DEVICE void load(A& v, Noise kind, bool exists, int64_t at) const {
+    if (exists && of(kind) != nullptr) v = of(kind)[at];
   }
 
   const Extras& extras_;
   const int64_t& H_;
   const int direction_;
-  const bool has_peepholes_, has_h_, has_c_, has_g_;
+  const bool has_peepholes_, has_h_, has_c_, has_g_, has_r_;
 };
 
 }  // namespace fusedrnn::cuda

@@ -118,7 +118,9 @@ class Forward {
     unit_ = role_.tile * kUnits + role_.lane / 4;
     has_units_ = role_.tile < unit_tiles();
     has_outputs_ = role_.tile < output_tiles();
-    if constexpr (kVariant) extra_.load(peepholes_, unit_);
+    if constexpr (kVariant) {
+      if constexpr (Extra::kKeepsPeepholes) extra_.load(peepholes_, unit_);
+    }
   }
 
   static FUSEDRNN_DEVICE Product product_of(const ForwardParams& p, Stage stage) {
@@ -630,7 +632,9 @@ class Forward {
       A maps[1][kMaps], carry[1] = {cut_(n, j) ? A(0) : carry_[n][j]}, m[1];
       FUSEDRNN_UNROLL for (int k = 0; k < kMaps; ++k) maps[0][k] = a[n][k][j];
       if constexpr (kVariant) {
-        const auto operands = extra_.operands(peepholes_, multipliers_[n][j]);
+        typename Extra::Peepholes p;
+        extra_.take(p, peepholes_, unit_);
+        const auto operands = extra_.operands(p, multipliers_[n][j]);
         C::template forward<typename M::ForwardMath, 1>(p_.plan.cell, maps, carry, m, operands);
         if constexpr (!kProjected) m[0] = extra_.zoned_out(multipliers_[n][j], cut_(n, j) ? A(0) : h_[n][0][j], m[0]);
       } else {

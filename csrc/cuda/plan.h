@@ -110,6 +110,7 @@ FUSEDRNN_BOTH constexpr int register_blocks(const CellSpec& cell, Exchange excha
   const bool tf32 = math == Math::kTf32;
   if (!forward) return variant ? (narrow ? 9 : 0) : narrow ? 10 : tf32 ? 1 : 3;
   const int of_four = !narrow ? 2 : (tf32 ? 5 : 6) - (variant ? 1 : 0), of_tile = segments(cell, pass, stage);
+  if (variant) return of_four;
   if (cell.maps > of_tile) return of_four - 1;  // maps of one product alone take registers as well
   const int blocks = of_four * 4 / of_tile, most = narrow ? 8 : 4;
   return blocks < most ? blocks : most;

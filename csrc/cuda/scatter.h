@@ -56,7 +56,9 @@ class ScatterTiles {
     copies_ = shared + layout.staging;
     barriers_ = reinterpret_cast<Mbarrier*>(shared + layout.barriers[0]);
     if constexpr (kVariant) {
-      FUSEDRNN_UNROLL for (int k = 0; k < kCells; ++k) extra_.load(peepholes_[k], first_unit_ + cell(k).unit);
+      FUSEDRNN_UNROLL for (int k = 0; k < kCells; ++k) {
+        if constexpr (Extra::kKeepsPeepholes) extra_.load(peepholes_[k], first_unit_ + cell(k).unit);
+      }
     }
   }
 
@@ -163,9 +165,10 @@ class ScatterTiles {
     look_at(p_.sizes.T - 1);
     load_multipliers(p_.sizes.T - 1);
     const int64_t backwards = role_.direction == 1 ? 1 : -1;  // from a step to the next that is computed
-    inputs_.template start<kStepsCopied>(p_, direction_, thread_, first_row, first_unit_, role_.direction == 1,
-                                         copies_);
-    stores_.start(p_, direction_, thread_, first_row, first_unit_, role_.direction == 1);
+    // A variant has no registers to keep what follows from the thread from slice to slice.
+    const int thread = kVariant ? static_cast<int>(static_cast<uint32_t>(fresh(thread_)) % kThreads) : thread_;
+    inputs_.template start<kStepsCopied>(p_, direction_, thread, first_row, first_unit_, role_.direction == 1, copies_);
+    stores_.start(p_, direction_, thread, first_row, first_unit_, role_.direction == 1);
     exact_step_ = direction_.step(last, 0, kMaps * H);
     exact_stride_ = backwards * p_.sizes.B * kMaps * H;
   }
@@ -218,11 +221,12 @@ class ScatterTiles {
   FUSEDRNN_DEVICE void backward_cell(int k, [[maybe_unused]] bool exists, A (&a)[kMaps], A c_in, A c, A dh, A& dc) {
     using Math = typename M::BackwardMath;
     if constexpr (kVariant) {
-      typename Extra::Peepholes dp;  // computed after the launch
+      typename Extra::Peepholes p, dp;  // the gradients are computed after the launch
+      extra_.take(p, peepholes_[k], first_unit_ + cell(k).unit);
       // What goes past the cell takes the place of dh until that of the step before is there.
       const A passed = extra_.passed(multipliers_[k], dh);
       if (exists) dh_[k] = passed;
-      const auto operands = extra_.operands(peepholes_[k], multipliers_[k]);
+      const auto operands = extra_.operands(p, multipliers_[k]);
       C::template backward<Math>(p_.plan.cell, a, c_in, c, dh - passed, dc, operands, dp);
     } else {
       C::template backward<Math>(p_.plan.cell, a, c_in, c, dh, dc);
