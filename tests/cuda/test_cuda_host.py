@@ -475,6 +475,13 @@ def test_no_synchronisation_of_another_cell_can_be_left_out(layer, kit, exchange
     every_removal_is_caught([layer(problem, plan) for plan in plans], direction)
 
 
+def test_no_synchronisation_of_another_cell_that_scatters_can_be_left_out(layer, kit):
+    """That the barriers are ready shows in a schedule in which one block sends before another has begun."""
+    problem = kit.Problem(**{**RACE, "B": 20, "H": 64, "T": 7}, cell="gru")
+    names = every_removal_is_caught([layer(problem, *scatter(kit, "bf16", 1, groups=1))], "backward")
+    assert {"the barriers of the cluster are ready", "da is staged", "the first steps are copied"} <= names
+
+
 # Variants of the LSTM, each with and without x in the launch: (cell, plan, problem). In a cluster without a projection
 # the backward scatters. Every option, every exchange, 8 and 16 rows, slices, and with noise of one step for all.
 LSTM_VARIANTS = {
