@@ -258,7 +258,7 @@ def register_blocks(plan: Plan, kernel: str, stage: int, projected: bool) -> int
         return 5 if forward else 8
     wide = plan.rows > _COLUMNS
     if forward:
-        of_four = 2 if wide else (5 if math == "tf32" else 6) - variant
+        of_four = 2 if wide else 5 if math == "tf32" or variant else 6
         cell = named(plan.cell)
         of_tile = _filled(cell.recurrent)
         if variant:
@@ -266,9 +266,7 @@ def register_blocks(plan: Plan, kernel: str, stage: int, projected: bool) -> int
         if len(cell.maps) > of_tile:
             return of_four - 1
         return min(4 if wide else 8, of_four * 4 // of_tile)
-    if variant:
-        return 0 if wide else 9
-    return 10 if not wide else 1 if math == "tf32" else 3
+    return 10 if not wide else 1 if math == "tf32" or variant else 3
 
 
 # Of "scatter".
@@ -297,7 +295,8 @@ def scatter_outputs(shape: Shape, plan: Plan) -> tuple[int, int]:
     blocks = 8 if plan.math == "fp32" else 0
     if plan.math in _ON_MATRIX_UNIT:
         wide = 0 if plan.math == "tf32" or plan.tiles > 2 else 8
-        blocks = wide if plan.rows > _COLUMNS else (16 if plan.tiles <= 2 else 12) - 4 * is_variant(plan)
+        less = 4 if is_variant(plan) and plan.math == "tf32" else 0
+        blocks = wide if plan.rows > _COLUMNS else (16 if plan.tiles <= 2 else 12) - less
     return cdiv(cdiv(shape.H, 16), plan.tiles * plan.splits), min(4, blocks // scatter_blocks(plan))
 
 
@@ -392,12 +391,14 @@ def math_of(shape: Shape) -> str:
     """What a shape is computed in; bfloat16 stands for float16 as well.
 
     Raises:
-        ValueError: float32 is to be multiplied in three passes.
+        ValueError: float32 is to be multiplied in three passes; or a variant of the LSTM has a projection in float64.
     """
     if shape.itemsize == 4:
         if shape.precision == "tf32x3":
             raise ValueError('the C++ kernels multiply float32 as "ieee" or "tf32", not as "tf32x3"')
         return "tf32" if shape.precision == "tf32" else "fp32"
+    if shape.itemsize == 8 and shape.projected and shape.cell not in CELLS:
+        raise ValueError("the C++ kernels have no projection of variants of the LSTM in float64")
     return {2: "bf16", 8: "fp64"}[shape.itemsize]
 
 

@@ -110,7 +110,7 @@ class Backward {
   // Of a variant.
   FUSEDRNN_DEVICE void load_peepholes() {
     if constexpr (kVariant) {
-      if constexpr (!Extra::kKeepsPeepholes) return;
+      if constexpr (!Extra::kKeeps) return;
       FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) extra_.load(peepholes_[s], unit_of(s));
     }
   }
@@ -467,13 +467,19 @@ class Backward {
   FUSEDRNN_DEVICE void find_rows(int64_t first_row) {
     first_row_ = first_row + role_.lane % 4 * 2;
     for_each_column([&](int n, int j) { lengths_[n][j] = direction_.length(row(n, j)); });
-    if constexpr (kVariant && kProjected) {
+    if constexpr (kVariant && kProjected && Extra::kKeeps) {
       for_each_cell([&](int n, int s, int j) {
         of_state_[n][s][j] = extra_.of_state(is_output(n, s, j), row(n, j), unit_of(s));
       });
     }
   }
 
+  // Of a variant: what a number of h was multiplied with where it entered the product.
+  FUSEDRNN_DEVICE A of_state(int n, int s, int j) const {
+    if constexpr (!kProjected) return extra_.of_state(multipliers_[n][s][j]);
+    if constexpr (Extra::kKeeps) return of_state_[n][s][j];
+    return extra_.of_state(is_output(n, s, j), row(n, j), unit_of(s));
+  }
   // Those of the n-th step, of a variant.
   FUSEDRNN_DEVICE void load_multipliers([[maybe_unused]] int64_t step) {
     if constexpr (kVariant) {
@@ -552,7 +558,7 @@ class Backward {
   FUSEDRNN_DEVICE void take(const Results& z) {
     for_each_cell([&](int n, int s, int j) {
       A dh = z[n][s][j];
-      if constexpr (kVariant) dh *= kProjected ? of_state_[n][s][j] : extra_.of_state(multipliers_[n][s][j]);
+      if constexpr (kVariant) dh *= of_state(n, s, j);
       if constexpr (kVariant && !kProjected) dh += dh_[n][s][j];
       if (exists_(n, j)) dh_[n][s][j] = cut_(n, j) ? A(0) : dh;
     });

@@ -29,6 +29,7 @@ class CellExtras {
  public:
   struct Peepholes {};
   struct Multipliers {};
+  static constexpr bool kKeeps = false;
   FUSEDRNN_DEVICE CellExtras(const Params&, int) {}
 };
 
@@ -59,9 +60,9 @@ class CellExtras<M, C, Params, kProjected, true> {
         has_g_(of(Noise::kG) != nullptr),
         has_r_(of(Noise::kR) != nullptr) {}
 
-  // Whether a thread keeps the peepholes of its units in registers, and does not load them where they are used: of
+  // Whether a thread keeps what is the same at all steps in registers, and does not load it where it is used: of
   // float64 there is no room.
-  static constexpr bool kKeepsPeepholes = sizeof(A) == sizeof(float);
+  static constexpr bool kKeeps = sizeof(A) == sizeof(float);
 
   // Of a unit; zeros where it does not exist.
   FUSEDRNN_DEVICE void load(Peepholes& p, int64_t unit) const {
@@ -71,7 +72,7 @@ class CellExtras<M, C, Params, kProjected, true> {
   }
   // Those of a unit that are kept, or loaded.
   FUSEDRNN_DEVICE void take(Peepholes& p, const Peepholes& kept, int64_t unit) const {
-    if constexpr (kKeepsPeepholes) {
+    if constexpr (kKeeps) {
       FUSEDRNN_UNROLL for (int k = 0; k < kPeepholes; ++k) p[k] = kept[k];
     } else {
       load(p, fresh(unit));
@@ -90,17 +91,15 @@ class CellExtras<M, C, Params, kProjected, true> {
   }
   FUSEDRNN_DEVICE void load(Multipliers& v, bool exist, int64_t at) const {
     if constexpr (!kProjected) {
-      load(v.h, Noise::kH, exist, at);
-      load(v.c, Noise::kC, exist, at);
+      v.h = number(of(Noise::kH), exist, at);
+      v.c = number(of(Noise::kC), exist, at);
     }
-    load(v.dropped, has_g_ ? Noise::kG : Noise::kR, exist, at);
+    v.dropped = number(of(has_g_ ? Noise::kG : Noise::kR), exist, at);
   }
   // Of a number of the hidden state in the product with w_hh; with a projection it is not of a unit.
   FUSEDRNN_DEVICE A of_state(const Multipliers& v) const { return has_r_ ? v.dropped : A(1); }
   FUSEDRNN_DEVICE A of_state(bool exists, int64_t b, int64_t output) const {
-    A v = 1;
-    load(v, Noise::kR, exists, place(0, b, output).at);
-    return v;
+    return number(of(Noise::kR), exists, place(0, b, output).at);
   }
 
   FUSEDRNN_DEVICE Operands operands(const Peepholes& p, const Multipliers& v) const {
@@ -116,9 +115,9 @@ class CellExtras<M, C, Params, kProjected, true> {
 
  private:
   FUSEDRNN_DEVICE const A* of(Noise kind) const { return static_cast<const A*>(extras_.noise[static_cast<int>(kind)]); }
-  // Leaves it as it is where there is no such noise.
-  FUSEDRNN_DEVICE void load(A& v, Noise kind, bool exists, int64_t at) const {
-    if (exists && of(kind) != nullptr) v = of(kind)[at];
+  // One where there is no such noise. In this form it is a load with a predicate, and no branch.
+  static FUSEDRNN_DEVICE A number(const A* from, bool exists, int64_t at) {
+    return exists && from != nullptr ? from[at] : A(1);
   }
 
   const Extras& extras_;

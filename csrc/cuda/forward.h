@@ -119,7 +119,7 @@ class Forward {
     has_units_ = role_.tile < unit_tiles();
     has_outputs_ = role_.tile < output_tiles();
     if constexpr (kVariant) {
-      if constexpr (Extra::kKeepsPeepholes) extra_.load(peepholes_, unit_);
+      if constexpr (Extra::kKeeps) extra_.load(peepholes_, unit_);
     }
   }
 
@@ -300,6 +300,8 @@ class Forward {
   // From the first step of a slice on.
   FUSEDRNN_DEVICE void start_runs(int64_t first_row) {
     const int64_t H = p_.sizes.H, t = direction_.at(0), forwards = role_.direction == 1 ? -1 : 1;
+    // A variant has no registers to keep what follows from the lane from slice to slice.
+    const int lane = kVariant ? static_cast<int>(fresh(role_.lane)) & (kWarp - 1) : role_.lane;
     FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
       const bool mine = has_units_ && role_.owns(n);
       const int64_t row = first_row + n * kColumns, unit = int64_t{role_.tile} * kUnits;
@@ -310,7 +312,7 @@ class Forward {
       };
       const int bytes = p_.xg_wide != 0 ? sizeof(A) : sizeof(S), quads = bytes / 2;  // of an array of 8 units
       FUSEDRNN_UNROLL for (int m = 0; m < kXgRuns; ++m) {
-        const int q = role_.lane + m * kWarp, array = q / quads % kGates;
+        const int q = lane + m * kWarp, array = q / quads % kGates;
         const int64_t b = row + q / quads / kGates;
         const bool exists = !has_inputs() && q / quads < kGates * kColumns;
         xg_runs_[n][m] = run(exists ? p_.xg : nullptr, bytes, direction_.offset(p_.xg_strides, t, b) + array * H,
@@ -517,12 +519,18 @@ class Forward {
   FUSEDRNN_DEVICE void find_rows(int64_t first_row) {
     first_row_ = first_row + role_.lane % 4 * 2;
     for_each_column([&](int n, int j) { lengths_[n][j] = unit_ < p_.sizes.H ? direction_.length(row(n, j)) : 0; });
-    if constexpr (kVariant && kProjected) {
+    if constexpr (kVariant && kProjected && Extra::kKeeps) {
       for_each_output(
           [&](int n, int j, int k) { of_state_[n][k][j] = extra_.of_state(is_output(n, j, k), row(n, j), output(k)); });
     }
   }
 
+  // Of a variant: what a number of h is multiplied with where it enters the product.
+  FUSEDRNN_DEVICE A of_state(int n, int j, int k) const {
+    if constexpr (!kProjected) return extra_.of_state(multipliers_[n][j]);
+    if constexpr (Extra::kKeeps) return of_state_[n][k][j];
+    return extra_.of_state(is_output(n, j, k), row(n, j), output(k));
+  }
   // Those of the n-th step, of a variant.
   FUSEDRNN_DEVICE void load_multipliers([[maybe_unused]] int64_t step) {
     if constexpr (kVariant) {
@@ -677,7 +685,7 @@ class Forward {
   FUSEDRNN_DEVICE void send_h() {
     send<kOutputs * 8>(h_channel_, has_outputs_, [&](int n, int j, int k) {
       const A h = cut_(n, j) ? A(0) : h_[n][k][j];
-      if constexpr (kVariant) return h * (kProjected ? of_state_[n][k][j] : extra_.of_state(multipliers_[n][j]));
+      if constexpr (kVariant) return h * of_state(n, j, k);
       return h;
     });
   }

@@ -57,7 +57,7 @@ class ScatterTiles {
     barriers_ = reinterpret_cast<Mbarrier*>(shared + layout.barriers[0]);
     if constexpr (kVariant) {
       FUSEDRNN_UNROLL for (int k = 0; k < kCells; ++k) {
-        if constexpr (Extra::kKeepsPeepholes) extra_.load(peepholes_[k], first_unit_ + cell(k).unit);
+        if constexpr (Extra::kKeeps) extra_.load(peepholes_[k], first_unit_ + cell(k).unit);
       }
     }
   }
