@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cells import CELLS as _DEFINITIONS
+from .cells import CELLS as _PLAIN
+from .cells import NOISE, VARIANTS, named
 from .cuda_plan import MATHS, PASSES, Plan, ranked
 from .kernels.device import H200, Device, Shape, cdiv, device_of, power_of_2
 
-__all__ = ["CELLS", "Plan", "Shape", "backward", "forward", "plan_for"]
+__all__ = ["CELLS", "SUMS_PARAMETERS", "Plan", "Shape", "backward", "forward", "plan_for"]
 
-CELLS = frozenset(_DEFINITIONS)
+CELLS = frozenset((*_PLAIN, *VARIANTS))
+SUMS_PARAMETERS = False  # the backward leaves the gradients of peepholes to gpu.py
 
 _ops: Any = torch.ops.fusedrnn
 
@@ -43,22 +45,25 @@ def forward(
     cn: Tensor | None,
     c: Tensor | None,
     saved: Tensor | None,
+    w_p: Sequence[Tensor | None] = (None,),
+    noise: dict[str, Tensor] | None = None,
 ) -> None:
     """Launches the forward; shapes stand in `ForwardParams` of csrc/cuda/params.h. Weights: one of each direction.
 
     x, w_ih and the biases are read if plan.inputs, xg and what it lacks of b_hh otherwise; it may be saved. All tensors
-    are contiguous.
+    are contiguous. noise: multipliers [T, B, D*W] or [1, B, D*W] by name, as `cells.NOISE` has them.
 
     Raises:
         RuntimeError: a CUDA call failed; the message has its name.
     """
-    of_state = _both(b_hh) if plan.inputs or None in _DEFINITIONS[plan.cell].input else (None, None)
+    of_state = _both(b_hh) if plan.inputs or None in named(plan.cell).input else (None, None)
     of_input = (x, None, *_both(w_ih), *_both(b_ih)) if plan.inputs else (None, xg, *[None] * 4)
     _ops.cuda_launch_forward(
         _fields(plan, y),
         *(*of_input, *of_state),
         *(*_both(w_hh), *_both(w_hr), h0, c0, lengths, reset),
         *(y, hn, cn, c, saved),
+        *_extras(w_p, noise),
     )
 
 
@@ -79,6 +84,8 @@ def backward(
     dh_out: Tensor | None,
     dh0: Tensor | None,
     dc0: Tensor | None,
+    w_p: Sequence[Tensor | None] = (None,),
+    noise: dict[str, Tensor] | None = None,
 ) -> Tensor | None:
     """Launches the backward; shapes stand in `BackwardParams` of csrc/cuda/params.h. All tensors are contiguous.
 
@@ -88,14 +95,20 @@ def backward(
     Raises:
         RuntimeError: a CUDA call failed; the message has its name.
     """
-    H = da.shape[3] // len(_DEFINITIONS[plan.cell].maps)
+    H = da.shape[3] // len(named(plan.cell).maps)
     m = None if dh_out is None else da.new_empty(*da.shape[:3], H)
     _ops.cuda_launch_backward(
         _fields(plan, da),
         *(dy, dhn, dcn, dc, *_both(w_hh), *_both(w_hr), c0, lengths, reset),
         *(c, saved, da, dh_out, m, dh0, dc0),
+        *_extras(w_p, noise),
     )
     return m
+
+
+def _extras(w_p: Sequence[Tensor | None], noise: dict[str, Tensor] | None) -> tuple[Tensor | None, ...]:
+    """Peepholes of either direction, and the multipliers of each kind of noise, as a launch takes them."""
+    return (*_both(w_p), *((noise or {}).get(kind) for kind in NOISE))
 
 
 def _both(of_directions: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:

@@ -43,7 +43,7 @@ from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
 
-from .cells import CELLS, Cell
+from .cells import CELLS, Cell, named
 from .kernels.device import A100, B200, DEVICES, H100, H200, RTX4090, Device, Shape, cdiv, most_alike, power_of_2
 
 PASSES = ("forward", "backward")
@@ -87,6 +87,12 @@ def costs_of(device: Device) -> Costs:
     return COSTS[like.name]._replace(widest=COSTS[like.name].widest if same else min(COSTS[like.name].widest, 8))
 
 
+def kind_of(name: str) -> int:
+    """The `CellKind` of csrc/cuda/cell.h: of a variant of the LSTM, by its gates."""
+    variants = ("i", "f", "g", "o"), ("i", "g", "o")
+    return list(CELLS).index(name) if name in CELLS else len(CELLS) + variants.index(named(name).gates)
+
+
 @dataclass(frozen=True)
 class Plan:
     """How one kernel is launched: `Plan` of csrc/cuda/plan.h, and what it takes."""
@@ -117,7 +123,7 @@ class Plan:
         kinds = [EXCHANGES.index(self.exchange), MATHS.index(self.math)]
         counts = [self.blocks, self.tiles, self.splits, self.rows, self.groups]
         kept = [*self.kept[:2], int(self.inputs), self.shared_input_blocks]
-        return [*kinds, *counts, *kept, self.part_blocks, list(CELLS).index(self.cell)]
+        return [*kinds, *counts, *kept, self.part_blocks, kind_of(self.cell)]
 
     @property
     def kept(self) -> tuple[int, int, int]:
@@ -217,7 +223,7 @@ def _unit_tiles(kernel: str, shape: Shape) -> int:
 @lru_cache(maxsize=1024)
 def products(kernel: str, shape: Shape, math: str, inputs: bool = False) -> dict[int, Product]:
     """The product of each stage that there is."""
-    size, forward, cell = _STORAGE[math], kernel == "forward", CELLS[shape.cell]
+    size, forward, cell = _STORAGE[math], kernel == "forward", named(shape.cell)
     of_state, of_input = _filled(cell.recurrent), _filled(cell.input)
     units, outputs = _unit_tiles(kernel, shape), cdiv(shape.P, _OUTPUTS)
     h, own = (outputs, _OUTPUTS * size), (units, (8 if forward else 16 * of_state) * size)
@@ -232,13 +238,18 @@ def products(kernel: str, shape: Shape, math: str, inputs: bool = False) -> dict
     return found
 
 
+def is_variant(plan: Plan) -> bool:
+    """Whether the cell is a variant of the LSTM, which has its peepholes and multipliers in registers."""
+    return plan.cell not in CELLS
+
+
 def register_blocks(plan: Plan, kernel: str, stage: int, projected: bool) -> int:
     """K blocks of weights that a warp keeps in registers."""
-    forward, math = kernel == "forward", plan.math
+    forward, math, variant = kernel == "forward", plan.math, is_variant(plan)
     if stage == INPUT or plan.exchange == "parts":
         return 0
     if math == "fp64":
-        return 0 if projected else 1
+        return 0 if projected or variant else 1
     if stage == PROJECTION:
         return 1
     if math == "fp32":
@@ -247,13 +258,15 @@ def register_blocks(plan: Plan, kernel: str, stage: int, projected: bool) -> int
         return 5 if forward else 8
     wide = plan.rows > _COLUMNS
     if forward:
-        of_four = 2 if wide else 5 if math == "tf32" else 6
-        cell = CELLS[plan.cell]
+        of_four = 2 if wide else 5 if math == "tf32" or variant else 6
+        cell = named(plan.cell)
         of_tile = _filled(cell.recurrent)
+        if variant:
+            return of_four
         if len(cell.maps) > of_tile:
             return of_four - 1
         return min(4 if wide else 8, of_four * 4 // of_tile)
-    return 10 if not wide else 1 if math == "tf32" else 3
+    return 10 if not wide else 1 if math == "tf32" or variant else 3
 
 
 # Of "scatter".
@@ -274,7 +287,7 @@ def scatter_splits(tiles: int) -> int:
 
 def scatter_blocks(plan: Plan) -> int:
     """K blocks of da of a block, as far as it meets w_hh."""
-    return cdiv(plan.tiles * 16 * _filled(CELLS[plan.cell].recurrent) * _STORAGE[plan.math], _K_BLOCK)
+    return cdiv(plan.tiles * 16 * _filled(named(plan.cell).recurrent) * _STORAGE[plan.math], _K_BLOCK)
 
 
 def scatter_outputs(shape: Shape, plan: Plan) -> tuple[int, int]:
@@ -282,14 +295,15 @@ def scatter_outputs(shape: Shape, plan: Plan) -> tuple[int, int]:
     blocks = 8 if plan.math == "fp32" else 0
     if plan.math in _ON_MATRIX_UNIT:
         wide = 0 if plan.math == "tf32" or plan.tiles > 2 else 8
-        blocks = wide if plan.rows > _COLUMNS else 16 if plan.tiles <= 2 else 12
+        less = 4 if is_variant(plan) and plan.math == "tf32" else 0
+        blocks = wide if plan.rows > _COLUMNS else (16 if plan.tiles <= 2 else 12) - less
     return cdiv(cdiv(shape.H, 16), plan.tiles * plan.splits), min(4, blocks // scatter_blocks(plan))
 
 
 def _needs_of_scatter(shape: Shape, plan: Plan) -> Needs:
     p = products("backward", shape, plan.math)[RECURRENT]
     blocks, columns = scatter_blocks(plan), plan.rows // _COLUMNS
-    cell = CELLS[plan.cell]
+    cell = named(plan.cell)
     others = plan.tiles * 16 * (len(cell.maps) - _filled(cell.recurrent)) * _STORAGE[plan.math]
     staged = _stride(blocks + cdiv(others, _K_BLOCK))
     shared = plan.tiles * plan.splits * plan.shared_blocks * p.fragment + 2 * plan.rows * staged
@@ -319,14 +333,14 @@ def _copied_arrays(cell: Cell) -> int:
 
 def _copied_row(units: int, plan: Plan) -> int:
     """Of the backward: bytes of what a step takes of so many units and a row."""
-    return _copied_arrays(CELLS[plan.cell]) * units * _STORAGE[plan.math] + _QUAD
+    return _copied_arrays(named(plan.cell)) * units * _STORAGE[plan.math] + _QUAD
 
 
 def _step_bytes(kernel: str, plan: Plan) -> int:
     """Of a tile and eight rows: three steps of xg, and one of what is stored; or three of what the backward takes."""
     if kernel == "backward":
         return _COLUMNS * 3 * _copied_row(16, plan)
-    cell = CELLS[plan.cell]
+    cell = named(plan.cell)
     stored = (len(cell.saved) + 1 + cell.has_cell_state) * 8 * _STORAGE[plan.math] + 16
     return _COLUMNS * (3 * (len(cell.gates) * 8 * 4 + 16) + stored)
 
@@ -338,7 +352,7 @@ def needs(kernel: str, shape: Shape, plan: Plan) -> Needs:
     stages, warps = products(kernel, shape, plan.math, plan.inputs), plan.tiles * plan.splits
     exchanges = 2 if shape.projected else 1
     compute = 8 if plan.math == "fp64" else 4
-    cell, backward = CELLS[plan.cell], kernel == "backward"
+    cell, backward = named(plan.cell), kernel == "backward"
     staged = [p.chunk for p in stages.values()] + backward * [16 * len(cell.maps) * _STORAGE[plan.math]]
     shared = warps * _COLUMNS * max(staged) + 16 * exchanges
     if plan.exchange != "parts" and plan.math != "fp64" and not shape.projected:
@@ -377,12 +391,14 @@ def math_of(shape: Shape) -> str:
     """What a shape is computed in; bfloat16 stands for float16 as well.
 
     Raises:
-        ValueError: float32 is to be multiplied in three passes.
+        ValueError: float32 is to be multiplied in three passes; or a variant of the LSTM has a projection in float64.
     """
     if shape.itemsize == 4:
         if shape.precision == "tf32x3":
             raise ValueError('the C++ kernels multiply float32 as "ieee" or "tf32", not as "tf32x3"')
         return "tf32" if shape.precision == "tf32" else "fp32"
+    if shape.itemsize == 8 and shape.projected and shape.cell not in CELLS:
+        raise ValueError("the C++ kernels have no projection of variants of the LSTM in float64")
     return {2: "bf16", 8: "fp64"}[shape.itemsize]
 
 
@@ -651,7 +667,7 @@ def _predicted(kernel: str, shape: Shape, device: Device, p: Plan) -> Plan:
     for k in stages:  # what stays on the chip
         launch += p.groups * taken.packed[k] * (1 - taken.streamed[k] / blocks(k)) / device.l2
     if kernel == "forward" and not p.inputs:
-        gates = len(CELLS[shape.cell].gates)
+        gates = len(named(shape.cell).gates)
         numbers = shape.D * shape.T * shape.B * gates * shape.H  # of xg, which are written and read
         everywhere = rate * clocks * device.multiprocessors
         weights = shape.D * gates * shape.H * shape.I
@@ -674,7 +690,7 @@ def gemm_step(shape: Shape, device: Device) -> float:
     """Microseconds of a step of the whole batch, of one pass, by a GEMM and a pointwise kernel: an estimate of what
     torch does where its kernels do not stay on the device. The matrix unit has twice the rate of "mma" there."""
     rate = 2 * costs_of(device).half / (1 if shape.itemsize == 2 else 2)
-    multiplied = shape.D * shape.B * len(CELLS[shape.cell].gates) * shape.H * shape.P
+    multiplied = shape.D * shape.B * len(named(shape.cell).gates) * shape.H * shape.P
     return _TWO_LAUNCHES + multiplied / (rate * device.clock * 1e3 * device.multiprocessors)
 
 

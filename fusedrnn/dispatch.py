@@ -183,7 +183,7 @@ _ALL_CELLS = frozenset((*CELLS, *VARIANTS))
 TABLE = {
     backend.name: backend
     for backend in (
-        Backend("cuda", ops.cuda_unavailable, _cuda_unsupported, partial(_gpu_plan, "cuda")),
+        Backend("cuda", ops.cuda_unavailable, _cuda_unsupported, partial(_gpu_plan, "cuda"), cells=_ALL_CELLS),
         Backend(
             "triton",
             ops.triton_unavailable,

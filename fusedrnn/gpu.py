@@ -26,7 +26,7 @@ from torch import Tensor
 from .cells import Cell, named
 from .cells.spec import Blocks
 from .layout import DirectionWeights, split_directions
-from .reference import entering, existing, where_exists
+from .reference import compute_dtype, entering, existing, where_exists
 
 FP32_VARIABLE = "FUSEDRNN_FP32"
 FP32_PRECISIONS = ("ieee", "tf32", "tf32x3")
@@ -209,9 +209,9 @@ def backward(
     results = (da, dh_out, dh0, dc0 if C else None)
     dp = None
     if kind.parameters:
-        if any(needs_weights[len(flat) // D - 1 :: len(flat) // D]):
-            dp = x.new_empty(D, B, len(kind.parameters) * H, dtype=torch.float32)
-        more |= {"w_p": w_p, "dp": dp}
+        more["w_p"] = w_p
+    if kind.parameters and launch.SUMS_PARAMETERS and any(needs_weights[len(flat) // D - 1 :: len(flat) // D]):
+        dp = more["dp"] = x.new_empty(D, B, len(kind.parameters) * H, dtype=torch.float32)
     m = launch.backward(plan, dy, dhn, *dcarry, w_hh, w_hr, first, lengths, reset, carries, saved, *results, **more)
 
     with _gemms_in(shape.precision, x):
@@ -244,8 +244,14 @@ def backward(
                 m_d = _outputs_of_cell(c_d, saved[d]) if m is None else m[d]
                 dweights.append(dh_out[d].flatten(0, 1).T @ m_d.flatten(0, 1) if next(needed) else empty.clone())
             if w.w_p is not None:
-                wanted_p = next(needed)
-                dweights.append(dp[d].sum(0).to(x.dtype) if dp is not None and wanted_p else empty.clone())
+                if not next(needed):
+                    dweights.append(empty.clone())
+                elif dp is not None:
+                    dweights.append(dp[d].sum(0).to(x.dtype))
+                else:
+                    entered = entering(c_d, c_d.new_zeros(B, C) if c0 is None else c0[d], steps, reset, d == 1)
+                    v = {name: _of_direction(of, d, D) for name, of in more.get("noise", {}).items()}
+                    dweights.append(_gradient_of_parameters(kind, da[d], saved[d], entered, c_d, v))
     return dx, empty.clone() if dh0 is None else dh0, empty.clone() if dc0 is None else dc0, dweights
 
 
@@ -393,3 +399,15 @@ def _gradient_of_recurrence(
 def _outputs_of_cell(c: Tensor, saved: Tensor) -> Tensor:
     """m = o * tanh(c), of which w_hr makes h: of the cells, only LSTMs have a projection, and o is saved last."""
     return saved[..., -c.shape[-1] :] * c.tanh()
+
+
+def _gradient_of_parameters(
+    cell: Cell, da: Tensor, saved: Tensor, carry_in: Tensor, carry: Tensor, v: dict[str, Tensor | None]
+) -> Tensor:
+    """[K*H], summed over all steps and sequences in float32 at least.
+
+    da [T, B, M*H], saved [T, B, S*H]; carry_in and carry [T, B, H]; v: the multipliers by name.
+    """
+    assert cell.parameters_backward is not None
+    dp = cell.parameters_backward(da, saved, carry_in, carry, v)
+    return dp.sum((0, 1), dtype=compute_dtype(da.dtype)).to(da.dtype)

@@ -378,12 +378,15 @@ _library.define(
     "cuda_launch_forward(int[] plan, Tensor? x, Tensor? xg, Tensor? w_ih0, Tensor? w_ih1, Tensor? b_ih0, "
     "Tensor? b_ih1, Tensor? b_hh0, Tensor? b_hh1, Tensor? w_hh0, Tensor? w_hh1, Tensor? w_hr0, Tensor? w_hr1, "
     "Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset, Tensor(a!) y, Tensor(b!) hn, Tensor(c!)? cn, "
-    "Tensor(d!)? c, Tensor(e!)? saved) -> ()"
+    "Tensor(d!)? c, Tensor(e!)? saved, Tensor? w_p0=None, Tensor? w_p1=None, Tensor? noise_h=None, "
+    "Tensor? noise_c=None, Tensor? noise_g=None, Tensor? noise_r=None) -> ()"
 )
 _library.define(
     "cuda_launch_backward(int[] plan, Tensor? dy, Tensor? dhn, Tensor? dcn, Tensor? dc, Tensor? w_hh0, "
     "Tensor? w_hh1, Tensor? w_hr0, Tensor? w_hr1, Tensor? c0, Tensor? lengths, Tensor? reset, Tensor? c, Tensor saved, "
-    "Tensor(a!) da, Tensor(b!)? dh_out, Tensor(c!)? m, Tensor(d!)? dh0, Tensor(e!)? dc0) -> ()"
+    "Tensor(a!) da, Tensor(b!)? dh_out, Tensor(c!)? m, Tensor(d!)? dh0, Tensor(e!)? dc0, "
+    "Tensor? w_p0=None, Tensor? w_p1=None, Tensor? noise_h=None, Tensor? noise_c=None, Tensor? noise_g=None, "
+    "Tensor? noise_r=None) -> ()"
 )
 _library.define("cuda_room(int device, int pass_, int[] sizes, int[] plan) -> (int, int)")
 _library.define("cuda_obstacle(int device) -> str")

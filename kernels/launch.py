@@ -24,6 +24,7 @@ from .forward import layer_forward
 from .plan import Plan, Shape
 
 CELLS = cells.Names()
+SUMS_PARAMETERS = True  # the backward sums the gradients of peepholes over time, in dp
 
 # Triton's interpreter runs the programs of a launch one after another, on tensors of the CPU: see forward.py.
 INTERPRETED = not isinstance(layer_forward, triton.runtime.JITFunction)

@@ -5,6 +5,7 @@ thread is a fiber, and computes on tensors of the CPU: the same Python, the same
 launches themselves are others. The tolerance is that of fusedrnn/testing.py; outputs are poisoned with NaN.
 """
 
+import copy
 import dataclasses
 import hashlib
 import os
@@ -16,6 +17,7 @@ import pytest
 import torch
 from fusedrnn.benchmarks import plans
 from fusedrnn.benchmarks.cases import cell
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import fusedrnn
 from fusedrnn import cuda, cuda_plan, dispatch, gpu, ops, testing
@@ -165,6 +167,91 @@ def test_gradcheck_of_other_cells(cell):
         assert torch.autograd.gradcheck(
             lambda x, h0, *_: rnn(x, h0, **given), (x, h0, *rnn.parameters()), fast_mode=True
         )
+
+
+STATE = {"recurrent_dropout": 0.4, "recurrent_dropout_mode": "state"}
+# Variants of the LSTM: options, dtype, how it is called, and what a forward keeps.
+LSTM_VARIANTS = {
+    "everything": ({"peephole": True, "coupled": True, "zoneout": 0.3, **STATE}, F64, "ragged", "gates"),
+    "peephole-zoneout-candidate": (
+        {"peephole": True, "zoneout": (0.0, 0.5), "recurrent_dropout": 0.3},
+        BF16,
+        "packed",
+        "gates",
+    ),
+    "projected": ({"peephole": True, "proj_size": 5, **STATE}, BF16, "ragged", "gates"),
+    "recomputed": ({"coupled": True, "zoneout": 0.3, **STATE}, F64, "ragged", "recompute"),
+    "evaluation": ({"zoneout": (0.4, 0.2), "bias": False}, F64, "evaluation", "gates"),
+}
+
+
+@pytest.mark.parametrize(("options", "dtype", "form", "reserve"), LSTM_VARIANTS.values(), ids=LSTM_VARIANTS)
+def test_variants_of_the_lstm(options, dtype, form, reserve, monkeypatch):
+    """Against the reference in float64, with the same masks. The error is held to that of the reference itself."""
+    monkeypatch.setenv("FUSEDRNN_RESERVE", reserve)
+    T, B, I, H = 5, 3, 4, 14
+    module = fusedrnn.LSTM(I, H, num_layers=2, bidirectional=True, dtype=dtype, device=DEVICE, **options)
+    module.train(form != "evaluation")
+    x = torch.randn(T, B, I, dtype=dtype, device=DEVICE)
+    hx = [torch.randn(4, B, size, dtype=dtype, device=DEVICE) for size in (module.proj_size or H, H)]
+    calls = {}
+    if form == "ragged":
+        calls = {"lengths": torch.tensor([3, 0, 5], device=DEVICE), "reset": torch.rand(T, B, device=DEVICE) < 0.3}
+
+    def run(backend, dtype):
+        own = copy.deepcopy(module).to(dtype)
+        leaves = [t.to(dtype).requires_grad_() for t in (x, *hx)] + [*own.parameters()]
+        given = leaves[0]
+        if form == "packed":
+            given = pack_padded_sequence(given, torch.tensor([2, 5, 4]), enforce_sorted=False)
+        torch.manual_seed(5)
+        with fusedrnn.use_backend(backend), testing.poisoned():
+            y, (hn, cn) = own(given, tuple(leaves[1:3]), **calls)
+            y = y.data if form == "packed" else y
+            outputs, generator = [y, hn, cn], torch.Generator().manual_seed(3)
+            douts = [torch.randn(o.shape, generator=generator).to(o) for o in outputs]
+            return [*outputs, *torch.autograd.grad(outputs, leaves, douts)]
+
+    exact = run("reference", F64)
+    for our, their, right in zip(run("cuda", dtype), run("reference", dtype), exact, strict=True):
+        error, allowed = (our.double() - right).abs().max(), (their.double() - right).abs().max()
+        assert error <= 2 * allowed + 4 * testing.roundoff(dtype) * right.abs().max()
+
+
+def test_derivatives_of_a_variant():
+    """Of both orders, with the masks of one seed; what the compiler is told of its operators; and who explains it."""
+    module = fusedrnn.LSTM(2, 3, dtype=F64, device=DEVICE, peephole=True, zoneout=0.3, recurrent_dropout=0.4)
+    x = torch.randn(3, 2, 2, dtype=F64, device=DEVICE, requires_grad=True)
+
+    def run(x, *_):
+        torch.manual_seed(1)
+        y, (hn, cn) = module(x)
+        return y, hn, cn
+
+    with fusedrnn.use_backend("cuda"):
+        inputs = (x, *module.parameters())
+        assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
+        assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
+        assert fusedrnn.explain(module, x).plan.startswith("forward: ")
+    cell, noise = "lstm_peephole+hcg", torch.rand(3, 3, 2, 3, dtype=F64, device=DEVICE)
+    weights = [parameter.detach() for parameter in module.parameters()]
+    arguments = (cell, x.detach(), False, None, None, None, None, True, True, *weights)
+    torch.library.opcheck(ops.forward_op("cuda"), arguments, {"noise": noise})
+
+
+@pytest.mark.parametrize("options", [{"zoneout": (0.3, 0.0)}, {"coupled": True}], ids=["zoneout", "coupled"])
+def test_a_variant_is_infinite_where_the_reference_is(options):
+    """What is not given is not computed with: zero times infinity is not a number."""
+    module = fusedrnn.LSTM(2, 3, dtype=F64, device=DEVICE, **options).eval()
+    x = torch.randn(3, 2, 2, dtype=F64, device=DEVICE)
+    hx = torch.zeros(1, 2, 3, dtype=F64, device=DEVICE), torch.full((1, 2, 3), torch.inf, dtype=F64, device=DEVICE)
+    results = []
+    for backend in ("cuda", "reference"):
+        with fusedrnn.use_backend(backend):
+            y, (hn, cn) = module(x, hx)
+            results.append((y, hn, cn))
+    for our, their in zip(*results, strict=True):
+        torch.testing.assert_close(our, their, equal_nan=True)
 
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
@@ -564,6 +651,8 @@ def test_what_it_cannot_do_is_a_reason_and_an_error(monkeypatch):
         assert "not torch.complex64" in dispatch.supports("cuda", problem(dtype=torch.complex64))
         monkeypatch.setenv("FUSEDRNN_FP32", "tf32x3")
         assert "tf32x3" in dispatch.supports("cuda", problem())
+        projected = problem(dtype=F64, P=2, cell="lstm_peephole")
+        assert "no projection of variants of the LSTM in float64" in dispatch.supports("cuda", projected)
         with pytest.raises(RuntimeError, match=r"'cuda' was asked for and cannot run: .*tf32x3"):
             fusedrnn.LSTM(3, 4, device=DEVICE)(torch.randn(2, 2, 3, device=DEVICE))
 
@@ -604,6 +693,7 @@ class Launch:
             self.b_ih, self.b_hh = [self.tensor(4 * H)], [self.tensor(4 * H)]
         self.w_hh, self.w_hr = [self.tensor(4 * H, H)], []
         self.h0 = self.c0 = self.lengths = self.reset = self.c = self.saved = None
+        self.w_p0 = self.w_p1 = self.noise_h = self.noise_c = self.noise_g = self.noise_r = None
         self.y, self.hn, self.cn = self.tensor(T, B, H), self.tensor(1, B, H), self.tensor(1, B, H)
 
     def tensor(self, *shape, dtype=F32):
@@ -613,7 +703,7 @@ class Launch:
         given = {**vars(self), **changes}
         both = {"w_ih", "b_ih", "b_hh", "w_hh", "w_hr"}  # lists of a tensor of each direction, or of none
         names = ["plan", "x", "xg", "w_ih", "b_ih", "b_hh", "w_hh", "w_hr", "h0", "c0", "lengths", "reset"]
-        names += ["y", "hn", "cn", "c", "saved"]
+        names += ["y", "hn", "cn", "c", "saved", "w_p0", "w_p1", "noise_h", "noise_c", "noise_g", "noise_r"]
         return tuple(a for n in names for a in ([*given[n], None, None][:2] if n in both else [given[n]]))
 
     def run(self, **changes):
@@ -640,7 +730,7 @@ def test_operators_of_the_library_pass_opcheck():
 def test_the_library_checks_what_memory_safety_needs():
     launch = Launch()
     launch.run()
-    t, plan = launch.tensor, Launch(inputs=True).plan
+    t, plan, variant = launch.tensor, Launch(inputs=True).plan, [*launch.plan[:-1], 4]
     for changes, message in (
         ({"xg": t(1, 3, 2, 31)}, "xg has the wrong shape"),
         ({"xg": t(1, 3, 2, 64)[..., ::2]}, "xg must be contiguous"),
@@ -653,7 +743,7 @@ def test_the_library_checks_what_memory_safety_needs():
         ({"w_hh": []}, "w_hh must have 2 dimensions"),
         ({"w_hr": [t(8, 8), t(8, 8)]}, "one w_hr of each direction"),
         ({"plan": launch.plan[:-1]}, "a plan has 13 fields, got 12"),
-        ({"plan": [*launch.plan[:-1], 4]}, "a plan of an unknown kind"),
+        ({"plan": [*launch.plan[:-1], 6]}, "a plan of an unknown kind"),
         ({"plan": [*launch.plan[:-1], 1]}, "the plan is invalid: P must be H without a projection"),
         ({"cn": None}, "cn must be given"),
         ({"plan": [7, *launch.plan[1:]]}, "a plan of an unknown kind"),
@@ -665,6 +755,14 @@ def test_the_library_checks_what_memory_safety_needs():
         ({"x": t(3, 2, 5)}, "the plan takes xg, and no x"),
         ({"w_ih": [t(32, 5)]}, "one w_ih of each direction where the plan takes x, and none elsewhere"),
         ({"plan": plan}, "the plan is invalid: I must be 1"),
+        ({"w_p0": t(24)}, "neither peepholes nor noise"),
+        ({"noise_g": t(3, 2, 8)}, "neither peepholes nor noise"),
+        ({"plan": variant, "w_p0": t(25)}, "w_p has the wrong shape"),
+        ({"plan": variant, "w_p0": t(24), "w_p1": t(24)}, "peepholes of each direction, or none"),
+        ({"plan": variant, "noise_h": t(3, 2, 7)}, "noise has the wrong shape"),
+        ({"plan": variant, "noise_h": t(2, 2, 8)}, "noise must be of all time steps or of one"),
+        ({"plan": variant, "noise_h": t(3, 2, 8), "noise_c": t(1, 2, 8)}, "noise must be of all time steps or of one"),
+        ({"plan": variant, "noise_r": t(3, 2, 8, dtype=F64)}, "noise has a dtype"),
     ):
         with pytest.raises(RuntimeError, match=message):
             launch.run(**changes)

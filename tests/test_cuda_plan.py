@@ -17,7 +17,7 @@ BATCHES = (1, 5000)
 KINDS = ((2, "tf32"), (4, "tf32"), (4, "ieee"), (8, "ieee"))
 
 
-OTHER_CELLS = ("gru", "rnn_tanh")
+OTHER_CELLS = ("gru", "rnn_tanh", "lstm_peephole+hcr", "lstm_coupled")
 
 
 def shapes():
@@ -267,10 +267,13 @@ def test_x_in_parts_where_that_saves_time(device):
     assert not chosen(1024, 10_000)
 
 
-@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh", "rnn_relu"])
+KINDS_OF_CELLS = ["lstm", "gru", "rnn_tanh", "rnn_relu", "lstm+hg", "lstm_peephole_coupled"]
+
+
+@pytest.mark.parametrize("cell", KINDS_OF_CELLS)
 def test_products_have_the_rows_of_the_cell(cell):
     """bfloat16 and H 128: 16 tiles of 8 units, a segment for each gate; da of 16 units for each gate."""
-    gates = {"lstm": 4, "gru": 3}.get(cell, 1)
+    gates = {"lstm": 4, "lstm+hg": 4, "gru": 3, "lstm_peephole_coupled": 3}.get(cell, 1)
     shape = Shape(128, 16, 100, 128, 128, 1, 2, "tf32", cell=cell)
     forward = planner.products("forward", shape, "bf16", inputs=True)
     assert forward[planner.RECURRENT] == (16, gates, 16, 16)
@@ -279,7 +282,7 @@ def test_products_have_the_rows_of_the_cell(cell):
     for kernel in planner.PASSES:
         plan = planner.plan(kernel, shape, H200)
         assert plan.cell == cell
-        assert plan.fields[-1] == ["lstm", "gru", "rnn_tanh", "rnn_relu"].index(cell)
+        assert plan.fields[-1] == KINDS_OF_CELLS.index(cell)
 
 
 def test_a_cell_of_fewer_rows_is_predicted_to_take_less():

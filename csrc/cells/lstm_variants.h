@@ -25,9 +25,10 @@ struct LstmVariant {
   template <class F>
   using Operands = LstmOperands<typename F::V, kPeepholes>;
 
-  template <class F, int R>
+  // O: Operands, or what can be compared with null and indexed in the place of its pointers.
+  template <class F, int R, class O>
   static FUSEDRNN_CELL void forward(typename F::V (&a)[R][kMaps], typename F::V (&c)[R], typename F::V (&m)[R],
-                                    const Operands<F>& operands) {
+                                    const O& operands) {
     using A = typename F::Number;
     using V = typename F::V;
     V old[R];
@@ -60,9 +61,9 @@ struct LstmVariant {
   }
 
   // dp: the gradients of the peepholes; only where they are given.
-  template <class F>
+  template <class F, class O>
   static FUSEDRNN_CELL typename F::V backward(typename F::V (&a)[kMaps], typename F::V c_in, typename F::V c,
-                                              typename F::V dm, typename F::V& dc, const Operands<F>& operands,
+                                              typename F::V dm, typename F::V& dc, const O& operands,
                                               typename F::V (&dp)[kPeepholes]) {
     using A = typename F::Number;
     using V = typename F::V;

@@ -26,6 +26,7 @@
 
 #include "backward_inputs.h"
 #include "exchange.h"
+#include "extras.h"
 #include "geometry.h"
 #include "turns.h"
 
@@ -56,6 +57,8 @@ class Backward {
   static constexpr int kOfState = kCell.recurrent.begin, kMeeting = width(kCell.recurrent);  // maps that meet w_hh
   static constexpr bool kCarries = kCell.carry != Carry::kNone, kHasCellState = has_cell_state(kCell);
   static_assert(kSaved <= kMaps);
+  static constexpr bool kVariant = is_variant(kCell);
+  using Extra = CellExtras<M, C, BackwardParams, kProjected>;
   static constexpr int kStepBytes = step_bytes(kCell, kPass, kMath);
   template <Stage kStage>
   using Multiplier = WarpProduct<M, kSegments, kColumnTiles,
@@ -86,7 +89,8 @@ class Backward {
         dh_channel_(channel(p, role, Stage::kProjection, shared, layout)),
         staging_(reinterpret_cast<S*>(shared + layout.staging + role.warp * layout.warp_staging)),
         steps_(shared + layout.steps + role.local_tile * kColumnTiles * kStepBytes),
-        direction_(p.sizes, p.sequence, role.direction) {
+        direction_(p.sizes, p.sequence, role.direction),
+        extra_(p, role.direction) {
     take_tile();
     in_units_ = Channel::kIdleWarpsTakePart ? role.rank < blocks_with(unit_tiles(), p.plan) : has_units_;
     in_outputs_ = Channel::kIdleWarpsTakePart ? role.rank < blocks_with(output_tiles(), p.plan) : has_outputs_;
@@ -100,6 +104,15 @@ class Backward {
     first_unit_ = role_.tile * kUnits + role_.lane / 4;
     has_units_ = role_.tile < unit_tiles();
     has_outputs_ = role_.tile < output_tiles();
+    if constexpr (!kInRuns) load_peepholes();
+  }
+
+  // Of a variant.
+  FUSEDRNN_DEVICE void load_peepholes() {
+    if constexpr (kVariant) {
+      if constexpr (!Extra::kKeeps) return;
+      FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) extra_.load(peepholes_[s], unit_of(s));
+    }
   }
 
   static FUSEDRNN_DEVICE Product product_of(const BackwardParams& p, Stage stage) {
@@ -196,20 +209,30 @@ class Backward {
   // From the last step of a slice on.
   FUSEDRNN_DEVICE void start_runs(int64_t first_row) {
     const int64_t unit = has_units_ ? role_.tile * kUnits : p_.sizes.H;
+    // A variant has no registers to keep what follows from the lane from slice to slice.
+    const int lane = kVariant ? static_cast<int>(fresh(role_.lane)) & (kWarp - 1) : role_.lane;
     FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
       const int64_t row = role_.owns(n) ? first_row + n * kColumns : p_.sizes.B;
-      inputs_[n].template start<kStepsAhead>(p_, direction_, role_.lane, row, unit, role_.direction == 1, copied(n, 0));
-      stores_[n].start(p_, direction_, role_.lane, row, unit, role_.direction == 1);
+      inputs_[n].template start<kStepsAhead>(p_, direction_, lane, row, unit, role_.direction == 1, copied(n, 0));
+      stores_[n].start(p_, direction_, lane, row, unit, role_.direction == 1);
     }
+    if constexpr (!kVariant) load_c0();
+    look_at(p_.sizes.T - 1);
+    slot_ = 0;
+    FUSEDRNN_UNROLL for (int k = 0; k < kStepsAhead; ++k) copy(p_.sizes.T > k, k);
+    if constexpr (kVariant) {  // here, where registers are left
+      load_c0();
+      load_peepholes();
+      load_multipliers(p_.sizes.T - 1);
+    }
+  }
+  FUSEDRNN_DEVICE void load_c0() {
     for_each_cell([&](int n, int s, int j) {
       c0_[n][s][j] = 0;
       if (kCarries && p_.c0 != nullptr && is_unit(n, s, j)) {
         c0_[n][s][j] = number(p_.c0, direction_.state(row(n, j), p_.sizes.H) + unit_of(s));
       }
     });
-    look_at(p_.sizes.T - 1);
-    slot_ = 0;
-    FUSEDRNN_UNROLL for (int k = 0; k < kStepsAhead; ++k) copy(p_.sizes.T > k, k);
   }
   FUSEDRNN_DEVICE void copy(bool exists, int slot) {
     FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) inputs_[n].copy(exists, copied(n, slot));
@@ -247,6 +270,7 @@ class Backward {
     copy(step >= kStepsAhead, slot_);
     slot_ = next_slot;
     look_at(step - 1);
+    if (step > 0) load_multipliers(step - 1);
   }
 
   // The cell of a unit and a row, from the step to da, which is staged.
@@ -258,10 +282,9 @@ class Backward {
     const bool exists = exists_(n, j) && unit_of(s) < p_.sizes.H, cut = cut_(n, j);
     const A last = Inputs::carry(before, row, unit),
             entered = direction_.is_first(t, lengths_[n][j]) ? c0_[n][s][j] : last;
-    const A dh = dh_[n][s][j] + copied(now, Inputs::kDy);
-    A dc = dc_[n][s][j] + Inputs::dcarry(now, row, unit);
-    C::template backward<typename M::BackwardMath>(p_.plan.cell, a, cut ? A(0) : entered, Inputs::carry(now, row, unit),
-                                                   dh, dc);
+    A dm = dh_[n][s][j] + copied(now, Inputs::kDy), dc = dc_[n][s][j] + Inputs::dcarry(now, row, unit);
+    pass_dh(n, s, j, exists, dm);
+    backward_cell(n, s, j, a, cut ? A(0) : entered, Inputs::carry(now, row, unit), dm, dc);
     if constexpr (kCarries) dc_[n][s][j] = !exists ? dc_[n][s][j] : cut ? A(0) : dc;
     // What is staged may be rounded to the operand's precision, and then is not what is stored.
     S* exact = M::kRoundsOperands && is_unit(n, s, j)
@@ -272,6 +295,27 @@ class Backward {
       const A da = exists ? a[map] : A(0);
       *reinterpret_cast<S*>(staged + Staged::byte_of(map, s, role_.lane / 4)) = M::operand(da);
       if (M::kRoundsOperands && exact != nullptr) exact[map * p_.sizes.H] = to_storage<S>(da);
+    }
+  }
+
+  FUSEDRNN_DEVICE A backward_cell([[maybe_unused]] int n, [[maybe_unused]] int s, [[maybe_unused]] int j, A (&a)[kMaps],
+                                  A c_in, A c, A dm, A& dc) const {
+    using Math = typename M::BackwardMath;
+    if constexpr (kVariant) {
+      typename Extra::Peepholes p, dp;  // the gradients are computed after the launch
+      extra_.take(p, peepholes_[s], unit_of(s));
+      const auto operands = extra_.operands(p, multipliers_[n][s][j]);
+      return C::template backward<Math>(p_.plan.cell, a, c_in, c, dm, dc, operands, dp);
+    } else {
+      return C::template backward<Math>(p_.plan.cell, a, c_in, c, dm, dc);
+    }
+  }
+  // Of a variant: what goes past the cell takes the place of dh until that of the step before is there.
+  FUSEDRNN_DEVICE void pass_dh(int n, int s, int j, bool exists, A& dm) {
+    if constexpr (kVariant && !kProjected) {
+      const A passed = extra_.passed(multipliers_[n][s][j], dm);
+      dm -= passed;
+      if (exists) dh_[n][s][j] = passed;
     }
   }
 
@@ -296,6 +340,7 @@ class Backward {
         recurrent.add_parts(z);
         recall(kept, b);
         look_at(n);
+        load_multipliers(n);
         next_step();
         take(z);
       }
@@ -359,6 +404,10 @@ class Backward {
         FUSEDRNN_UNROLL for (int j = 0; j < 2; ++j) {
           loaded_[n][s][j] = {};
           dh_[n][s][j] = dc_[n][s][j] = 0;
+          if constexpr (kVariant) {
+            multipliers_[n][s][j] = {};
+            of_state_[n][s][j] = 0;
+          }
         }
       }
     }
@@ -418,6 +467,27 @@ class Backward {
   FUSEDRNN_DEVICE void find_rows(int64_t first_row) {
     first_row_ = first_row + role_.lane % 4 * 2;
     for_each_column([&](int n, int j) { lengths_[n][j] = direction_.length(row(n, j)); });
+    if constexpr (kVariant && kProjected && Extra::kKeeps) {
+      for_each_cell([&](int n, int s, int j) {
+        of_state_[n][s][j] = extra_.of_state(is_output(n, s, j), row(n, j), unit_of(s));
+      });
+    }
+  }
+
+  // Of a variant: what a number of h was multiplied with where it entered the product.
+  FUSEDRNN_DEVICE A of_state(int n, int s, int j) const {
+    if constexpr (!kProjected) return extra_.of_state(multipliers_[n][s][j]);
+    if constexpr (Extra::kKeeps) return of_state_[n][s][j];
+    return extra_.of_state(is_output(n, s, j), row(n, j), unit_of(s));
+  }
+  // Those of the n-th step, of a variant.
+  FUSEDRNN_DEVICE void load_multipliers([[maybe_unused]] int64_t step) {
+    if constexpr (kVariant) {
+      const auto [first, stride] = extra_.place(direction_.at(step), first_row_, first_unit_);
+      for_each_cell([&](int n, int s, int j) {
+        extra_.load(multipliers_[n][s][j], is_unit(n, s, j), first + (n * kColumns + j) * stride + s * kColumns);
+      });
+    }
   }
 
   // Which of the lane's columns there are in the n-th step.
@@ -433,6 +503,7 @@ class Backward {
   FUSEDRNN_DEVICE void load(int64_t step) {
     const int64_t t = direction_.at(step), H = p_.sizes.H;
     look_at(step);
+    if (step >= 0) load_multipliers(step);
     for_each_cell([&](int n, int s, int j) {
       Numbers& loaded = loaded_[n][s][j];
       loaded = {};
@@ -486,7 +557,10 @@ class Backward {
   // From the product with da to dh of the state that entered the step.
   FUSEDRNN_DEVICE void take(const Results& z) {
     for_each_cell([&](int n, int s, int j) {
-      if (exists_(n, j)) dh_[n][s][j] = cut_(n, j) ? A(0) : z[n][s][j];
+      A dh = z[n][s][j];
+      if constexpr (kVariant) dh *= of_state(n, s, j);
+      if constexpr (kVariant && !kProjected) dh += dh_[n][s][j];
+      if (exists_(n, j)) dh_[n][s][j] = cut_(n, j) ? A(0) : dh;
     });
   }
 
@@ -496,13 +570,13 @@ class Backward {
   }
 
   // From dm and dc to da, in the place of what was saved, and dc of the step before; and m, in the place of c.
-  FUSEDRNN_DEVICE void cells(const Results& dm) {
+  FUSEDRNN_DEVICE void cells(const Results& of_m) {
     for_each_cell([&](int n, int s, int j) {
       Numbers& loaded = loaded_[n][s][j];
       if (!exists_(n, j)) return;
-      A dc = dc_[n][s][j] + loaded.dc;
-      loaded.c = C::template backward<typename M::BackwardMath>(p_.plan.cell, loaded.a, loaded.c_in, loaded.c,
-                                                                dm[n][s][j], dc);
+      A dc = dc_[n][s][j] + loaded.dc, dm = of_m[n][s][j];
+      pass_dh(n, s, j, true, dm);
+      loaded.c = backward_cell(n, s, j, loaded.a, loaded.c_in, loaded.c, dm, dc);
       if constexpr (kCarries) dc_[n][s][j] = cut_(n, j) ? A(0) : dc;
     });
   }
@@ -559,6 +633,7 @@ class Backward {
   S* staging_;
   char* steps_;  // [column tile] of kStepsAhead steps
   const Direction direction_;
+  const Extra extra_;  // of a variant
   int first_unit_;
   // Whether the warp has a tile of units, and of numbers of h; and whether the thread takes part in receiving dh, and
   // da.
@@ -570,6 +645,10 @@ class Backward {
   A dh_[kColumnTiles][kSegments][2];  // gradients of the state that leaves it
   A dc_[kColumnTiles][kSegments][2];
   Numbers loaded_[kColumnTiles][kSegments][2];
+  // Of a variant: multipliers of the step that comes and, with a projection, those of h in the product with w_hh.
+  typename Extra::Peepholes peepholes_[kSegments];
+  typename Extra::Multipliers multipliers_[kColumnTiles][kSegments][2];
+  A of_state_[kColumnTiles][kSegments][2];
   Inputs inputs_[kInRuns ? kColumnTiles : 1];
   Stores stores_[kInRuns ? kColumnTiles : 1];
   A c0_[kColumnTiles][kSegments][2];

@@ -3,26 +3,28 @@
 
 #include "../cells/gru.h"
 #include "../cells/lstm.h"
+#include "../cells/lstm_variants.h"
 #include "../cells/rnn.h"
 #include "device.h"
 
 namespace fusedrnn::cuda {
 
-// In the order of fusedrnn/cells.
-enum class CellKind : int32_t { kLstm, kGru, kRnnTanh, kRnnRelu };
-constexpr int kCellKinds = 4;
+// In the order of fusedrnn/cuda_plan.py. The last two are the variants of the LSTM: every one with a forget gate, and
+// every one with coupled gates; a launch says what else it has.
+enum class CellKind : int32_t { kLstm, kGru, kRnnTanh, kRnnRelu, kLstmPeephole, kLstmCoupled };
+constexpr int kCellKinds = 6;
 
 // Cells of one spec, which share their kernels: the first of these kinds, and those behind it. kind: whose function it
-// is.
+// is; more: of a variant, what it takes besides.
 template <CellKind kFirst, class First, class... Others>
 struct CellsAlike {
   static constexpr CellSpec kSpec = First::kSpec;
 
-  template <class F, int R>
+  template <class F, int R, class... More>
   static FUSEDRNN_DEVICE void forward(CellKind kind, typename F::V (&a)[R][kSpec.maps], typename F::V (&carry)[R],
-                                      typename F::V (&m)[R]) {
+                                      typename F::V (&m)[R], const More&... more) {
     if constexpr (sizeof...(Others) == 0) {
-      First::template forward<F, R>(a, carry, m);
+      First::template forward<F, R>(a, carry, m, more...);
     } else if (kind == kFirst) {
       First::template forward<F, R>(a, carry, m);
     } else {
@@ -30,11 +32,12 @@ struct CellsAlike {
     }
   }
 
-  template <class F>
+  template <class F, class... More>
   static FUSEDRNN_DEVICE typename F::V backward(CellKind kind, typename F::V (&a)[kSpec.maps], typename F::V carry_in,
-                                                typename F::V carry, typename F::V dm, typename F::V& dcarry) {
+                                                typename F::V carry, typename F::V dm, typename F::V& dcarry,
+                                                More&... more) {
     if constexpr (sizeof...(Others) == 0) {
-      return First::template backward<F>(a, carry_in, carry, dm, dcarry);
+      return First::template backward<F>(a, carry_in, carry, dm, dcarry, more...);
     } else {
       if (kind == kFirst) return First::template backward<F>(a, carry_in, carry, dm, dcarry);
       return Rest<Others...>::template backward<F>(kind, a, carry_in, carry, dm, dcarry);
@@ -49,6 +52,8 @@ struct CellsAlike {
 using LstmCells = CellsAlike<CellKind::kLstm, Lstm>;
 using GruCells = CellsAlike<CellKind::kGru, Gru>;
 using RnnCells = CellsAlike<CellKind::kRnnTanh, RnnTanh, RnnRelu>;
+using LstmPeepholeCells = CellsAlike<CellKind::kLstmPeephole, LstmVariant<false>>;
+using LstmCoupledCells = CellsAlike<CellKind::kLstmCoupled, LstmVariant<true>>;
 
 template <class Cells>
 FUSEDRNN_BOTH constexpr CellSpec spec_of() {
@@ -59,6 +64,8 @@ FUSEDRNN_BOTH constexpr CellSpec spec_of(CellKind kind) {
   switch (kind) {
     case CellKind::kLstm: return spec_of<LstmCells>();
     case CellKind::kGru: return spec_of<GruCells>();
+    case CellKind::kLstmPeephole: return spec_of<LstmPeepholeCells>();
+    case CellKind::kLstmCoupled: return spec_of<LstmCoupledCells>();
     default: return spec_of<RnnCells>();
   }
 }
@@ -66,6 +73,8 @@ FUSEDRNN_BOTH constexpr CellSpec spec_of(CellKind kind) {
 // Maps that a product fills.
 FUSEDRNN_BOTH constexpr int width(const MapWindow& maps) { return maps.end - maps.begin; }
 FUSEDRNN_BOTH constexpr bool has_cell_state(const CellSpec& cell) { return cell.carry == Carry::kCell; }
+// Whether it takes peepholes and noise: extras.h.
+FUSEDRNN_BOTH constexpr bool is_variant(const CellSpec& cell) { return cell.parameters > 0; }
 
 // ---------------------------------------------------------------------------------------------- nonlinear functions
 

@@ -10,6 +10,9 @@
 //   shuffle_xor(value, mask)
 //   kept(value)                                      the value, which the compiler keeps instead of computing it again;
 //                                                    all lanes of a warp come here
+//   fresh(value)                                     the value, of which the compiler knows nothing: so it does not
+//   keep
+//                                                    in registers what could be computed from it before a loop
 //   mma(c, a, b0, b1, kind)                          m16n8k16 of bfloat16 or float16, m16n8k8 of TensorFloat-32
 //   load_streamed(address)                           16 bytes that are read once and by one thread
 //   copy_async(shared, global) wait_copies(name)     16 bytes at a time, past the first-level cache; copy_async_if(c,

@@ -40,6 +40,7 @@ inline A shuffle_xor(A value, int mask) {
   return out;
 }
 
+inline int64_t fresh(int64_t value) { return value; }
 inline int kept(int value) { return value; }
 
 // ---------------------------------------------------------------------------------------------- numbers

@@ -52,6 +52,10 @@ FUSEDRNN_DEVICE A shuffle_xor(A value, int mask) {
 }
 
 // Through a shuffle: the assembler sees through a move.
+FUSEDRNN_DEVICE int64_t fresh(int64_t value) {
+  asm volatile("" : "+l"(value));
+  return value;
+}
 FUSEDRNN_DEVICE int kept(int value) { return __shfl_sync(0xffffffffu, value, thread_index() % kWarp); }
 
 // ---------------------------------------------------------------------------------------------- numbers

@@ -31,6 +31,7 @@
 #include <type_traits>
 
 #include "exchange.h"
+#include "extras.h"
 #include "geometry.h"
 #include "inputs.h"
 #include "runs.h"
@@ -64,6 +65,8 @@ class Forward {
   static constexpr int kOfState = kCell.recurrent.begin, kOfStateEnd = kCell.recurrent.end;
   static constexpr bool kCarries = kCell.carry != Carry::kNone, kHasCellState = has_cell_state(kCell);
   static_assert(kSaved <= kMaps);
+  static constexpr bool kVariant = is_variant(kCell);
+  using Extra = CellExtras<M, C, ForwardParams, kProjected>;
   template <Stage kStage>
   using Multiplier = WarpProduct<M, segments(kCell, kPass, kStage), kColumnTiles,
                                  register_blocks(kCell, Channel::kExchange, kPass, kStage, kMath, kRows, kProjected),
@@ -96,6 +99,7 @@ class Forward {
         is_plain_(kept(p.sequence.lengths == nullptr && p.sequence.reset == nullptr ? 1 : 0) != 0),
         steps_(shared + layout.steps + role.local_tile * kColumnTiles * kStepBytes),
         direction_(p.sizes, p.sequence, role.direction),
+        extra_(p, role.direction),
         x_(p, role, shared + layout.operands[static_cast<int>(Stage::kInput)]) {
     take_tile();
     in_units_ = Channel::kIdleWarpsTakePart ? role.rank < blocks_with(unit_tiles(), p.plan) : has_units_;
@@ -114,6 +118,9 @@ class Forward {
     unit_ = role_.tile * kUnits + role_.lane / 4;
     has_units_ = role_.tile < unit_tiles();
     has_outputs_ = role_.tile < output_tiles();
+    if constexpr (kVariant) {
+      if constexpr (Extra::kKeeps) extra_.load(peepholes_, unit_);
+    }
   }
 
   static FUSEDRNN_DEVICE Product product_of(const ForwardParams& p, Stage stage) {
@@ -211,6 +218,7 @@ class Forward {
           store_step(a);
           copy_xg(n + 2 < T, next_slot(xg_slot_));
           if (!is_plain_) look_at(n + 1);
+          if (n + 1 < T) load_multipliers(n + 1);
         } else {
           store_h(direction_.at(n));
           store_cells(direction_.at(n), a);
@@ -292,6 +300,8 @@ class Forward {
   // From the first step of a slice on.
   FUSEDRNN_DEVICE void start_runs(int64_t first_row) {
     const int64_t H = p_.sizes.H, t = direction_.at(0), forwards = role_.direction == 1 ? -1 : 1;
+    // A variant has no registers to keep what follows from the lane from slice to slice.
+    const int lane = kVariant ? static_cast<int>(fresh(role_.lane)) & (kWarp - 1) : role_.lane;
     FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
       const bool mine = has_units_ && role_.owns(n);
       const int64_t row = first_row + n * kColumns, unit = int64_t{role_.tile} * kUnits;
@@ -302,7 +312,7 @@ class Forward {
       };
       const int bytes = p_.xg_wide != 0 ? sizeof(A) : sizeof(S), quads = bytes / 2;  // of an array of 8 units
       FUSEDRNN_UNROLL for (int m = 0; m < kXgRuns; ++m) {
-        const int q = role_.lane + m * kWarp, array = q / quads % kGates;
+        const int q = lane + m * kWarp, array = q / quads % kGates;
         const int64_t b = row + q / quads / kGates;
         const bool exists = !has_inputs() && q / quads < kGates * kColumns;
         xg_runs_[n][m] = run(exists ? p_.xg : nullptr, bytes, direction_.offset(p_.xg_strides, t, b) + array * H,
@@ -503,11 +513,31 @@ class Forward {
         h_[n][k][j] = to_compute(static_cast<const S*>(p_.h0)[direction_.state(row(n, j), p_.sizes.P) + output(k)]);
       }
     });
+    load_multipliers(0);
   }
 
   FUSEDRNN_DEVICE void find_rows(int64_t first_row) {
     first_row_ = first_row + role_.lane % 4 * 2;
     for_each_column([&](int n, int j) { lengths_[n][j] = unit_ < p_.sizes.H ? direction_.length(row(n, j)) : 0; });
+    if constexpr (kVariant && kProjected && Extra::kKeeps) {
+      for_each_output(
+          [&](int n, int j, int k) { of_state_[n][k][j] = extra_.of_state(is_output(n, j, k), row(n, j), output(k)); });
+    }
+  }
+
+  // Of a variant: what a number of h is multiplied with where it enters the product.
+  FUSEDRNN_DEVICE A of_state(int n, int j, int k) const {
+    if constexpr (!kProjected) return extra_.of_state(multipliers_[n][j]);
+    if constexpr (Extra::kKeeps) return of_state_[n][k][j];
+    return extra_.of_state(is_output(n, j, k), row(n, j), output(k));
+  }
+  // Those of the n-th step, of a variant.
+  FUSEDRNN_DEVICE void load_multipliers([[maybe_unused]] int64_t step) {
+    if constexpr (kVariant) {
+      const auto [first, stride] = extra_.place(direction_.at(step), first_row_, unit_);
+      for_each_column(
+          [&](int n, int j) { extra_.load(multipliers_[n][j], is_unit(n, j), first + (n * kColumns + j) * stride); });
+    }
   }
 
   // Whether the state that enters the n-th step is cut to zero.
@@ -530,6 +560,7 @@ class Forward {
   FUSEDRNN_DEVICE void load(int64_t step) {
     const int64_t t = direction_.at(step);
     look_at(step);
+    load_multipliers(step);
     FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
       FUSEDRNN_UNROLL for (int v = 0; v < 2 * kMaps; ++v) xg_[n][v / 2][v % 2] = 0;
     }
@@ -608,7 +639,15 @@ class Forward {
     for_each_column([&](int n, int j) {
       A maps[1][kMaps], carry[1] = {cut_(n, j) ? A(0) : carry_[n][j]}, m[1];
       FUSEDRNN_UNROLL for (int k = 0; k < kMaps; ++k) maps[0][k] = a[n][k][j];
-      C::template forward<typename M::ForwardMath, 1>(p_.plan.cell, maps, carry, m);
+      if constexpr (kVariant) {
+        typename Extra::Peepholes p;
+        extra_.take(p, peepholes_, unit_);
+        const auto operands = extra_.operands(p, multipliers_[n][j]);
+        C::template forward<typename M::ForwardMath, 1>(p_.plan.cell, maps, carry, m, operands);
+        if constexpr (!kProjected) m[0] = extra_.zoned_out(multipliers_[n][j], cut_(n, j) ? A(0) : h_[n][0][j], m[0]);
+      } else {
+        C::template forward<typename M::ForwardMath, 1>(p_.plan.cell, maps, carry, m);
+      }
       if constexpr (kCarries) carry_[n][j] = exists_(n, j) ? carry[0] : carry_[n][j];
       if constexpr (kProjected) {
         m_[n][j] = exists_(n, j) ? m[0] : A(0);  // nor is there a unit: its zero weights would make NaN of an infinity
@@ -644,7 +683,11 @@ class Forward {
 
   // Sends the state that enters the step that comes.
   FUSEDRNN_DEVICE void send_h() {
-    send<kOutputs * 8>(h_channel_, has_outputs_, [&](int n, int j, int k) { return cut_(n, j) ? A(0) : h_[n][k][j]; });
+    send<kOutputs * 8>(h_channel_, has_outputs_, [&](int n, int j, int k) {
+      const A h = cut_(n, j) ? A(0) : h_[n][k][j];
+      if constexpr (kVariant) return h * of_state(n, j, k);
+      return h;
+    });
   }
   FUSEDRNN_DEVICE void announce_h() {
     if (in_outputs_) h_channel_.announce();
@@ -709,7 +752,8 @@ class Forward {
   const bool is_plain_;  // whether all steps exist, and no state is cut
   char* steps_;          // [column tile] of kStepsAhead steps of xg, and of the outputs of a step
   const Direction direction_;
-  X x_;  // only where the launch takes it
+  const Extra extra_;  // of a variant
+  X x_;                // only where the launch takes it
   int unit_;
   // Whether the warp has a tile of units, and of outputs; and whether the thread takes part in receiving h, and m.
   bool has_units_, has_outputs_, in_units_, in_outputs_;
@@ -726,6 +770,10 @@ class Forward {
   int xg_slot_ = 0;      // of the step that comes
   bool ragged_ = false;  // whether any of these is
   A m_[kColumnTiles][2];
+  // Of a variant: multipliers of the step that comes and, with a projection, those of h in the product with w_hh.
+  typename Extra::Peepholes peepholes_;
+  typename Extra::Multipliers multipliers_[kColumnTiles][2];
+  A of_state_[kColumnTiles][kOutputs][2];
   ColumnMask exists_;          // whether that step does
   ColumnMask cut_, cut_next_;  // whether the state that enters it, or the next, is zero
 };

@@ -28,6 +28,8 @@ Instances instances();
 FUSEDRNN_INSTANCES(LstmCells)
 FUSEDRNN_INSTANCES(GruCells)
 FUSEDRNN_INSTANCES(RnnCells)
+FUSEDRNN_INSTANCES(LstmPeepholeCells)
+FUSEDRNN_INSTANCES(LstmCoupledCells)
 #undef FUSEDRNN_INSTANCES
 
 }  // namespace fusedrnn::cuda

@@ -42,6 +42,8 @@ Instances instances_of(CellKind cell, Math math) {
     case CellKind::kGru: return instances_of<GruCells>(math);
     case CellKind::kRnnTanh:
     case CellKind::kRnnRelu: return instances_of<RnnCells>(math);
+    case CellKind::kLstmPeephole: return instances_of<LstmPeepholeCells>(math);
+    case CellKind::kLstmCoupled: return instances_of<LstmCoupledCells>(math);
   }
   return {};
 }

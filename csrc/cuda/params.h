@@ -35,6 +35,17 @@ struct Workspace {
   uint32_t* flags;  // flags() of plan.h, zero at the start of every launch; null if that is 0
 };
 
+// What noise multiplies: see NOISE in fusedrnn/cells/spec.py.
+enum class Noise : int32_t { kH, kC, kG, kR };
+constexpr int kNoises = 4;
+
+// Of a variant of the LSTM.
+struct Extras {
+  const void* w_p[2];          // S [K * H], one for each direction; both null without peepholes
+  const void* noise[kNoises];  // A, the multipliers of each; or null
+  Strides noise_strides;       // of all; t may be 0. Those of kR are the same at all steps
+};
+
 struct ForwardParams {
   Sizes sizes;
   Sequence sequence;
@@ -66,6 +77,7 @@ struct ForwardParams {
   // S [GH], one for each direction; either or both null. b_hh also in the place of what xg is without.
   const void* b_ih[2];
   const void* b_hh[2];
+  Extras extras;
 };
 
 struct BackwardParams {
@@ -91,6 +103,7 @@ struct BackwardParams {
   // What the gradient of w_hr needs, only where projected: dw_hr = dh_out^T @ m over all t and b.
   void* dh_out;  // S [D][T][B][P]: the gradient of h_t; zero where no step exists
   void* m;       // S [D][T][B][H]: m_t of the cell; zero where no step exists
+  Extras extras;
 };
 
 }  // namespace fusedrnn::cuda

@@ -79,6 +79,11 @@ FUSEDRNN_BOTH constexpr bool uses_matrix_unit(Math math) {
 }
 FUSEDRNN_BOTH constexpr int max_rows(Math math) { return uses_matrix_unit(math) ? 2 * kColumns : kColumns; }
 
+// Whether there are kernels with a projection: those of a variant in float64 would not fit into the registers.
+FUSEDRNN_BOTH constexpr bool projects(const CellSpec& cell, Math math) {
+  return cell.projects && !(is_variant(cell) && math == Math::kFloat64);
+}
+
 // Hidden units of a tile: 8 with their maps in the forward, 16 in the backward.
 FUSEDRNN_BOTH constexpr int tile_units(Pass pass) { return pass == Pass::kForward ? 8 : 16; }
 constexpr int kTileOutputs = 16;  // of the projection, in the forward, and of h in its backward
@@ -102,13 +107,15 @@ FUSEDRNN_BOTH constexpr int register_blocks(const CellSpec& cell, Exchange excha
                                             int rows, bool projected) {
   const bool forward = pass == Pass::kForward, narrow = rows == kColumns;
   if (stage == Stage::kInput || exchange == Exchange::kParts) return 0;
-  if (math == Math::kFloat64) return projected ? 0 : 1;
+  const bool variant = is_variant(cell);  // which has its multipliers and peepholes in registers
+  if (math == Math::kFloat64) return projected || variant ? 0 : 1;
   if (stage == Stage::kProjection) return 1;
   if (math == Math::kFloat32) return 2;
   if (projected) return forward ? 5 : 8;
   const bool tf32 = math == Math::kTf32;
-  if (!forward) return narrow ? 10 : tf32 ? 1 : 3;
-  const int of_four = !narrow ? 2 : tf32 ? 5 : 6, of_tile = segments(cell, pass, stage);
+  if (!forward) return narrow ? 10 : tf32 || variant ? 1 : 3;
+  const int of_four = !narrow ? 2 : tf32 || variant ? 5 : 6, of_tile = segments(cell, pass, stage);
+  if (variant) return of_four;
   if (cell.maps > of_tile) return of_four - 1;  // maps of one product alone take registers as well
   const int blocks = of_four * 4 / of_tile, most = narrow ? 8 : 4;
   return blocks < most ? blocks : most;
@@ -136,7 +143,8 @@ FUSEDRNN_BOTH constexpr int scatter_blocks(const CellSpec& cell, Math math, int 
 // Tiles of dh of which a warp has the weights in registers, 8 registers for each K block.
 FUSEDRNN_BOTH constexpr int scatter_outputs_in_registers(const CellSpec& cell, Math math, int rows, int tiles) {
   const int wide = math == Math::kTf32 || tiles > 2 ? 0 : 8;
-  const int on_matrix_unit = rows != kColumns ? wide : tiles <= 2 ? 16 : 12;
+  const int less = is_variant(cell) && math == Math::kTf32 ? 4 : 0;
+  const int on_matrix_unit = rows != kColumns ? wide : (tiles <= 2 ? 16 : 12) - less;
   const int blocks = uses_matrix_unit(math) ? on_matrix_unit : math == Math::kFloat32 ? 8 : 0;
   const int outputs = blocks / scatter_blocks(cell, math, tiles);
   return outputs < 4 ? outputs : 4;
@@ -431,7 +439,7 @@ FUSEDRNN_BOTH constexpr const char* invalid(Pass pass, const Sizes& sizes, const
   if (sizes.projected == 0 && sizes.P != sizes.H) return "P must be H without a projection";
   if (sizes.P < 1 || sizes.P > sizes.H) return "P must be 1 to H";
   const CellSpec cell = spec_of(plan.cell);
-  if (sizes.projected != 0 && !cell.projects) return "the cell has no projection";
+  if (sizes.projected != 0 && !projects(cell, plan.math)) return "the cell has no projection";
   if (plan.blocks < 1 || plan.tiles < 1 || plan.splits < 1 || plan.groups < 1 || plan.shared_blocks < 0 ||
       plan.shared_projection_blocks < 0 || plan.shared_input_blocks < 0 || plan.part_blocks < 0) {
     return "counts must be positive";

@@ -24,6 +24,7 @@
 #pragma once
 
 #include "backward_inputs.h"
+#include "extras.h"
 #include "geometry.h"
 #include "product.h"
 #include "stream.h"
@@ -38,6 +39,7 @@ class ScatterTiles {
       : p_(p),
         role_(p.plan),
         direction_(p.sizes, p.sequence, role_.direction),
+        extra_(p, role_.direction),
         thread_(thread_index()),
         first_unit_(role_.rank * kUnits),
         all_tiles_(static_cast<int>(ceil_div(p.sizes.H, 16))),
@@ -53,6 +55,11 @@ class ScatterTiles {
     parts_ = reinterpret_cast<A*>(shared + layout.partial[0]);
     copies_ = shared + layout.staging;
     barriers_ = reinterpret_cast<Mbarrier*>(shared + layout.barriers[0]);
+    if constexpr (kVariant) {
+      FUSEDRNN_UNROLL for (int k = 0; k < kCells; ++k) {
+        if constexpr (Extra::kKeeps) extra_.load(peepholes_[k], first_unit_ + cell(k).unit);
+      }
+    }
   }
 
   FUSEDRNN_DEVICE void run() {
@@ -89,6 +96,8 @@ class ScatterTiles {
   static constexpr int kMaps = kCell.maps, kSaved = kCell.saved;
   static constexpr bool kCarries = kCell.carry != Carry::kNone, kHasCellState = has_cell_state(kCell);
   static_assert(kSaved <= kMaps);
+  static constexpr bool kVariant = is_variant(kCell);
+  using Extra = CellExtras<M, C, BackwardParams, false>;
   static constexpr int kK = scatter_blocks(kCell, kMath, kTiles);  // K blocks of the product
   static constexpr int kOfTile = scatter_blocks(kCell, kMath, 1);
   // Whether da ends within the last of them.
@@ -133,6 +142,7 @@ class ScatterTiles {
       if constexpr (!M::kRoundsOperands) stores_.store(da);
       copy(n - kStepsCopied);
       look_at(n - 1);
+      if (n > 0) load_multipliers(n - 1);
       receive();
     }
     finish();
@@ -153,10 +163,12 @@ class ScatterTiles {
       c0_[k] = kCarries && is_there && p_.c0 != nullptr ? number(p_.c0, at) : A(0);
     }
     look_at(p_.sizes.T - 1);
+    load_multipliers(p_.sizes.T - 1);
     const int64_t backwards = role_.direction == 1 ? 1 : -1;  // from a step to the next that is computed
-    inputs_.template start<kStepsCopied>(p_, direction_, thread_, first_row, first_unit_, role_.direction == 1,
-                                         copies_);
-    stores_.start(p_, direction_, thread_, first_row, first_unit_, role_.direction == 1);
+    // A variant has no registers to keep what follows from the thread from slice to slice.
+    const int thread = kVariant ? static_cast<int>(static_cast<uint32_t>(fresh(thread_)) % kThreads) : thread_;
+    inputs_.template start<kStepsCopied>(p_, direction_, thread, first_row, first_unit_, role_.direction == 1, copies_);
+    stores_.start(p_, direction_, thread, first_row, first_unit_, role_.direction == 1);
     exact_step_ = direction_.step(last, 0, kMaps * H);
     exact_stride_ = backwards * p_.sizes.B * kMaps * H;
   }
@@ -193,6 +205,34 @@ class ScatterTiles {
     }
   }
 
+  // Those of the n-th step, of a variant.
+  FUSEDRNN_DEVICE void load_multipliers([[maybe_unused]] int64_t n) {
+    if constexpr (kVariant) {
+      const auto [first, stride] = extra_.place(direction_.at(n), first_row_, first_unit_);
+      FUSEDRNN_UNROLL for (int k = 0; k < kCells; ++k) {
+        const Cell c = cell(k);
+        const bool is_there = first_row_ + c.row < p_.sizes.B && first_unit_ + c.unit < p_.sizes.H;
+        extra_.load(multipliers_[k], is_there, first + c.row * stride + c.unit);
+      }
+    }
+  }
+
+  // dh: the gradient of h_t.
+  FUSEDRNN_DEVICE void backward_cell(int k, [[maybe_unused]] bool exists, A (&a)[kMaps], A c_in, A c, A dh, A& dc) {
+    using Math = typename M::BackwardMath;
+    if constexpr (kVariant) {
+      typename Extra::Peepholes p, dp;  // the gradients are computed after the launch
+      extra_.take(p, peepholes_[k], first_unit_ + cell(k).unit);
+      // What goes past the cell takes the place of dh until that of the step before is there.
+      const A passed = extra_.passed(multipliers_[k], dh);
+      if (exists) dh_[k] = passed;
+      const auto operands = extra_.operands(p, multipliers_[k]);
+      C::template backward<Math>(p_.plan.cell, a, c_in, c, dh - passed, dc, operands, dp);
+    } else {
+      C::template backward<Math>(p_.plan.cell, a, c_in, c, dh, dc);
+    }
+  }
+
   // Where a byte of a row of da is staged. Every two rows have the quads of a K block in another order: the lanes of a
   // warp write the same gate of eight rows, which lie 16 banks apart.
   static FUSEDRNN_DEVICE int staged_at(int row, int byte) {
@@ -215,9 +255,8 @@ class ScatterTiles {
       const A last = Inputs::carry(before, c.row, c.unit),
               entered = direction_.is_first(t, lengths_[k]) ? c0_[k] : last;
       A dc = dc_[k] + Inputs::dcarry(now, c.row, c.unit);
-      C::template backward<typename M::BackwardMath>(p_.plan.cell, a, cut ? A(0) : entered,
-                                                     Inputs::carry(now, c.row, c.unit),
-                                                     dh_[k] + copied(now, Inputs::kDy), dc);
+      backward_cell(k, exists, a, cut ? A(0) : entered, Inputs::carry(now, c.row, c.unit),
+                    dh_[k] + copied(now, Inputs::kDy), dc);
       if (exists) exists_ |= 1u << k;
       if constexpr (kCarries) dc_[k] = !exists ? dc_[k] : cut ? A(0) : dc;
       // What is staged may be rounded to the operand's precision, and then is not what is stored.
@@ -408,6 +447,7 @@ class ScatterTiles {
       default: add_parts<16>(parts(buffer, 0), sums); break;
     }
     FUSEDRNN_UNROLL for (int k = 0; k < kCells; ++k) {
+      if constexpr (kVariant) sums[k] = sums[k] * extra_.of_state(multipliers_[k]) + dh_[k];
       if ((exists_ >> k & 1) != 0) dh_[k] = (cut_ >> k & 1) != 0 ? A(0) : sums[k];
     }
   }
@@ -426,6 +466,7 @@ class ScatterTiles {
   const BackwardParams& p_;
   const Role role_;
   const Direction direction_;
+  const Extra extra_;                                    // of a variant
   const int thread_, first_unit_, all_tiles_, senders_;  // tiles of 16 units of the layer; blocks that have units
   const int first_output_;                               // the warp's first tile of dh
   const bool has_resets_;
@@ -442,6 +483,8 @@ class ScatterTiles {
   uint32_t exists_ = 0, cut_ = 0, cut_next_ = 0;  // a bit for each of the thread's cells
   int lengths_[kCells];
   A dh_[kCells], dc_[kCells], c0_[kCells];
+  typename Extra::Peepholes peepholes_[kCells];      // of a variant
+  typename Extra::Multipliers multipliers_[kCells];  // of the step that comes
   Inputs inputs_;
   Stores stores_;                              // of those whose operands are not rounded
   int64_t exact_step_ = 0, exact_stride_ = 0;  // where da of a step begins, of kRoundsOperands

@@ -70,7 +70,7 @@ def _variant(peephole: bool, coupled: bool, noise: tuple[str, ...]) -> Cell:
         f = 1 - i if coupled else of["f"]
         ps = _by_gate(p, peepholes)
         candidate = g * v["g"] if "g" in v else g
-        c = f * c_in + i * candidate if "c" in v else c_out
+        c = before_zoneout(saved, c_in, c_out, v)
         tanh_c = c.tanh()
         da_o = dm * tanh_c * o * (1 - o)
         dc = dm * o * (1 - tanh_c * tanh_c) + (dc_out * (1 - v["c"]) if "c" in v else dc_out)
@@ -85,8 +85,23 @@ def _variant(peephole: bool, coupled: bool, noise: tuple[str, ...]) -> Cell:
         if not ps:
             return (*results, None) if cell.has_operands else results  # type: ignore[return-value]
         dc_in = dc_in + da_i * ps["i"] + (0 if coupled else da_f * ps["f"])
-        dp = [da_i * c_in, da_o * c] if coupled else [da_i * c_in, da_f * c_in, da_o * c]
-        return results[0], dc_in, results[2], torch.cat(dp, dim=-1)
+        return results[0], dc_in, results[2], peepholes_backward(results[0], c_in, c)
+
+    def peepholes_backward(da: Tensor, c_in: Tensor, c: Tensor) -> Tensor:
+        """c: what o sees, and m is made of."""
+        each = dict(zip(gates, da.chunk(len(gates), dim=-1), strict=True))
+        return torch.cat([each[gate] * (c if gate == "o" else c_in) for gate in peepholes], dim=-1)
+
+    def parameters_backward(da: Tensor, saved: Tensor, c_in: Tensor, c_out: Tensor, v: dict[str, Tensor]) -> Tensor:
+        return peepholes_backward(da, c_in, before_zoneout(saved, c_in, c_out, v))
+
+    def before_zoneout(saved: Tensor, c_in: Tensor, c_out: Tensor, v: dict[str, Tensor]) -> Tensor:
+        """The cell state that m is made of."""
+        if "c" not in v:
+            return c_out
+        of = dict(zip(gates, saved.chunk(len(gates), dim=-1), strict=True))
+        f = 1 - of["i"] if coupled else of["f"]
+        return f * c_in + of["i"] * (of["g"] * v["g"] if "g" in v else of["g"])
 
     blocks = tuple(range(len(gates)))
     kind = LSTM.name + "_peephole" * peephole + "_coupled" * coupled
@@ -103,6 +118,7 @@ def _variant(peephole: bool, coupled: bool, noise: tuple[str, ...]) -> Cell:
         step_backward=step_backward,
         parameters=peepholes,
         noise=noise,
+        parameters_backward=parameters_backward if peepholes else None,
     )
     return cell
 

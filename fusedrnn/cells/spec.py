@@ -56,6 +56,8 @@ class Cell:
             applied around the pointwise function.
         unread: of the maps, those that the pointwise function does not read. Their gradient is zero.
         program: of a cell of one's own, its pointwise function for whoever generates code, or why there is none.
+        parameters_backward: (da, saved, the carry that entered, the carry that left, a dict of noise) -> the gradient
+            of the parameters [..., K*H] for each row, where it follows from these; else None.
 
     A cell with parameters, or with noise "c" or "g", has a `step` and a `step_backward` with two more arguments: the
     parameters [K*H] or None, and a dict of name -> multipliers [..., H]. Its `step_backward` returns one more result:
@@ -76,6 +78,7 @@ class Cell:
     noise: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
     program: Program | str | None = None
+    parameters_backward: Callable[..., Tensor] | None = None
 
     @property
     def title(self) -> str:

@@ -20,8 +20,8 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from fusedrnn import gpu, reference, testing
-from fusedrnn.cells import CELLS, RNN_RELU, Cell
+from fusedrnn import cuda_plan, gpu, reference, testing
+from fusedrnn.cells import NOISE, RNN_RELU, Cell, named
 from fusedrnn.layout import DirectionWeights, split_directions
 
 ROOT = Path(__file__).parents[2]
@@ -36,6 +36,7 @@ DTYPES = {"bf16": BF16, "fp16": F16, "tf32": F32, "fp32": F32, "fp64": F64}
 MATHS = ["bf16", "fp64"] if SANITIZED else list(DTYPES)
 EXCHANGES = ["grid", "cluster", "parts", "scatter"]
 FORWARD, BACKWARD = 0, 1
+BODIES = ("bodies_lstm", "bodies_peephole", "bodies_coupled", "bodies_gru", "bodies_rnn", "harness", "runtime")
 
 
 def building() -> FileLock:
@@ -68,7 +69,7 @@ def _built(name: str, flags: list[str]) -> Path:
         return str(target)
 
     with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:  # the longest first
-        objects = list(pool.map(compiled, ("bodies_lstm", "bodies_gru", "bodies_rnn", "harness", "runtime")))
+        objects = list(pool.map(compiled, BODIES))
     subprocess.run([compiler, *flags, "-shared", *objects, "-o", str(partial)], check=True)
     for made in objects:
         Path(made).unlink()
@@ -96,6 +97,7 @@ Sequence = mirror("Sequence", lengths=P, reset=P)
 Workspace = mirror("Workspace", exchanged=P, flags=P)
 Needs = mirror("Needs", shared=I64, exchanged=I64, flags=I64, packed=I64 * 3, blocks=I64, streamed=I64 * 3)
 Outcome = mirror("Outcome", error=P, names=P, bytes=I32, switches=ctypes.c_uint64)
+Extras = mirror("Extras", w_p=P * 2, noise=P * 4, noise_strides=Strides)
 PlanStruct = mirror(
     "Plan",
     exchange=I32,
@@ -133,6 +135,7 @@ ForwardParams = mirror(
     w_ih=P,
     b_ih=P * 2,
     b_hh=P * 2,
+    extras=Extras,
 )
 BackwardParams = mirror(
     "BackwardParams",
@@ -152,6 +155,7 @@ BackwardParams = mirror(
     dc0=P,
     dh_out=P,
     m=P,
+    extras=Extras,
 )
 PackParams = mirror(
     "PackParams",
@@ -230,6 +234,7 @@ class Problem:
     aligned: bool = False  # rows of x begin at multiples of 16 bytes
     biases: str = "ih hh"  # those that are not zero, and given to a launch
     cell: str = "lstm"
+    fixed_noise: bool = False  # the same at all steps
     seed: int = 0
 
     @property
@@ -242,7 +247,7 @@ class Problem:
 
     @property
     def kind(self) -> Cell:
-        return CELLS[self.cell]
+        return named(self.cell)
 
     @property
     def P(self) -> int:  # noqa: N802 - the letter of docs/math.md
@@ -295,7 +300,7 @@ class Host:
             inputs=plan.inputs if direction == FORWARD else 0,
             shared_input_blocks=plan.shared_input_blocks if direction == FORWARD else 0,
             part_blocks=plan.part_blocks,
-            cell=list(CELLS).index(plan.cell),
+            cell=cuda_plan.kind_of(plan.cell),
         )
 
     def needs(self, direction: int, sizes: Any, plan: Any) -> tuple[Any, str | None]:
@@ -367,6 +372,7 @@ def tensors(problem: Problem, dtype: torch.dtype) -> dict[str, Any]:
         weights += [random(rows, p.I, scale=1.2 * p.I**-0.5), random(rows, p.P, scale=scale)]
         weights += [random(rows, scale=0.3 * (name in p.biases)) for name in ("ih", "hh")]
         weights += [random(p.P, p.H, scale=1.5 * scale)] if p.proj else []
+        weights += [random(len(p.kind.parameters) * p.H)] if p.kind.parameters else []
     given: dict[str, Any] = {"x": random(p.T, p.B, p.I), "weights": weights, "h0": None, "c0": None}
     given |= {"dy": random(p.T, p.B, p.D * p.P), "dhn": None, "dcn": None, "dc": None, "lengths": None, "reset": None}
     if p.states:
@@ -382,17 +388,32 @@ def tensors(problem: Problem, dtype: torch.dtype) -> dict[str, Any]:
         given["x"] = given["x"].masked_fill(~(torch.arange(p.T).unsqueeze(1) < lengths).unsqueeze(-1), torch.nan)
     if p.reset:
         given["reset"] = torch.rand(p.T, p.B, generator=generator) < 0.4
+    given["noise"] = noise_of(p, generator, reference.compute_dtype(dtype)) if p.kind.noise else None
     return given
+
+
+def noise_of(p: Problem, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    """Multipliers as `reference.layer` takes them: of zoneout 0 to 1, of dropout 0 or more than one."""
+    width = p.P if p.kind.noise == ("r",) else p.H
+    shape = (1 if p.fixed_noise else p.T, p.B, p.D * width)
+
+    def multipliers(kind: str) -> Tensor:
+        if kind in "hc":
+            return torch.rand(shape, generator=generator)
+        of = shape if kind == "g" else (1, *shape[1:])
+        return ((torch.rand(of, generator=generator) < 0.6) * 1.5).expand(shape)
+
+    return torch.stack([multipliers(kind) for kind in p.kind.noise]).to(dtype)
 
 
 def by_reference(problem: Problem, given: dict[str, Any]) -> dict[str, Tensor]:
     """Outputs and gradients by fusedrnn.reference, in the dtype of what is given."""
     forward = [given[name] for name in ("h0", "c0", "lengths", "reset")]
-    both = problem.D == 2
-    y, hn, cn, c, saved = reference.layer(problem.kind, given["x"], given["weights"], both, *forward)
+    both, noise = problem.D == 2, given["noise"]
+    y, hn, cn, c, saved = reference.layer(problem.kind, given["x"], given["weights"], both, *forward, noise)
     douts = [given[name] for name in ("dy", "dhn", "dcn", "dc")]
     dx, dh0, dc0, dweights = reference.layer_backward(
-        problem.kind, *douts, given["x"], given["weights"], both, *forward, y, c, saved
+        problem.kind, *douts, given["x"], given["weights"], both, *forward, y, c, saved, noise
     )
     named = {f"dweight{k}": dw for k, dw in enumerate(dweights)}
     of_c = {"cn": cn, "c": c, "dc0": dc0} if problem.kind.has_cell_state else {}
@@ -442,7 +463,7 @@ class Layer:
         self.compute = reference.compute_dtype(self.dtype)
         self.given = tensors(problem, self.dtype)
         p = problem
-        self.weights = split_directions(self.given["weights"], p.D == 2)
+        self.weights = split_directions(self.given["weights"], p.D == 2, p.kind)
         reset = self.given["reset"]
         self.reset = reset.to(torch.uint8).contiguous() if reset is not None else None
         self.sequence = Sequence(lengths=self.given["lengths"], reset=self.reset)
@@ -481,6 +502,18 @@ class Layer:
         strides = Strides(d=0, t=self.x.stride(0), b=self.x.stride(1))
         return {"x": self.x, "x_strides": strides, "b_ih": pointers("ih"), "b_hh": pointers("hh")}
 
+    def extras(self) -> Any:
+        """What either pass takes of a variant of the LSTM."""
+        noise = self.given["noise"]
+        w_p = [w.w_p.data_ptr() for w in self.weights if w.w_p is not None]
+        if noise is None:
+            return Extras(w_p=(P * 2)(*w_p))
+        _, steps, B, width = noise.shape
+        given = dict(zip(self.problem.kind.noise, noise, strict=True))
+        strides = Strides(d=width // self.problem.D, t=B * width * (steps > 1), b=width)
+        pointers = [given[kind].data_ptr() if kind in given else None for kind in NOISE]
+        return Extras(w_p=(P * 2)(*w_p), noise=(P * 4)(*pointers), noise_strides=strides)
+
     def carry(self, h: Tensor | None, c: Tensor | None) -> Tensor | None:
         """Of a hidden state and a cell state, what the cell carries."""
         return gpu._carry(self.problem.kind, h, c)
@@ -509,6 +542,7 @@ class Layer:
             c0=self.carry(given["h0"], given["c0"]),
             y_strides=self.strides(made["y"], p.P),
             c_strides=self.strides(made.get("c"), p.H),
+            extras=self.extras(),
             **made,
         )
         return made, self.host.launch("fusedrnn_host_forward", params, seed, remove)
@@ -538,6 +572,7 @@ class Layer:
             c_strides=self.strides(carry, p.H),
             c0=self.carry(given["h0"], given["c0"]),
             saved=made["saved"],
+            extras=self.extras(),
             **back,
         )
         return back, self.host.launch("fusedrnn_host_backward", params, seed, remove)
@@ -550,13 +585,21 @@ class Layer:
         exists = reference.existing(p.T, given["lengths"])
         for d, w in enumerate(self.weights):
             da, y = back["da"][d].double(), made["y"][..., d * p.P : (d + 1) * p.P].double()
-            h_in = reference.entering(y, states[d], exists, given["reset"], d == 1).flatten(0, 1)
+            v = gpu._multipliers(p.kind, given["noise"], p.D, d)
+            h_in = reference.entering(y, states[d], exists, given["reset"], d == 1)
+            h_in = (h_in * v["r"] if "r" in v else h_in).flatten(0, 1)
             of_input, of_state = (p.kind.rows_of(da, blocks) for blocks in (p.kind.input, p.kind.recurrent))
             dx = dx + of_input @ w.w_ih.double()
             of_input, of_state = of_input.flatten(0, 1), of_state.flatten(0, 1)
             dweights += [of_input.T @ x, of_state.T @ h_in, of_input.sum(0), of_state.sum(0)]
             if p.proj:
                 dweights += [back["dh_out"][d].double().flatten(0, 1).T @ back["m"][d].double().flatten(0, 1)]
+            if w.w_p is not None:
+                c, saved = (made[name].double() for name in ("c", "saved"))
+                c_d, c0 = c[..., d * p.H : (d + 1) * p.H], given["c0"]
+                first = torch.zeros(p.B, p.H, dtype=F64) if c0 is None else c0[d].double()
+                c_in = reference.entering(c_d, first, exists, given["reset"], d == 1)
+                dweights += [gpu._gradient_of_parameters(p.kind, da, saved[d], c_in, c_d, v)]
         return {"dx": dx.to(self.dtype)} | {f"dweight{k}": dw.to(self.dtype) for k, dw in enumerate(dweights)}
 
     def all(self, seed: int = 0) -> dict[str, Tensor]:

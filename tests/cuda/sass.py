@@ -31,7 +31,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from fusedrnn.cells import CELLS
+from fusedrnn.cells import NOISE, named
 
 LATENCY = {"LDS": 30, "LDC": 45, "MUFU": 22, "LDG": 280, "SHFL": 25, "S2R": 25, "S2UR": 25, "LDSM": 33, "ATOMS": 60}
 LATENCY |= {"F2F": 22, "F2I": 22, "I2F": 22, "R2UR": 12, "SYNCS": 25, "DMMA": 30, "DADD": 16, "DMUL": 16, "DFMA": 16}
@@ -751,7 +751,7 @@ def _parameters(structs: Any, pass_: str, shape: Any, plan: Any, T: int) -> Any:
     def strides(N: int) -> Any:
         return structs.Strides(d=N, t=B * D * N, b=D * N)
 
-    cell = CELLS[shape.cell]
+    cell = named(shape.cell)
     pointers = [
         "w_hh",
         "h0",
@@ -778,4 +778,10 @@ def _parameters(structs: Any, pass_: str, shape: Any, plan: Any, T: int) -> Any:
     if shape.projected:
         pointers += ["w_hr", *(["dh_out", "m"] if pass_ == "backward" else [])]
     given |= {name: next(address) for name in pointers}
+    pointer = structs.P
+    given["extras"] = structs.Extras(
+        w_p=(pointer * 2)(*[next(address) if cell.parameters else None for _ in range(2)]),
+        noise=(pointer * 4)(*[next(address) if kind in cell.noise else None for kind in NOISE]),
+        noise_strides=strides(H),
+    )
     return (structs.ForwardParams if pass_ == "forward" else structs.BackwardParams)(**given)

@@ -21,9 +21,21 @@ ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "csrc" / "cuda"
 ARCHITECTURES = {"sm_80": "compute_80", "sm_90a": "compute_90a", "sm_100": "compute_100"}
 MATHS = ["bf16", "fp16", "tf32", "fp32", "fp64"]
-CELLS = ["lstm", "gru", "rnn"]  # those with kernels of their own
+CELLS = {"0": "lstm", "1": "gru", "2": "rnn", "4": "peephole", "5": "coupled"}  # by the first kind of their kernels
 # What is compiled here: all of the LSTM, and of the other cells those that are most likely to run out of registers.
-COMPILED = {"lstm": MATHS, "gru": ["bf16", "tf32", "fp64"], "rnn": ["bf16", "fp64"]}
+COMPILED = {
+    "lstm": MATHS,
+    "gru": ["bf16", "tf32", "fp64"],
+    "rnn": ["bf16", "fp64"],
+    "peephole": ["bf16", "tf32"],
+    "coupled": ["tf32"],
+}
+
+
+def projects(cell: str, math: str) -> bool:
+    return cell == "lstm" or (cell in ("peephole", "coupled") and math != "fp64")
+
+
 FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-Wall", "-Xptxas", "-v"]
 
 
@@ -73,7 +85,7 @@ def kernel_name(mangled: str) -> str | None:
     else:
         return None
     projected = " projected" if found.groupdict().get("projected") == "1" else ""
-    return f"{CELLS[int(found['cell'])]} {MATHS[int(found['math'])]} {what} rows{8 * int(found['columns'])}{projected}"
+    return f"{CELLS[found['cell']]} {MATHS[int(found['math'])]} {what} rows{8 * int(found['columns'])}{projected}"
 
 
 def resources(output: str) -> list[dict]:
@@ -128,7 +140,7 @@ def test_registers_and_spills(objects, capsys):
     # Of both passes: two exchanges with 8 or, on the matrix unit, 16 rows, and in parts; and all with a projection.
     rows_of = {math: 2 if math in ("bf16", "fp16", "tf32") else 1 for math in MATHS}
     assert len(kernels) == 2 * sum(
-        2 * rows_of[math] + 1 + (3 if cell == "lstm" else 0) for cell, maths in COMPILED.items() for math in maths
+        2 * rows_of[math] + 1 + (3 if projects(cell, math) else 0) for cell, maths in COMPILED.items() for math in maths
     )
     assert len(rows) == len(kernels) * len(ARCHITECTURES)
     with capsys.disabled():
@@ -154,7 +166,11 @@ PLANS = [
     ("tf32", 256, 16, "forward", "cluster"),
     ("tf32", 256, 16, "backward", "scatter"),
 ]
-OTHER_CELLS = [("gru", 512, "cluster"), ("rnn_tanh", 512, "cluster"), ("gru", 1024, "grid"), ("rnn_tanh", 1024, "grid")]
+OTHER_CELLS = [
+    (cell, H, exchange)
+    for H, exchange in ((512, "cluster"), (1024, "grid"))
+    for cell in ("gru", "rnn_tanh", "lstm_peephole+hcg")
+]
 PLANS = [("lstm", *plan) for plan in PLANS] + [
     (cell, "bf16", H, 16, pass_, "scatter" if (pass_, exchange) == ("backward", "cluster") else exchange)
     for cell, H, exchange in OTHER_CELLS
@@ -171,7 +187,7 @@ def machine_code(objects, tmp_path_factory):
 
     @cache
     def kernels(cell, math):
-        name = f"{cell.split('_')[0]}_{math}"
+        name = f"{CELLS[str(planner.kind_of(cell))]}_{math}"
         folder = tmp_path_factory.mktemp(name)
         path = objects[f"instances_{name}"][0]
         subprocess.run([cuobjdump, "-xelf", "sm_90a", str(path)], cwd=folder, capture_output=True, check=True)
@@ -251,7 +267,7 @@ def test_instructions(objects, cell, math):
     command = [cuobjdump, "-sass", "-arch", "sm_90a", str(objects[f"instances_{cell}_{math}"][0])]
     sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     functions = re.split(r"\n\s*Function : ", sass)[1:]
-    assert len(functions) == (10 if math in ("bf16", "fp16", "tf32") else 6) + (6 if cell == "lstm" else 0)
+    assert len(functions) == (10 if math in ("bf16", "fp16", "tf32") else 6) + (6 if projects(cell, math) else 0)
     for function in functions:
         assert re.search(INSTRUCTIONS[math], function), kernel_name(function)
         name = function.split("\n")[0]

@@ -475,6 +475,61 @@ def test_no_synchronisation_of_another_cell_can_be_left_out(layer, kit, exchange
     every_removal_is_caught([layer(problem, plan) for plan in plans], direction)
 
 
+def test_no_synchronisation_of_another_cell_that_scatters_can_be_left_out(layer, kit):
+    """That the barriers are ready shows in a schedule in which one block sends before another has begun."""
+    problem = kit.Problem(**{**RACE, "B": 20, "H": 64, "T": 7}, cell="gru")
+    names = every_removal_is_caught([layer(problem, *scatter(kit, "bf16", 1, groups=1))], "backward")
+    assert {"the barriers of the cluster are ready", "da is staged", "the first steps are copied"} <= names
+
+
+# Variants of the LSTM, each with and without x in the launch: (cell, plan, problem). In a cluster without a projection
+# the backward scatters. Every option, every exchange, 8 and 16 rows, slices, and with noise of one step for all.
+LSTM_VARIANTS = {
+    "peepholes": (
+        "lstm_peephole",
+        {"math": "bf16", "tiles": 2, "splits": 2, "rows": 16},
+        {"T": 4, "B": 17, "H": 37, "cell_states": True, **EVERYTHING},
+    ),
+    "peepholes-scatter": ("lstm_peephole", {"exchange": "cluster", "math": "tf32"}, {"T": 3, "B": 3, "H": 40}),
+    "zoneout-candidate": (
+        "lstm+hcg",
+        {"exchange": "cluster", "math": "tf32", "tiles": 3, "rows": 16, "groups": 1},
+        {"T": 4, "B": 19, "H": 44, "cell_states": True, **EVERYTHING},
+    ),
+    "peepholes-zoneout-state": (
+        "lstm_peephole+hcr",
+        {"exchange": "cluster", "math": "bf16", "tiles": 4, "rows": 16},
+        {"T": 4, "B": 19, "H": 70, **EVERYTHING},
+    ),
+    "evaluation": ("lstm+hc", {"math": "fp64", "groups": 1}, {"T": 3, "B": 9, "H": 19, "fixed_noise": True}),
+    "coupled": ("lstm_coupled", {"exchange": "cluster", "math": "bf16"}, {"T": 5, "B": 3, "H": 40, "states": False}),
+    "coupled-everything": (
+        "lstm_peephole_coupled+hcg",
+        {"exchange": "cluster", "math": "fp64", "tiles": 2},
+        {"T": 4, "B": 9, "H": 19, "cell_states": True, **EVERYTHING},
+    ),
+    "projected": ("lstm_peephole+r", {"exchange": "cluster", "math": "bf16"}, {"T": 3, "B": 3, "H": 40, "proj": 21}),
+    "projected-parts": (
+        "lstm_peephole_coupled+g",
+        {"exchange": "parts", "math": "tf32", "blocks": 2, "part_blocks": 2},
+        {"T": 3, "B": 9, "H": 70, "proj": 33, **EVERYTHING},
+    ),
+    "parts": (
+        "lstm_peephole+hcr",
+        {"exchange": "parts", "math": "bf16", "blocks": 2, "splits": 2, "part_blocks": 1, "rows": 16, "groups": 1},
+        {"T": 4, "B": 17, "H": 70, "cell_states": True, **EVERYTHING},
+    ),
+}
+
+
+@pytest.mark.parametrize(("cell", "plan", "sizes"), LSTM_VARIANTS.values(), ids=LSTM_VARIANTS)
+def test_variants_of_the_lstm(layer, kit, cell, plan, sizes):
+    if plan["math"] not in MATHS:
+        pytest.skip("this build does not have that arithmetic")
+    for inputs in (False, True):
+        layer(kit.Problem(**sizes, cell=cell), kit.Plan(**plan, inputs=inputs)).check()
+
+
 def caught(one, direction, name, expected):
     """The first schedule in which the launch without the synchronisations of that name fails, and how."""
     for seed in range(SCHEDULES):

@@ -99,6 +99,14 @@ ScalarType storage_type(Math math) {
 
 // ---------------------------------------------------------------------------------------------- tensors of a launch
 
+// A tensor of each direction, as far as they are given.
+Tensors present(const OptionalTensor& first, const OptionalTensor& second) {
+  Tensors found;
+  if (first.has_value()) found.push_back(*first);
+  if (second.has_value()) found.push_back(*second);
+  return found;
+}
+
 // What both passes have in common. Every address is taken of a tensor that has been checked: its shape, its dtype, that
 // it is contiguous and on the device of the others.
 class Layer {
@@ -155,6 +163,34 @@ class Layer {
       sequence.reset = static_cast<const uint8_t*>(address("reset", *reset, {sizes.T, sizes.B}, ScalarType::Bool));
     }
     return sequence;
+  }
+
+  // Of a variant of the LSTM: its peepholes, and the multipliers in the order of Noise.
+  Extras extras(const OptionalTensor& w_p0, const OptionalTensor& w_p1,
+                const std::array<OptionalTensor, kNoises>& noise) const {
+    Extras extras{};
+    const Tensors w_p = present(w_p0, w_p1);
+    STD_TORCH_CHECK(is_variant(cell) || (w_p.empty() && !(noise[0] || noise[1] || noise[2] || noise[3])), cell.name,
+                    " has neither peepholes nor noise");
+    STD_TORCH_CHECK(w_p.empty() || static_cast<int64_t>(w_p.size()) == sizes.D,
+                    "there must be peepholes of each direction, or none");
+    for (size_t d = 0; d < w_p.size(); ++d) extras.w_p[d] = address("w_p", w_p[d], {cell.parameters * sizes.H});
+    const ScalarType compute = plan.math == Math::kFloat64 ? ScalarType::Double : ScalarType::Float;
+    const auto& [h, c, g, r] = noise;
+    STD_TORCH_CHECK(!(h || c) || sizes.projected == 0, "there is no zoneout with a projection");
+    int64_t steps = 0;
+    for (size_t k = 0; k < noise.size(); ++k) {
+      if (!noise[k].has_value()) continue;
+      const int64_t W = static_cast<Noise>(k) == Noise::kR ? sizes.P : sizes.H;
+      STD_TORCH_CHECK(noise[k]->dim() == 3 && (steps == 0 || noise[k]->size(0) == steps) &&
+                          (noise[k]->size(0) == sizes.T || noise[k]->size(0) == 1),
+                      "noise must be of all time steps or of one");
+      STD_TORCH_CHECK(sizes.B * sizes.D * W <= INT32_MAX, "noise of a step must have less than 2^31 numbers");
+      steps = noise[k]->size(0);
+      extras.noise[k] = address("noise", *noise[k], {steps, sizes.B, sizes.D * W}, compute);
+      extras.noise_strides = {W, steps == 1 ? 0 : sizes.B * sizes.D * W, sizes.D * W};
+    }
+    return extras;
   }
 
   // Of a tensor [T][B][D][N].
@@ -216,14 +252,6 @@ class Layer {
   std::vector<const void*> w_hh_, w_hr_, w_ih_;
 };
 
-// A tensor of each direction, as far as they are given.
-Tensors present(const OptionalTensor& first, const OptionalTensor& second) {
-  Tensors found;
-  if (first.has_value()) found.push_back(*first);
-  if (second.has_value()) found.push_back(*second);
-  return found;
-}
-
 Sizes sizes_of(const Plan& plan, int64_t T, int64_t B, int64_t I, const Tensors& w_hh, const Tensors& w_hr) {
   STD_TORCH_CHECK(!w_hh.empty() && w_hh[0].dim() == 2, "w_hh must have 2 dimensions");
   return {T,
@@ -244,7 +272,8 @@ void cuda_launch_forward(Integers fields, OptionalTensor x, OptionalTensor xg, O
                          OptionalTensor b_hh1, OptionalTensor w_hh0, OptionalTensor w_hh1, OptionalTensor w_hr0,
                          OptionalTensor w_hr1, OptionalTensor h0, OptionalTensor c0, OptionalTensor lengths,
                          OptionalTensor reset, Tensor y, Tensor hn, OptionalTensor cn, OptionalTensor c,
-                         OptionalTensor saved) {
+                         OptionalTensor saved, OptionalTensor w_p0, OptionalTensor w_p1, OptionalTensor noise_h,
+                         OptionalTensor noise_c, OptionalTensor noise_g, OptionalTensor noise_r) {
   STD_TORCH_CHECK(y.dim() == 3, "y must have 3 dimensions");
   STD_TORCH_CHECK(!x.has_value() || x->dim() == 3, "x must have 3 dimensions");
   const Tensors w_hh = present(w_hh0, w_hh1), w_hr = present(w_hr0, w_hr1);
@@ -274,6 +303,7 @@ void cuda_launch_forward(Integers fields, OptionalTensor x, OptionalTensor xg, O
   STD_TORCH_CHECK(cn.has_value() == has_cell_state(layer.cell), "cn must be given, of a cell that has c");
   params.cn = layer.address("cn", cn, {D, B, H});
   params.saved = layer.address("saved", saved, {D, T, B, layer.cell.saved * H});
+  params.extras = layer.extras(w_p0, w_p1, {noise_h, noise_c, noise_g, noise_r});
   layer.run(params, launch_forward);
 }
 
@@ -281,7 +311,8 @@ void cuda_launch_backward(Integers fields, OptionalTensor dy, OptionalTensor dhn
                           OptionalTensor w_hh0, OptionalTensor w_hh1, OptionalTensor w_hr0, OptionalTensor w_hr1,
                           OptionalTensor c0, OptionalTensor lengths, OptionalTensor reset, OptionalTensor c,
                           Tensor saved, Tensor da, OptionalTensor dh_out, OptionalTensor m, OptionalTensor dh0,
-                          OptionalTensor dc0) {
+                          OptionalTensor dc0, OptionalTensor w_p0, OptionalTensor w_p1, OptionalTensor noise_h,
+                          OptionalTensor noise_c, OptionalTensor noise_g, OptionalTensor noise_r) {
   STD_TORCH_CHECK(saved.dim() == 4, "saved must have 4 dimensions");
   const Tensors w_hh = present(w_hh0, w_hh1), w_hr = present(w_hr0, w_hr1);
   const Plan plan = plan_of(fields);
@@ -307,6 +338,7 @@ void cuda_launch_backward(Integers fields, OptionalTensor dy, OptionalTensor dhn
   params.dc0 = layer.address("dc0", dc0, {D, B, H});
   params.dh_out = layer.address("dh_out", dh_out, {D, T, B, P});
   params.m = layer.address("m", m, {D, T, B, H});
+  params.extras = layer.extras(w_p0, w_p1, {noise_h, noise_c, noise_g, noise_r});
   layer.run(params, launch_backward);
 }
 

@@ -15,5 +15,7 @@ Body body_of(Pass pass, const Sizes& sizes, const Plan& plan);
 extern template Body body_of<LstmCells>(Pass, const Sizes&, const Plan&);
 extern template Body body_of<GruCells>(Pass, const Sizes&, const Plan&);
 extern template Body body_of<RnnCells>(Pass, const Sizes&, const Plan&);
+extern template Body body_of<LstmPeepholeCells>(Pass, const Sizes&, const Plan&);
+extern template Body body_of<LstmCoupledCells>(Pass, const Sizes&, const Plan&);
 
 }  // namespace fusedrnn::cuda

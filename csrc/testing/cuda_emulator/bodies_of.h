@@ -17,7 +17,7 @@ void body(const void* p, char* shared) {
 
 template <template <Math, class, class, int, bool> class Kernel, class Params, Math kMath, class C, class Channel>
 Body body_of(const Sizes& sizes, const Plan& plan) {
-  if constexpr (C::kSpec.projects) {
+  if constexpr (projects(C::kSpec, kMath)) {
     if (sizes.projected != 0) return body<Kernel<kMath, C, Channel, 1, true>, Params>;
   }
   if constexpr (uses_matrix_unit(kMath)) {
@@ -38,7 +38,7 @@ Body body_of(const Sizes& sizes, const Plan& plan) {
   }
   if (plan.exchange == Exchange::kParts) {
     constexpr int kColumnTiles = max_rows(kMath) / kColumns;
-    if constexpr (C::kSpec.projects) {
+    if constexpr (projects(C::kSpec, kMath)) {
       if (sizes.projected != 0) return body<Kernel<kMath, C, PartsExchange, 1, true>, Params>;
     }
     return body<Kernel<kMath, C, PartsExchange, kColumnTiles, false>, Params>;
@@ -46,7 +46,7 @@ Body body_of(const Sizes& sizes, const Plan& plan) {
   if (plan.exchange == Exchange::kGrid) return body_of<Kernel, Params, kMath, C, GridExchange>(sizes, plan);
   if constexpr (std::is_same_v<Params, ForwardParams>) {
     return body_of<Kernel, Params, kMath, C, ClusterExchange>(sizes, plan);
-  } else if constexpr (C::kSpec.projects) {
+  } else if constexpr (projects(C::kSpec, kMath)) {
     return body<Kernel<kMath, C, ClusterExchange, 1, true>, Params>;  // others scatter
   }
   return nullptr;
@@ -54,11 +54,15 @@ Body body_of(const Sizes& sizes, const Plan& plan) {
 
 template <template <Math, class, class, int, bool> class Kernel, class Params, class C>
 Body body_of(const Sizes& sizes, const Plan& plan) {
+#if !defined(FUSEDRNN_HOST_FEW)  // the sanitized build compiles one of each unit, and so it is of variants
+  if constexpr (!is_variant(C::kSpec)) {
+    if (plan.math == Math::kFloat16) return body_of<Kernel, Params, Math::kFloat16, C>(sizes, plan);
+    if (plan.math == Math::kFloat32) return body_of<Kernel, Params, Math::kFloat32, C>(sizes, plan);
+  }
+#endif
   switch (plan.math) {
-#if !defined(FUSEDRNN_HOST_FEW)  // the sanitized build compiles one of each unit
-    case Math::kFloat16: return body_of<Kernel, Params, Math::kFloat16, C>(sizes, plan);
+#if !defined(FUSEDRNN_HOST_FEW)
     case Math::kTf32: return body_of<Kernel, Params, Math::kTf32, C>(sizes, plan);
-    case Math::kFloat32: return body_of<Kernel, Params, Math::kFloat32, C>(sizes, plan);
 #endif
     case Math::kBFloat16: return body_of<Kernel, Params, Math::kBFloat16, C>(sizes, plan);
     case Math::kFloat64: return body_of<Kernel, Params, Math::kFloat64, C>(sizes, plan);

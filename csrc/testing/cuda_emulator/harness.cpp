@@ -16,6 +16,8 @@ Body kernel_of(Pass pass, const Sizes& sizes, const Plan& plan) {
   switch (plan.cell) {
     case CellKind::kLstm: return body_of<LstmCells>(pass, sizes, plan);
     case CellKind::kGru: return body_of<GruCells>(pass, sizes, plan);
+    case CellKind::kLstmPeephole: return body_of<LstmPeepholeCells>(pass, sizes, plan);
+    case CellKind::kLstmCoupled: return body_of<LstmCoupledCells>(pass, sizes, plan);
     default: return body_of<RnnCells>(pass, sizes, plan);
   }
 }

@@ -180,6 +180,7 @@ class Machine {
   std::vector<Barrier> clusters_;
   uint32_t laziness_;
   std::vector<Thread*> runnable_, polling_;
+  std::vector<Thread*> not_begun_;  // of a block that begins when no other can go on
   std::vector<Push> pushes_;
   std::vector<std::pair<const char*, bool>> names_;  // and whether it is present
   Fiber scheduler_;
@@ -222,7 +223,9 @@ void Machine::start() {
     thread.index = static_cast<int>(n % launch_.threads);
     thread.fiber.stack = stacks.at(n);
     prepare(thread.fiber.context, thread.fiber.stack, run_fiber);
-    runnable_.push_back(&thread);
+    const bool begins_late =
+        launch_.seed % 4 == 1 && launch_.seed / 4 % blocks_.size() == static_cast<size_t>(thread.block);
+    (begins_late ? not_begun_ : runnable_).push_back(&thread);
   }
   alive_ = threads_.size();
 }
@@ -234,6 +237,10 @@ Report Machine::run() {
     if (!polling_.empty() && (random_.next() & 15) == 0) poll(false);
     if (runnable_.empty()) {
       if (poll(true) || something_late() || !error_.empty()) continue;
+      if (!not_begun_.empty()) {
+        runnable_.swap(not_begun_);
+        continue;
+      }
       error_ = deadlock();
       break;
     }

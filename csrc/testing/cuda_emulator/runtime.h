@@ -4,8 +4,9 @@
 // comes next is drawn from a seeded generator, so that one seed is one schedule, and many seeds are many interleavings.
 // What is asynchronous on the device is late here: a store into another block's shared memory, a copy into shared
 // memory and a store that others read through the L2 cache happen at a moment that the generator picks, at the latest
-// when something that the program does makes them visible. A wait that is missing shows as a NaN: shared memory
-// begins as NaNs. If no fiber can run, the launch ends with a report of who waits where.
+// when something that the program does makes them visible. In every fourth schedule one block begins when no other can
+// go on. A wait that is missing shows as a NaN: shared memory begins as NaNs. If no fiber can run, the launch ends with
+// a report of who waits where.
 //
 // Every synchronisation has a name. `remove` takes all those of one name out of the program: the tests of the tests
 // remove each in turn, and expect it to be noticed.

@@ -1,0 +1,129 @@
+// What a variant of the LSTM takes beside its maps and its carry: peepholes, and the multipliers of noise.
+//
+// One kernel serves all variants of as many gates. Which of these a launch has is the same for all of its threads, and
+// asked at run time: what is not given is not computed with, but for factors of one, so that no infinity becomes a NaN.
+// The multipliers of a step are loaded into registers a step ahead, while a thread waits for what others send.
+#pragma once
+
+#include <cstddef>
+
+#include "geometry.h"
+#include "math.h"
+
+namespace fusedrnn::cuda {
+
+// In the place of a pointer that may be null: see LstmVariant.
+template <class V>
+struct IfGiven {
+  const V& value;
+  bool given;
+
+  FUSEDRNN_DEVICE bool operator==(std::nullptr_t) const { return !given; }
+  FUSEDRNN_DEVICE bool operator!=(std::nullptr_t) const { return given; }
+  FUSEDRNN_DEVICE const V& operator[](int) const { return value; }
+};
+
+// C: of cell.h. Empty where it is no variant. With a projection there is no zoneout.
+template <class M, class C, class Params, bool kProjected, bool kVariant = is_variant(C::kSpec)>
+class CellExtras {
+ public:
+  struct Peepholes {};
+  struct Multipliers {};
+  static constexpr bool kKeeps = false;
+  FUSEDRNN_DEVICE CellExtras(const Params&, int) {}
+};
+
+template <class M, class C, class Params, bool kProjected>
+class CellExtras<M, C, Params, kProjected, true> {
+ public:
+  using S = typename M::Storage;
+  using A = typename M::Compute;
+  static constexpr int kPeepholes = C::kSpec.parameters;
+  using Peepholes = A[kPeepholes];
+  // Of a unit, a batch row and a step. dropped: of the candidate, or of the state in the product with w_hh, which is
+  // the same at all steps: no variant has both.
+  struct Multipliers {
+    A h = 0, c = 0, dropped = 0;
+  };
+  struct Operands {
+    IfGiven<Peepholes> p;
+    IfGiven<A> g, c;
+  };
+
+  FUSEDRNN_DEVICE CellExtras(const Params& p, int direction)
+      : extras_(p.extras),
+        H_(p.sizes.H),
+        direction_(direction),
+        has_peepholes_(extras_.w_p[direction] != nullptr),
+        has_h_(!kProjected && of(Noise::kH) != nullptr),
+        has_c_(!kProjected && of(Noise::kC) != nullptr),
+        has_g_(of(Noise::kG) != nullptr),
+        has_r_(of(Noise::kR) != nullptr) {}
+
+  // Whether a thread keeps what is the same at all steps in registers, and does not load it where it is used: of
+  // float64 there is no room.
+  static constexpr bool kKeeps = sizeof(A) == sizeof(float);
+
+  // Of a unit; zeros where it does not exist.
+  FUSEDRNN_DEVICE void load(Peepholes& p, int64_t unit) const {
+    const S* w_p = static_cast<const S*>(extras_.w_p[direction_]) + unit;
+    const bool exist = has_peepholes_ && unit < H_;
+    FUSEDRNN_UNROLL for (int k = 0; k < kPeepholes; ++k) p[k] = exist ? to_compute(w_p[k * H_]) : A(0);
+  }
+  // Those of a unit that are kept, or loaded.
+  FUSEDRNN_DEVICE void take(Peepholes& p, const Peepholes& kept, int64_t unit) const {
+    if constexpr (kKeeps) {
+      FUSEDRNN_UNROLL for (int k = 0; k < kPeepholes; ++k) p[k] = kept[k];
+    } else {
+      load(p, fresh(unit));
+    }
+  }
+  // Where the multipliers of a step lie: those of a row and a unit, and how far it is to the next row.
+  struct Place {
+    int64_t at, row;
+  };
+  FUSEDRNN_DEVICE Place place(int64_t t, int64_t b, int64_t unit) const {
+    const Strides& strides = extras_.noise_strides;  // which are of 32 bits, and so are t and b
+    const int64_t row = fresh(strides.b);
+    const int64_t of_row = int64_t{static_cast<int>(b)} * static_cast<int>(row),
+                  of_step = int64_t{static_cast<int>(t)} * static_cast<int>(strides.t);
+    return {of_step + of_row + (unit + (direction_ == 1 ? strides.d : 0)), row};
+  }
+  FUSEDRNN_DEVICE void load(Multipliers& v, bool exist, int64_t at) const {
+    if constexpr (!kProjected) {
+      v.h = number(of(Noise::kH), exist, at);
+      v.c = number(of(Noise::kC), exist, at);
+    }
+    v.dropped = number(of(has_g_ ? Noise::kG : Noise::kR), exist, at);
+  }
+  // Of a number of the hidden state in the product with w_hh; with a projection it is not of a unit.
+  FUSEDRNN_DEVICE A of_state(const Multipliers& v) const { return has_r_ ? v.dropped : A(1); }
+  FUSEDRNN_DEVICE A of_state(bool exists, int64_t b, int64_t output) const {
+    return number(of(Noise::kR), exists, place(0, b, output).at);
+  }
+
+  FUSEDRNN_DEVICE Operands operands(const Peepholes& p, const Multipliers& v) const {
+    return {{p, has_peepholes_}, {v.dropped, has_g_}, {v.c, has_c_}};
+  }
+
+  // h_t from the one that entered and the cell's m, by zoneout.
+  FUSEDRNN_DEVICE A zoned_out(const Multipliers& v, A h_in, A m) const {
+    return has_h_ ? v.h * h_in + (A(1) - v.h) * m : m;
+  }
+  // Of the gradient of h_t, what goes past the cell to the state that entered. The rest is that of m.
+  FUSEDRNN_DEVICE A passed(const Multipliers& v, A dh) const { return has_h_ ? v.h * dh : A(0); }
+
+ private:
+  FUSEDRNN_DEVICE const A* of(Noise kind) const { return static_cast<const A*>(extras_.noise[static_cast<int>(kind)]); }
+  // One where there is no such noise. In this form it is a load with a predicate, and no branch.
+  static FUSEDRNN_DEVICE A number(const A* from, bool exists, int64_t at) {
+    return exists && from != nullptr ? from[at] : A(1);
+  }
+
+  const Extras& extras_;
+  const int64_t& H_;
+  const int direction_;
+  const bool has_peepholes_, has_h_, has_c_, has_g_, has_r_;
+};
+
+}  // namespace fusedrnn::cuda

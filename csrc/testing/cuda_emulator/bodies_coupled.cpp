@@ -1,0 +1,6 @@
+// The kernels of the variants of the LSTM with coupled gates, for the host.
+#include "bodies_of.h"
+
+template fusedrnn::cuda::Body fusedrnn::cuda::body_of<fusedrnn::cuda::LstmCoupledCells>(fusedrnn::cuda::Pass,
+                                                                                        const fusedrnn::cuda::Sizes&,
+                                                                                        const fusedrnn::cuda::Plan&);
