@@ -113,6 +113,12 @@ ODD_LAYERS = [
 ]
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Has the host build of the CUDA kernels made with those of variants if a test of them is going to run."""
+    if any(item.get_closest_marker("cuda_variants") for item in session.items):
+        os.environ["FUSEDRNN_CUDA_HOST_VARIANTS"] = "1"
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`place` is every backend, `kernel` every one that can do more than nn.LSTM, `ragged` each way of these.
 

@@ -185,6 +185,8 @@ LSTM_VARIANTS = {
 }
 
 
+@pytest.mark.slow
+@pytest.mark.cuda_variants
 @pytest.mark.parametrize(("options", "dtype", "form", "reserve"), LSTM_VARIANTS.values(), ids=LSTM_VARIANTS)
 def test_variants_of_the_lstm(options, dtype, form, reserve, monkeypatch):
     """Against the reference in float64, with the same masks. The error is held to that of the reference itself."""
@@ -218,6 +220,8 @@ def test_variants_of_the_lstm(options, dtype, form, reserve, monkeypatch):
         assert error <= 2 * allowed + 4 * testing.roundoff(dtype) * right.abs().max()
 
 
+@pytest.mark.slow
+@pytest.mark.cuda_variants
 def test_derivatives_of_a_variant():
     """Of both orders, with the masks of one seed; what the compiler is told of its operators; and who explains it."""
     module = fusedrnn.LSTM(2, 3, dtype=F64, device=DEVICE, peephole=True, zoneout=0.3, recurrent_dropout=0.4)
@@ -239,6 +243,8 @@ def test_derivatives_of_a_variant():
     torch.library.opcheck(ops.forward_op("cuda"), arguments, {"noise": noise})
 
 
+@pytest.mark.slow
+@pytest.mark.cuda_variants
 @pytest.mark.parametrize("options", [{"zoneout": (0.3, 0.0)}, {"coupled": True}], ids=["zoneout", "coupled"])
 def test_a_variant_is_infinite_where_the_reference_is(options):
     """What is not given is not computed with: zero times infinity is not a number."""

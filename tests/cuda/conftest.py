@@ -36,7 +36,9 @@ DTYPES = {"bf16": BF16, "fp16": F16, "tf32": F32, "fp32": F32, "fp64": F64}
 MATHS = ["bf16", "fp64"] if SANITIZED else list(DTYPES)
 EXCHANGES = ["grid", "cluster", "parts", "scatter"]
 FORWARD, BACKWARD = 0, 1
-BODIES = ("bodies_lstm", "bodies_peephole", "bodies_coupled", "bodies_gru", "bodies_rnn", "harness", "runtime")
+BODIES = ("bodies_lstm", "bodies_gru", "bodies_rnn", "harness", "runtime")
+# Compiled as well where a test asks for them by the marker cuda_variants: see tests/conftest.py.
+BODIES_OF_VARIANTS = ("bodies_peephole", "bodies_coupled")
 
 
 def building() -> FileLock:
@@ -49,10 +51,12 @@ def building() -> FileLock:
 def built(name: str, flags: list[str]) -> Path:
     """Compiles the host library unless one of the same sources and flags is there."""
     with building():
-        return _built(name, flags)
+        if "FUSEDRNN_CUDA_HOST_VARIANTS" in os.environ:
+            return _built(f"variants-{name}", [*flags, "-DFUSEDRNN_HOST_VARIANTS"], (*BODIES_OF_VARIANTS, *BODIES))
+        return _built(name, flags, BODIES)
 
 
-def _built(name: str, flags: list[str]) -> Path:
+def _built(name: str, flags: list[str], bodies: tuple[str, ...]) -> Path:
     found = (path for folder in (CSRC / "cuda", CSRC / "cells", EMULATOR) for path in folder.glob("*"))
     sources = sorted(path for path in found if path.suffix in (".h", ".cpp"))
     digest = hashlib.sha256(" ".join(flags).encode() + b"".join(path.read_bytes() for path in sources)).hexdigest()
@@ -69,7 +73,7 @@ def _built(name: str, flags: list[str]) -> Path:
         return str(target)
 
     with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:  # the longest first
-        objects = list(pool.map(compiled, BODIES))
+        objects = list(pool.map(compiled, bodies))
     subprocess.run([compiler, *flags, "-shared", *objects, "-o", str(partial)], check=True)
     for made in objects:
         Path(made).unlink()
@@ -585,7 +589,8 @@ class Layer:
         exists = reference.existing(p.T, given["lengths"])
         for d, w in enumerate(self.weights):
             da, y = back["da"][d].double(), made["y"][..., d * p.P : (d + 1) * p.P].double()
-            v = gpu._multipliers(p.kind, given["noise"], p.D, d)
+            v = {} if given["noise"] is None else gpu._multipliers(p.kind, given["noise"])
+            v = {name: of.chunk(p.D, dim=-1)[d] for name, of in v.items()}
             h_in = reference.entering(y, states[d], exists, given["reset"], d == 1)
             h_in = (h_in * v["r"] if "r" in v else h_in).flatten(0, 1)
             of_input, of_state = (p.kind.rows_of(da, blocks) for blocks in (p.kind.input, p.kind.recurrent))

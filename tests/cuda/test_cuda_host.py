@@ -522,6 +522,8 @@ LSTM_VARIANTS = {
 }
 
 
+@pytest.mark.slow
+@pytest.mark.cuda_variants
 @pytest.mark.parametrize(("cell", "plan", "sizes"), LSTM_VARIANTS.values(), ids=LSTM_VARIANTS)
 def test_variants_of_the_lstm(layer, kit, cell, plan, sizes):
     if plan["math"] not in MATHS:

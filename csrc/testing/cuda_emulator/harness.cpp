@@ -16,9 +16,13 @@ Body kernel_of(Pass pass, const Sizes& sizes, const Plan& plan) {
   switch (plan.cell) {
     case CellKind::kLstm: return body_of<LstmCells>(pass, sizes, plan);
     case CellKind::kGru: return body_of<GruCells>(pass, sizes, plan);
+    case CellKind::kRnnTanh:
+    case CellKind::kRnnRelu: return body_of<RnnCells>(pass, sizes, plan);
+#if defined(FUSEDRNN_HOST_VARIANTS)
     case CellKind::kLstmPeephole: return body_of<LstmPeepholeCells>(pass, sizes, plan);
     case CellKind::kLstmCoupled: return body_of<LstmCoupledCells>(pass, sizes, plan);
-    default: return body_of<RnnCells>(pass, sizes, plan);
+#endif
+    default: return nullptr;
   }
 }
 
@@ -39,7 +43,7 @@ int launch(Pass pass, const Params& p, uint64_t seed, const char* remove, Outcom
   }
   const Body body = kernel_of(pass, p.sizes, p.plan);
   if (body == nullptr) {
-    copy(outcome->error, outcome->bytes, "this build does not have that arithmetic");
+    copy(outcome->error, outcome->bytes, "this build does not have that cell or arithmetic");
     return 1;
   }
   const host::Launch shape{static_cast<int>(launched_blocks(p.sizes, p.plan)),
