@@ -247,7 +247,9 @@ def triton_device(monkeypatch):
         ("state", 20, "ragged", torch.float32, {"bidirectional": True}),
         ("peephole-zoneout_c-candidate", 20, "packed", torch.float32, {}),
         ("everything", 20, "ragged", torch.bfloat16, {"bidirectional": True}),
-        ("everything", 72, "ragged", torch.float32, {"bidirectional": True}),  # some programs
+        pytest.param(  # some programs
+            "everything", 72, "ragged", torch.float32, {"bidirectional": True}, marks=pytest.mark.slow
+        ),
         ("peephole", 24, "plain", torch.float32, {"proj_size": 10, "bias": False}),
         ("state", 24, "plain", torch.float32, {"proj_size": 10}),
     ],
