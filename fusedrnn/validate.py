@@ -62,7 +62,7 @@ def _packed(data: Tensor, batch_sizes: Any) -> None:
         raise RuntimeError(f"data of a PackedSequence must have 2 dimensions, got {data.dim()}")
     if dispatch.is_recorded():
         return
-    batch_sizes[0].item()  # raises inside of make_fx, to which tolist would give the values of its example
+    batch_sizes[0].item()  # raises inside make_fx, where tolist would return the values of the example
     sizes = batch_sizes.tolist()
     if sizes[-1] <= 0 or sizes != sorted(sizes, reverse=True):
         raise RuntimeError(f"batch_sizes must be positive and never grow, got {sizes}")
