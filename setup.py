@@ -43,7 +43,7 @@ except ImportError:
     sys.exit(
         "fusedrnn is built against the torch that is installed, and there is none here. Install torch first, then run\n"
         "    pip install --no-build-isolation .\n"
-        "(without --no-build-isolation, pip builds in an environment of its own that has no torch)."
+        "uv pip takes the same option, python -m build calls it --no-isolation: an isolated build sees no torch."
     )
 
 ROOT = Path(__file__).parent

@@ -1,4 +1,4 @@
-"""torch's own recurrent layers and cells, the functions behind its modules: the `aten` backend."""
+"""The `aten` backend: the functions behind torch's recurrent layers and cells."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .cells import Cell
 
-_VF: Any = torch._VF  # lstm, gru, rnn_tanh, rnn_relu, and lstm_cell, ...: the names of our cells are torch's
+_VF: Any = torch._VF  # lstm, gru, rnn_tanh, rnn_relu, lstm_cell, ...: our cells have torch's names
 
 
 def layers(
@@ -27,8 +27,8 @@ def layers(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """A stack of layers: x [T, B, I], or with batch_sizes [N, I] -> y, hn and cn, None for a cell without cell state.
 
-    torch's functions may not be given None for a state. They are told to be training wherever a gradient may be asked
-    for: cuDNN keeps nothing for backward otherwise. A trace is run and not trained.
+    torch's functions need tensors for all states. They get train=True wherever a gradient may be needed: cuDNN saves
+    nothing for backward otherwise. A trace is for inference.
     """
     rows = num_layers * (2 if bidirectional else 1)
     options = (
@@ -53,14 +53,14 @@ def layers(
 
 
 def lacks_second_derivative(x: Tensor) -> bool:
-    """Whether the layers have none on this device: cuDNN's have not."""
+    """Whether the layers have no second derivative on this device, as with cuDNN."""
     return x.is_cuda
 
 
 def step(
     cell: Cell, x: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """One time step: x [B, I], h0 [B, H], c0 [B, C] -> hn and cn. torch makes sure of shapes and dtypes by itself."""
+    """One time step: x [B, I], h0 [B, H], c0 [B, C] -> hn and cn. torch validates shapes and dtypes."""
     if h0 is None:
         h0 = c0 = x.new_zeros(len(x), weights[1].shape[1])
     function = getattr(_VF, f"{cell.name}_cell")

@@ -1,7 +1,7 @@
-"""The autograd.Function around the operators: what is saved, the backward, and the backward of the backward.
+"""The autograd.Function around the operators: saved tensors, backward, and double backward.
 
-No kernels and no device branches here. A layer keeps the backend that ran its forward, because only that one
-understands what it reserved.
+No kernels and no device branches here. The backward runs on the backend of the forward: only that one can read the
+reserve it saved.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SAVED = ("dy", "dhn", "dcn", "dc", "x", "h0", "c0", "lengths", "reset", "noise"
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
-    """Whether gradients are on, and one of the tensors wants one."""
+    """Whether gradients are enabled and one of the tensors requires one."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
@@ -44,18 +44,18 @@ def layer(
     cell_states: bool,
     noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One layer, differentiable where it has to be; the arguments are those of `ops.FORWARD_SCHEMA`.
+    """One layer, differentiable if an argument requires a gradient; the arguments are those of `ops.FORWARD_SCHEMA`.
 
     Returns:
-        y [T, B, D*P], hn [D, B, P], cn [D, B, C], c [T, B, D*C] (meaningful with cell_states only); of packed rows
-        y and c are [N, ...].
+        y [T, B, D*P], hn [D, B, P], cn [D, B, C], c [T, B, D*C] (valid with cell_states only); for packed rows y and c
+        are [N, ...].
 
-    Forward-mode differentiation goes through the reference, whatever the backend.
+    Forward-mode differentiation goes through the reference with every backend.
     """
     needs_grad = wants_gradient(x, h0, c0, *weights)
-    # The flag itself: before torch 2.12, Dynamo takes is_exporting() for true in torch.compile as well.
+    # The private flag: before torch 2.12, Dynamo evaluates is_exporting() to True in torch.compile as well.
     if needs_grad and (torch.compiler._is_exporting_flag or torch.jit.is_tracing()):
-        needs_grad = False  # what is recorded will be run and not trained: it should reserve nothing
+        needs_grad = False  # exported and traced programs are for inference and need no reserve
     with _autocast_off(x.device):
         if _is_forward_mode():
             y, hn, cn, c, _ = reference.layer(named(cell), x, weights, bidirectional, h0, c0, lengths, reset, noise)
@@ -79,12 +79,12 @@ def step(
 
 
 def _given(noise: Tensor | None) -> dict[str, Tensor]:
-    """The noise as an operator takes it, which has a default for none."""
+    """The keyword argument of an operator for the noise; empty for none."""
     return {} if noise is None else {"noise": noise}
 
 
 def _apply(*arguments: Any) -> tuple[Tensor, ...]:
-    """LayerFunction.apply, or of the same what is quickest where nothing is transformed or traced."""
+    """LayerFunction.apply, or its faster eager form if no transform and no trace is active."""
     if torch._C._are_functorch_transforms_active():
         return _apply_transformed(*arguments)
     if torch.compiler.is_compiling():
@@ -93,12 +93,12 @@ def _apply(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _apply_transformed(*arguments: Any) -> tuple[Tensor, ...]:
-    """Inside torch.func's transforms. torch has no rule for an autograd.Function in functionalize: nothing is mutated
-    here, so that one is left for the call."""
+    """`_apply` inside torch.func's transforms. functionalize has no rule for an autograd.Function; nothing is mutated
+    here, so the call leaves that transform."""
     interpreter: Any = torch._functorch.pyfunctorch.retrieve_current_functorch_interpreter()
     if interpreter.key() != torch._C._functorch.TransformType.Functionalize:
         y, *others = LayerFunction.apply(*arguments)
-        return y.clone(), *others  # which may be changed in place; see _EagerLayerFunction
+        return y.clone(), *others  # y may be modified in place; see _EagerLayerFunction
     api = torch._subclasses.functional_tensor.FunctorchFunctionalizeAPI(interpreter)
     with api.redispatch_to_next():
         results: Any = _apply(*api.unwrap_tensors(arguments))
@@ -106,22 +106,22 @@ def _apply_transformed(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _autocast_off(device: torch.device) -> AbstractContextManager[Any]:
-    """The arguments have got the dtypes they are to be computed in: nothing below may be cast again."""
+    """Disables autocast: the arguments already have the compute dtype."""
     if torch._C._is_any_autocast_enabled() and ops.has_autocast(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
 
 def _is_forward_mode() -> bool:
-    """Whether forward-mode differentiation, torch.func.jvp among it, may be at work, which no operator knows of."""
+    """Whether forward-mode differentiation (also torch.func.jvp) may be active; the operators do not support it."""
     return torch.autograd.forward_ad._current_level >= 0
 
 
 class LayerFunction(torch.autograd.Function):
     """forward: (*_FIXED, *weights) -> y, hn, cn, c, reserve. See docs/math.md for both directions.
 
-    Of a single step without lengths x, h0, c0, hn and cn may be without their first dimension: views made outside would
-    be nodes of the graph, each of which a short step feels.
+    For a single step without lengths x, h0, c0, hn and cn may lack their first dimension: views made outside would add
+    nodes to the graph, which cost time in a short step.
     """
 
     @staticmethod
@@ -145,7 +145,7 @@ class LayerFunction(torch.autograd.Function):
         y, hn, cn, c, reserve = forward(
             cell, x, bidirectional, h0, c0, lengths, reset, cell_states, True, *weights, **given
         )
-        # Not squeezed: a view that is made here may not be changed in place.
+        # Not squeeze(): a view made here could not be modified in place.
         return y, hn.resize_(hn.shape[1:]), cn.resize_(cn.shape[1:]), c, reserve
 
     @staticmethod
@@ -190,7 +190,7 @@ class LayerFunction(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
-        """All sequences in one batch; or where weights differ, one set of weights after another."""
+        """Runs all elements as one batch; or, if weights are batched, one set of weights after another."""
         V, rows = info.batch_size, slice(_X, _WEIGHTS)
         if any(dim is not None for dim in in_dims[_WEIGHTS:]):
             each = [_apply(*batching.elements(arguments, in_dims, k)) for k in range(V)]
@@ -198,7 +198,7 @@ class LayerFunction(torch.autograd.Function):
         merged = batching.merged(_FIXED[rows], arguments[rows], in_dims[rows], V)
         *results, reserve = _apply(*arguments[:_X], *merged.values(), *arguments[_WEIGHTS:])
         found, dims = batching.split(("y", "hn", "cn", "c"), results, merged["x"], V)
-        return (*found, reserve), (*dims, None)  # of the merged batch: what a reserve means is the backend's own
+        return (*found, reserve), (*dims, None)  # the reserve stays merged: its layout is the backend's own
 
 
 @cache
@@ -207,10 +207,10 @@ def _nothing(device: torch.device) -> Tensor:
 
 
 class _Version:
-    """Tells whether a tensor has been changed in place, and keeps nothing of its memory."""
+    """Detects in-place modification of a tensor without keeping its memory."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self._counter = tensor.detach()  # has the version of the tensor and of all its views
+        self._counter = tensor.detach()  # shares the version counter of the tensor and all its views
         self._counter.data = _nothing(tensor.device)
         self._seen = tensor._version
 
@@ -219,10 +219,10 @@ class _Version:
 
 
 class _EagerLayerFunction(torch.autograd.Function):
-    """LayerFunction where nothing is transformed or traced.
+    """LayerFunction without transforms and traces.
 
-    With a setup_context, `apply` reads and binds the signature of `forward` at every call, which takes 30 us. And y may
-    be changed in place before the backward, which computes it again then.
+    With a setup_context, `apply` reads and binds the signature of `forward` at every call, which takes 30 us. If y is
+    modified in place before the backward, the backward recomputes it.
     """
 
     @staticmethod
@@ -230,7 +230,7 @@ class _EagerLayerFunction(torch.autograd.Function):
         output = LayerFunction.forward(*arguments)
         y, *others = output
         returns_y = type(y) is Tensor and not _is_step(arguments[_X], arguments[_LENGTHS])
-        # y.data has a version of its own, which nobody changes.
+        # y.data has its own version counter, which stays unchanged.
         LayerFunction.setup_context(ctx, arguments, (y.data, *others) if returns_y else output)
         ctx.y_version = _Version(y) if returns_y else None
         return output
@@ -246,7 +246,7 @@ def _is_step(x: Tensor, lengths: Tensor | None) -> bool:
 
 
 def unsqueezed(*tensors: Tensor | None) -> list[Any]:
-    """What a single step has, with a dimension for time or layers; None stays."""
+    """Adds the leading dimension of time or layers to each tensor; None stays None."""
     return [None if t is None else t.unsqueeze(0) for t in tensors]
 
 
@@ -287,7 +287,7 @@ def _gradients(
     noise: Tensor | None,
     weights: Sequence[Tensor],
 ) -> tuple[Tensor, ...]:
-    """Those of x, h0, c0 and the weights by the reference, of which any derivative can be taken."""
+    """The gradients of x, h0, c0 and the weights by the reference, differentiable to any order."""
 
     def outputs(x: Tensor, h0: Tensor, c0: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         return reference.layer(cell, x, weights, bidirectional, h0, c0, lengths, reset, noise)[:4]
@@ -305,7 +305,7 @@ def _with_zeros(
     y: Tensor,
     c: Tensor,
 ) -> list[Tensor]:
-    """dy, dhn, dcn, dc, h0 and c0, with zeros for those that are None."""
+    """dy, dhn, dcn, dc, h0 and c0, with zeros in place of None."""
     directions = split_directions(weights, bidirectional, cell)
     B, D, P = reference.batch_size(x, lengths), len(directions), directions[0].w_hh.shape[1]
     state, carry = (D, B, P), (D, B, cell.cell_size(directions[0].hidden_size))
@@ -338,10 +338,9 @@ def _gradients_of_given(
 
 
 class LayerBackwardFunction(torch.autograd.Function):
-    """The backward as a function of its own, so that it has a derivative: recomputed through the reference.
+    """The backward as an autograd.Function, so that it has a derivative, which is recomputed through the reference.
 
-    Used only where a graph of the backward is asked for (create_graph); the first derivative still comes from the
-    backend's own kernel.
+    Used only with create_graph=True; the first derivative still comes from the backend's kernel.
     """
 
     @staticmethod
@@ -403,9 +402,9 @@ class LayerBackwardFunction(torch.autograd.Function):
         needs: list[bool],
         *arguments: Any,
     ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-        """Of sequences that forward has computed as one batch, the gradients in one as well; or one after another.
+        """Gradients of all elements in one batch if the forward ran them as one, otherwise one after another.
 
-        Every element has gradients of the weights of its own.
+        Every element has its own gradients of the weights.
         """
         V, dims, weights = info.batch_size, in_dims[4:], arguments[len(_SAVED) :]
         is_merged = dims[_SAVED.index("y")] is not None and all(dim is None for dim in dims[_SAVED.index("reserve") :])
@@ -423,7 +422,7 @@ class LayerBackwardFunction(torch.autograd.Function):
         for k in range(V):
             *gradients, y, c, reserve = batching.elements(arguments, dims, k)[: len(_SAVED)]
             own = batching.elements(weights, dims[len(_SAVED) :], k)
-            if is_merged:  # its reserve is that of all elements
+            if is_merged:  # the reserve is that of all elements: run the forward of this one
                 y, _, _, c, reserve = _apply(backend, cell, bidirectional, False, *gradients[_SAVED.index("x") :], *own)
             results.append(
                 LayerBackwardFunction.apply(backend, cell, bidirectional, needs, *gradients, y, c, reserve, *own)
@@ -432,12 +431,12 @@ class LayerBackwardFunction(torch.autograd.Function):
         return grads, (0,) * len(grads)
 
 
-# is_grads_batched and vectorize=True of torch.autograd are an older vmap, which asks no autograd.Function for a rule.
-_LEVELS = range(64, 0, -1)  # how deep it can be nested
+# is_grads_batched and vectorize=True of torch.autograd use a legacy vmap, which has no rules of autograd.Functions.
+_LEVELS = range(64, 0, -1)  # nesting levels of the legacy vmap
 
 
 def _for_each(function: Callable[..., Sequence[Tensor | None]], tensors: Sequence[Tensor | None]) -> list[Any]:
-    """function(*tensors), one element of that older vmap after another."""
+    """function(*tensors), for one element of the legacy vmap after another."""
     batched = [t for t in tensors if t is not None and torch._C._functorch.is_legacy_batchedtensor(t)]
     if not batched:
         return list(function(*tensors))
@@ -455,8 +454,8 @@ def _for_each(function: Callable[..., Sequence[Tensor | None]], tensors: Sequenc
 
 
 def _elements(t: Tensor, level: int) -> Tensor | None:
-    """What t consists of at a level of that vmap, in front; None where it does not have this level."""
+    """t with the batch dimension of a level of the legacy vmap in front; None if t is not batched at this level."""
     if not torch._C._functorch.is_legacy_batchedtensor(t):
         return None
-    found = torch._remove_batch_dim(t, level, 0, 0)  # a tensor without this level is expanded, here to no element
+    found = torch._remove_batch_dim(t, level, 0, 0)  # expands a tensor without this level, here to size 0
     return found if len(found) else None

@@ -1,7 +1,6 @@
-"""torch.func.vmap over a layer: the sequences of all elements as one batch, and the weights' gradients of each.
+"""torch.func.vmap over a layer: all elements run as one batch, with separate weight gradients for each element.
 
-In a merged batch the V elements of vmap follow each other within each sequence of the layer's own batch: B becomes B*V.
-That holds for packed rows as well, whose sequences go by length.
+A merged batch has B*V rows, with the V elements of vmap innermost, so that packed rows stay sorted by length.
 """
 
 from __future__ import annotations
@@ -16,25 +15,25 @@ from . import reference
 from .cells import CELLS, Cell, named
 from .layout import DirectionWeights, split_directions
 
-_ROWS = {"dy", "dc", "x", "y", "c"}  # [T, B, ...], or of packed rows [N, ...]
+_ROWS = {"dy", "dc", "x", "y", "c"}  # [T, B, ...], or packed [N, ...]
 
 
 def _batch_dim(name: str, x: Tensor) -> int:
-    """Where the batch of a tensor called so is: of rows and reset, of states [D, B, ...], of lengths [B]."""
+    """The batch dimension of the tensor of this name: rows, reset, states [D, B, ...], or lengths [B]."""
     return 0 if name == "lengths" or (name in _ROWS and x.dim() == 2) else 1
 
 
 def merged(
     names: Sequence[str], tensors: Sequence[Tensor | None], in_dims: Sequence[int | None], V: int
 ) -> dict[str, Tensor | None]:
-    """Each tensor with the elements of vmap, which are at its in_dim, or one for all of them, in its batch."""
+    """Merges the vmap dimension of each tensor, at its in_dim or expanded, into its batch dimension."""
     found = dict(zip(names, zip(tensors, in_dims, strict=False), strict=False))
     x, dim = found["x"]
     assert x is not None
     one = x if dim is None else x.select(dim, 0)
     batch = {name: _batch_dim(name, one) for name in names}
     noise, dim = found.get("noise", (None, None))
-    if noise is not None:  # [K, T, B, D*H], or of packed rows [K, N, D*H]
+    if noise is not None:  # [K, T, B, D*H], or packed [K, N, D*H]
         batch["noise"] = noise.dim() - (2 if dim is None else 3)
     return {name: _merged(*found[name], batch[name], V) for name in names}
 
@@ -51,7 +50,7 @@ def _merged(tensor: Tensor | None, in_dim: int | None, batch: int, V: int) -> Te
 def split(
     names: Sequence[str], tensors: Sequence[Tensor], x: Tensor | None, V: int
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """The inverse of `merged`, and where the elements of vmap are."""
+    """The inverse of `merged`: the tensors and their vmap dimensions."""
     assert x is not None
     dims = [_batch_dim(name, x) for name in names]
     each = tuple(t.unflatten(dim, (t.shape[dim] // V, V)) for t, dim in zip(tensors, dims, strict=True))
@@ -59,7 +58,7 @@ def split(
 
 
 def elements(tensors: Sequence[Any], in_dims: Sequence[int | None], k: int) -> list[Any]:
-    """Element k of vmap of each."""
+    """Element k of vmap of each tensor."""
     return [t if dim is None else t.select(dim, k) for t, dim in zip(tensors, in_dims, strict=True)]
 
 
@@ -67,9 +66,9 @@ class MergedLayer:
     """The backward of a merged batch.
 
     Args:
-        cell, bidirectional, weights: of the layer.
-        tensors: those that backward takes, merged: x [T, B*V, I], or packed rows, and so on.
-        V: elements of vmap.
+        cell, bidirectional, weights: those of the layer.
+        tensors: the arguments of backward, merged: x [T, B*V, I], or packed rows, and so on.
+        V: number of elements of vmap.
     """
 
     def __init__(
@@ -84,15 +83,15 @@ class MergedLayer:
         self._directions = split_directions(weights, bidirectional, self._cell)
 
     def has_weight_gradients(self) -> bool:
-        """Whether `backward` knows those of each element: of torch's cells, not of packed rows, nor of a projection."""
+        """Whether `backward` supports per-element weight gradients: torch's cells, no packed rows, no projection."""
         return self._cell.name in CELLS and self._x.dim() == 3 and all(w.w_hr is None for w in self._directions)
 
     def backward(
         self, run: Callable[[list[bool], Tensor, Sequence[Tensor]], Sequence[Tensor]], needs: list[bool]
     ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-        """The gradients of x, h0, c0 and each weight, with the elements of vmap apart, and where these are.
+        """The gradients of x, h0, c0 and each weight, with their vmap dimensions.
 
-        run: the backward of a layer of given x and weights; which gradients are needed comes first.
+        run: (needs, x, weights) -> gradients, the backward of a layer.
         """
         if any(needs[3:]):
             inputs, weights = self._with_affine_map_outside()
@@ -118,9 +117,9 @@ class MergedLayer:
         return x
 
     def _with_affine_map_outside(self) -> tuple[Tensor, list[Tensor]]:
-        """The same layer: its input are the affine maps of x, [T, B*V, D*G*H], and its w_ih are the identity.
+        """An equivalent layer with input x w_ih^T [T, B*V, D*G*H] and the identity as w_ih.
 
-        The gradient of that input, da, is that of the maps.
+        The gradient of its input is da, the gradient of the affine maps.
         """
         inputs = torch.cat([self._x @ w.w_ih.T for w in self._directions], dim=-1)
         identity = torch.eye(inputs.shape[-1], dtype=inputs.dtype, device=inputs.device)
@@ -129,7 +128,7 @@ class MergedLayer:
         return inputs, [part for w in weights for part in w if part is not None]
 
     def _gradients(self, da: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """dx [T, B*V, I], and of each weight [V, ...]: products of da with x and with the states that entered."""
+        """dx [T, B*V, I] and dw [V, ...] of each weight: products of da with x and with the states entering a step."""
         h0, reset, y = (self._tensors[name] for name in ("h0", "reset", "y"))
         assert y is not None
         exists = reference.existing(len(da), self._tensors["lengths"])
@@ -151,14 +150,14 @@ class MergedLayer:
         return rows.unflatten(1, (rows.shape[1] // self._V, self._V))
 
     def _products(self, da: Tensor, rows: Tensor) -> Tensor:
-        """[V, G*H, N]: of each element the sum over time and batch, all by one batched GEMM."""
+        """[V, G*H, N]: for each element the sum over time and batch, by one batched GEMM."""
         return torch.einsum("tbvg,tbvn->vgn", self._apart(da), self._apart(rows))
 
 
 def _of_state(cell: Cell, of_input: Tensor, x: Tensor, h_in: Tensor, w: DirectionWeights) -> Tensor:
-    """Of the gradients of the affine maps of the input [.., G*H], those of the maps of the state.
+    """Gradients of the affine maps of the state [.., G*H], from those of the input's maps.
 
-    They are the same where the maps are added. Those of a GRU's candidate are not: there r is between them.
+    They are equal where the cell adds the two maps. In a GRU's candidate the state's map is multiplied by r first.
     """
     if cell.input == cell.recurrent:
         return of_input

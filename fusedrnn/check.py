@@ -1,8 +1,8 @@
-"""The checks behind `python -m fusedrnn check`: derivatives against differences, and all results against torch's.
+"""The checks of `python -m fusedrnn check`: derivatives against finite differences, all results against torch's.
 
-A job is one check of one case on one device, carried out on every backend. Its outcome on a backend is that it passed,
-that it failed, or that it does not apply, because the backend says that it does not compute this or, on `aten`, because
-torch's own layer cannot do what the check needs. The last is never counted as passed.
+A job is one check of one case on one device, run on every backend. Its outcome on a backend is passed, failed, or not
+applicable: the backend does not support the case or, on `aten`, torch's own layer lacks what the check needs. Not
+applicable never counts as passed.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ _OPTIONS: tuple[dict[str, Any], ...] = (
     _EVERYTHING,
     {**_EVERYTHING, "hx": False, "bias": False, "packed": True, "lengths": False, "batch_first": True},
 )
-# Of a cell that shares everything but its pointwise function with the LSTM, what can tell it from that.
+# Cases for the other cells, which share everything but the pointwise function with the LSTM.
 _OWN_OPTIONS: tuple[dict[str, Any], ...] = (
     {},
     {"packed": True, "bias": False, "hx": False, "batch_first": True},
     {key: value for key, value in _EVERYTHING.items() if key != "proj_size"},
 )
-# Of the variants of the LSTM, and with `quick` the last one: all that they may have, once in each dtype.
+# Variants of the LSTM, each option once in each dtype; `quick` takes the last one.
 _VARIANTS: tuple[dict[str, Any], ...] = (
     {"peephole": True, "proj_size": True, "lengths": True},
     {"coupled": True, "packed": True, "recurrent_dropout": 0.25},
@@ -65,7 +65,7 @@ _SIZES = (*_QUICK_SIZES, (1, 1, 1, 2), (2, 17, 7, 64), (63, 3, 9, 30), (40, 1, 2
 class Job(NamedTuple):
     """One check of one case on one device."""
 
-    check: str  # "gradcheck", "gradgradcheck", or what results are compared with: torch's own ("nn.GRU") or "reference"
+    check: str  # "gradcheck", "gradgradcheck", or the baseline of a comparison: torch's class ("nn.GRU"), "reference"
     case: Case
     device: str
     quick: bool
@@ -73,18 +73,18 @@ class Job(NamedTuple):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a job on one backend."""
+    """The outcome of a job on one backend."""
 
     job: Job
     backend: str
-    excess: float | None = None  # of a comparison: the worst error over what is allowed
+    excess: float | None = None  # of a comparison: the largest error over its tolerance
     failure: str | None = None
     inapplicable: str | None = None
 
 
 def jobs(devices: Sequence[str], quick: bool) -> list[Job]:
-    """All there is to check: derivatives in float64, results in every dtype. `quick` leaves out the large sizes, of the
-    cells that are no LSTM all but one option in each dtype, and of the LSTM all variants but one."""
+    """All checks: derivatives in float64, results in every dtype. `quick` omits large sizes, all but one option of the
+    other cells in each dtype, and all but one variant of the LSTM."""
     checks: list[tuple[str, Case]] = []
     for cell in CELLS:
         some = quick and cell != LSTM.name
@@ -107,12 +107,12 @@ def jobs(devices: Sequence[str], quick: bool) -> list[Job]:
 
 
 def run(job: Job, backends: Sequence[str]) -> list[Outcome]:
-    """Carries a job out on each of the backends, all of them available."""
+    """Runs a job on each of the backends, which must be available."""
     return [_run(job, backend) for backend in _concerned(job, backends)]
 
 
 def applies(job: Job, backends: Sequence[str]) -> bool:
-    """Whether one of the backends, all of them available, says that it computes what a job is about."""
+    """Whether one of the backends, which must be available, supports a job."""
 
     def supports(backend: str) -> bool:
         with use_backend(backend):
@@ -122,7 +122,7 @@ def applies(job: Job, backends: Sequence[str]) -> bool:
 
 
 def _concerned(job: Job, backends: Sequence[str]) -> list[str]:
-    if job.check == "reference":  # which is not compared with itself, and aten is what torch's own is
+    if job.check == "reference":  # it is not compared with itself, nor with torch's own layers
         return [backend for backend in backends if backend not in ("reference", "aten")]
     return list(backends)
 
@@ -154,7 +154,7 @@ def _run(job: Job, backend: str) -> Outcome:
             if inapplicable is not None:
                 return Outcome(job, backend, inapplicable=inapplicable)
             return Outcome(job, backend, check(job, _ours(job.case)))
-    except Exception as error:  # of whatever kind, it is this case on this backend that failed
+    except Exception as error:  # any error is a failure of this case on this backend
         limit = _limit_of_torch(check, job) if backend == "aten" else None
         if limit is not None:
             return Outcome(job, backend, inapplicable=limit)

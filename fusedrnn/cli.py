@@ -1,4 +1,4 @@
-"""python -m fusedrnn: what is installed here, and whether it computes what it should."""
+"""python -m fusedrnn: information about the installation, correctness checks, benchmarks and tuning."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: what follows the program's name; sys.argv[1:] by default.
 
     Returns:
-        The exit status: 0, or 1 if a check failed; of `bench` and `tune`, see there. 130 after Ctrl-C; 141 where the
-        program that reads the output has ended. Both are those of a shell for SIGINT and SIGPIPE.
+        The exit status: 0, or 1 if a check failed; for `bench` and `tune` theirs. 130 after Ctrl-C (SIGINT); 141 if
+        the reader of the output has ended (SIGPIPE), as in a shell.
 
     Raises:
-        SystemExit: with status 2 for arguments that are wrong or missing, with status 0 after --help and --version.
+        SystemExit: status 2 for wrong or missing arguments, status 0 after --help and --version.
     """
     try:
         status = _run(sys.argv[1:] if argv is None else argv)
@@ -45,14 +45,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # which Python flushes at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it at exit
         return 141
     return status
 
 
 def _run(arguments: Sequence[str]) -> int:
     if arguments[:1] == ["bench"]:
-        from .benchmarks import command  # which the other commands can do without
+        from .benchmarks import command  # not needed by the other commands
 
         return command.main(arguments[1:])
     if arguments[:1] == ["tune"]:
@@ -152,7 +152,7 @@ def _facts() -> dict[str, Any]:
 
 
 def _profiles() -> dict[str, Any]:
-    """Of each device those that `auto` goes by, those that count most first, and the files that it ignores."""
+    """For each device the profiles that `auto` uses, by precedence, and the files that it ignores."""
     found: dict[str, Any] = {}
     for device in testing.devices():
         table = choice.table(device, choice.which(device))
@@ -164,12 +164,12 @@ def _profiles() -> dict[str, Any]:
 
 
 def _instruction_set() -> str | None:
-    """The one that the cpu backend computes with."""
+    """The instruction set of the cpu backend."""
     if ops.cpu_unavailable is not None:
         return None
     try:
         return torch.ops.fusedrnn.cpu_isa(None)
-    except RuntimeError as error:  # one was asked for in the environment that there is not
+    except RuntimeError as error:  # FUSEDRNN_CPU_ISA names one that is not available
         return str(error)
 
 
@@ -203,7 +203,7 @@ def _check(options: argparse.Namespace) -> int:
     backends = list(dict.fromkeys(options.backend or available))
     for name in options.backend or []:
         smallest = (dispatch.Problem(device, torch.float32, T=1, B=1, I=1, H=1, P=1, D=1) for device in devices)
-        with dispatch.use_backend(name):  # as it is checked: some run only where they are asked for
+        with dispatch.use_backend(name):  # as `check` does: some backends run only when requested by name
             reasons = [dispatch.supports(name, problem) for problem in smallest]
         if None not in reasons:
             options.error(f"argument --backend: backend {name!r} cannot be checked here: {reasons[0]}")
@@ -239,7 +239,7 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _spread(jobs: list[check.Job]) -> list[check.Job]:
-    """In an order of which every beginning comes from all over; the jobs of a case, which share work, stay together."""
+    """Shuffles the jobs, so that every prefix is representative; jobs of a case, which share work, stay together."""
     cases: dict[tuple[Any, ...], list[check.Job]] = {}
     for job in jobs:
         cases.setdefault((job.case, job.device), []).append(job)
@@ -250,7 +250,7 @@ def _spread(jobs: list[check.Job]) -> list[check.Job]:
 
 @contextmanager
 def _record(options: argparse.Namespace) -> Iterator[Callable[[list[Outcome]], None]]:
-    """What appends outcomes to the file that was asked for, if one was; what is in it stays if the rest is cut off."""
+    """A function that appends outcomes to the file of --record, if given; an interrupt keeps what was written."""
     if options.record is None:
         yield lambda outcomes: None
         return
@@ -275,7 +275,7 @@ def _fields(outcome: Outcome) -> dict[str, Any]:
 
 
 def _progress(items: list[Item]) -> Iterable[Item]:
-    """The items, with a bar on the terminal where there is one, and tqdm to draw it."""
+    """The items, with a progress bar if the output is a terminal and tqdm is installed."""
     try:
         from tqdm import tqdm  # type: ignore[import-untyped]
     except ImportError:
@@ -284,7 +284,7 @@ def _progress(items: list[Item]) -> Iterable[Item]:
 
 
 def _table(outcomes: list[Outcome]) -> list[str]:
-    """One line for each check on each backend, with the largest error of a comparison over what is allowed."""
+    """One line for each check on each backend, with the largest error of a comparison over its tolerance."""
     groups: dict[tuple[str, ...], list[Outcome]] = {}
     for outcome in outcomes:
         check_name, case, device, _ = outcome.job

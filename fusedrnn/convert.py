@@ -1,9 +1,8 @@
-"""convert, revert, patch: put fusedrnn's modules where torch's recurrent ones are, in models that exist already.
+"""convert, revert, patch: replace torch's recurrent modules by fusedrnn's, in existing models.
 
-A module is converted by giving it another class, in place. Its parameters, buffers, hooks, flags, name and every
-reference to it stay what they are, and giving the old class back undoes it exactly. A subclass, say of nn.LSTM, gets a
-class of its own that derives from the subclass first and from ours second, so that its `super().forward(...)` finds
-ours.
+Conversion assigns another class to the module, in place. Parameters, buffers, hooks, flags, name and all references
+stay the same, and assigning the old class undoes it exactly. An instance of a subclass, say of nn.LSTM, gets a new
+class with the bases (subclass, ours), so that `super().forward(...)` in the subclass calls our forward.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ from .module import BASES, mark_as_leaf, unmark_as_leaf
 
 Model = TypeVar("Model", bound=nn.Module)
 
-# What a converted class remembers of the class it was made from.
+# Attribute of a converted class: the class it was derived from.
 _ORIGINAL = "_fusedrnn_original"
-# torch's class -> ours; and ours that is not an instance of it, where torch.compile refuses those that are.
+# torch's class -> our subclass of it; and -> our class that is no subclass of it, which torch.compile can trace.
 _OURS: dict[Any, Any] = {theirs: ours for ours, theirs in BASES.items() if issubclass(ours, theirs)}
 _COMPILABLE: dict[Any, Any] = {theirs: ours for ours, theirs in BASES.items() if not issubclass(ours, theirs)}
 
@@ -37,10 +36,10 @@ _NAMES = {theirs.__name__ for theirs in _OURS}
 
 @dataclass
 class Report:
-    """What `convert` or `revert` did: names of modules ("" is the model itself)."""
+    """What `convert` or `revert` did, by module name ("" is the model itself)."""
 
-    swapped: dict[str, str] = field(default_factory=dict)  # name -> what it was and what it is
-    left: dict[str, str] = field(default_factory=dict)  # name -> why it was left alone
+    swapped: dict[str, str] = field(default_factory=dict)  # name -> old class and new class
+    left: dict[str, str] = field(default_factory=dict)  # name -> why it was not converted
 
     def __str__(self) -> str:
         lines = [f"swapped {name or '(the model)'}: {what}" for name, what in self.swapped.items()]
@@ -49,18 +48,18 @@ class Report:
 
 
 def convert(model: Model, *, compilable: bool = False, report: Report | None = None) -> Model:
-    """Turns every nn.LSTM, nn.GRU and nn.RNN of a model, and every cell of these, into fusedrnn's, in place; parameters
-    stay the same objects.
+    """Converts every nn.LSTM, nn.GRU, nn.RNN and every cell of these in a model to fusedrnn's class, in place;
+    parameters stay the same objects.
 
     Args:
-        model: any module; itself converted if it is one of these. Subclasses are converted too and keep their
-            own forward; what that computes by calling `super().forward` is then ours. A module whose forward was set on
-            the instance is left.
-        compilable: give plain nn.LSTMs the class `CompilableLSTM`, and so on, so that torch.compile(model,
-            fullgraph=True) and torch.export work. They are no instances of nn.LSTM any longer: code that asks for one,
-            as TorchRL's LSTMModule does, treats them as something else. A subclass of nn.LSTM stays one: it is
-            converted all the same, and the report says that torch.compile breaks the graph there.
-        report: filled with what was swapped and what was left and why.
+        model: any module; converted itself if it is one of these. Subclasses are converted too and keep their own
+            forward; its calls of `super().forward` run our forward. A module whose forward was set on the instance
+            is not converted.
+        compilable: convert plain nn.LSTMs to `CompilableLSTM`, and so on, so that torch.compile(model,
+            fullgraph=True) and torch.export work. The result is not an instance of nn.LSTM, which matters to code
+            that tests for it, such as TorchRL's LSTMModule. Subclasses of nn.LSTM stay subclasses of it: they are
+            converted as without this option, and the report says that torch.compile breaks the graph there.
+        report: filled with the modules that were converted, those that were not, and why.
 
     Returns:
         The model.
@@ -81,11 +80,11 @@ def convert(model: Model, *, compilable: bool = False, report: Report | None = N
 
 
 def revert(model: Model, *, report: Report | None = None) -> Model:
-    """Undoes `convert` in place, and turns fusedrnn modules that were built as such into torch.nn's.
+    """Undoes `convert` in place; also converts modules that were constructed as fusedrnn's to torch.nn's.
 
     Args:
         model: any module.
-        report: filled with what was swapped and what was left and why.
+        report: filled with the modules that were converted, those that were not, and why.
 
     Returns:
         The model.
@@ -103,11 +102,11 @@ _unpatched: dict[Any, Any] = {}  # class -> its own __init__, while a context is
 
 @contextmanager
 def patch() -> Iterator[None]:
-    """Inside, whatever constructs an nn.LSTM, nn.GRU or nn.RNN, or a cell, gets fusedrnn's, however it came by it.
+    """Context in which constructing an nn.LSTM, nn.GRU, nn.RNN, or a cell of these, gives fusedrnn's class.
 
-    For code that names nn.LSTM itself, from an import made long before, a table of classes, or a subclass. The classes
-    themselves stay in place: nn.LSTM is nn.LSTM, and what is constructed is an instance of it. Holds for the whole
-    process while any such context is open.
+    For code that constructs the layers itself, however it refers to the class: an earlier import, a table of classes,
+    or a subclass. torch.nn's names are unchanged, and the new objects are instances of torch's classes. Applies to the
+    whole process while any such context is open.
 
     Example:
         >>> with fusedrnn.patch():
@@ -135,7 +134,7 @@ def patch() -> Iterator[None]:
 
 
 def _converting(original: Any) -> Any:
-    """`original`, an __init__, followed by the conversion of what it initialised."""
+    """An __init__ that calls `original` and then converts the module."""
 
     @wraps(original)
     def init(self: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -147,7 +146,7 @@ def _converting(original: Any) -> Any:
 
 
 class _LeftAlone(Exception):  # noqa: N818, it is an outcome
-    """A module is left as it is; the message says why."""
+    """The module is not converted; the message says why."""
 
 
 def _swap(model: Model, report: Report | None, swap: Any) -> Model:
@@ -184,7 +183,7 @@ def _convert_module(module: nn.Module, compilable: bool) -> str:
         converted = _converted_class(cls, compilable)
     _give_class(module, converted)
     if cls in BASES or cls in _OURS:
-        mark_as_leaf(module)  # as torch's own are; what is derived from them is traced into, before and after
+        mark_as_leaf(module)  # as torch's own are; torch.fx traces into subclasses, converted or not
     notes = []
     if compilable and isinstance(module, tuple(_COMPILABLE)):
         base = next(theirs for theirs in _COMPILABLE if isinstance(module, theirs))
@@ -205,7 +204,7 @@ def _revert_module(module: nn.Module) -> str:
     cls = type(module)
     if parametrize.is_parametrized(module):
         remembered = cls.__dict__.get(_ORIGINAL)
-        # What has been parametrized, or no longer is, since the conversion is a property of this class only.
+        # Parametrizations added or removed after the conversion are properties of this class only.
         if remembered is not None and _properties(remembered) == _properties(cls):
             original = remembered
         else:
@@ -219,15 +218,15 @@ def _revert_module(module: nn.Module) -> str:
 
 def _give_class(module: nn.Module, cls: type) -> None:
     own_forward = vars(module).get("forward")
-    object.__setattr__(module, "__class__", cls)  # past a __setattr__ that the class may have
+    object.__setattr__(module, "__class__", cls)  # bypasses a __setattr__ of the class
     if own_forward is not None:
         vars(module)["forward"] = MethodType(inspect.getattr_static(cls, "forward"), module)
 
 
 def _check_forward(module: nn.Module, why: str) -> None:
-    """A forward that somebody set on the instance is what is called, and keeps whatever it was made of.
+    """Refuses a module whose instance has a `forward` of its own, which would hide the forward of the new class.
 
-    The class's own, bound to the module, is what is left where such a one was taken away again, and does no harm.
+    The class's own forward, bound to the module, is harmless: it remains where a hook was removed.
     """
     own = vars(module).get("forward")
     if own is None or (isinstance(own, MethodType) and own == MethodType(type(module).forward, module)):
@@ -259,7 +258,7 @@ def _derived_class(cls: Any) -> type:
     }
     try:
         return type(cls)(cls.__name__, (cls, ours), namespace)
-    except Exception as error:  # a metaclass or an __init_subclass__ of the subclass may refuse, in any way it likes
+    except Exception as error:  # a metaclass or an __init_subclass__ of the subclass may raise anything
         raise _LeftAlone(f"no class can be derived from it: {error}") from error
 
 
@@ -273,11 +272,11 @@ def _original_class(cls: type) -> type:
 
 
 def _reduce_converted(self: nn.Module, protocol: Any) -> Any:
-    """Pickles an instance of a derived class: the class it was made from can be found by name, that one cannot."""
+    """Pickles an instance of a derived class by its original class, which, unlike the derived one, has a name."""
     original = getattr(type(self), _ORIGINAL)
     reduced = original.__reduce_ex__(self, max(int(protocol), 2))
     if isinstance(reduced, str) or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
-        return reduced  # the subclass says itself how it is to be pickled
+        return reduced  # the subclass defines its own pickling
     (_, *args), rest = reduced[1], reduced[2:]
     return _new_converted, (original, *args), *rest
 
@@ -288,7 +287,7 @@ def _new_converted(cls: type, *args: Any) -> nn.Module:
 
 
 def _parametrized_over(cls: type, base: type) -> type:
-    """The class of a parametrized module, which torch derived from the module's own, derived from `base` instead."""
+    """A copy of `cls`, the class that torch made for a parametrized module, with `base` as its base class."""
     left_out = ("__dict__", "__weakref__", _ORIGINAL)
     return type(cls.__name__, (base,), {key: value for key, value in vars(cls).items() if key not in left_out})
 

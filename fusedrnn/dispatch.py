@@ -1,7 +1,7 @@
-"""Which backend serves which problem: the table, the choice, and the reasons.
+"""Backend selection: the table of backends, the choice, and the reasons for it.
 
-A backend that was asked for by name and cannot serve raises; it is never quietly replaced. Otherwise it is the first
-that supports the call, in an order that comes from measured times: see fusedrnn/tuning/choice.py.
+A backend requested by name that cannot run the call raises an error. Otherwise the first backend that supports the call
+is selected, in an order that follows from measured times: see fusedrnn/tuning/choice.py.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from .tuning import choice
 from .tuning.profile import Key, Ratio
 
 ENVIRONMENT_VARIABLE = "FUSEDRNN_BACKEND"
-# Before torch 2.12, autocast leaves the state of sequences of one length wide where they are packed, as of several.
+# Before torch 2.12, autocast does not cast the state of packed sequences, even if all have the same length.
 EQUAL_PACKED_IS_WIDE = torch.__version__ < "2.12"  # as versions, not as texts
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class Problem(NamedTuple):
-    """What a backend has to know to say whether, and how, it would compute a stack of layers."""
+    """One call of a stack of layers: what decides whether a backend supports it, and how fast it is."""
 
     device: str  # a device type: "cpu", "cuda", ...
     dtype: torch.dtype
@@ -46,22 +46,22 @@ class Problem(NamedTuple):
     lengths: bool = False
     reset: bool = False
     states: bool = False
-    packed: bool = False  # a PackedSequence of sequences that are not all as long
+    packed: bool = False  # a PackedSequence with sequences of different lengths
     cell: str = LSTM.name
-    # What decides how fast it is, and not whether it can be computed:
+    # These affect the speed only:
     train: bool = False  # a gradient may be asked for
     L: int = 1
-    step: bool = False  # a module for one time step, such as an LSTMCell
+    step: bool = False  # a call of a cell module, such as LSTMCell
 
 
 class Backend(NamedTuple):
     """One row of the table."""
 
     name: str
-    unavailable: Callable[[], str | None]  # the reason against it, or None
-    unsupported: Callable[[Problem], str | None]  # the same
+    unavailable: Callable[[], str | None]  # why it is unavailable on this machine, or None
+    unsupported: Callable[[Problem], str | None]  # why it cannot run the problem, or None
     plan: Callable[[Problem], str]
-    takes_packed: bool = False  # the rows of a PackedSequence as they lie, which else are padded for it
+    takes_packed: bool = False  # takes the rows of a PackedSequence; otherwise they are padded
     cells: Container[str] = frozenset(CELLS)  # by name
     generates: bool = False  # code for cells of one's own
 
@@ -115,20 +115,20 @@ def _unproven(name: str, problem: Problem) -> str | None:
 
 @ops.constant
 def _is_measured(device: str) -> bool:
-    """Whether there may be profiles of a type of device here."""
+    """Whether profiles can exist for this device type on this machine."""
     return device == "cpu" or (device == "cuda" and torch.cuda.is_available())
 
 
 @ops.constant
 def _is_verified(name: str, device: str, dtype: torch.dtype, cell: str) -> bool:
-    """Whether a profile in use has verified a backend on this machine, or found it wrong."""
+    """Whether a profile in use has a verdict on a backend on this machine: verified, or failed."""
     if not _is_measured(device):
         return False
     return choice.table(device, choice.which(device)).verdict(name, _dtype_name(device, dtype), cell)[0]
 
 
 def _distrusted(name: str, problem: Problem) -> str | None:
-    """What a profile in use has found wrong with a backend on this machine."""
+    """The failure of a backend on this machine that a profile in use records, or None."""
     return None if forced() == name else _fault(name, problem.device, problem.dtype, problem.cell)
 
 
@@ -141,7 +141,7 @@ def _fault(name: str, device: str, dtype: torch.dtype, cell: str) -> str | None:
 
 
 def _unplanned(name: str, problem: Problem) -> str | None:
-    """Why a GPU backend has no plan for a problem, or None; of sizes that are symbols, the operator will tell."""
+    """Why a GPU backend has no plan for a problem, or None; with symbolic sizes the operator raises instead."""
     reason = _dtype_unsupported(problem)
     if reason is None and not torch.compiler.is_compiling() and problem.B > 0:
         try:
@@ -172,7 +172,7 @@ def _aten_plan(problem: Problem) -> str:
 
 
 class _EveryCell:
-    """All names, those of cells of one's own among them."""
+    """A container of all cell names, custom cells included."""
 
     def __contains__(self, name: object) -> bool:
         return True
@@ -218,16 +218,16 @@ class _Request:
     is_open: bool = True
 
 
-_requests: list[_Request] = []  # those that are open, the newest last
+_requests: list[_Request] = []  # the open ones, the newest last
 _requests_lock = threading.Lock()
 _own_request: ContextVar[_Request | None] = ContextVar("fusedrnn_use_backend", default=None)
-# The newest request, or the default. A thread started by DataParallel, or by autograd, must see it as well.
+# The newest request, or the default: threads started by DataParallel or autograd must see it too.
 _forced: str = _default
-_is_contested: bool = False  # whether requests are open that are not one inside of the other
+_is_contested: bool = False  # whether requests are open that are not nested in each other
 
 
 def forced() -> str:
-    """The backend asked for here, or "auto": by the innermost `use_backend` of this thread or task, or the newest."""
+    """The requested backend or "auto": of the innermost `use_backend` of this thread or task, else the newest."""
     if not _is_contested:
         return _forced
     request = _innermost(_own_request.get())
@@ -235,14 +235,14 @@ def forced() -> str:
 
 
 def _innermost(request: _Request | None) -> _Request | None:
-    """The first that is still open, from `request` outwards."""
+    """The innermost open request, from `request` outwards."""
     while request is not None and not request.is_open:
         request = request.outer
     return request
 
 
 def _count_requests() -> None:
-    """Sets what `forced` looks at first."""
+    """Updates `_forced` and `_is_contested`."""
     global _forced, _is_contested
     nested, request = 0, _requests[-1] if _requests else None
     while request is not None:
@@ -252,8 +252,8 @@ def _count_requests() -> None:
 
 
 def product_dtype(input: Tensor) -> torch.dtype | None:
-    """What autocast, where it is on for input's device, computes matrix products in; None where it is off."""
-    if not torch._C._is_any_autocast_enabled():  # the quick answer, which torch's own layers ask for as well
+    """The dtype in which autocast computes matrix products on input's device; None if autocast is off."""
+    if not torch._C._is_any_autocast_enabled():  # fast path
         return None
     device = input.device.type
     if not (ops.has_autocast(device) and torch.is_autocast_enabled(device)):
@@ -262,12 +262,12 @@ def product_dtype(input: Tensor) -> torch.dtype | None:
 
 
 def autocast_dtype(cell: Cell, input: Tensor, h: Tensor | None, c: Tensor | None, *, whole: bool) -> torch.dtype | None:
-    """What a layer or one time step is computed in under autocast; None where it is off for input's device.
+    """The compute dtype of a layer or a time step under autocast; None if autocast is off for input's device.
 
-    That is the autocast dtype, but for a cell with a carry on the CPU, where autocast reaches only the matrix products:
-    the carry, and so the state, is of the wider of the autocast dtype and that of the state that enters (of input if
-    there is none), and in that one all of it is computed here. An nn.LSTM is cast as a `whole` all the same, except for
-    an nn.LSTMCell, sequences packed of several lengths, and a projection.
+    This is the autocast dtype, except for cells with a carry on the CPU, where autocast casts only the matrix products.
+    There the carry, and so the state, has the wider of the autocast dtype and the dtype of the initial state (of input
+    if there is none), and everything is computed in that dtype. An nn.LSTM is cast as a `whole` nevertheless, except
+    nn.LSTMCell, packed sequences of different lengths, and projections.
     """
     dtype = product_dtype(input)
     if dtype is None or input.device.type != "cpu" or cell.carry is None or (whole and cell.has_cell_state):
@@ -301,11 +301,11 @@ def _no_kernel(backend: Backend, cell: str) -> str | None:
 
 
 def select(problem: Problem) -> str:
-    """The backend that computes `problem`: the one asked for, or the first that supports it, the fastest first.
+    """The backend for `problem`: the requested one, or the fastest that supports it.
 
     Raises:
-        ValueError: the name asked for does not exist.
-        RuntimeError: the backend asked for cannot compute this problem, or none can; the message says why.
+        ValueError: there is no backend of the requested name.
+        RuntimeError: the requested backend cannot compute this problem, or no backend can; the message says why.
     """
     asked = forced()
     if asked != "auto":
@@ -324,7 +324,7 @@ def select(problem: Problem) -> str:
 
 
 def _warn_of_the_reference(problem: Problem) -> None:
-    """Tells whoever has a GPU, and asked for what torch's layers do not have, that a Python loop computes it."""
+    """Warns that the reference, a Python loop, runs on a GPU, for options that torch's layers lack."""
     if problem.device != "cuda" or torch.compiler.is_compiling():
         return
     kernels = [name for name in TABLE if name not in ("cpu", "aten", "reference")]
@@ -339,9 +339,9 @@ def _warn_of_the_reference(problem: Problem) -> None:
 
 
 def _order(problem: Problem) -> tuple[str, ...]:
-    """All backends, the one that is expected to be the fastest first.
+    """All backends, fastest first.
 
-    What is recorded will be run with other shapes, and on a CPU torch's own layers cannot be recorded for all of them.
+    Traced and compiled programs run with other shapes; on a CPU torch's own layers cannot be traced for any shape.
     """
     if not _is_measured(problem.device) or problem.cell not in CELLS:
         return _NAMES
@@ -361,7 +361,7 @@ def _choice(problem: Problem) -> choice.Choice:
 
 
 def key_of(p: Problem) -> Key:
-    """What a profile calls a problem; of an empty batch, that of one sequence."""
+    """The key of a problem in a profile; an empty batch counts as one sequence."""
     name, projected = _dtype_name(p.device, p.dtype), p.P != p.H
     return Key(name, p.train, p.T, max(p.B, 1), max(p.I, 1), p.H, p.L, p.D, p.step, p.packed, projected, p.cell)
 
@@ -380,10 +380,9 @@ def is_torchs_faster(
     bidirectional: bool,
     train: bool,
 ) -> bool:
-    """Whether `select` gives "aten" for plain layers, or for one time step, with an input that `is_plain_on_cpu`.
+    """Whether `select` returns "aten" for plain layers, or one time step, given that `is_plain_on_cpu(input)`.
 
-    Where the cpu backend has a kernel for the cell, only an input of more than `tuning.choice.small` numbers is worth
-    the question.
+    If the cpu backend has a kernel for the cell, call this only for inputs of more than `tuning.choice.small` elements.
     """
     if _forced != "auto":
         return False
@@ -406,7 +405,7 @@ def _is_torchs_faster(
     threads: int,
     reads: int,
 ) -> bool:
-    """For an input of sizes [T, B, I], or of one time step [B, I]."""
+    """sizes: [T, B, I], or [B, I] for one time step."""
     *steps, B, I = sizes
     H, P = w_hh[0] // len(named(cell).gates), w_hh[1]
     if min(*sizes, H, P, num_layers) < 1:
@@ -418,11 +417,8 @@ def _is_torchs_faster(
 
 
 def is_plain_on_cpu(input: Tensor) -> bool:
-    """Whether `select` gives "cpu", or "aten" where `is_torchs_faster`, for any layer with this input, and there is no
-    autocast, transform or trace.
-
-    A shorter question than `select`'s.
-    """
+    """Fast path of `select`: whether it returns "cpu", or "aten" if `is_torchs_faster`, for any layer with this input,
+    and no autocast, transform or trace is active."""
     return (
         input.is_cpu
         and (_forced == "auto" or _forced == "cpu")
@@ -433,7 +429,7 @@ def is_plain_on_cpu(input: Tensor) -> bool:
     )
 
 
-# A single step feels each look for a name.
+# Attribute lookups cost time in a call of one time step.
 _any_autocast = torch._C._is_any_autocast_enabled
 _tracing_state = torch._C._get_tracing_state
 _any_transform = torch._C._are_functorch_transforms_active
@@ -441,12 +437,12 @@ _is_compiling = torch.compiler.is_compiling
 
 
 def is_recorded() -> bool:
-    """Whether the call is traced or compiled, to be run with other values: those of the example may decide nothing."""
+    """Whether the call is traced or compiled: then it must not depend on the values of the example."""
     return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
 def is_batched(tensor: Tensor) -> bool:
-    """Whether a tensor, or what another transform has wrapped, is batched by torch.func.vmap."""
+    """Whether a tensor is batched by torch.func.vmap, also inside wrappers of other transforms."""
     functorch = torch._C._functorch
     while functorch.is_gradtrackingtensor(tensor):
         tensor = functorch.get_unwrapped(tensor)
@@ -454,7 +450,7 @@ def is_batched(tensor: Tensor) -> bool:
 
 
 def is_eager() -> bool:
-    """Whether there is no transform and no trace, so that what is in a tensor may decide what is done."""
+    """Whether no transform and no trace is active, so that decisions may depend on tensor values."""
     return (
         not _is_compiling()
         and _tracing_state() is None
@@ -464,25 +460,25 @@ def is_eager() -> bool:
 
 
 def backends() -> dict[str, str | None]:
-    """Every backend in order of preference, with None where it is available and the reason where it is not."""
+    """Every backend by name: None if it is available, otherwise the reason why not."""
     return {name: backend.unavailable() for name, backend in TABLE.items()}
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Runs everything inside on one backend; "auto" gives the choice back.
+    """Context in which all calls run on one backend; "auto" restores the automatic choice.
 
-    Holds for the whole process, but for threads and asyncio tasks that have a `use_backend` of their own, which have
-    their innermost. Those that have none see the one that was opened last and is still open.
+    Applies to the whole process. Threads and asyncio tasks inside a `use_backend` of their own use their innermost one;
+    all others use the open one that was entered last.
 
-    The backward of a layer runs on the backend that ran its forward, whatever is asked for by then.
+    The backward of a layer always runs on the backend of its forward.
 
     Args:
         name: "auto", or a name from `backends()`.
 
     Raises:
         ValueError: there is no backend of this name.
-        RuntimeError: it is not available here; the message says why. A call that it cannot compute raises as well.
+        RuntimeError: it is unavailable; the message says why. Calls that it cannot compute raise a RuntimeError, too.
     Example:
         >>> x, lstm = torch.randn(5, 2, 4), fusedrnn.LSTM(4, 8)
         >>> with fusedrnn.use_backend("reference"):
@@ -500,7 +496,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 @contextmanager
 def _compiled_request(name: str) -> Iterator[None]:
-    """For Dynamo, which knows no locks: nobody else opens one while it traces, and nothing is left of this one."""
+    """`use_backend` while Dynamo traces, which cannot trace locks."""
     global _forced
     before, _forced = _forced, name
     try:
@@ -523,22 +519,20 @@ def _request(name: str) -> Iterator[None]:
         with _requests_lock:
             _requests.remove(request)
             _count_requests()
-        if _own_request.get() is request:  # no longer so where a generator is closed by another task
+        if _own_request.get() is request:  # false if another task closes the generator
             _own_request.set(request.outer)
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What would run for one call, and why nothing else. Printing it shows all of it."""
+    """The backend that a call would use, and why each other one was rejected. Printing it shows everything."""
 
     problem: Problem
     backend: str | None
     plan: str
     reasons: dict[str, str] = field(default_factory=dict)
-    ratios: dict[str, Ratio] = field(
-        default_factory=dict
-    )  # how many times as fast as torch's own each is expected to be
-    measured: str = ""  # where that was measured, and by which profile; or what decided instead
+    ratios: dict[str, Ratio] = field(default_factory=dict)  # backend -> expected speed relative to torch's own layer
+    measured: str = ""  # which measurement and profile the ratios come from; or what decided instead
 
     def __str__(self) -> str:
         lines = [f"{self.backend or 'no backend'}: {self.plan}" if self.plan else f"{self.backend or 'no backend'}"]
@@ -560,20 +554,20 @@ def explain(
     reset: Tensor | None = None,
     return_states: bool = False,
 ) -> Explanation:
-    """Tells what would compute `module(input, hx, ...)`, without computing it.
+    """Explains which backend `module(input, hx, ...)` would run on, without running it.
 
     Args:
-        module: an LSTM, GRU, RNN, or a cell of these, of fusedrnn or of torch.nn; of the latter it tells what would run
-            once converted.
-        input, hx, lengths, reset, return_states: what the module would be called with.
+        module: an LSTM, GRU, RNN, or a cell of these, of fusedrnn or of torch.nn; a module of torch.nn is treated as
+            if it were converted.
+        input, hx, lengths, reset, return_states: the arguments of the call.
 
     Returns:
-        The backend, its plan, for every other backend why it was skipped or that it came later in the order, and what
-        the order follows from: how many times as fast as torch's own layer a backend was, and where that was measured.
-        Training is meant where the input, hx or a parameter wants a gradient and gradients are on, inference otherwise.
+        The backend, its plan, why each other backend was skipped or comes later in the order, and what the order
+        follows from: the measured speed of each backend relative to torch's own layer, and where it was measured. The
+        call is training if gradients are enabled and the input, hx or a parameter requires one, otherwise inference.
 
     Raises:
-        TypeError: module is none of these, or input is neither a tensor nor a PackedSequence.
+        TypeError: module is not one of these, or input is neither a tensor nor a PackedSequence.
     Example:
         >>> with fusedrnn.use_backend("reference"):
         ...     fusedrnn.explain(fusedrnn.GRU(4, 8), torch.randn(5, 2, 4)).backend
@@ -606,7 +600,7 @@ def problem_of(
     reset: bool = False,
     return_states: bool = False,
 ) -> Problem:
-    """What `module(input, hx, ...)` asks of a backend; raises what `explain` raises."""
+    """The `Problem` of the call `module(input, hx, ...)`; raises what `explain` raises."""
     cell, step = cell_of(module), is_step(module)
     if cell is None:
         raise TypeError(f"module must be an LSTM, GRU or RNN, or a cell of one, got {type(module).__name__}")
@@ -649,7 +643,7 @@ def problem_of(
 
 
 def _sizes(module: nn.Module, input: Tensor, cell: Cell, step: bool) -> tuple[int, int]:
-    """T and B of a tensor that is an input of module."""
+    """T and B of an input tensor of module."""
     batched = 2 if step else 3
     if input.dim() not in (batched - 1, batched):
         name = f"{cell.title}Cell" if step else cell.title

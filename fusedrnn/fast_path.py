@@ -1,4 +1,4 @@
-"""The shortest way to the CPU kernels, for a plain call in eager mode: validation would cost more than a short step."""
+"""Fast path to the CPU kernels for plain calls in eager mode, where validation would cost more than a short step."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def attempt(
     bidirectional: bool = False,
     dims: int = 3,
 ) -> tuple[Any, Any] | Exception | None:
-    """Layers, or with 2 dims one time step, on the CPU where only their results are asked for: y and the last states
-    as torch returns them, y of a step being h.
+    """Runs layers (dims=3) or one time step (dims=2) on the CPU.
 
-    None where that is not so. The operators check shapes and dtypes themselves, in fewer words: for an error of theirs,
-    which is returned, `forward` asks all its questions, which find the words; it raises it where they find nothing
-    wrong.
+    Returns:
+        (y, last states) as torch returns them; for a step y is h. None if the call needs the slow path. An exception
+        if the operator rejected the arguments: the slow path then validates and raises the detailed error, or this
+        exception if validation finds nothing.
     """
     if type(input) is not Tensor or input.dim() != dims or not dispatch.is_plain_on_cpu(input):
         return None
@@ -56,7 +56,7 @@ def attempt(
         )
         if asks and dispatch.is_torchs_faster(cell, input, weights, num_layers, batch_first, bidirectional, train):
             if dims == 2:
-                validate.weight_shapes(cell, weights, 1, 1, x.shape[1])  # torch's own adds a bias of any size
+                validate.weight_shapes(cell, weights, 1, 1, x.shape[1])  # torch's own cell broadcasts a wrong bias
                 hn, cn = aten.step(cell, x, weights, h0, c0)
                 y = hn
             else:
@@ -66,7 +66,7 @@ def attempt(
         if train:
             if num_layers < 1 or len(weights) % num_layers:
                 return None
-            if not all(t is None or t.is_cpu for t in (h0, c0, *weights)):  # meta tensors have an operator, too
+            if not all(t is None or t.is_cpu for t in (h0, c0, *weights)):  # the operator also accepts meta tensors
                 return None
             if dims == 2:
                 hn, cn = autograd.step("cpu", cell.name, x, weights, h0, c0)
@@ -92,7 +92,7 @@ def _torchs_layers(
     num_layers: int,
     bidirectional: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """torch's own layers, which take some arguments that do not fit each other."""
+    """torch's own layers, validated: they accept some inconsistent arguments."""
     D, form = 2 if bidirectional else 1, Form(x.shape[0], x.shape[1])
     validate.options(cell, weights, num_layers, D, 0.0)
     validate.layers(cell, x, weights, None, h0, c0, form, num_layers, D)

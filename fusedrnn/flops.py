@@ -1,8 +1,8 @@
-"""What torch.utils.flop_counter.FlopCounterMode counts for our operators: their matrix products.
+"""FLOP formulas of our operators for torch.utils.flop_counter.FlopCounterMode: their matrix products.
 
-A multiplication and an addition are two operations. Steps that padding fills are counted as well.
+A multiplication and an addition are two operations. Padding counts as well.
 
-torch's counter loads Triton. It is told about the operators when somebody imports it, and not imported here.
+torch's counter imports Triton, so this module does not import it: the formulas are registered when it is imported.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _COUNTER = "torch.utils.flop_counter"
 
 
 def register(formulas: dict[Any, Callable[..., int]]) -> None:
-    """Tells torch the formulas of operators, packets of torch.ops, as soon as its counter is loaded."""
+    """Registers the formulas of operators (packets of torch.ops) when torch's counter is imported."""
     if _COUNTER in sys.modules:
         for packet, formula in formulas.items():
             sys.modules[_COUNTER].register_flop_formula(packet)(formula)
@@ -28,7 +28,7 @@ def register(formulas: dict[Any, Callable[..., int]]) -> None:
 
 
 class _WhenLoaded(MetaPathFinder):
-    """Finds torch's counter as everybody does, and has it know the formulas."""
+    """An import hook that finds torch's counter and registers the formulas after its import."""
 
     def __init__(self, formulas: dict[Any, Callable[..., int]]) -> None:
         self._formulas = formulas
@@ -51,26 +51,25 @@ class _WhenLoaded(MetaPathFinder):
 
 
 def _products(rows: int, weights: Sequence[Size | None]) -> list[int]:
-    """Of so many rows with each weight, 0 for a bias."""
+    """FLOPs of the products of `rows` rows with each weight; 0 for a bias."""
     return [2 * rows * prod(w) if w is not None and len(w) == 2 else 0 for w in weights]
 
 
 def forward(cell: str, x: Size, *arguments: Any, out_shape: Any = None) -> int:
-    """`ops.FORWARD_SCHEMA`, of sizes."""
+    """FLOPs of `ops.FORWARD_SCHEMA`; the arguments are shapes."""
     weights = arguments[0] if isinstance(arguments[0], list) else arguments[7:]
     return sum(_products(prod(x[:-1]), weights))
 
 
 def infer(cell: str, x: Size, weights: Sequence[Size], *arguments: Any, out_shape: Any = None) -> int:
-    """The operator cpu_infer, of sizes."""
+    """FLOPs of the operator cpu_infer; the arguments are shapes."""
     return sum(_products(prod(x[:-1]), weights))
 
 
 def backward(cell: str, *arguments: Any, out_shape: Any = None) -> int:
-    """`ops.BACKWARD_SCHEMA`, of sizes. Each product of forward has two gradients.
+    """FLOPs of `ops.BACKWARD_SCHEMA`; the arguments are shapes. Each product of forward has two gradients.
 
-    That of the weight, or of the input, is not computed where it is not needed; that of the state is, but for the first
-    one.
+    Gradients of weights and of the input count if needed; those of the state always, except the first.
     """
     if isinstance(arguments[5], list):
         arguments = *arguments[:5], *arguments[6:], *arguments[5]

@@ -1,4 +1,4 @@
-"""One call of a stack of layers, or of one time step: validate, choose a backend, compute, lay out."""
+"""One call of a stack of layers, or of one time step: validation, backend selection, computation, output layout."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .second_derivative import differentiable_twice
 
 
 class LSTMStates(NamedTuple):
-    """Every hidden and every cell state of every layer.
+    """All hidden and cell states of all layers.
 
-    h[l] and c[l] belong to layer l and are laid out as the output is: [T, B, D*P] and [T, B, D*H], or [B, T, ...]
-    with batch_first, or without B for unbatched input, or PackedSequences for packed input. They are the states
-    before dropout; h of the last layer is the output. Zero where a sequence has ended.
+    h[l] and c[l] are those of layer l, in the layout of the output: [T, B, D*P] and [T, B, D*H], or [B, T, ...] with
+    batch_first, or without B for unbatched input, or PackedSequences for packed input. The states are before dropout;
+    h of the last layer is the output. Zero after the end of a sequence.
     """
 
     h: tuple[Tensor, ...]
@@ -28,7 +28,7 @@ class LSTMStates(NamedTuple):
 
 
 class RNNStates(NamedTuple):
-    """Every hidden state of every layer of a GRU or RNN: `LSTMStates` without c."""
+    """All hidden states of all layers of a GRU or RNN: `LSTMStates` without c."""
 
     h: tuple[Tensor, ...]
 
@@ -49,7 +49,7 @@ def layers(
     return_states: bool = False,
     noise: Noise | None = None,
 ) -> Any:
-    """A stack of layers: `functional.lstm`, `functional.gru` and `functional.rnn`, which say what the arguments are."""
+    """A stack of layers; the arguments are those of `functional.lstm`, `functional.gru` and `functional.rnn`."""
     plain = batch_sizes is None and lengths is None and reset is None and not return_states and noise is None
     if plain and 0 <= dropout <= 1 and (num_layers == 1 or not (training and dropout)):
         quick = fast_path.attempt(cell, input, weights, hx, num_layers, batch_first, bidirectional)
@@ -64,7 +64,7 @@ def layers(
     validate.hx_dims(h0, c0, form)
     D = 2 if bidirectional else 1
     validate.options(cell, weights, num_layers, D, dropout)
-    h_dtype = None  # of what autocast makes narrower than c: the output of a projection is that of a matrix product
+    h_dtype = None  # under autocast the output of a projection, a matrix product, is narrower than c
     projected = (len(weights) // (num_layers * D) - len(cell.parameters[:1])) % 2 == 1
     whole = not (form.batch_sizes is not None or projected or (form.rows and dispatch.EQUAL_PACKED_IS_WIDE))
     dtype = dispatch.autocast_dtype(cell, input, h0, c0, whole=whole)
@@ -107,7 +107,7 @@ def layers(
     h0, c0, lengths, reset = form.sort(h0, c0, lengths, reset, input.device)
     x = form.enter(input)
     if torch.is_grad_enabled() and not dispatch.is_recorded() and any(w.requires_grad for w in weights):
-        x = x.contiguous()  # as torch's do, so that a batch_first input may be changed before the backward
+        x = x.contiguous()  # as in torch: a batch_first input may be modified before the backward
     c_states = return_states and cell.has_cell_state
 
     def draw() -> Tensor | None:
@@ -138,12 +138,12 @@ def _torchs(
     dropout: float,
     bidirectional: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """torch's own layers, with a second derivative where they have none: y, hn and cn, None if there is none."""
+    """torch's own layers, with second derivatives through the reference where torch has none: y, hn, cn or None."""
 
     def torchs(x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor]) -> Sequence[Any]:
         return aten.layers(cell, x, form.batch_sizes, weights, h0, c0, form.B, num_layers, dropout, bidirectional)
 
-    random = dropout > 0 and num_layers > 1  # what cuDNN dropped cannot be dropped again
+    random = dropout > 0 and num_layers > 1  # cuDNN's dropout masks cannot be reproduced
     wanted = dispatch.is_eager() and not random and autograd.wants_gradient(x, h0, c0, *weights)
     if not (wanted and aten.lacks_second_derivative(x)):
         y, hn, cn = torchs(x, h0, c0, list(weights))

@@ -44,24 +44,23 @@ def lstm(
             w_hh [4H, P], then b_ih [4H] and b_hh [4H] if there are biases, then w_hr [P, H] if there is a projection.
         hx: (h0 [L*D, B, P], c0 [L*D, B, H]), without B for unbatched input, or None for zeros.
         num_layers: L.
-        batch_first: input, output, `reset` and the states of `return_states` carry B before T; hx never does.
+        batch_first: input, output, `reset` and the states of `return_states` have B before T; hx never does.
         dropout: probability to zero an element of the output of each layer but the last, if training.
         training: whether dropout is applied.
-        bidirectional: D is 2, every layer has a second direction that runs from the end.
-        batch_sizes: [T] int64 on the CPU, where input is the data of a PackedSequence: how many sequences, longest
-            first, there are at each step. T and B are then its length and its first element, and what has the layout of
-            the input has [N, ...] for [T, B, ...]; hx and reset are in the order of the data.
-        lengths: [B] int64 or int32 on input's device, each in 0..T: step t of sequence b exists where
-            t < lengths[b]. Input is not read where no step exists and output is zero there; h_n and c_n are the
-            states after the last step that exists, hx itself where the length is 0; the reverse direction starts at
-            the last step that exists. No host synchronisation: values outside 0..T raise on the CPU and are clamped
-            elsewhere, and where torch.func.vmap batches lengths.
+        bidirectional: D = 2, every layer has a reverse direction.
+        batch_sizes: [T] int64 on the CPU, if input is the data of a PackedSequence: the number of sequences at each
+            step, which are sorted by decreasing length. T is its length and B its first element. Output and states
+            then have [N, ...] instead of [T, B, ...]; hx and reset are in the sorted order.
+        lengths: [B] int64 or int32 on input's device, each in 0..T: step t of sequence b exists if t < lengths[b].
+            Padding is never read, and the output is zero there. h_n and c_n are the states after the last step of each
+            sequence, or hx if its length is 0; the reverse direction starts at the last step. No host synchronisation:
+            values outside 0..T raise on the CPU and are clamped elsewhere, and where torch.func.vmap batches lengths.
         reset: [T, B] bool ([B, T] with batch_first, [T] unbatched) on input's device: where true, the state that
             enters step t is zero, in every layer and in both directions.
         return_states: also return every state of every layer.
         peephole: the last of the weights of each direction are peepholes, [3H] in the order i, f, o.
         coupled: f = 1 - i: weights and biases have 3H rows, gates in the order i, g, o, and peepholes are [2H]: i, o.
-        zoneout, recurrent_dropout, recurrent_dropout_mode: as of `fusedrnn.LSTM`; if not training, zoneout has its
+        zoneout, recurrent_dropout, recurrent_dropout_mode: see `fusedrnn.LSTM`; if not training, zoneout takes its
             expectation, and nothing is dropped.
 
     Returns:
@@ -69,9 +68,9 @@ def lstm(
         `LSTMStates` as well.
 
     Raises:
-        TypeError: an argument is not of its type.
-        ValueError, RuntimeError: a shape, dtype, value or device does not fit; for what nn.LSTM checks too, its own
-            exception type and wording. RuntimeError also if a backend was asked for and cannot compute this.
+        TypeError: an argument has the wrong type.
+        ValueError, RuntimeError: a wrong shape, dtype, value or device, with nn.LSTM's exception type and wording
+            where it has the same check. RuntimeError also if the requested backend cannot compute the call.
 
     Example:
         >>> from fusedrnn import functional as F

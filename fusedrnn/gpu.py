@@ -1,14 +1,15 @@
-"""What a GPU backend does around its launch: the GEMMs over all time steps, and what makes tensors fit the kernels.
+"""The part of a GPU backend around its launch: GEMMs over all time steps, and tensor layouts for the kernels.
 
-A backend's module supplies `Shape`, `plan_for`, `forward` and `backward`: kernels/launch.py for Triton, cuda.py for the
-kernels in C++; and `CELLS`, the names of the cells that it has. Its launch computes the recurrence: from the input's
-affine maps xg to the states, and backward from the states' gradients to da, those of the maps that the cell reads.
-Everything that has no recurrence in it is a GEMM before or after, by torch.
+A backend's module supplies `Shape`, `plan_for`, `forward`, `backward` and `CELLS`, the names of its cells:
+kernels/launch.py for Triton, cuda.py for CUDA C++. The launch computes the recurrence: forward from the input
+projection xg to the states, backward from the gradients of the states to da, the gradients of the affine maps.
+Everything without a recurrence is a GEMM of torch before or after the launch.
 
-The columns of xg [D, T, B, G*H] are in the order of the weights' rows. b_hh is a part of xg where a gate's two affine
-maps are summed; the launch adds it to the others. What a launch takes as c0, cn and c is the cell's carry: the cell
-state; for a cell whose carry is h, h0 and y stand for c0 and c; for a cell without one, nothing. Of noise it takes the
-multipliers by name, and backward gives the gradients of the units' parameters as sums over time, dp.
+The columns of xg [D, T, B, G*H] are in the order of the weights' rows. xg includes b_hh of gates whose two affine maps
+are summed; the launch adds the rest of b_hh. The arguments c0, cn and c of a launch are the cell's carry: the cell
+state; for a cell whose carry is h, h0 and y in place of c0 and c; for a cell without a carry, None. A launch takes the
+multipliers of noise by name. Its backward sums the gradients of per-unit parameters over time in dp if the module says
+so by `SUMS_PARAMETERS`.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ RESERVES = ("gates", "recompute")
 
 
 def fp32_precision() -> str:
-    """What float32 is multiplied in on a GPU, for the whole layer.
+    """The precision of float32 products on a GPU, for the whole layer.
 
-    It follows the switch that nn.LSTM follows there, torch.backends.cudnn.rnn.fp32_precision ("tf32" unless the user
-    changed it, or the older torch.backends.cudnn.allow_tf32): "ieee", or "tf32", which rounds operands to 10 bits of
-    mantissa. The environment variable FUSEDRNN_FP32 overrides it, and knows a third: "tf32x3" multiplies three times on
-    the matrix units to come close to float32.
+    It follows torch.backends.cudnn.rnn.fp32_precision, as nn.LSTM does ("tf32" unless the user changed it, or the older
+    torch.backends.cudnn.allow_tf32): "ieee", or "tf32", which rounds operands to 10 bits of mantissa. The environment
+    variable FUSEDRNN_FP32 overrides it and has a third value: "tf32x3" uses three TF32 products to approach float32
+    accuracy.
 
     Raises:
         ValueError: FUSEDRNN_FP32 is none of these.
@@ -71,20 +72,20 @@ def reserve() -> str:
 
 
 def reserves_gates(cell: Cell) -> bool:
-    """Whether a forward keeps what the cell saves.
+    """Whether a forward saves the cell's values.
 
-    Gates with peepholes are functions of c as well, and are kept; so is what is saved of some maps only.
+    With peepholes it always does, because the gates depend on c as well; and if only some maps are saved.
     """
     return reserve() == "gates" or bool(cell.parameters or cell.unread)
 
 
-# torch has one switch for the GEMMs of all threads. Ours take turns, or one would put back what another has set.
+# torch's setting for GEMMs is shared by all threads: the lock keeps one thread from restoring another's value.
 _gemm_switch = threading.Lock()
 
 
 @contextmanager
 def _gemms_in(precision: str, x: Tensor) -> Iterator[None]:
-    """GEMMs inside compute float32 in TF32 or not, whatever they would outside: nn.LSTM's switch is the layer's."""
+    """Context in which GEMMs use the layer's float32 precision instead of torch's setting for matmul."""
     if x.dtype != torch.float32 or x.device.type != "cuda":
         yield
         return
@@ -124,7 +125,7 @@ def forward(
     *weights: Tensor,
     noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`ops.FORWARD_SCHEMA` by one launch; reserved is what the cell saves [D, T, B, S*H], or nothing: see `reserve`."""
+    """`ops.FORWARD_SCHEMA` by one launch; the reserve is the cell's saved values [D, T, B, S*H], or empty."""
     kind = _cell(launch, cell)
     keep = for_backward and reserves_gates(kind)
     x, h0, c0, lengths, reset, *flat = _contiguous(x, h0, c0, lengths, reset, *weights)
@@ -142,7 +143,7 @@ def forward(
     if not plan.inputs:
         with _gemms_in(shape.precision, x):
             xg = _input_affine(kind, where_exists(x, existing(T, lengths)), directions)
-    # Where xg has as many columns, the kernel reads a tile of it before it writes the same tile of what is saved.
+    # If xg has as many columns, saved reuses its memory: the kernel reads a tile before it writes the same tile.
     fits = xg is not None and len(kind.gates) == S
     saved = None if not keep else xg if fits else x.new_empty(D, T, B, S * H)
     first, *carry = _carry(kind, h0, c0), cn if C else None, c if C else None
@@ -174,7 +175,7 @@ def backward(
     *weights: Tensor,
     noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """`ops.BACKWARD_SCHEMA` by one launch, and GEMMs over what it leaves."""
+    """`ops.BACKWARD_SCHEMA` by one launch, and GEMMs over its da."""
     kind = _cell(launch, cell)
     dy, dhn, dcn, dc, x, h0, c0, lengths, reset, y, *flat = _contiguous(
         dy, dhn, dcn, dc, x, h0, c0, lengths, reset, y, *weights
@@ -274,7 +275,7 @@ def _dropped(h_in: Tensor, v: Tensor | None) -> Tensor:
 
 
 def _carry(cell: Cell, h: Tensor | None, c: Tensor | None) -> Tensor | None:
-    """Of a hidden state and a cell state, what the cell carries."""
+    """The cell's carry: c, h or None."""
     return c if cell.carry == "cell" else h if cell.carry == "hidden" else None
 
 
@@ -320,7 +321,7 @@ def _saved_again(
     y: Tensor,
     dropped: Tensor | None,
 ) -> Tensor:
-    """What a forward did not keep, [D, T, B, S*H]: x and the states that entered, in one product.
+    """Recomputes the saved values [D, T, B, S*H] by GEMMs over x and the states entering each step.
 
     x is zero where no step exists. dropped: multipliers of the states.
     """
@@ -341,14 +342,14 @@ def _saved_again(
 
 
 def _window(da: Tensor, blocks: Blocks) -> Tensor:
-    """Of gradients of the maps [.., M*H], those of the maps that one product fills, side by side, [.., G*H]."""
+    """The columns [.., G*H] of da [.., M*H] whose maps have a block; these maps are adjacent."""
     filled = [k for k, gate in enumerate(blocks) if gate is not None]
     H = da.shape[-1] // len(blocks)
     return da[..., filled[0] * H : (filled[-1] + 1) * H]
 
 
 def _in_order_of_maps(weight: Tensor, blocks: Blocks) -> Tensor:
-    """The rows [G*H, ..] of a weight, gate after gate as `_window` has them."""
+    """The rows [G*H, ..] of a weight, with the gates in the order of `_window`."""
     gates = [gate for gate in blocks if gate is not None]
     return weight if gates == sorted(gates) else torch.cat([weight.chunk(len(gates))[gate] for gate in gates])
 
@@ -397,7 +398,7 @@ def _gradient_of_recurrence(
 
 
 def _outputs_of_cell(c: Tensor, saved: Tensor) -> Tensor:
-    """m = o * tanh(c), of which w_hr makes h: of the cells, only LSTMs have a projection, and o is saved last."""
+    """m = o * tanh(c), the input of the projection w_hr. Only LSTMs have one; o is their last saved value."""
     return saved[..., -c.shape[-1] :] * c.tanh()
 
 

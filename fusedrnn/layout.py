@@ -1,4 +1,4 @@
-"""torch's recurrent modules: which cell one computes, and the order and naming of its weights.
+"""torch's recurrent modules: their cell, and the order and names of their weights.
 
 Letters, here and everywhere: T time, B batch, I input, H hidden, P projection (P = H without one), L layers,
 D directions, G gates. Each weight stacks the gates of its cell along its rows, in the order of `cells.Cell.gates`.
@@ -24,7 +24,7 @@ class DirectionWeights(NamedTuple):
     b_ih: Tensor | None  # [G*H]
     b_hh: Tensor | None  # [G*H]
     w_hr: Tensor | None  # [P, H]
-    w_p: Tensor | None = None  # [K*H], the parameters of the units, of a cell that has them
+    w_p: Tensor | None = None  # [K*H], per-unit parameters, such as peepholes
 
     @property
     def hidden_size(self) -> int:
@@ -34,8 +34,8 @@ class DirectionWeights(NamedTuple):
 def split_directions(weights: Sequence[Tensor], bidirectional: bool, cell: Cell = LSTM) -> list[DirectionWeights]:
     """Splits one layer's flat weights (torch's order) into its directions.
 
-    How many there are tells what they are: 2 a direction are w_ih and w_hh, 3 add w_hr, 4 add the biases, 5 both. One
-    more, the last, are the parameters of the units, where the cell has them.
+    The count per direction decides: 2 are w_ih and w_hh, 3 add w_hr, 4 add the biases, 5 add both. Cells with per-unit
+    parameters have one more tensor, the last.
     """
     count = len(weights) // (2 if bidirectional else 1)
     directions = []
@@ -49,9 +49,9 @@ def split_directions(weights: Sequence[Tensor], bidirectional: bool, cell: Cell 
 
 
 def cell_of(module: nn.Module) -> Cell | None:
-    """The cell that a recurrent module computes, a layer or one step (`is_step`); None for any other module.
+    """The cell of a recurrent module, a layer or one step (`is_step`); None for any other module.
 
-    Of an LSTM of this package it is the one without the noise of a call.
+    For an LSTM of this package the cell is the one without zoneout and recurrent dropout.
     """
     own = getattr(module, "_cell", None)
     if isinstance(own, Cell):

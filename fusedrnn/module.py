@@ -1,4 +1,4 @@
-"""The layers and cells as modules: the constructors, parameters, state_dicts and packing of torch's. No arithmetic."""
+"""The layers and cells as modules: torch's constructors, parameters, state_dicts and packing. No arithmetic."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _with_signature_of(function: Any) -> Any:
 
 
 def _and_signature_of(function: Any) -> Any:
-    """The signature of `function`, and the keywords of what is decorated that it has not."""
+    """Sets the signature: that of `function`, plus the keyword-only parameters of the decorated function."""
 
     def decorate(own: Any) -> Any:
         theirs = inspect.signature(function).parameters
@@ -40,10 +40,10 @@ def _and_signature_of(function: Any) -> Any:
 
 
 class _Layers(nn.RNNBase):
-    """A stack of layers of one cell: everything but the class of torch's that it is an instance of.
+    """Base class of the layers; subclasses add torch's class as a second base.
 
-    The weights are read at every forward, see `_layer_weights`, so that those replaced by parametrizations, weight
-    dropping, adapters or functional_call are the ones that are used and that get gradients.
+    Every forward reads the weights again, see `_layer_weights`: weights replaced by parametrizations, weight dropping,
+    adapters or functional_call are used, and get the gradients.
     """
 
     _cell: Cell
@@ -63,23 +63,23 @@ class _Layers(nn.RNNBase):
         reset: Tensor | None = None,
         return_states: bool = False,
     ) -> Any:
-        """The forward of torch's module, with more to ask for.
+        """The forward of torch's module, with lengths, resets and all states.
 
         Args:
             input: [T, B, I], [B, T, I] with batch_first, [T, I] unbatched, or a PackedSequence.
-            hx: h_0 [L*D, B, H]; of an LSTM (h_0 [L*D, B, P], c_0 [L*D, B, H]). Without B for unbatched input; zeros by
+            hx: h_0 [L*D, B, H]; for an LSTM (h_0 [L*D, B, P], c_0 [L*D, B, H]). Without B for unbatched input; zeros by
                 default.
             lengths: [B] int64 or int32, each in 0..T; see `fusedrnn.functional.lstm`. An error with a PackedSequence,
-                which has lengths of its own.
+                which already has lengths.
             reset: [T, B] bool ([B, T] with batch_first, [T] unbatched); where true, the state entering step t is
-                zero. With a PackedSequence it is [T, B], T the longest length and B in the order before packing.
-            return_states: also return an `RNNStates`, of an LSTM an `LSTMStates`, with every state of every layer.
+                zero. For a PackedSequence [T, B], with T the longest length and B in the order before packing.
+            return_states: also return all states of all layers, as an `RNNStates`, for an LSTM an `LSTMStates`.
 
         Returns:
-            (output, h_n), of an LSTM (output, (h_n, c_n)), as torch's module; with return_states the states as well.
+            (output, h_n), for an LSTM (output, (h_n, c_n)), as torch's module; with return_states also the states.
 
         Raises:
-            ValueError, RuntimeError, TypeError: as `fusedrnn.functional.lstm`, `gru` and `rnn`.
+            ValueError, RuntimeError, TypeError: see `fusedrnn.functional.lstm`, `gru` and `rnn`.
         """
         if not isinstance(input, PackedSequence):
             return self._run(input, None, hx, lengths, reset, return_states)
@@ -124,9 +124,9 @@ class _Layers(nn.RNNBase):
         )
 
     def _check_padded(self, input: Tensor, hx: Any) -> None:
-        """Calls `check_forward_args`, of which a class has overridden a part, as torch does: with batched tensors."""
+        """Calls `check_forward_args`, for classes that override a part of it, with batched tensors as torch does."""
         if not isinstance(input, Tensor) or input.dim() not in (2, 3):
-            return  # an error further on
+            return  # validation raises later
         batch_dim = 0 if self.batch_first else 1
         unbatched, rows = input.dim() == 2, self.num_layers * (2 if self.bidirectional else 1)
         paired = self._cell.has_cell_state
@@ -137,13 +137,13 @@ class _Layers(nn.RNNBase):
         else:
             states = [hx] if isinstance(hx, Tensor) and not paired else hx
             if not isinstance(states, (tuple, list)) or any(s.dim() != input.dim() for s in states):
-                return  # the same
+                return  # validation raises later
             states = [s.unsqueeze(1) if unbatched else s for s in states]
         hidden: Any = tuple(states) if paired else states[0]
         self.check_forward_args(input.unsqueeze(batch_dim) if unbatched else input, hidden, None)
 
     def _run_packed(self, input: PackedSequence, hx: Any, reset: Tensor | None, return_states: bool) -> Any:
-        """hx, reset and the states returned are in the order before packing, of which functions know nothing."""
+        """Permutes hx, reset and the returned states between the order before packing and the sorted order."""
         data, batch_sizes, sorted_indices, unsorted_indices = input
         if not dispatch.is_recorded():
             validate.packed_indices("sorted_indices", sorted_indices, batch_sizes)
@@ -175,7 +175,7 @@ class _Layers(nn.RNNBase):
 
 
 class _Options:
-    """What an LSTM has that torch's has not, as attributes; each may be set later but those that decide parameters."""
+    """The LSTM options that torch lacks, as attributes. They may be set later, except `peephole` and `coupled`."""
 
     peephole: bool = False
     coupled: bool = False
@@ -183,7 +183,7 @@ class _Options:
     recurrent_dropout: float = 0.0
     recurrent_dropout_mode: str = "candidate"
     forget_bias: float | None = None
-    _cell: Cell = cells.LSTM  # of what is fixed; a single step feels each question that a call asks
+    _cell: Cell = cells.LSTM  # computed at construction: a call of one time step is too short for it
 
     @property
     def _noise(self) -> Noise | None:
@@ -193,7 +193,7 @@ class _Options:
         return noise_of(self.zoneout, self.recurrent_dropout, self.recurrent_dropout_mode, projected)
 
     def _set_options(self, **options: Any) -> None:
-        """Before torch's constructor: it calls `reset_parameters`, which asks for some of them."""
+        """Call before torch's constructor: that calls `reset_parameters`, which reads some of the options."""
         for name in ("peephole", "coupled"):
             if not isinstance(options[name], bool):
                 raise TypeError(f"{name} must be a bool, got {type(options[name]).__name__}")
@@ -209,23 +209,23 @@ class _Options:
             self._cell = cells.lstm_variant(self.peephole, self.coupled)
 
     def _check_options(self) -> None:
-        """After torch's constructor."""
+        """Call after torch's constructor."""
         noise_of(self.zoneout, self.recurrent_dropout, self.recurrent_dropout_mode, getattr(self, "proj_size", 0) > 0)
         if self.forget_bias is not None and not self.bias:  # type: ignore[attr-defined]
             raise ValueError("forget_bias must be None with bias=False: there is no bias to set")
 
     def _resize(self, names: Sequence[str]) -> None:
-        """Coupled gates: weights and biases of three gates for those of four, not initialised."""
+        """With coupled gates: replaces weights and biases of four gates by uninitialised ones of three."""
         for name in names if self.coupled else ():
             of_four = getattr(self, name)
             setattr(self, name, nn.Parameter(of_four.new_empty(of_four.shape[0] // 4 * 3, *of_four.shape[1:])))
 
     def _peepholes(self, like: Tensor) -> nn.Parameter:
-        """[3H], of i, f and o, or [2H], of i and o; not initialised."""
+        """Uninitialised peepholes: [3H] in the order i, f, o; with coupled gates [2H], i, o."""
         return nn.Parameter(like.new_empty(len(self._cell.parameters) * self.hidden_size))  # type: ignore[attr-defined]
 
     def _set_forget_biases(self, pairs: Sequence[tuple[Any, Any]]) -> None:
-        """b_ih and b_hh of each direction: their sum is `forget_bias`, whatever it was before."""
+        """Sets the sum of b_ih and b_hh of each direction to `forget_bias`."""
         if self.forget_bias is None:
             return
         with torch.no_grad():
@@ -238,7 +238,7 @@ class _Options:
         return "".join(f", {name}={value!r}" for name, value in named if value != getattr(_Options, name))
 
     def _explain_sizes(self, state: dict[str, Any], prefix: str, errors: list[str]) -> None:
-        """Adds to torch's messages that a state_dict is of an LSTM with another number of gates."""
+        """Adds an error that says so if the state_dict is of an LSTM with another number of gates."""
         w_hh = next((w for name, w in state.items() if name.startswith(f"{prefix}weight_hh")), None)
         own = len(self._cell.gates)
         found = 0 if w_hh is None or w_hh.dim() != 2 else w_hh.shape[0] // self.hidden_size  # type: ignore[attr-defined]
@@ -251,10 +251,7 @@ VARIANT_OPTIONS = ("peephole", "coupled", "zoneout", "recurrent_dropout", "recur
 
 
 class _LSTMLayers(_Options, _Layers):  # type: ignore[override]
-    """What the layers of an LSTM have beside those of other cells.
-
-    nn.LSTM's own methods have to be given to a class that is not an nn.LSTM.
-    """
+    """LSTM layers: options of the variants, and nn.LSTM's own methods for a class that is not an nn.LSTM."""
 
     @_and_signature_of(nn.LSTM.__init__)
     def __init__(
@@ -292,13 +289,13 @@ class _LSTMLayers(_Options, _Layers):  # type: ignore[override]
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """nn.LSTM's, and then `forget_bias` for the sum of both biases of each forget gate, where it is given."""
+        """nn.LSTM's initialisation; then `forget_bias`, if given, becomes the sum of both forget-gate biases."""
         super().reset_parameters()
         if self.bias:
             self._set_forget_biases([(getattr(self, names[2]), getattr(self, names[3])) for names in self._all_weights])
 
     def flatten_parameters(self) -> None:
-        """nn.LSTM's, which is for cuDNN, which has none of these options."""
+        """nn.LSTM's, for cuDNN. Does nothing for peepholes and coupled gates, which cuDNN lacks."""
         if not (self.peephole or self.coupled):
             super().flatten_parameters()
 
@@ -321,28 +318,28 @@ class _LSTMLayers(_Options, _Layers):  # type: ignore[override]
 class LSTM(_LSTMLayers, nn.LSTM):  # type: ignore[override]
     """Drop-in for torch.nn.LSTM: its constructor, attributes, parameters, state_dict, inputs, outputs and errors.
 
-    `isinstance(module, torch.nn.LSTM)` holds. torch.compile breaks the graph at every nn.LSTM; use `CompilableLSTM`,
-    or `fusedrnn.convert(model, compilable=True)`, where a whole graph is wanted.
+    `isinstance(module, torch.nn.LSTM)` holds. torch.compile breaks the graph at every nn.LSTM; for a whole graph use
+    `CompilableLSTM` or `fusedrnn.convert(model, compilable=True)`.
 
     Args: torch.nn.LSTM's, positional or by keyword: input_size, hidden_size, num_layers, bias, batch_first, dropout,
-    bidirectional, proj_size, device, dtype. Raises what torch.nn.LSTM raises. By keyword alone there are variants, in
-    any combination (equations: fusedrnn/cells/lstm_variants.py); without these it is an nn.LSTM.
+    bidirectional, proj_size, device, dtype. Raises what torch.nn.LSTM raises. Keyword-only arguments select variants,
+    in any combination (equations: fusedrnn/cells/lstm_variants.py); the defaults give nn.LSTM.
 
     Keyword Args:
-        peephole: i and f see c_{t-1}, and o sees c_t, each unit its own, by parameters weight_peephole_l0, ... [3H] in
-            the order i, f, o.
-        coupled: f = 1 - i; weights and biases have three gates, i, g, o, [3H, ...], and peepholes two, [2H]: i, o.
-        zoneout: probability to keep the old value of a unit of h and of c at a step, or two, (of h, of c). In
-            evaluation each is a mean of old and new with this weight. Not with proj_size.
-        recurrent_dropout: probability to drop, while training.
+        peephole: adds p_i * c_{t-1} to the gate i, p_f * c_{t-1} to f and p_o * c_t to o, elementwise. Parameters
+            weight_peephole_l0, ... [3H] in the order i, f, o.
+        coupled: f = 1 - i; weights and biases have three gates, i, g, o, [3H, ...], and peepholes are [2H]: i, o.
+        zoneout: probability that a unit of h and of c keeps its old value at a step, or a pair (for h, for c). In
+            evaluation both states are the mean of old and new with this weight. Not with proj_size.
+        recurrent_dropout: dropout probability inside the recurrence, in training only.
         recurrent_dropout_mode: what is dropped: "candidate", units of g at each step (Semeniuta et al. 2016); or
-            "state", units of the h that enters the product with w_hh, the same ones at all steps of a sequence (Gal and
+            "state", units of h before the product with w_hh, the same units at all steps of a sequence (Gal and
             Ghahramani 2016).
-        forget_bias: initial value of b_ih + b_hh of the forget gate; None leaves them to torch.nn.LSTM. Not with
+        forget_bias: initial value of b_ih + b_hh of the forget gate; None: torch.nn.LSTM's initialisation. Not with
             bias=False or coupled.
 
-    Masks are drawn by torch's generator of the device. `peephole` and `coupled` are fixed; the other attributes may be
-    set later. Raises TypeError and ValueError for options that are none or do not go together.
+    Masks come from torch's generator of the device. `peephole` and `coupled` are fixed; the other attributes may be set
+    later. Raises TypeError and ValueError for invalid options and invalid combinations.
 
     Example:
         >>> lstm = fusedrnn.LSTM(4, 8, num_layers=2, batch_first=True)
@@ -354,10 +351,10 @@ class LSTM(_LSTMLayers, nn.LSTM):  # type: ignore[override]
 
 
 class CompilableLSTM(_LSTMLayers):
-    """`LSTM` for torch.compile(fullgraph=True) and torch.export: the same in everything, but not an nn.LSTM.
+    """`LSTM` for torch.compile(fullgraph=True) and torch.export: the same interface, but not an nn.LSTM.
 
-    Dynamo refuses to trace whatever is an instance of nn.LSTM. This class derives from nn.RNNBase directly; state_dicts
-    and parameters are interchangeable with `LSTM` and torch.nn.LSTM.
+    Dynamo does not trace instances of nn.LSTM, so this class derives from nn.RNNBase directly. state_dicts and
+    parameters are interchangeable with `LSTM` and torch.nn.LSTM.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -367,7 +364,7 @@ class CompilableLSTM(_LSTMLayers):
 class GRU(_Layers, nn.GRU):
     """Drop-in for torch.nn.GRU: its constructor, attributes, parameters, state_dict, inputs, outputs and errors.
 
-    `isinstance(module, torch.nn.GRU)` holds; for whole graphs there is `CompilableGRU`.
+    `isinstance(module, torch.nn.GRU)` holds; for whole graphs use `CompilableGRU`.
 
     Args: torch.nn.GRU's, positional or by keyword: input_size, hidden_size, num_layers, bias, batch_first, dropout,
     bidirectional, device, dtype. Raises what torch.nn.GRU raises.
@@ -382,7 +379,7 @@ class GRU(_Layers, nn.GRU):
 
 
 class CompilableGRU(_Layers):
-    """`GRU` for torch.compile(fullgraph=True) and torch.export: the same in everything, but not an nn.GRU."""
+    """`GRU` for torch.compile(fullgraph=True) and torch.export: the same interface, but not an nn.GRU."""
 
     _cell = cells.GRU
 
@@ -392,7 +389,7 @@ class CompilableGRU(_Layers):
 
 
 class _RNNLayers(_Layers):
-    """Both plain RNNs: torch's module says which one in an attribute that may be set later."""
+    """RNN layers; the attribute `mode` of torch's module, which may be set later, selects tanh or relu."""
 
     @property
     def _cell(self) -> Cell:  # type: ignore[override]
@@ -404,7 +401,7 @@ class _RNNLayers(_Layers):
 class RNN(_RNNLayers, nn.RNN):
     """Drop-in for torch.nn.RNN: its constructor, attributes, parameters, state_dict, inputs, outputs and errors.
 
-    `isinstance(module, torch.nn.RNN)` holds; for whole graphs there is `CompilableRNN`.
+    `isinstance(module, torch.nn.RNN)` holds; for whole graphs use `CompilableRNN`.
 
     Args: torch.nn.RNN's, positional or by keyword: input_size, hidden_size, num_layers, nonlinearity ("tanh" or
     "relu"), bias, batch_first, dropout, bidirectional, device, dtype. Raises what torch.nn.RNN raises.
@@ -412,7 +409,7 @@ class RNN(_RNNLayers, nn.RNN):
 
 
 class CompilableRNN(_RNNLayers):
-    """`RNN` for torch.compile(fullgraph=True) and torch.export: the same in everything, but not an nn.RNN."""
+    """`RNN` for torch.compile(fullgraph=True) and torch.export: the same interface, but not an nn.RNN."""
 
     nonlinearity: str
 
@@ -429,18 +426,18 @@ class CompilableRNN(_RNNLayers):
 
 
 class Recurrent(_Layers):
-    """Layers of a cell of one's own, as `fusedrnn.cell` makes it: everything that `LSTM` has but a projection.
+    """Layers of a custom cell made by `fusedrnn.cell`: everything that `LSTM` supports except projections.
 
-    Computed by the reference, a Python loop over the steps, on any device; twice differentiable where the cell is.
+    Runs on the reference, a Python loop over the time steps, on any device; twice differentiable if the cell is.
 
     Args:
-        cell: what `fusedrnn.cell` has made.
-        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as of
+        cell: the result of `fusedrnn.cell`.
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as for
             torch.nn.LSTM, the last seven positional or by keyword. hx is (h_0, c_0) for a cell with state="c", and h_0
-            for others. Parameters of the units are weight_unit_l0, ... [K*H], uniform as the other weights are.
+            for others. Per-unit parameters are weight_unit_l0, ... [K*H], initialised like the other weights.
 
     Raises:
-        TypeError: cell is no such thing.
+        TypeError: cell was not made by `fusedrnn.cell`.
     """
 
     def __init__(self, cell: OwnCell, input_size: int, hidden_size: int, *args: Any, **kwargs: Any) -> None:
@@ -492,7 +489,7 @@ class Recurrent(_Layers):
         )
 
     def permute_hidden(self, hx: Any, permutation: Tensor | None) -> Any:
-        """The states of sequences in another order."""
+        """Permutes the batch dimension of the states."""
         if permutation is None:
             return hx
         if self._cell.has_cell_state:
@@ -500,21 +497,21 @@ class Recurrent(_Layers):
         return hx.index_select(1, permutation)
 
     def flatten_parameters(self) -> None:
-        """cuDNN has no such layers."""
+        """Does nothing: cuDNN has no such layers."""
 
     def extra_repr(self) -> str:
         return f"{self.cell!r}, {super().extra_repr()}"
 
 
 class _Step(nn.RNNCellBase):
-    """One time step of a cell: everything but the class of torch's that it is an instance of."""
+    """Base class of the cells, one time step; subclasses add torch's class as a second base."""
 
     _cell: Cell
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
-        """One step: input [B, I] or [I], hx h [B, H] or zeros -> h'; of an LSTM hx is (h, c) and comes (h', c').
+        """One step: input [B, I] or [I], hx = h [B, H] or None for zeros -> h'; LSTM: hx = (h, c) -> (h', c').
 
-        See `functional.lstm_cell`, `gru_cell` and `rnn_cell`, also for what is raised.
+        See `functional.lstm_cell`, `gru_cell` and `rnn_cell`, also for errors.
         """
         if type(self) in BASES or _is_plain(type(self)):
             return step(self._cell, input, hx, *_parameters(self, _STEP_WEIGHTS))
@@ -527,10 +524,10 @@ class _Step(nn.RNNCellBase):
 class LSTMCell(_Options, _Step, nn.LSTMCell):  # type: ignore[override]
     """Drop-in for torch.nn.LSTMCell, by the same kernels as `LSTM`.
 
-    Args: torch.nn.LSTMCell's, positional or by keyword: input_size, hidden_size, bias, device, dtype. By keyword alone
-    those of `LSTM`: peephole (the parameter is weight_peephole), coupled, zoneout, recurrent_dropout of the candidate,
-    and forget_bias. A cell draws its masks at every call. It does not know where a sequence begins, so that it has no
-    recurrent_dropout_mode="state".
+    Args: torch.nn.LSTMCell's, positional or by keyword: input_size, hidden_size, bias, device, dtype. Keyword-only, as
+    for `LSTM`: peephole (the parameter is weight_peephole), coupled, zoneout, recurrent_dropout of the candidate, and
+    forget_bias. Every call draws new masks. recurrent_dropout_mode="state" is missing: a cell does not know where a
+    sequence begins.
     """
 
     @_and_signature_of(nn.LSTMCell.__init__)
@@ -611,7 +608,7 @@ class RNNCell(_Step, nn.RNNCell):
         return cells.RNNS[self.nonlinearity]
 
 
-# torch's class that each of ours stands for.
+# Our class -> the class of torch that it replaces.
 BASES: dict[type, type] = {
     LSTM: nn.LSTM,
     CompilableLSTM: nn.LSTM,
@@ -633,9 +630,9 @@ def _refuse_projection(kwargs: dict[str, Any]) -> None:
 
 
 def mark_as_leaf(module: nn.Module) -> None:
-    """Makes torch.fx call the module instead of tracing into it, as it does with torch's own modules.
+    """Makes torch.fx treat the module as a leaf, as it does with torch's own modules.
 
-    Its tracers ask for `module.__module__`, which an instance may have as well as its class.
+    Tracers read `module.__module__`, which can be set on the instance.
     """
     module.__dict__["__module__"] = nn.LSTM.__module__
 
@@ -666,7 +663,7 @@ _CHECKS = (
 
 @ops.constant
 def _is_plain(cls: type) -> bool:
-    """Whether a class leaves weights and checks to the class of torch's that it stands for."""
+    """Whether a class overrides neither the weights nor the checks of torch's class."""
     return _overrides_nothing(cls)
 
 
@@ -682,10 +679,10 @@ def _overrides(cls: type, *names: str) -> bool:
 
 
 def _layer_weights(module: nn.RNNBase) -> Sequence[Any]:
-    """The weights that torch's module computes with, in the order of `all_weights`.
+    """The weights that torch's module would use, in the order of `all_weights`.
 
-    That is `_flat_weights`, which it makes anew from the attributes where one of these is another tensor than
-    before: so it is the attributes, unless the class computes the list, or somebody has changed it by hand.
+    torch uses `_flat_weights`, and rebuilds it when an attribute is set to another tensor. So the result is the
+    attributes, unless the class computes the list or the user has modified it.
     """
     if _overrides(type(module), *_FLAT_WEIGHTS):
         module._update_flat_weights()
@@ -694,10 +691,10 @@ def _layer_weights(module: nn.RNNBase) -> Sequence[Any]:
 
 
 def _listed_weights(module: nn.RNNBase) -> Sequence[Any]:
-    """The same for a plain class."""
+    """`_layer_weights` for a plain class."""
     own = module.__dict__
     names, listed, parameters = own["_flat_weights_names"], own["_flat_weights"], own["_parameters"]
-    # nn.Module takes longer to find them, and a single step feels it.
+    # nn.Module.__getattr__ is slower, which matters for a call of one time step.
     for name, weight in zip(names, listed, strict=True):
         if parameters.get(name) is not weight or name in own:
             break
@@ -707,7 +704,7 @@ def _listed_weights(module: nn.RNNBase) -> Sequence[Any]:
 
 
 def _unless_changed_by_hand(module: nn.RNNBase) -> Sequence[Any]:
-    """The attributes; or the list, where it differs from them and they are those that it was made from."""
+    """The attributes; or `_flat_weights`, if it differs from them although they have not changed."""
     listed, weights = module._flat_weights, [getattr(module, name) for name in module._flat_weights_names]
     if all(map(is_, weights, listed)):
         return weights
@@ -717,8 +714,7 @@ def _unless_changed_by_hand(module: nn.RNNBase) -> Sequence[Any]:
 
 
 def _parameters(module: nn.Module, names: Sequence[str]) -> list[Any]:
-    """What getattr(module, name) is for each of the names, where the class is plain; nn.Module takes microseconds to
-    find a parameter, and a single step feels them."""
+    """getattr(module, name) for each name, without the microseconds of nn.Module.__getattr__; for plain classes."""
     own, parameters = module.__dict__, module._parameters
     weights = []
     for name in names:

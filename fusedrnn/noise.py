@@ -1,4 +1,4 @@
-"""Zoneout and recurrent dropout: which multipliers a layer is given (cells.NOISE), and how they are drawn."""
+"""Zoneout and recurrent dropout: the multipliers of a layer (cells.NOISE), and how they are drawn."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from .cells import Cell, lstm_variant
 from .reference import compute_dtype
 from .sequence import Form
 
-MODES = {"candidate": "g", "state": "r"}  # of recurrent dropout, and what the multiplier is called
+MODES = {"candidate": "g", "state": "r"}  # recurrent_dropout_mode -> name of its multiplier
 
 
 class Noise(NamedTuple):
-    """What an LSTM drops, each a probability."""
+    """The probabilities of zoneout and recurrent dropout of an LSTM."""
 
     zoneout_h: float
     zoneout_c: float
@@ -25,7 +25,7 @@ class Noise(NamedTuple):
     mode: str  # in MODES
 
     def kinds(self, training: bool) -> tuple[str, ...]:
-        """The multipliers there are. In evaluation zoneout has its expectation, and nothing is dropped."""
+        """The names of the multipliers. In evaluation zoneout takes its expectation, and nothing is dropped."""
         kinds = ["h"] if self.zoneout_h else []
         kinds += ["c"] if self.zoneout_c else []
         kinds += [MODES[self.mode]] if self.dropout and training else []
@@ -36,14 +36,14 @@ class Noise(NamedTuple):
         return lstm_variant(bool(cell.parameters), len(cell.gates) == 3, self.kinds(training))
 
     def draw(self, cell: Cell, form: Form, D: int, sizes: tuple[int, int], like: Tensor, training: bool) -> Tensor:
-        """The noise of one layer, as `reference.layer` takes it with an input of this form, by torch's generator.
+        """Draws the noise of one layer for `reference.layer`, from torch's generator.
 
-        Masks are drawn for [T, B], whatever the layout of the input, or for the rows of a PackedSequence.
+        Masks are drawn for [T, B], independent of the layout of the input, or for the rows of a PackedSequence.
 
         Args:
-            cell: with this noise.
+            cell: the cell with this noise.
             sizes: H and P.
-            like: of the device, and of the dtype of the input.
+            like: a tensor of the device and dtype of the input.
         """
         width = D * sizes[1 if cell.noise == ("r",) else 0]
         rows = (like.shape[0],) if form.batch_sizes is not None else (form.T, form.B)
@@ -58,7 +58,7 @@ class Noise(NamedTuple):
         by_step = [ones[kind] for kind in cell.noise if kind != "r"]
         if by_step:
             masks.append(_ones(by_step, shape, options))
-        if "g" in cell.noise and self.dropout < 1:  # kept numbers are scaled, as by dropout
+        if "g" in cell.noise and self.dropout < 1:  # scaled as by dropout
             masks[0][-1].div_(1 - self.dropout)
         if "r" in cell.noise:
             kept = _ones([1 - self.dropout], (form.B, width), options)[0]
@@ -69,10 +69,10 @@ class Noise(NamedTuple):
 
 
 def _ones(probabilities: list[float], shape: Sequence[int], options: dict[str, Any]) -> Tensor:
-    """[K, *shape], of each probability 1 with it, to 2^-16, otherwise 0.
+    """[K, *shape]: 1 with probability p_k, exact to 2^-16, otherwise 0.
 
-    A mask takes 16 random bits. On a CPU drawing them is most of the time: torch.rand takes twice as long, bernoulli_
-    four times.
+    Each element takes 16 random bits. On a CPU drawing them dominates: torch.rand takes twice as long, bernoulli_ four
+    times.
     """
     numbers = len(probabilities) * math.prod(shape)
     words = torch.randint(-(2**31), 2**31 - 1, ((numbers + 1) // 2,), dtype=torch.int32, device=options["device"])
@@ -88,7 +88,7 @@ def _ones(probabilities: list[float], shape: Sequence[int], options: dict[str, A
 
 
 def _of_rows(masks: Tensor, form: Form) -> Tensor:
-    """The masks of sequences [B, W] for the rows of a PackedSequence, [N, W]."""
+    """Expands the masks of sequences [B, W] to the rows of a PackedSequence, [N, W]."""
     assert form.batch_sizes is not None
     return torch.cat([masks[:size] for size in form.batch_sizes.tolist()])
 
@@ -97,7 +97,7 @@ def noise_of(zoneout: Any, recurrent_dropout: Any, mode: Any, projected: bool) -
     """The noise of an LSTM with these options; None for none.
 
     Raises:
-        TypeError, ValueError: an option is of the wrong type or value, or there is zoneout and a projection.
+        TypeError, ValueError: an option has a wrong type or value, or zoneout is combined with a projection.
     """
     pair = zoneout if isinstance(zoneout, (tuple, list)) else (zoneout, zoneout)
     if len(pair) != 2:

@@ -1,12 +1,12 @@
-"""ONNX: what an exported model has in place of our operators, for both of torch's exporters.
+"""ONNX export of our operators, for both of torch's exporters.
 
-A layer becomes one LSTM, GRU or RNN node of ONNX. Such a node has no projection, no reset and no c_t of every step, and
-ONNX Runtime computes it in float32 only: a layer that needs such a thing becomes a Scan node whose body is one time
-step. bfloat16 and float16 are cast to float32 around the node, which is how the kernels compute them too.
+A layer becomes one LSTM, GRU or RNN node. Such a node has no projection, no reset and no c_t of every step, and ONNX
+Runtime computes it in float32 only: a layer that needs one of these becomes a Scan node whose body is one time step.
+bfloat16 and float16 are cast to float32 around the node, as in the kernels.
 
-`torch.onnx.export(..., dynamo=True)` records the program with ProxyTorchDispatchMode, which asks `_record` what to do
-with our operators. The TorchScript exporter (dynamo=False) looks for a symbolic function, `_symbolic`; it has no Scan.
-Neither onnx nor torch.onnx is loaded before somebody exports.
+`torch.onnx.export(..., dynamo=True)` traces with ProxyTorchDispatchMode, which calls `_record` for our operators. The
+TorchScript exporter (dynamo=False) calls the symbolic function `_symbolic`; it has no Scan. onnx and torch.onnx are
+imported at the first export only.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _FLOAT, _INT32 = 1, 6  # of onnx.TensorProto
 
 
 class _Node(NamedTuple):
-    """What ONNX calls a cell."""
+    """The ONNX node of a cell."""
 
     name: str
     gates: tuple[int, ...]  # ours, in its order
@@ -60,28 +60,28 @@ def _ordered(node: _Node, rows: Tensor, order: Sequence[int]) -> Tensor:
 
 
 def is_exporting() -> bool:
-    """Whether torch.onnx.export is at work, by either exporter."""
+    """Whether one of the exporters of torch.onnx.export is running."""
     module = sys.modules.get("torch.onnx")
     return module is not None and module.is_in_onnx_export()
 
 
 def register(library: torch.library.Library, name: str, called: Callable[..., Any]) -> None:
-    """Tells the dynamo exporter about a forward operator of `ops.FORWARD_SCHEMA`; `called` makes of `layer` what is
-    called as an operator is."""
+    """Registers a forward operator of `ops.FORWARD_SCHEMA` with the dynamo exporter; `called` adapts `layer` to the
+    calling convention of an operator."""
     record = partial(_record, called(layer))
     torch.library.register_torch_dispatch(f"{library.ns}::{name}", ProxyTorchDispatchMode, record, lib=library)
 
 
 @cache
 def register_symbolic(qualified_name: str) -> None:
-    """Tells the TorchScript exporter about the same. It has to be loaded, which it is while it exports."""
+    """Registers the operator with the TorchScript exporter, which is imported during an export."""
     torch.onnx.register_custom_op_symbolic(qualified_name, _symbolic, _OPSET)
 
 
 def _record(
     compute: Callable[..., Any], mode: Any, op: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None
 ) -> Any:
-    """What a call of an operator is recorded as: the nodes of `layer` for ONNX, itself for anything else."""
+    """Records the call of an operator: as the nodes of `layer` for ONNX, otherwise as the operator itself."""
     if not is_exporting():
         return mode.__torch_dispatch__(op, types, args, kwargs or {})
     with mode:
@@ -136,7 +136,7 @@ _RANDOM = (
 def _beyond_node(
     directions: Sequence[DirectionWeights], float64: bool, reset: bool, cell_states: bool, zoneout: bool
 ) -> list[str]:
-    """What of a layer a node of ONNX, as ONNX Runtime computes it, cannot say."""
+    """The features of a layer that the ONNX node, as ONNX Runtime computes it, lacks."""
     found = {
         "a projection (proj_size)": directions[0].w_hr is not None,
         "float64": float64,
@@ -155,7 +155,7 @@ def _node_layer(
     c0: Tensor,
     lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, hn, cn by one node; see _symbolic, which says the same to the other exporter."""
+    """y, hn, cn by one node; `_symbolic` is the same for the other exporter."""
     (T, B, _), D, H = x.shape, len(directions), directions[0].hidden_size
     node = _node(cell)
 
@@ -187,7 +187,7 @@ def _node_layer(
     )
     y, hn = y.transpose(1, 2).flatten(2).to(x.dtype), hn.to(x.dtype)
     cn = rest[0].to(x.dtype) if rest else c0
-    if lengths is not None:  # of a sequence without a step, ONNX does not say what the last states are
+    if lengths is not None:  # ONNX does not define the last states of a sequence of length 0
         begun = (lengths > 0).unsqueeze(-1)
         hn, cn = hn.where(begun, h0), cn.where(begun, c0)
     return y, hn, cn

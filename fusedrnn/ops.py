@@ -1,9 +1,9 @@
-"""torch.library operators: one forward and one backward per backend, all of the same schema, and their fake kernels;
-and a shorter forward on the CPU for where nothing is differentiated.
+"""torch.library operators: one forward and one backward per backend, all of the same schema, with fake kernels; and an
+inference-only forward on the CPU.
 
 An operator computes one layer over a whole sequence, both directions. It does not mutate its arguments and is not
-differentiable by itself: `autograd.py` wraps the pair. Importing this module loads the native libraries that can be
-loaded here and keeps the reason for each that cannot; it never compiles anything and never fails.
+differentiable itself: `autograd.py` wraps the pair. Importing this module loads the native libraries, and records the
+reason for each that cannot be loaded; it never compiles anything and never fails.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from .layout import split_directions
 
 NAMESPACE = "fusedrnn"
 
-# The schemas of operators.def, which the CPU library is compiled with. It defines these operators, so that a program
-# without Python has them; where it is not loaded they are defined here. The other backends have the same two.
+# The schemas of operators.def. The CPU library, compiled with the same file, defines these operators for programs
+# without Python; if it is not loaded they are defined here. All backends share the two schemas.
 _SCHEMAS = {
     name: "".join(re.findall(r'"([^"]*)"', strings))
     for name, strings in re.findall(
@@ -61,21 +61,21 @@ def _define_once(name: str, schema: str) -> None:
     """Defines an operator unless the native library has done so."""
     tag = torch.Tag.pt2_compliant_tag
     if hasattr(_ops, name):
-        getattr(_ops, name).default.tags.append(tag)  # the stable ABI of torch before 2.12 knows no tags
+        getattr(_ops, name).default.tags.append(tag)  # the stable ABI of torch before 2.12 has no tags
     else:
         _library.define(name + schema, tags=(tag,))
 
 
 def _listed(schema: str) -> str:
-    """The schema of the overload for weights, and gradients of them, in a list."""
+    """The schema of the overload with weights and their gradients in lists."""
     schema = re.sub(r", Tensor\?? w\d+(=None)?", "", schema.replace("Tensor x, ", "Tensor x, Tensor[] weights, "))
     return re.sub(r"Tensor dw0.*", "Tensor[] dweights)", schema)
 
 
 def _with_noise(function: Callable[..., Any]) -> Callable[..., Any]:
-    """An operator's function of (*arguments, *weights, noise=None), as torch calls it.
+    """Adapts a function of (*arguments, *weights, noise=None) to the way torch calls an operator.
 
-    Noise may come by position, behind weights that are None.
+    Noise may be positional, after weights that are None.
     """
 
     @wraps(function)
@@ -92,7 +92,7 @@ def _with_noise(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _of_list(name: str, position: int) -> Callable[..., Any]:
-    """The overload of an operator for weights in a list, its argument at `position`, and for gradients in a list."""
+    """The overload of an operator with a list of weights, at `position`, and a list of gradients."""
 
     def run(*arguments: Any, noise: Tensor | None = None) -> Any:
         if len(arguments) > _BEFORE_WEIGHTS[name.endswith("_backward")] + 1:
@@ -110,10 +110,10 @@ def _each_gradient(dx: Tensor, dh0: Tensor, dc0: Tensor, dweights: Sequence[Tens
     return dx, dh0, dc0, *dweights, *[None] * (MAX_WEIGHTS - len(dweights))
 
 
-# A layer that is differentiable, for torch.compile, as autograd.py computes it: its arguments are those of
-# LSTMFunction. Dynamo would trace an autograd.Function with its backward outside of autograd, so that backend="eager"
-# lost second derivatives. AOTAutograd sees what this operator is made of, the pair of the backend. Its cache on disk
-# goes by what Dynamo saw, so `revision` is an argument: another version of this package is not served from the cache.
+# A differentiable layer for torch.compile, implemented by autograd.py, with the arguments of LayerFunction. Dynamo
+# traces the backward of an autograd.Function outside of autograd, so backend="eager" would lose second derivatives.
+# AOTAutograd decomposes this operator into the pair of the backend. The argument `revision` enters the key of its disk
+# cache, so another version of this package misses the cache.
 _library.define(
     "layer(str revision, str backend, str cell, bool bidirectional, bool cell_states, Tensor x, Tensor? h0, "
     "Tensor? c0, Tensor? lengths, Tensor? reset, Tensor? noise, Tensor[] weights) "
@@ -123,7 +123,7 @@ _library.define(
 
 
 def implement_layer(function: Callable[..., Any]) -> None:
-    """Gives `layer` what it does after `revision`, which lies above this module."""
+    """Sets the implementation of `layer`, without its `revision`; called by autograd.py, which imports this module."""
     _library.impl("layer", lambda _, *arguments: function(*arguments), "CompositeImplicitAutograd")
 
 
@@ -240,18 +240,18 @@ _library.impl("reference_backward", _reference_backward, "CompositeExplicitAutog
 
 
 def launches(backend: str) -> ModuleType:
-    """The module that gpu.py computes a backend with."""
+    """The launch module of a GPU backend, for gpu.py."""
     if backend == "cuda":
         from . import cuda as launch
     else:
-        from .kernels import launch  # type: ignore[no-redef]  # loads Triton, which takes its time
+        from .kernels import launch  # type: ignore[no-redef]  # imports Triton, which is slow
     return launch
 
 
 def _define_gpu(backend: str) -> None:
-    """Operators by gpu.py. Those on the CPU are for Triton's interpreter, and for the host build of csrc/cuda.
+    """Operators implemented by gpu.py; on the CPU for Triton's interpreter and the host build of csrc/cuda.
 
-    They are not differentiable, so nothing inside them is: an exported program calls them with grad mode on.
+    They run without grad mode: an exported program may call them with grad mode enabled.
     """
 
     @_with_noise
@@ -293,7 +293,7 @@ def gpu_plans(
     """The plans of "cuda" or "triton" for one layer: "forward" and "backward".
 
     Raises:
-        ValueError: there is none that fits the GPU; or FUSEDRNN_FP32 is unknown, or not what the backend can do.
+        ValueError: no plan fits the GPU; or FUSEDRNN_FP32 is invalid, or not supported by the backend.
     """
     launch = launches(backend)
     shape = launch.Shape(T, B, I, H, P, D, dtype.itemsize, gpu.fp32_precision(), ragged, cell)
@@ -301,7 +301,7 @@ def gpu_plans(
 
 
 def _no_gpu() -> str | None:
-    """Why no kernel of ours can run on a GPU here, or None."""
+    """Why no kernel of ours can run on a GPU of this machine, or None."""
     return _unfit_gpus() if torch.cuda.is_available() else "torch finds no GPU"
 
 
@@ -315,7 +315,7 @@ def _unfit_gpus() -> str | None:
 
 
 def constant(function: Any) -> Any:
-    """As torch.compiler.assume_constant_result does it, which would load the compiler: calls are not traced."""
+    """torch.compiler.assume_constant_result without importing the compiler: Dynamo does not trace the calls."""
     function._dynamo_marked_constant = True
     return function
 
@@ -338,7 +338,7 @@ exporting_onnx = constant(onnx.is_exporting)
 
 @constant
 def has_autocast(device_type: str) -> bool:
-    """Whether autocast is for such a device at all; before torch 2.12, Dynamo cannot trace torch's own question."""
+    """Whether autocast supports a device type; before torch 2.12, Dynamo cannot trace torch's own function."""
     return torch.amp.is_autocast_available(device_type)
 
 
@@ -356,7 +356,7 @@ def _triton_installed() -> bool:
 
 
 def _c_compiler() -> str | None:
-    """The C compiler that Triton would build its launcher with, looked for as Triton does."""
+    """The C compiler that Triton would use to build its launcher, found as Triton does."""
     return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
 
 
@@ -394,14 +394,14 @@ _library.define("cuda_device_type() -> str")
 
 
 def build_info() -> dict[str, Any]:
-    """What the build left behind: compiler, flags, torch version, and the reason for each library it did not build."""
+    """Build information: compiler, flags, torch version, and the reason for each library that was not built."""
     path = Path(__file__).with_name("_build.json")
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def stale(name: str) -> str | None:
-    """Why the library "cpu" or "cuda" is not of the sources that lie beside it in a checkout, or None; None also where
-    there is no library, or there are no sources."""
+    """Why the library "cpu" or "cuda" does not match the sources of the checkout; None if it does, or if there is no
+    library or no sources."""
     root, folder = Path(__file__).resolve().parents[1], Path(__file__).parent
     built = build_info().get("sources", {}).get(name)
     if not (root / "csrc" / name).is_dir() or not any(folder.glob(f"_{name}*.so")) or built is None:
@@ -417,7 +417,7 @@ CUDA_LIBRARY_VARIABLE = "FUSEDRNN_CUDA_LIBRARY"
 def _load(name: str) -> str | None:
     """Loads the native library `name`; returns None, or why it cannot be loaded.
 
-    The environment's FUSEDRNN_CUDA_LIBRARY names another one for "cuda": the build that shows where a kernel hangs.
+    The environment variable FUSEDRNN_CUDA_LIBRARY names another file for "cuda", such as the debug build.
     """
     folder = Path(__file__).parent
     named = os.environ.get(CUDA_LIBRARY_VARIABLE, "") if name == "cuda" else ""
@@ -453,13 +453,13 @@ flops.register(
 
 @constant
 def cuda_device_type() -> str:
-    """The type of device that the CUDA library computes on: "cuda", or "cpu" for its build for tests."""
+    """The device type of the CUDA library: "cuda", or "cpu" for the host build of the tests."""
     return "cuda" if _cuda_unloaded is not None else _ops.cuda_device_type()
 
 
 @cache
 def _cuda_obstacle() -> str | None:
-    """What the CUDA library has against the GPU that is the current one when it is first asked."""
+    """Why the CUDA library cannot run on the GPU that is current at the first call, or None."""
     return _ops.cuda_obstacle(torch.cuda.current_device()) or None
 
 
@@ -483,7 +483,7 @@ def backward_op(backend: str) -> Callable[..., tuple[Any, ...]]:
     return _BACKWARD[backend]
 
 
-_tracing_state = torch._C._get_tracing_state  # a single step feels each look for a name
+_tracing_state = torch._C._get_tracing_state  # saves attribute lookups in a call of one time step
 _FORWARD = {name: getattr(_ops, f"{name}_forward").default for name in BACKENDS}
 _BACKWARD = {name: getattr(_ops, f"{name}_backward").default for name in BACKENDS}
 cpu_infer = _ops.cpu_infer.default

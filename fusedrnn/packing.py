@@ -1,4 +1,4 @@
-"""Padded sequences and the rows of a PackedSequence: how the ones become the others."""
+"""Conversion between padded sequences and the rows of a PackedSequence."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 class Packing:
-    """Which rows of padded sequences a PackedSequence of them has, and in which order.
+    """The index of each row of a PackedSequence in the padded sequences.
 
-    Those of one step after another, and within a step the longest sequence first. Differentiable to any order.
+    Rows are ordered by time step, and within a step by decreasing sequence length. Differentiable to any order.
 
     Args:
         lengths: [B] int64, each in 0..T.
@@ -17,10 +17,10 @@ class Packing:
         batch_first: whether padded sequences are [B, T, ...] and not [T, B, ...].
 
     Attributes:
-        lengths: [B], the longest first; zeros, which have no rows, last.
-        steps: of the longest sequence.
-        order: [B], the places of these sequences among the padded ones.
-        rows: [N], the places of the rows in [T * B], or [B * T].
+        lengths: [B], in decreasing order; sequences of length 0 have no rows.
+        steps: length of the longest sequence.
+        order: [B], index of each of these sequences in the padded batch.
+        rows: [N], index of each row in [T * B], or [B * T].
     """
 
     def __init__(self, lengths: Tensor, T: int, batch_first: bool = False):

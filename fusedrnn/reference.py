@@ -1,17 +1,16 @@
 """The definition of the layer in plain Python, and its backward written by hand.
 
-Everything else in this project is measured against this file. It favours being obviously right over being fast: one
-direction is a loop over time around `step`, and a step is a product of each kind and the pointwise function of a cell
-(fusedrnn/cells). `layer` is differentiable by autograd, to any order; `layer_backward` is
-the same derivative by hand, so that a wrong kernel and wrong mathematics can be told apart. The derivation is in
-docs/math.md, in the same letters.
+All other backends are compared with this file. It is simple rather than fast: one direction is a loop over time around
+`step`, and a step is the matrix products followed by the pointwise function of a cell (fusedrnn/cells). `layer` is
+differentiable by autograd, to any order; `layer_backward` is the same derivative written by hand, so that a wrong
+kernel can be told from wrong mathematics. The derivation is in docs/math.md, in the same letters.
 
-Precision: bfloat16 and float16 are computed in float32. h_t is rounded to the dtype of x before it is multiplied, so
-that the state a product reads is the state that was returned; a cell's carry (c_t of an LSTM, h_t of a GRU) stays in
-float32 over the whole sequence.
+Precision: bfloat16 and float16 are computed in float32. h_t is rounded to the dtype of x before the product, so that
+the product reads the state that is returned; a cell's carry (c_t of an LSTM, h_t of a GRU) stays in float32 over the
+whole sequence.
 
-Letters beside those of layout.py: C is H for a cell with a cell state and 0 for others; a layer of one takes None for
-c0 and returns cn and c without elements. S is how many values of a unit the cell saves for backward.
+Letters beside those of layout.py: C is H for a cell with a cell state and 0 for others, whose layers take c0 = None and
+return empty cn and c. S is the number of values per unit that the cell saves for backward.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from .packing import Packing
 
 
 class Trace(NamedTuple):
-    """What one direction leaves behind; every tensor in the compute dtype but y."""
+    """The results of one direction; all tensors but y are in the compute dtype."""
 
     y: Tensor  # [T, B, P], zero where the sequence has ended
     hn: Tensor  # [B, P]
@@ -45,9 +44,9 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def step(
     cell: Cell, x: Tensor, h: Tensor, carry: Tensor, w: DirectionWeights, noise: dict[str, Tensor] | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One time step: x [B, I], h [B, P] and the carry [B, H], or [B, 0] -> h', the carry' and what is saved [B, S*H].
+    """One time step: x [B, I], h [B, P] and the carry [B, H], or [B, 0] -> h', the new carry, saved values [B, S*H].
 
-    Where w_hr is given, h' is projected: Sak et al. 2014 (arXiv 1402.1128). noise: the cell's multipliers, by name.
+    With w_hr, h' is projected: Sak et al. 2014 (arXiv 1402.1128). noise: the cell's multipliers, by name.
     """
     noise = noise or {}
     h_in = h * noise["r"] if "r" in noise else h
@@ -76,18 +75,18 @@ def layer(
     """One layer over a whole sequence, both directions, differentiable by autograd.
 
     Args:
-        cell: what is computed at each step.
-        x: [T, B, I]; or [N, I], the rows of a PackedSequence, with lengths that never grow, of which the first is T.
-            Then y, c and what is saved have [N, ...] for [T, B, ...].
+        cell: the cell.
+        x: [T, B, I]; or [N, I], the rows of a PackedSequence, with non-increasing lengths whose first is T. Then y, c
+            and saved have [N, ...] instead of [T, B, ...].
         weights: the layer's weights in torch's order and layout, direction after direction.
-        bidirectional: whether `weights` holds a reverse direction as well.
+        bidirectional: whether `weights` includes a reverse direction.
         h0: [D, B, P] or None for zeros.
         c0: [D, B, C] or None for zeros.
-        lengths: [B] int64; step t of sequence b exists where t < lengths[b]. The reverse direction starts at the
-            last step that exists. x is not read where no step exists, and y is zero there.
+        lengths: [B] int64; step t of sequence b exists if t < lengths[b]. The reverse direction starts at the last
+            step. x is not read beyond the length, and y is zero there.
         reset: [T, B] bool; where true the state that enters step t is zero, in both directions.
         noise: the multipliers of a cell with noise, in its order, [K, T, B, D*H], or [K, 1, B, D*H], the same for all
-            steps; of packed rows [K, N, D*H]. P stands for H where the cell has those of "r" alone.
+            steps; for packed rows [K, N, D*H]. P in place of H if the cell's only noise is "r".
 
     Returns:
         y [T, B, D*P], hn [D, B, P], cn [D, B, C], c [T, B, D*C] (every c_t), saved [D, T, B, S*H].
@@ -174,12 +173,12 @@ def layer_backward(
     saved: Tensor,
     noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """The derivative of `layer` by hand: backpropagation through time.
+    """The derivative of `layer`, written by hand: backpropagation through time.
 
     Args:
-        dy: gradient of y, [T, B, D*P], or None for zeros; so dhn [D, B, P], dcn [D, B, C], dc [T, B, D*C].
-        cell, x, weights, bidirectional, h0, c0, lengths, reset, noise: as given to `layer`.
-        y, c, saved: as `layer` returned them.
+        dy, dhn, dcn, dc: gradients of y [T, B, D*P], hn [D, B, P], cn [D, B, C] and c [T, B, D*C]; None for zeros.
+        cell, x, weights, bidirectional, h0, c0, lengths, reset, noise: the arguments of `layer`.
+        y, c, saved: the results of `layer`.
 
     Returns:
         dx [T, B, I], dh0 [D, B, P], dc0 [D, B, C], and a gradient for each of `weights`.
@@ -219,7 +218,7 @@ def layer_backward(
         for t in range(T) if d == 1 else reversed(range(T)):
             dh_t = dh if dy_d is None else dh + dy_d[t]
             dcarry_t = dcarry if dc_d is None else dcarry + dc_d[t]
-            if exists is not None:  # what is saved is zero there as well: so is all that follows from it
+            if exists is not None:  # saved is zero there as well, and so is everything computed from it
                 dh_t, dcarry_t = dh_t.where(exists[t], 0.0), dcarry_t.where(exists[t], 0.0)
             dh_kept = dh_t * vs[t]["h"] if "h" in vs[t] else None
             dh_t = dh_t if dh_kept is None else dh_t * (1 - vs[t]["h"])
@@ -236,7 +235,7 @@ def layer_backward(
             dh_in = dh_in if dh_kept is None else dh_in + dh_kept
             if enters is not None:
                 dh_in, dcarry_in = dh_in.where(enters[t], 0.0), dcarry_in.where(enters[t], 0.0)
-            if exists is not None:  # a step that does not exist hands the gradient through
+            if exists is not None:  # a step that does not exist passes the gradient through
                 dh_in, dcarry_in = dh_in.where(exists[t], dh), dcarry_in.where(exists[t], dcarry)
             dh, dcarry = dh_in, dcarry_in
 
@@ -259,7 +258,7 @@ def layer_backward(
 
 
 def batch_size(x: Tensor, lengths: Tensor | None) -> int:
-    """B, of x and lengths as `layer` takes them."""
+    """B, from the arguments x and lengths of `layer`."""
     if x.dim() == 2:
         assert lengths is not None
         return lengths.shape[0]
@@ -284,9 +283,9 @@ def _of_steps(cell: Cell, noise: Tensor | None, T: int, D: int, d: int) -> list[
 
 
 def entering(s: Tensor, s0: Tensor, exists: Tensor | None, reset: Tensor | None, reverse: bool) -> Tensor:
-    """The state [T, B, N] that enters each step, from the states s that leave each step and the initial state s0.
+    """The state [T, B, N] entering each step, from the states s leaving each step and the initial state s0.
 
-    Zero after a reset, and where no step exists.
+    Zero at a reset, and where no step exists.
     """
     if not reverse:
         came = torch.cat([s0.unsqueeze(0), s[:-1]])
@@ -299,7 +298,7 @@ def entering(s: Tensor, s0: Tensor, exists: Tensor | None, reset: Tensor | None,
 
 
 def _state_enters(exists: Tensor | None, reset: Tensor | None) -> Tensor | None:
-    """[T, B, 1] bool: whether the state enters step t of sequence b, and not zeros. None: always."""
+    """[T, B, 1] bool: whether step t of sequence b exists and is not reset. None: always."""
     if reset is None:
         return exists
     keep = ~reset.unsqueeze(-1)
@@ -314,10 +313,10 @@ def existing(T: int, lengths: Tensor | None) -> Tensor | None:
 
 
 def where_exists(values: Tensor, exists: Tensor | None) -> Tensor:
-    """Values [T, B, N], zero where no step exists: padding may hold NaN, which no product must meet.
+    """Values [T, B, N], set to zero where no step exists: padding may hold NaN, which must not enter a product.
 
-    A zero beside it is not enough, because 0 * NaN is NaN; and torch's bfloat16 product reads past the end of its rows
-    on some processors.
+    Zeros in the other operand are not enough: 0 * NaN is NaN, and torch's bfloat16 product reads past the end of its
+    rows on some processors.
     """
     return values if exists is None else values.where(exists, 0.0)
 

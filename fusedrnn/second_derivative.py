@@ -1,4 +1,4 @@
-"""A second derivative for torch's own layers where their kernels have none, as on a GPU (cuDNN)."""
+"""Second derivatives for torch's own layers where their kernels have none (cuDNN)."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Layers = Callable[..., Outputs]
 
 
 def differentiable_twice(layers: Layers, again: Layers, tensors: Sequence[Tensor]) -> Outputs:
-    """layers(*tensors), with a derivative that has derivatives.
+    """layers(*tensors), differentiable twice.
 
-    The derivative is that of `layers`. Where a graph of it is asked for (create_graph), it is computed by `again`.
+    The first derivative is that of `layers`; with create_graph=True it is computed through `again`.
 
     Args:
-        layers, again: compute the same outputs from the same tensors; `again` by what can be differentiated twice.
-        tensors: of which a gradient may be wanted.
+        layers, again: functions with the same outputs; `again` is differentiable twice.
+        tensors: their arguments, which may require gradients.
     """
     gradients = _Gradients()
     outputs = layers(*_Inputs.apply(gradients, again, *tensors))
@@ -31,28 +31,28 @@ def differentiable_twice(layers: Layers, again: Layers, tensors: Sequence[Tensor
 
 
 class _Gradients:
-    """Those of the outputs, in the backward that is going on."""
+    """The gradients of the outputs in the running backward."""
 
     def __init__(self) -> None:
         self._task, self._grads = -1, dict[int, Tensor]()
 
     def note(self, k: int, grad: Tensor | None) -> None:
-        if grad is None:  # of an output that nobody uses
+        if grad is None:  # an unused output
             return
         task = torch._C._current_graph_task_id()
-        if task != self._task:  # another backward, which may not have come to its end
+        if task != self._task:  # another backward, possibly unfinished
             self._task, self._grads = task, {}
         self._grads[k] = grad
 
     def take(self) -> dict[int, Tensor]:
-        """Output -> gradient, of this backward; what it does not have is zero."""
+        """Output -> gradient of this backward; missing ones are zero."""
         grads = self._grads if torch._C._current_graph_task_id() == self._task else {}
         self._task, self._grads = -1, {}
         return grads
 
 
 class _Inputs(torch.autograd.Function):
-    """Its arguments as they are. Their gradients are those that come, or, if these are to be differentiated, others."""
+    """The identity. Its backward passes gradients on, or recomputes them through `again` with create_graph=True."""
 
     @staticmethod
     def forward(ctx: Any, gradients: _Gradients, again: Layers, *tensors: Tensor) -> tuple[Tensor, ...]:

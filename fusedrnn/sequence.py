@@ -1,7 +1,7 @@
-"""The forms of a batch of sequences: how an input is laid out, how it is computed, and what goes from one to the other.
+"""Layouts of a batch of sequences: that of the input, that of the computation, and conversions between them.
 
-A layer takes [T, B, ...], or the rows of a PackedSequence, [N, ...]. Beside these an input may be batch_first or
-unbatched, and padded sequences with lengths are packed where that pays.
+A layer takes [T, B, ...], or the rows of a PackedSequence, [N, ...]. An input may also be batch_first or unbatched, and
+padded sequences with lengths are packed where that is faster.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from . import dispatch
 from .packing import Packing
 
-_PACKING_FLOPS = 5e7  # of padding: where there is less, to pack takes longer than to compute it
+_PACKING_FLOPS = 5e7  # least work on padding for which packing is faster
 
 
 class Form(NamedTuple):
-    """How an input is laid out, and how it is computed."""
+    """The layout of an input, and that of its computation."""
 
     T: int
     B: int
     unbatched: bool = False
     batch_first: bool = False
-    rows: bool = False  # of a PackedSequence
-    batch_sizes: Tensor | None = None  # of the same, unless all of its sequences are as long
-    padded: bool = False  # whether those are padded before they are computed
-    packing: Packing | None = None  # how padded sequences of other lengths than T are packed before
+    rows: bool = False  # the input is the data of a PackedSequence
+    batch_sizes: Tensor | None = None  # of the PackedSequence, if its sequences have different lengths
+    padded: bool = False  # whether packed input is padded for the computation
+    packing: Packing | None = None  # packs padded input for the computation
 
     def enter(self, input: Tensor) -> Tensor:
-        """x as a layer takes it: [T, B, I], or packed rows, [N, I]."""
+        """Converts x to the layout of a layer: [T, B, I], or packed rows, [N, I]."""
         if self.packing is not None:
             return self.packing.packed(input)
         if self.batch_sizes is not None:
             return pad_packed_sequence(PackedSequence(input, self.batch_sizes))[0] if self.padded else input
-        if self.rows:  # packed and padded are the same rows in the same order
+        if self.rows:  # all sequences have the same length: packed rows are [T, B, I]
             return input.unflatten(0, (self.T, self.B))
         if self.unbatched:
             return input.unsqueeze(1)
@@ -70,7 +70,7 @@ class Form(NamedTuple):
         reset: Tensor | None,
         device: torch.device,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """h0, c0, lengths and reset in the order in which the sequences are computed."""
+        """Sorts h0, c0, lengths and reset into the order of the computation."""
         if self.batch_sizes is not None:
             return h0, c0, self._packed_lengths().to(device), reset
         if self.packing is None:
@@ -92,7 +92,7 @@ class Form(NamedTuple):
 
 
 def form_of(input: Tensor, batch_first: bool, batch_sizes: Tensor | None) -> Form:
-    """The form of an input that `validate.input` has nothing against."""
+    """The form of a valid input."""
     if batch_sizes is not None:
         if dispatch.is_recorded():
             B: Any = batch_sizes[0]  # a tensor, as sizes are in a trace
@@ -107,7 +107,7 @@ def form_of(input: Tensor, batch_first: bool, batch_sizes: Tensor | None) -> For
 
 
 def packing(form: Form, lengths: Tensor, flops: float) -> Packing | None:
-    """How to pack padded sequences, where that pays; flops are those of one row, a step of one sequence."""
+    """How to pack padded sequences, or None if padding is faster; flops: per row, a step of one sequence."""
     if not dispatch.is_eager():
         return None
     padding = form.T * form.B - int(lengths.sum())

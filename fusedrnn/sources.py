@@ -1,11 +1,11 @@
-"""Which sources a native library is made of. setup.py runs this file by itself: it imports nothing of the package."""
+"""The sources of each native library. setup.py runs this file alone: it must not import the package."""
 
 import hashlib
 from pathlib import Path
 
 
 def digest(root: Path, name: str) -> str:
-    """Of all that the library "cpu" or "cuda" is compiled from, in a checkout at `root`."""
+    """Digest of all sources of the library "cpu" or "cuda" in a checkout at `root`."""
     folders = (root / "csrc" / folder for folder in (name, "cells"))
     sources = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".h", ".cuh", ".cpp", ".cu")]
     sources += [root / "fusedrnn" / "operators.def"] if name == "cpu" else []

@@ -1,4 +1,4 @@
-"""The layers of a stack, one after another."""
+"""Runs a stack of layers, layer by layer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
     """x [T, B, I] -> y [T, B, D*P], hn [L*D, B, P], cn [L*D, B, C], and every layer's h and c [T, B, ...].
 
-    Of packed rows x is [N, I], and so are y, h and c. c is meaningful with cell_states only. noise draws a layer's.
+    Packed x is [N, I]; y, h and c are then [N, ...]. c is valid with cell_states only. noise() draws one layer's masks.
     """
     name = cell.name
     if num_layers == 1:

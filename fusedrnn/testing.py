@@ -1,14 +1,14 @@
-"""What tests, `check` and benchmarks share: devices, cases and their inputs, torch's own answers, the tolerance rule.
+"""Shared by tests, `check` and benchmarks: devices, cases and their inputs, torch's own results, the tolerance.
 
-The rule is derived, not chosen. An implementation is held to the error that torch's own makes in the same dtype:
+The tolerance is derived from the error of torch's own implementation in the same dtype:
 
     max |ours - exact|  <=  2 max |torchs - exact| + rounding
 
-where `exact` is computed in float64 from the same inputs, rounded to the dtype as they are. `rounding` is there because
-torch's error can be 0 by chance, in a tensor of one element more often than not. It is what the result itself is worth
-in that dtype: how far `exact` moves when every number that enters is moved, up or down, by `roundoff(dtype)`. Where
-terms cancel, that is far more than a unit in the last place of what is left of them, and no implementation can know
-better. Where only `exact` is at hand, its largest element is taken to move by `roundoff(dtype)` of itself.
+where `exact` is computed in float64 from the same inputs, rounded to the dtype. `rounding` is needed because torch's
+error can be 0 by chance, as is common in a tensor of one element. It is the change of `exact` when every input is
+perturbed, up or down, by `roundoff(dtype)`. Where terms cancel, this is far more than a unit in the last place of the
+result, and no implementation can do better. If only `exact` is available, its largest element is assumed to change by
+`roundoff(dtype)` of itself.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from .cells import CELLS, GRU, LSTM, RNN_RELU, Cell
 
 # torch's own layers, by the name of their cell.
 LAYERS: dict[str, Any] = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn_tanh": nn.RNN, "rnn_relu": nn.RNN}
-# Random directions in which `answers` moves the inputs. Where an argument of relu is within what 16 bits are worth of
-# 0, its derivative is 0 or 1 as the rounding falls, and it takes many to find that.
+# Number of random perturbations in `answers`. Where an argument of relu is within 16-bit rounding of 0, its derivative
+# is 0 or 1 depending on the rounding; it takes many perturbations to find that.
 _NUDGES, _NUDGES_AT_A_KINK = 3, 16
 
 
 def devices() -> list[str]:
-    """The devices there are to test on: "cpu", and "cuda" where torch finds one."""
+    """The devices to test on: "cpu", and "cuda" if available."""
     return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Inside, torch.empty and all that allocates as it does is filled with NaN (integers: their largest value), and so
-    is what the CPU kernels allocate for themselves, who keep no memory meanwhile.
+    """Context in which torch.empty and the CPU kernels fill new memory with NaN (integers: their largest value); the
+    kernels do not pool memory meanwhile.
 
-    It switches torch's deterministic mode on, for the whole process. Operators that have no deterministic version only
-    warn in it: the filling is what is wanted here.
+    It enables torch's deterministic mode for the whole process, for its filling of memory. Operators without a
+    deterministic version only warn.
     """
     memory: Any = torch.utils.deterministic
     mode, fill = torch.get_deterministic_debug_mode(), memory.fill_uninitialized_memory
@@ -60,7 +60,7 @@ def poisoned() -> Iterator[None]:
 
 @contextmanager
 def _cpu_poisoned() -> Iterator[None]:
-    """Memory that the CPU kernels allocate is filled with NaN: they do not ask for it as torch.empty does."""
+    """Fills the memory that the CPU kernels allocate with NaN: they bypass torch.empty."""
     if ops.cpu_unavailable is not None:
         yield
         return
@@ -73,7 +73,7 @@ def _cpu_poisoned() -> Iterator[None]:
 
 @contextmanager
 def nothing_kept() -> Iterator[None]:
-    """Inside, the CPU kernels keep neither packed weights nor memory from call to call; what they kept is given up."""
+    """Context without the CPU kernels' cache of packed weights and pool of memory, which are emptied."""
     if ops.cpu_unavailable is not None:
         yield
         return
@@ -88,7 +88,7 @@ def nothing_kept() -> Iterator[None]:
 
 @contextmanager
 def single_threaded() -> Iterator[None]:
-    """Inside, torch computes on one thread: many small problems take several times as long where two share a core."""
+    """Context in which torch uses one thread: many small problems are several times slower if threads share a core."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -98,18 +98,16 @@ def single_threaded() -> Iterator[None]:
 
 
 def roundoff(dtype: torch.dtype, cell: Cell = LSTM) -> float:
-    """What the roundings of one step, forward and backward, can amount to, relative to the numbers that enter it.
+    """A bound on the roundings of one step, forward and backward, relative to its inputs.
 
-    A rounding is half an eps. Of an LSTM, in float32 sixteen of them lie between what enters a step and da: two
-    products, their sum, two biases, a nonlinearity, f * c and its sum with i * g, tanh and o * tanh(c); then, backward,
-    the sum that is dh, three products and a sum on the way to dc, and one more to da. In float64 `exact` has as many of
-    its own.
-    bfloat16 and float16 are computed in float32, where all these are nothing; what is left are the four times that
-    numbers are stored: h, c, the gates, and the gradient.
+    A rounding is half an eps. An LSTM in float32 has sixteen between the inputs of a step and da: two products, their
+    sum, two biases, a nonlinearity, f * c and its sum with i * g, tanh and o * tanh(c); in the backward the sum dh,
+    three products and a sum for dc, and one more for da. In float64 `exact` has as many roundings itself. bfloat16 and
+    float16 are computed in float32, whose roundings are negligible; four stores round: h, c, the gates, the gradient.
 
-    A GRU has as many: r * h_n and its sum with x_n, tanh, and (1 - z) * n + z * h are as long a way as that by c; h,
-    the gates, h_n and the gradient are stored. An RNN has half of them: no state but h, and one product after dh. Only
-    h and the gradient are stored, but h is all that the next step has of those before: 16 bits count as for the others.
+    A GRU has as many: the path r * h_n, its sum with x_n, tanh, and (1 - z) * n + z * h is as long as that through c;
+    h, the gates, h_n and the gradient are stored. An RNN has half: no state but h, and one product after dh. It stores
+    only h and the gradient, but the next step depends on h alone: 16-bit dtypes count as for the other cells.
     """
     gated = cell in (LSTM, GRU)
     roundings = {64: 32 if gated else 16, 32: 16 if gated else 8, 16: 4}[torch.finfo(dtype).bits]
@@ -117,15 +115,15 @@ def roundoff(dtype: torch.dtype, cell: Cell = LSTM) -> float:
 
 
 class Answer(NamedTuple):
-    """What one tensor is held to."""
+    """The reference values of one tensor, and its rounding."""
 
-    torchs: Tensor  # by torch's own implementation, or another that sets the measure, in the dtype in question
+    torchs: Tensor  # of torch's own implementation, or another baseline, in the dtype under test
     exact: Tensor  # float64
-    rounding: float = 0.0  # how far `exact` moves when what enters is moved by `roundoff`
+    rounding: float = 0.0  # change of `exact` when the inputs are perturbed by `roundoff`
 
 
 class InexactError(AssertionError):
-    """A tensor does not keep the rule; `excess` is its error over what is allowed."""
+    """A tensor exceeds its tolerance; `excess` is its error over the tolerance."""
 
     def __init__(self, message: str, excess: float) -> None:
         super().__init__(message)
@@ -133,7 +131,7 @@ class InexactError(AssertionError):
 
 
 def excess(ours: Tensor, torchs: Tensor, exact: Tensor, rounding: float = 0.0) -> float:
-    """The error of `ours` over what the rule allows: the rule is kept up to 1.
+    """The error of `ours` over its tolerance: at most 1 for a correct result.
 
     Args:
         ours, torchs: of one shape and dtype.
@@ -141,8 +139,8 @@ def excess(ours: Tensor, torchs: Tensor, exact: Tensor, rounding: float = 0.0) -
         rounding: as in `Answer`; `roundoff` of the largest element of `exact` if that is more.
 
     Returns:
-        0 or more; infinity for another shape or dtype, for a NaN or infinity that is not in `exact`, and where
-        `torchs` has such a thing, because nothing is measured then.
+        A number >= 0; infinity for a wrong shape or dtype, and for a NaN or infinity in `ours` or `torchs` that is not
+        in `exact`.
 
     Raises:
         ValueError: exact is not float64.
@@ -156,17 +154,17 @@ def excess(ours: Tensor, torchs: Tensor, exact: Tensor, rounding: float = 0.0) -
 
 
 def assert_as_exact_as(name: str, ours: Tensor, torchs: Tensor, exact: Tensor, rounding: float = 0.0) -> float:
-    """Holds a tensor to the rule.
+    """Asserts that a tensor is within its tolerance.
 
     Args:
-        name: what the message calls it.
+        name: its name in the message.
         ours, torchs, exact, rounding: as in `excess`.
 
     Returns:
         The excess, at most 1.
 
     Raises:
-        InexactError: the rule is not kept, or a shape or dtype is wrong; the message says by how much.
+        InexactError: the tolerance is exceeded, or a shape or dtype is wrong; the message says by how much.
         ValueError: exact is not float64.
     """
     ratio = excess(ours, torchs, exact, rounding)
@@ -199,22 +197,22 @@ def _largest(exact: Tensor) -> float:
 
 
 def _rounding(dtype: torch.dtype, exact: Tensor, rounding: float) -> float:
-    # Below the smallest normal number the spacing does not shrink any further.
+    # The spacing of subnormal numbers is constant.
     return max(rounding, roundoff(dtype) * max(_largest(exact), torch.finfo(dtype).smallest_normal))
 
 
 class Inputs(NamedTuple):
-    """What a module is called with."""
+    """The arguments of a module's call."""
 
     x: Tensor  # [T, B, I], or [B, T, I] with batch_first; NaN where no step exists
-    hx: Any  # (h0 [L*D, B, P], c0 [L*D, B, H]), of a cell without cell state h0; or None
+    hx: Any  # (h0 [L*D, B, P], c0 [L*D, B, H]), or h0 for a cell without cell state; or None
     lengths: Tensor | None  # [B] int64
     reset: Tensor | None  # [T, B] bool, laid out as x
 
 
 @dataclass(frozen=True)
 class Case:
-    """One problem: sizes, options, a dtype. All that is random in it follows from its seed, alike on every device."""
+    """One problem: sizes, options, a dtype. Its random numbers depend on the seed only, and not on the device."""
 
     T: int
     B: int
@@ -227,18 +225,18 @@ class Case:
     proj_size: int = 0
     batch_first: bool = False
     hx: bool = True  # initial states are given
-    lengths: bool = False  # sequences end at different steps: the last one at T, the first one before it begins
+    lengths: bool = False  # sequences of different lengths: the last one of length T, the first one of length 0
     packed: bool = False  # the input is a PackedSequence of such sequences, unsorted, each of at least one step
     reset: bool = False
-    states: bool = False  # every h_t and c_t is asked for
+    states: bool = False  # return_states
     strided: bool = False  # x, h0 and c0 are slices of larger tensors
     seed: int = 0
     cell: str = LSTM.name  # of `cells.CELLS`
-    variant: tuple[tuple[str, Any], ...] = ()  # options that fusedrnn.LSTM has and torch's has not, by name
+    variant: tuple[tuple[str, Any], ...] = ()  # options of fusedrnn.LSTM that torch's lacks, by name
 
     @property
     def id(self) -> str:
-        """The cell if it is no LSTM, the sizes, every option that is not the default, and the dtype."""
+        """The cell unless LSTM, the sizes, all options that are not the default, and the dtype."""
         parts = [] if self.cell == LSTM.name else [self.cell]
         parts += [f"T{self.T}", f"B{self.B}", f"I{self.I}", f"H{self.H}"]
         parts += [f"L{self.layers}"] if self.layers > 1 else []
@@ -252,7 +250,7 @@ class Case:
         return "-".join([*parts, str(self.dtype).removeprefix("torch.")])
 
     def module(self, cls: Callable[..., nn.Module] | None = None, device: str = "cpu") -> nn.Module:
-        """A module of a class with the constructor and initialisation of torch's for the cell, which is the default."""
+        """A module of the given class, by default torch's for the cell, with torch's initialisation."""
         own: dict[str, Any] = {"proj_size": self.proj_size, **dict(self.variant)} if self.cell == LSTM.name else {}
         if self.cell.startswith("rnn_"):
             own = {"nonlinearity": self.cell.removeprefix("rnn_")}
@@ -271,7 +269,7 @@ class Case:
         return module.to(device)
 
     def inputs(self, device: str = "cpu", dtype: torch.dtype | None = None) -> Inputs:
-        """What the module is called with; of another dtype than the case's, the same values."""
+        """The arguments of the module; in another dtype than the case's, the same values."""
         generator = torch.Generator().manual_seed(self.seed)
 
         def random(*shape: int) -> Tensor:
@@ -304,7 +302,7 @@ def _exists(case: Case, lengths: Tensor) -> Tensor:
 
 
 def arguments(case: Case, inputs: Inputs) -> tuple[Tensor | PackedSequence, Any, dict[str, Any]]:
-    """The input, the hx and the keywords that a module is called with, fusedrnn's own where the case needs them."""
+    """The input, hx and keywords of the call, including fusedrnn's own keywords if the case needs them."""
     x, hx, lengths, reset = inputs
     options: dict[str, Any] = {}
     if reset is not None:
@@ -323,11 +321,11 @@ Call = Callable[[Callable[..., Any], Case, Inputs], dict[str, Tensor]]
 
 
 def call(module: Callable[..., Any], case: Case, inputs: Inputs) -> dict[str, Tensor]:
-    """Calls a module as the case says. The masks of a variant follow from the seed of the case.
+    """Calls a module with the arguments of the case. The masks of a variant depend on the seed of the case.
 
     Returns:
-        y, hn, cn and, with states, h_l0, c_l0, h_l1, ...; what was packed is padded with zeros. Of a cell without cell
-        state there is no cn, and no c.
+        y, hn, cn and, with states, h_l0, c_l0, h_l1, ...; packed results are padded with zeros. No cn and c for a cell
+        without cell state.
     """
 
     def padded(values: Tensor | PackedSequence) -> Tensor:
@@ -346,15 +344,15 @@ def call(module: Callable[..., Any], case: Case, inputs: Inputs) -> dict[str, Te
 
 
 def _named_states(states: Any, h: str, c: str) -> dict[str, Any]:
-    """States as a layer takes or returns them, a tensor or a tuple of one or two, under their names; none for None."""
+    """Names the states of a layer, a tensor or a tuple of one or two; empty for None."""
     if states is None:
         return {}
     return dict(zip((h, c), (states,) if isinstance(states, Tensor) else states, strict=False))
 
 
 def call_torch(module: Any, case: Case, inputs: Inputs) -> dict[str, Tensor]:
-    """`call` for torch's own, which is called one time step at a time where it lacks what the case asks for."""
-    # torch hands float16 to oneDNN where the processor has instructions for it, and oneDNN may refuse.
+    """`call` for torch's own module, one time step at a time where it lacks an option of the case."""
+    # torch passes float16 to oneDNN if the processor has instructions for it, and oneDNN may refuse.
     without_onednn = case.dtype == torch.float16 and inputs.x.device.type == "cpu"
     with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None) if without_onednn else nullcontext():
         if case.lengths or case.reset or case.states:
@@ -406,20 +404,20 @@ def evaluate(
     dtype: torch.dtype | None = None,
     nudge: int = 0,
 ) -> dict[str, Tensor]:
-    """Every output of a case and, for random gradients of the outputs, the gradient of all that they depend on.
+    """All outputs of a case and, for random output gradients, the gradients of all inputs and weights.
 
-    cuDNN computes float32 as such in here, and not as TensorFloat-32.
+    cuDNN computes float32 in IEEE precision here, not in TF32.
 
     Args:
-        caller: `call`, `call_torch`, or what has their signature.
+        caller: `call`, `call_torch`, or a function with their signature.
         cls: the class of the module; None for torch's own.
         case: the problem.
-        device: where to compute.
-        dtype: in what to compute, if not in the case's: the values that enter are rounded to the case's all the same.
-        nudge: unless 0, the seed of the signs with which everything that enters is moved by `roundoff`.
+        device: the device.
+        dtype: the compute dtype if not the case's; the inputs are rounded to the case's dtype nevertheless.
+        nudge: unless 0, the seed of the signs with which all inputs are perturbed by `roundoff`.
 
     Returns:
-        What `caller` returns, and dx, dh0, dc0, dweight_ih_l0, ..., each under the name of what it is the gradient of.
+        The results of `caller`, and dx, dh0, dc0, dweight_ih_l0, ...: "d" and the name of the tensor.
     """
     module, inputs = case.module(cls, device).to(dtype), case.inputs(device, dtype)
     signs = torch.Generator().manual_seed(nudge)
@@ -444,9 +442,9 @@ def evaluate(
 def answers(
     case: Case, device: str = "cpu", caller: Call | None = None, cls: Callable[..., nn.Module] | None = None
 ) -> dict[str, Answer]:
-    """What each tensor that `evaluate` returns is held to: `excess(ours[name], *answers[name])`.
+    """The reference values of each result of `evaluate`, for `excess(ours[name], *answers[name])`.
 
-    By torch's own; or by another class and how it is called, as `evaluate` takes them."""
+    Computed by torch's own module, or by the given class and caller (see `evaluate`)."""
     caller = call_torch if caller is None else caller
     kink = case.cell == RNN_RELU.name and case.dtype in (torch.bfloat16, torch.float16)
     nudges = _NUDGES_AT_A_KINK if kink else _NUDGES

@@ -1,6 +1,6 @@
-"""What a call may be given. For what torch's modules check too, their exception types and wording; more for the rest.
+"""Validation of arguments. Checks that torch's modules have too raise the same exception types with the same wording.
 
-The order in which `forward` asks is torch's own.
+`forward` runs the checks in torch's order.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from .sequence import Form
 
 
 class HiddenTypeError(TypeError, AttributeError):
-    """hx is no tensor where a cell without cell state takes one. nn.GRU and nn.RNN raise an AttributeError there."""
+    """hx is not a tensor, for a cell without cell state. nn.GRU and nn.RNN raise an AttributeError for this."""
 
 
 def is_tensor(input: Any) -> None:
-    """The input of a layer or a cell."""
+    """Validates the input of a layer or a cell."""
     if isinstance(input, torch.fx.Proxy):
         raise TypeError(
             "input must be a Tensor, got Proxy: torch.fx traces into this module, whose class is a subclass, and a "
@@ -32,24 +32,24 @@ def is_tensor(input: Any) -> None:
 
 
 def layer_input(cell: Cell, input: Any, batch_sizes: Any) -> None:
-    """The input of a layer, which may be the data of a PackedSequence."""
+    """Validates the input of a layer, which may be the data of a PackedSequence."""
     is_tensor(input)
     if batch_sizes is not None:
         _packed(input, batch_sizes)
     elif input.dim() not in (2, 3):
-        what = "" if cell.carry is not None else " tensor"  # nn.RNN says one word more
+        what = "" if cell.carry is not None else " tensor"  # nn.RNN's message has one more word
         raise ValueError(f"{cell.title}: Expected input to be 2D or 3D, got {input.dim()}D{what} instead")
 
 
 def cell_input(cell: Cell, input: Any) -> None:
-    """The input of one time step."""
+    """Validates the input of one time step."""
     is_tensor(input)
     if input.dim() not in (1, 2):
         raise ValueError(f"{cell.title}Cell: Expected input to be 1D or 2D, got {input.dim()}D instead")
 
 
 def _packed(data: Tensor, batch_sizes: Any) -> None:
-    """A PackedSequence may have been built by hand: its parts have to fit each other."""
+    """Validates a PackedSequence, which may have been built by hand."""
     if not isinstance(batch_sizes, Tensor):
         raise TypeError(f"batch_sizes must be a Tensor, got {type(batch_sizes).__name__}")
     if batch_sizes.dtype != torch.int64:
@@ -67,7 +67,7 @@ def _packed(data: Tensor, batch_sizes: Any) -> None:
         raise RuntimeError(f"data of a PackedSequence must have 2 dimensions, got {data.dim()}")
     if dispatch.is_recorded():
         return
-    batch_sizes[0].item()  # raises inside of make_fx, to which tolist would give the values of its example
+    batch_sizes[0].item()  # raises inside make_fx, where tolist would return the values of the example
     sizes = batch_sizes.tolist()
     if sizes[-1] <= 0 or sizes != sorted(sizes, reverse=True):
         raise RuntimeError(f"batch_sizes must be positive and never grow, got {sizes}")
@@ -101,14 +101,14 @@ def _no_tensor(cell: Cell, hx: Any) -> str:
 
 
 def two_states(hx: Any, caller: str) -> None:
-    """How many states there are in the hx of a cell with a cell state."""
+    """Validates the number of states in the hx of a cell with a cell state."""
     if isinstance(hx, (tuple, list)) and len(hx) != 2:
         raise RuntimeError(f"{caller} expects two hidden states, hx = (h_0, c_0), got {len(hx)}")
 
 
 def hx_dims(h0: Tensor | None, c0: Tensor | None, form: Form) -> None:
-    """The dimensions of a layer's states."""
-    if h0 is None or (c0 is None and form.rows):  # nn.GRU and nn.RNN ask for the size alone there
+    """Validates the number of dimensions of a layer's states."""
+    if h0 is None or (c0 is None and form.rows):  # nn.GRU and nn.RNN check the size only
         return
     dims, input = (2, "unbatched 2-D") if form.unbatched else (3, "batched 3-D")
     if c0 is None:
@@ -131,7 +131,7 @@ def layers(
     num_layers: int,
     D: int,
 ) -> None:
-    """Whether the input of a stack of layers, its states [L*D, B, ...] and its weights fit each other."""
+    """Validates that input, states [L*D, B, ...] and weights of a stack of layers match."""
     if weights[0].shape[1] != input.shape[-1]:
         raise RuntimeError(
             f"input.size(-1) must be equal to input_size. Expected {weights[0].shape[1]}, got {input.shape[-1]}"
@@ -150,7 +150,7 @@ def layers(
 
 
 def _hx_sizes(cell: Cell, h0: Tensor | None, c0: Tensor | None, rows: int, B: int, sizes: tuple[int, int]) -> None:
-    """rows are those of all layers and directions, sizes those of h and c."""
+    """Validates the shapes of the states; rows: L*D, sizes: those of h and c."""
     for index, (s, size) in enumerate(zip((h0, c0), sizes, strict=True)):
         if s is not None and s.shape != (rows, B, size):
             name = f"hidden[{index}]" if cell.has_cell_state else "hidden"
@@ -158,7 +158,7 @@ def _hx_sizes(cell: Cell, h0: Tensor | None, c0: Tensor | None, rows: int, B: in
 
 
 def cell_hx_dims(cell: Cell, h: Tensor | None, c: Tensor | None, dims: int, hx: Any, caller: str) -> None:
-    """The dimensions of the states of one time step, for an input that has so many."""
+    """Validates the number of dimensions of the states of one time step, given that of the input."""
     states = [s for s in (h, c) if s is not None]
     for index, state in enumerate(states):
         if state.dim() not in (1, 2):
@@ -173,7 +173,7 @@ def cell_hx_dims(cell: Cell, h: Tensor | None, c: Tensor | None, dims: int, hx: 
 
 
 def cell_hx_sizes(h: Tensor | None, c: Tensor | None, B: int, H: int) -> None:
-    """The sizes of the states of one time step."""
+    """Validates the sizes of the states of one time step."""
     for index, state in enumerate((h, c)):
         if state is not None and state.shape[0] != B:
             raise RuntimeError(f"Input batch size {B} doesn't match hidden{index} batch size {state.shape[0]}")
@@ -182,7 +182,7 @@ def cell_hx_sizes(h: Tensor | None, c: Tensor | None, B: int, H: int) -> None:
 
 
 def input_dtype(input: Tensor, weights: Sequence[Tensor]) -> None:
-    """The dtype of a layer's input."""
+    """Validates the dtype of a layer's input."""
     if input.dtype != weights[0].dtype:
         raise ValueError(
             f"RNN input dtype ({input.dtype}) does not match weight dtype ({weights[0].dtype}). "
@@ -191,7 +191,7 @@ def input_dtype(input: Tensor, weights: Sequence[Tensor]) -> None:
 
 
 def options(cell: Cell, weights: Sequence[Tensor], num_layers: int, D: int, dropout: float) -> None:
-    """What a module has made sure of before it comes here."""
+    """Validates what a module's constructor already checks."""
     if num_layers < 1:
         raise ValueError(f"num_layers must be greater than zero, got {num_layers}")
     if not 0 <= dropout <= 1:
@@ -213,7 +213,7 @@ def options(cell: Cell, weights: Sequence[Tensor], num_layers: int, D: int, drop
 
 
 def weight_shapes(cell: Cell, weights: Sequence[Tensor], num_layers: int, D: int, I: int) -> None:
-    """The shapes of all weights; H is that of the first w_hh."""
+    """Validates the shapes of all weights, with H from the first w_hh."""
     count, G = len(weights) // (num_layers * D), len(cell.gates)
     H, P = weights[1].shape[0] // G, weights[1].shape[1]
     parameters = [(len(cell.parameters) * H,)] if cell.parameters else []
@@ -229,7 +229,7 @@ def weight_shapes(cell: Cell, weights: Sequence[Tensor], num_layers: int, D: int
 
 
 def are_alike(input: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None) -> bool:
-    """Whether `devices` and `dtypes` have nothing to say."""
+    """Whether all tensors have the device and dtype of the input: then `devices` and `dtypes` pass."""
     device, dtype = input.device, input.dtype
     return all(t is None or (t.device == device and t.dtype == dtype) for t in (h0, c0, *weights))
 
@@ -241,7 +241,7 @@ def _named(weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None) -> l
 
 
 def devices(input: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None) -> None:
-    """Everything is where the input is."""
+    """Validates that all tensors are on the input's device."""
     device = input.device
     for name, tensor in _named(weights, h0, c0):
         if tensor.device != device:
@@ -253,7 +253,7 @@ def devices(input: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Ten
 
 
 def dtypes(input: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None) -> None:
-    """Everything has the dtype of the first weight."""
+    """Validates that all tensors have the dtype of the first weight."""
     dtype = weights[0].dtype
     for name, tensor in [("input", input), *_named(weights, h0, c0)]:
         if tensor.dtype != dtype:
@@ -261,7 +261,7 @@ def dtypes(input: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Tens
 
 
 def lengths(lengths: Any, form: Form, device: torch.device) -> Tensor:
-    """lengths as int64."""
+    """Validates lengths and returns them as int64."""
     if form.unbatched:
         raise ValueError("lengths must be None for unbatched input: a [T, I] input is one sequence of length T")
     if form.rows:
@@ -276,7 +276,7 @@ def lengths(lengths: Any, form: Form, device: torch.device) -> Tensor:
         raise RuntimeError(f"lengths must be on the device of input, {device}, got {lengths.device}")
     if form.B == 0 or device.type != "cpu" or dispatch.is_recorded():
         return lengths.to(torch.int64)
-    if dispatch.is_batched(lengths):  # by vmap, which lets nobody look at values
+    if dispatch.is_batched(lengths):  # by vmap, where values cannot be read
         lengths = lengths.clamp(0, form.T)
     else:
         low, high = lengths.min(), lengths.max()
@@ -286,7 +286,7 @@ def lengths(lengths: Any, form: Form, device: torch.device) -> Tensor:
 
 
 def reset(reset: Any, form: Form, device: torch.device) -> Tensor:
-    """reset as [T, B]."""
+    """Validates reset and returns it as [T, B]."""
     if not isinstance(reset, Tensor):
         raise TypeError(f"reset must be a Tensor, got {type(reset).__name__}")
     if reset.dtype != torch.bool:
@@ -302,7 +302,7 @@ def reset(reset: Any, form: Form, device: torch.device) -> Tensor:
 
 
 def packed_hx(cell: Cell, hx: Any, B: int) -> None:
-    """The states of a PackedSequence before they are permuted, which would drop the rest of one that is too long."""
+    """Validates the states for a PackedSequence before the permutation, which would truncate too long ones."""
     if not cell.has_cell_state:
         if not isinstance(hx, Tensor):
             raise HiddenTypeError(_no_tensor(cell, hx))
@@ -320,7 +320,7 @@ def packed_hx(cell: Cell, hx: Any, B: int) -> None:
 
 
 def packed_reset(reset: Any, T: int, B: int) -> None:
-    """The same for reset."""
+    """Validates reset for a PackedSequence before the permutation."""
     if not isinstance(reset, Tensor):
         raise TypeError(f"reset must be a Tensor, got {type(reset).__name__}")
     if reset.shape != (T, B):
@@ -328,12 +328,12 @@ def packed_reset(reset: Any, T: int, B: int) -> None:
 
 
 def packed_indices(name: str, indices: Tensor | None, batch_sizes: Tensor) -> None:
-    """sorted_indices or unsorted_indices of a PackedSequence."""
-    if indices is None or batch_sizes.dim() != 1 or len(batch_sizes) == 0:  # the latter is an error further on
+    """Validates sorted_indices or unsorted_indices of a PackedSequence."""
+    if indices is None or batch_sizes.dim() != 1 or len(batch_sizes) == 0:  # the latter raises later
         return
     B = int(batch_sizes[0])
     if indices.shape != (B,):
         raise RuntimeError(f"{name} of a PackedSequence must have shape [{B}], got {list(indices.shape)}")
-    # Elsewhere than on the CPU a look at the values would wait for the device.
+    # Reading the values on another device would synchronise with it.
     if indices.device.type == "cpu" and sorted(indices.tolist()) != list(range(B)):
         raise RuntimeError(f"{name} of a PackedSequence must be a permutation of 0..{B - 1}, got {indices.tolist()}")

@@ -1,7 +1,7 @@
-"""What planners are told: the GPU, and the problem. Pure data: no Triton, no torch, no GPU.
+"""The inputs of the planners: the GPU and the problem. Pure data: no Triton, no torch, no GPU.
 
-The devices that tests and the ahead-of-time compiler know stand here; at run time the figures come from the driver.
-Times are microseconds, sizes bytes.
+Devices for tests and the ahead-of-time compiler are listed here; at run time the figures come from the driver. Times
+are in microseconds, sizes in bytes.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ from typing import Any, NamedTuple
 
 
 class Device(NamedTuple):
-    """What the cost models need to know of a GPU."""
+    """The properties of a GPU that the cost models use."""
 
     name: str
     capability: int  # 90 for sm_90
     multiprocessors: int
-    shared: int  # bytes that one block may have
+    shared: int  # maximum bytes of one block
     clock: float  # GHz
-    l2: float  # bytes per microsecond, all multiprocessors together
-    meeting: float  # microseconds for all programs of a Triton launch to pass the counter
+    l2: float  # bytes per microsecond, all SMs together
+    meeting: float  # microseconds of a grid barrier of a Triton launch
     measured: bool = False  # whether l2 and meeting were measured on this device
 
 
-# L2 bandwidth and the time of a meeting are estimates: a round trip through L2 for the arrival, another for the poll.
+# L2 bandwidth and barrier time are estimates: a round trip through L2 for the arrival, another for the poll.
 A100 = Device("NVIDIA A100-SXM4-80GB", 80, 108, 166_912, 1.41, 4.0e6, 1.6)
 H100 = Device("NVIDIA H100 80GB HBM3", 90, 132, 232_448, 1.755, 5.5e6, 1.3)
 H200 = Device("NVIDIA H200", 90, 132, 232_448, 1.785, 5.5e6, 1.3)
@@ -32,7 +32,7 @@ DEVICES = (A100, H100, H200, RTX4090, B200)
 
 
 def device_of(properties: Any) -> Device:
-    """The device of torch.cuda.get_device_properties: what the driver tells, and the rest from the most alike above."""
+    """The device of torch.cuda.get_device_properties; values that the driver lacks come from the nearest one above."""
     capability = 10 * properties.major + properties.minor
     known = next((d for d in DEVICES if d.name == properties.name), None)
     like = known or most_alike(capability)
@@ -49,12 +49,12 @@ def device_of(properties: Any) -> Device:
 
 
 def most_alike(capability: int) -> Device:
-    """The device above whose capability is nearest."""
+    """The device above with the nearest compute capability."""
     return min(DEVICES, key=lambda d: abs(d.capability - capability))
 
 
 class Shape(NamedTuple):
-    """One launch: a layer's sizes, and what its kernel computes in."""
+    """One launch: the sizes of a layer, and the dtype and precision of its kernel."""
 
     T: int
     B: int
@@ -63,7 +63,7 @@ class Shape(NamedTuple):
     P: int  # H without a projection
     D: int
     itemsize: int  # 2, 4 or 8
-    precision: str  # of float32: "ieee", "tf32" or "tf32x3"; without meaning for others
+    precision: str  # of float32: "ieee", "tf32" or "tf32x3"; ignored for other dtypes
     ragged: bool = False  # with lengths or resets
     cell: str = "lstm"
 

@@ -1,4 +1,4 @@
-"""The cells: what a recurrent layer computes at each step, one file for each kind; spec.py says what makes a cell."""
+"""The cells: what a recurrent layer computes at each step, one file per cell; spec.py defines the class `Cell`."""
 
 import copyreg
 
@@ -14,10 +14,10 @@ RNNS = {"tanh": RNN_TANH, "relu": RNN_RELU}  # by the `nonlinearity` of torch's 
 
 
 def named(name: str) -> Cell:
-    """The cell of this name: one of torch's, a variant of the LSTM, or one that `cell` has made.
+    """The cell of this name: one of torch's, a variant of the LSTM, or a custom cell.
 
     Raises:
-        KeyError: there is none.
+        KeyError: there is no such cell.
     """
     for known in (CELLS, VARIANTS, OWN):
         if name in known:
@@ -25,7 +25,7 @@ def named(name: str) -> Cell:
     raise KeyError(name)
 
 
-copyreg.pickle(Cell, lambda cell: (named, (cell.name,)))  # its functions cannot be found by name
+copyreg.pickle(Cell, lambda cell: (named, (cell.name,)))  # its functions are not picklable
 
 __all__ = [
     "CELLS",

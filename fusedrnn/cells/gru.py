@@ -1,7 +1,7 @@
-"""Gated recurrent unit: Cho et al. 2014 (arXiv 1406.1078), with the reset gate behind the product as nn.GRU has it.
+"""Gated recurrent unit: Cho et al. 2014 (arXiv 1406.1078), with the reset gate applied after the product as in nn.GRU.
 
-r, z = sigmoid(a_r, a_z), n = tanh(a_nx + r * a_nh), h = (1 - z) * n + z * h', for h' the hidden state that enters. The
-candidate n has its affine maps of the input, a_nx, and of the state, a_nh, apart. h' in z * h' is not rounded.
+r, z = sigmoid(a_r, a_z), n = tanh(a_nx + r * a_nh), h = (1 - z) * n + z * h', where h' is the previous hidden state.
+The candidate n has separate affine maps of the input, a_nx, and of the state, a_nh. h' in z * h' is not rounded.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Long short-term memory: Hochreiter and Schmidhuber 1997 with the forget gate of Gers et al. 2000, as nn.LSTM has it.
+"""Long short-term memory: Hochreiter and Schmidhuber 1997 with the forget gate of Gers et al. 2000, as in nn.LSTM.
 
-i, f, o = sigmoid(a_i, a_f, a_o), g = tanh(a_g), c = f * c' + i * g, m = o * tanh(c), for c' the cell state that enters.
+i, f, o = sigmoid(a_i, a_f, a_o), g = tanh(a_g), c = f * c' + i * g, m = o * tanh(c), for the previous cell state c'.
 """
 
 from __future__ import annotations

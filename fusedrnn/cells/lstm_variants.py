@@ -3,7 +3,7 @@
     i = sigmoid(a_i + p_i c')     f = sigmoid(a_f + p_f c'), or 1 - i     g = tanh(a_g)     o = sigmoid(a_o + p_o c)
     c = f c' + i (v_g g)          m = o tanh(c)                           c_t = v_c c' + (1 - v_c) c
 
-for c' the cell state that enters and c_t the one that leaves. Without zoneout c_t = c; without peepholes p = 0; without
+where c' is the previous cell state and c_t the new one. Without zoneout c_t = c; without peepholes p = 0; without
 dropout of the candidate v_g = 1.
 
 Peepholes: Gers and Schmidhuber 2000; coupled gates: Greff et al. 2017 (arXiv 1503.04069), CIFG; zoneout: Krueger et al.
@@ -26,8 +26,8 @@ def lstm_variant(peephole: bool = False, coupled: bool = False, noise: tuple[str
     """The LSTM with these options; the plain one for none.
 
     Args:
-        peephole: with a parameter of each unit for i, f and o, or for i and o if coupled.
-        coupled: without a forget gate, f = 1 - i; gates i, g, o.
+        peephole: one parameter per unit for each of i, f and o, or of i and o if coupled.
+        coupled: no forget gate, f = 1 - i; gates i, g, o.
         noise: names of `NOISE`, in its order.
     """
     return _ALL[peephole, coupled, noise]
@@ -77,7 +77,7 @@ def _variant(peephole: bool, coupled: bool, noise: tuple[str, ...]) -> Cell:
         if ps:
             dc = dc + da_o * ps["o"]
         da_i = dc * (candidate - c_in if coupled else candidate) * i * (1 - i)
-        da_f = dc * c_in * f * (1 - f)  # of coupled gates a part of da_i
+        da_f = dc * c_in * f * (1 - f)  # with coupled gates a part of da_i
         da_g = dc * i * (1 - g * g) * v.get("g", 1)
         dc_in = dc * f + (dc_out * v["c"] if "c" in v else 0)
         da = [da_i, da_g, da_o] if coupled else [da_i, da_f, da_g, da_o]
@@ -124,7 +124,7 @@ def _variant(peephole: bool, coupled: bool, noise: tuple[str, ...]) -> Cell:
 
 
 def _by_gate(p: Tensor | None, gates: tuple[str, ...]) -> dict[str, Tensor]:
-    """Peepholes [K*H] by gate; none if there are none."""
+    """Peepholes [K*H] by gate; empty without peepholes."""
     return {} if p is None else dict(zip(gates, p.chunk(len(gates), dim=-1), strict=True))
 
 

@@ -1,4 +1,4 @@
-"""The plain recurrent cell of Elman 1990, as nn.RNN has it: h = tanh(a), or relu(a)."""
+"""The plain recurrent cell of Elman 1990, as in nn.RNN: h = tanh(a), or relu(a)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _rnn(
     in_place: Callable[[Tensor], Tensor],
     derivative: Callable[[Tensor], Tensor],
 ) -> Cell:
-    """derivative: that of `function`, of the value of `function`."""
+    """derivative: the derivative of `function` as a function of its value."""
 
     def step(a: Tensor, carry: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         h = function(a)

@@ -1,7 +1,7 @@
-"""What makes a cell: the affine maps it reads, the state it carries, its pointwise function and the derivative of it.
+"""`Cell`: the affine maps that a cell reads, its carry, its pointwise function and the derivative of that.
 
-Everything else about a recurrent layer (products, time steps, lengths, resets, layers, directions, dtypes) is the same
-for all cells, and asks a `Cell` for what it has to know.
+Everything else of a recurrent layer (products, time steps, lengths, resets, layers, directions, dtypes) is the same for
+all cells.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Blocks = tuple[int | None, ...]
 Step = Callable[..., tuple[Tensor, Tensor, Tensor]]
 StepBackward = Callable[..., tuple[Tensor, ...]]
 
-# What a multiplier of each name does, in the order in which a cell has them. With v the multiplier of a unit:
+# The effect of each multiplier, in the order of a cell's `noise`. v is the multiplier of a unit.
 NOISE = {
     "h": "zoneout of h: h_t = v h_{t-1} + (1 - v) m_t, for m_t the hidden state that the cell gives",
     "c": "zoneout of c: c_t = v c_{t-1} + (1 - v) c, for c the cell state that m_t is made of",
@@ -33,35 +33,34 @@ class Cell:
     """A cell of H hidden units.
 
     A weight or bias has a block of H rows for each of the G gates. The pointwise function reads M maps: a map is a
-    gate's affine map of the input, of the state that enters, or the sum of both. It keeps S values of each unit for
-    its derivative.
+    gate's affine map of the input, of the previous state, or the sum of both. It saves S values per unit for its
+    derivative.
 
     Attributes:
         name: in operators, profiles and messages; `mode` of torch's own module in lower case.
         gates: G names, in torch's order of the rows.
         maps: M names.
-        input: for each map, the gate whose affine map of the input is in it; None for none.
-        recurrent: the same of the state that enters.
+        input: for each map, the gate whose affine map of the input it includes; None for none.
+        recurrent: for each map, the gate whose affine map of the previous state it includes; None for none.
         saved: S names.
-        carry: what goes from step to step besides h and is not rounded to the dtype of x: "cell", a state of its own
-            with H numbers (c); "hidden", h itself; or None.
+        carry: the state besides h that is passed from step to step without rounding to the dtype of x: "cell", a
+            separate state c with H numbers; "hidden", h itself; or None.
         step: (a [..., M*H], carry [..., H]) -> m [..., H], the new carry, saved [..., S*H]. m is the new hidden state,
-            or what a projection makes it of. Where there is no carry, it is [..., 0].
-        activate_: a [..., M*H] becomes what is saved, S*H = M*H, in place.
-        step_backward: (saved, the carry that entered, the carry that left, dm, dcarry) -> da [..., M*H], the gradient
-            of the carry that entered, and m. dcarry is the gradient of the carry that left by all ways but m.
-        parameters: names of the parameters that each unit has one of, [K*H] together; none for most cells.
-        noise: the multipliers that a call of the layer is given, each [T, B, H] (a sequence may have one for all
-            steps), by the names of `NOISE`. Those of "h" and "r" are about the hidden state, whatever the cell, and are
-            applied around the pointwise function.
-        unread: of the maps, those that the pointwise function does not read. Their gradient is zero.
-        program: of a cell of one's own, its pointwise function for whoever generates code, or why there is none.
-        parameters_backward: (da, saved, the carry that entered, the carry that left, a dict of noise) -> the gradient
-            of the parameters [..., K*H] for each row, where it follows from these; else None.
+            or the input of the projection. Without a carry both carries are [..., 0].
+        activate_: replaces a [..., M*H] by the saved values, S*H = M*H, in place.
+        step_backward: (saved, old carry, new carry, dm, dcarry) -> da [..., M*H], the gradient of the old carry, and m.
+            dcarry is the gradient of the new carry, without the path through m.
+        parameters: names of per-unit parameters, [K*H] together; empty for most cells.
+        noise: the names in `NOISE` of the multipliers that a call of the layer takes, each [T, B, H], or [1, B, H] for
+            all steps. "h" and "r" act on the hidden state of any cell, outside of the pointwise function.
+        unread: names of the maps that the pointwise function does not read. Their gradient is zero.
+        program: the recorded pointwise function of a custom cell, for code generation; or the reason why there is none.
+        parameters_backward: (da, saved, old carry, new carry, a dict of noise) -> the gradient of the parameters
+            [..., K*H] for each row, if it follows from these; else None.
 
     A cell with parameters, or with noise "c" or "g", has a `step` and a `step_backward` with two more arguments: the
     parameters [K*H] or None, and a dict of name -> multipliers [..., H]. Its `step_backward` returns one more result:
-    the gradient of the parameters, [..., K*H] for each row, or None.
+    the gradient of the parameters per row, [..., K*H], or None.
     """
 
     name: str
@@ -82,7 +81,7 @@ class Cell:
 
     @property
     def title(self) -> str:
-        """The name of torch's own class, which is that of the module of this package as well."""
+        """The class name of the layer, in torch.nn and in this package."""
         return self.name.replace("+", "_").replace("#", "_").split("_")[0].upper()
 
     @property
@@ -95,7 +94,7 @@ class Cell:
         return self.carry == "cell"
 
     def cell_size(self, hidden_size: int) -> int:
-        """How many numbers c has: H, or 0 for a cell without."""
+        """The size of c: H, or 0 for a cell without cell state."""
         return hidden_size if self.has_cell_state else 0
 
     @property
@@ -104,14 +103,14 @@ class Cell:
         return tuple(k for k, name in enumerate(self.maps) if name not in self.unread)
 
     def maps_of(self, rows: Tensor, blocks: Blocks, dim: int = -1) -> Tensor:
-        """Affine maps [..., G*H] where the pointwise function reads them, [..., M*H]; zeros in maps that have none."""
+        """Moves affine maps [..., G*H] to the layout of the pointwise function, [..., M*H]; zeros in other maps."""
         if blocks == tuple(range(len(self.gates))):
             return rows
         each = rows.chunk(len(self.gates), dim)
         return torch.cat([torch.zeros_like(each[0]) if gate is None else each[gate] for gate in blocks], dim)
 
     def rows_of(self, da: Tensor, blocks: Blocks) -> Tensor:
-        """The inverse of `maps_of`: of gradients [..., M*H], those of the gates' affine maps, [..., G*H]."""
+        """The inverse of `maps_of`, for gradients: [..., M*H] -> [..., G*H]."""
         if blocks == tuple(range(len(self.gates))):
             return da
         each = da.chunk(len(self.maps), dim=-1)

@@ -1,5 +1,5 @@
-"""Which backend is fastest on this machine: profiles of measured times, the choice by them, the command that measures.
+"""Autotuning: profiles of measured times, backend selection from them, and the command that measures.
 
-`machine`, `profile` and `choice` lie below `fusedrnn.dispatch`, which asks them. The rest lies above the modules, which
-it measures. See docs/tuning.md.
+`fusedrnn.dispatch` imports `machine`, `profile` and `choice`. The other modules import the layers, which they measure.
+See docs/tuning.md.
 """

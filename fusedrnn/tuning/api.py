@@ -1,4 +1,4 @@
-"""fusedrnn.tune: what `python -m fusedrnn tune` does, for the layers of one model or the sizes that a program has."""
+"""fusedrnn.tune: `python -m fusedrnn tune` for the layers of one model, or for given sizes."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tuning:
-    """What came of `tune`. Printing it shows the table."""
+    """The result of `tune`. Printing it shows the table."""
 
-    path: Path  # the profile that it was added to
+    path: Path  # the profile with the measurements
     measurements: list[Measurement] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -43,21 +43,21 @@ def tune(
     seconds: float = 1.0,
     out: Path | str | None = None,
 ) -> Tuning:
-    """Verifies and measures the backends for the recurrent layers of a model, and lets `auto` know what is fastest.
+    """Verifies and measures the backends for the recurrent layers of a model; `auto` then uses the fastest.
 
-    The model is called once, in evaluation mode and without gradients, to see what its layers are called with; these
-    sizes are then measured with random numbers in a process of its own. Interrupting it keeps what was measured.
+    The model is called once, in evaluation mode and without gradients, to record the shapes of its layers' inputs;
+    these are then measured with random numbers in a separate process. An interrupt keeps the measurements made so far.
 
     Args:
-        model: any module; its nn.LSTMs and nn.LSTMCells may be converted or not.
+        model: any module; its recurrent layers and cells may be converted or not.
         example_inputs: the arguments of one call: a tuple, a mapping for keywords, or one argument.
         modes: "train" and "infer".
-        seconds: how long to sample each size in each mode, at most.
-        out: a file for the profile; by default the user's, which every later process finds.
+        seconds: maximum sampling time for each size and mode.
+        out: a file for the profile; by default the user's profile, which later processes load.
 
     Returns:
-        The measurements, and where they were saved. From now on they count in this process as well, unless they are in
-        `out`, which FUSEDRNN_PROFILE has to name.
+        The measurements and the path of their profile. This process uses them at once, unless they are in `out`, which
+        must be named by FUSEDRNN_PROFILE.
 
     Raises:
         TypeError: model is not a Module.
@@ -107,7 +107,7 @@ def _measure(
 
 
 def _called_with(model: nn.Module, example_inputs: Any) -> list[dispatch.Problem]:
-    """The problem of every call of a recurrent layer or a cell."""
+    """Records the problem of every call of a recurrent layer or cell."""
     problems: list[dispatch.Problem] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -153,14 +153,14 @@ def write_profile(
     """Verifies and measures the backends on a device, for a program that runs unattended, and writes a profile.
 
     Args:
-        path: the file; what is in it already, of the same machine and versions, is kept and not measured again.
+        path: the file; existing measurements of the same machine and versions are kept and not repeated.
         device: "cpu" or "cuda".
         keys: what to measure; by default the grid of `python -m fusedrnn tune`, the coarsest first.
-        seconds: after which nothing new is begun.
-        limit: seconds for one key, after which a backend is taken to hang.
+        seconds: time budget, after which no new measurement starts.
+        limit: timeout in seconds for one key; a backend that exceeds it counts as hanging.
 
     Returns:
-        What was measured, failures among it.
+        The measurements, including failures.
 
     Raises:
         RuntimeError: there is nothing to measure on this device, or the process that measures cannot work.

@@ -1,9 +1,9 @@
-"""The order in which backends are tried, by measured times.
+"""The order of backends for a call, from measured times.
 
-Of the measurements of the same kind (`Key.kind`) the nearest few count, the nearer the more, by how many times sizes
-differ. A backend goes before torch's own layer where it was as fast beyond the noise of the samples. Where nothing near
-has been measured a rule decides. It all follows from shapes, dtype, mode, number of threads and files: the same call in
-another process gets the same backend.
+The nearest few measurements of the same kind (`Key.kind`) count, weighted by the distance between the logarithms of
+sizes. A backend comes before torch's own layer if it was at least as fast beyond the noise of the samples. Without near
+measurements a fixed rule decides. The order depends only on shapes, dtype, mode, number of threads and files: the same
+call in another process gets the same backend.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ from ..version import __version__
 from . import machine, profile
 from .profile import AHEAD, BASELINE, Key, Measurement, Ratio, Source
 
-# How much a size counts when it is twice another.
+# Distance for a factor of 2 in each size.
 _WEIGHTS = {"T": 0.25, "B": 1.0, "I": 0.5, "H": 1.0, "L": 0.25, "D": 1.0}
 _NEIGHBOURS = 4
-_FAR = 2.0  # where the nearest measurement is farther away, nothing is known
-_ENOUGH = math.log(1.25)  # what is faster, or slower, by more than that decides no more than this would
-_SMALL = 1 << 13  # numbers in an input: the rule for what was not measured leaves less to the cpu backend
-_SMALLER = 8  # an input this many times smaller than any that torch's own won with is the cpu backend's
-_ALIKE = {"rnn_relu": "rnn_tanh"}  # where nothing near has been measured of one, what was of the other is as good
+_FAR = 2.0  # measurements farther away are ignored
+_ENOUGH = math.log(1.25)  # logarithms of ratios are clamped to this
+_SMALL = 1 << 13  # the rule sends inputs with fewer elements to the cpu backend
+_SMALLER = 8  # inputs smaller by this factor than any that torch's own layer won with go to the cpu backend
+_ALIKE = {"rnn_relu": "rnn_tanh"}  # cell -> cell whose measurements stand in for missing ones
 
 
 class Choice(NamedTuple):
-    """The order for one call, and why."""
+    """The order for one call, and the reason."""
 
-    order: tuple[str, ...]  # all backends, the first that supports the call computes it
-    ratios: dict[str, Ratio]  # what is expected of each backend that was measured near
+    order: tuple[str, ...]  # all backends; the first that supports the call runs it
+    ratios: dict[str, Ratio]  # the expected ratio of each backend with near measurements
     reason: str  # one line
 
 
 class Known(NamedTuple):
-    """A measurement, and the profile that it is in."""
+    """A measurement and its profile."""
 
     measurement: Measurement
     source: Source
 
 
 class Table:
-    """All that is known of one device and number of threads."""
+    """All measurements for one device and number of threads."""
 
     def __init__(self, here: machine.Machine, threads: int | None) -> None:
         versions = {"fusedrnn": __version__, "torch": torch.__version__}
@@ -57,14 +57,14 @@ class Table:
         self.machine, self.sources, self.ignored = here, sources, ignored
         self._kinds: dict[tuple[object, ...], dict[Key, Known]] = {}
         self._smalls: dict[tuple[str, str, bool, bool], int] = {}
-        self._verdicts: dict[tuple[str, str], dict[str, str | None]] = {}  # (cell, dtype) -> backend -> what is wrong
+        self._verdicts: dict[tuple[str, str], dict[str, str | None]] = {}  # (cell, dtype) -> backend -> failure
         for source in self.sources:
             for key, measurement in source.profile.measurements.items():
                 self._kinds.setdefault(key.kind, {}).setdefault(key, Known(measurement, source))
             self._judge(source)
 
     def _judge(self, source: Source) -> None:
-        """One failure, and a backend is not trusted with a dtype. Of two profiles the one that counts more says so."""
+        """One failure disables a backend for a cell and dtype. The profile of higher precedence decides."""
         verdicts: dict[tuple[str, str], dict[str, str | None]] = {}
         for key, measurement in source.profile.measurements.items():
             verdict = verdicts.setdefault((key.cell, key.dtype), {})
@@ -76,12 +76,12 @@ class Table:
             self._verdicts[about] = verdict | self._verdicts.get(about, {})
 
     def verdict(self, name: str, dtype: str, cell: str = "lstm") -> tuple[bool, str | None]:
-        """Whether a backend was ever verified or found wrong in a dtype, and what was wrong."""
+        """Whether there is a verdict on a backend in a dtype, and its failure or None."""
         verdict = self._verdicts.get((cell, dtype), {})
         return name in verdict, verdict.get(name)
 
     def choose(self, key: Key, names: Sequence[str]) -> Choice:
-        """The order for a call, of all the names; what was found wrong comes last."""
+        """The order of all names for a call; failed backends come last."""
         choice = self._choose(key, names)
         wrong = [name for name in names if self.verdict(name, key.dtype, key.cell)[1] is not None]
         return choice._replace(order=(*(name for name in choice.order if name not in wrong), *wrong))
@@ -102,9 +102,9 @@ class Table:
         return Choice((*order, *(name for name in names if name not in order)), ratios, _described(near))
 
     def small(self, cell: str, dtype: str, train: bool, step: bool) -> int:
-        """Up to how many numbers of an input the cpu backend is the choice, whatever else there is to ask.
+        """The input size in elements up to which the cpu backend is always the choice.
 
-        The same for every number of threads, because all profiles count alike here.
+        It does not depend on the number of threads: all profiles have the same weight here.
 
         Args:
             cell, dtype, train, step: as in `Key`.
@@ -128,7 +128,7 @@ class Table:
         return limit
 
     def overall(self, dtype: str, names: Sequence[str], cell: str = "lstm") -> tuple[str, ...]:
-        """The order for calls of any shape: by the mean over all that was measured in a dtype."""
+        """The order for calls of any shape: by the mean over all measurements in a dtype."""
         logs: dict[str, list[float]] = {BASELINE: [0.0]}
         for known in self._kinds.values():
             for key, (measurement, _) in known.items():
@@ -139,7 +139,7 @@ class Table:
         return (*ranked, *(name for name in names if name not in ranked))
 
     def _near(self, key: Key) -> list[tuple[float, Known]]:
-        """Weight and measurement of the nearest few, the nearest first; none where that is too far away."""
+        """Weights and measurements of the nearest few, nearest first; empty if all are too far away."""
         near = self._nearest(key)
         return self._nearest(key._replace(cell=_ALIKE[key.cell])) if not near and key.cell in _ALIKE else near
 
@@ -159,12 +159,12 @@ _ADVICE = "python -m fusedrnn tune measures"
 
 @lru_cache(maxsize=8192)
 def _place(key: Key) -> tuple[float, ...]:
-    """Where a key lies among others of its kind."""
+    """The coordinates of a key, for distances to others of its kind."""
     return tuple(weight * math.log2(getattr(key, name)) for name, weight in _WEIGHTS.items())
 
 
 def _expected(near: Sequence[tuple[float, Known]]) -> dict[str, Ratio]:
-    """The weighted means of every backend that is in the measurements."""
+    """The weighted mean ratios of every backend in the measurements."""
     expected = {}
     for name in dict.fromkeys(name for _, known in near for name in known.measurement.ratios):
         found = [(weight, known.measurement.ratios[name]) for weight, known in near if name in known.measurement.ratios]
@@ -175,7 +175,7 @@ def _expected(near: Sequence[tuple[float, Known]]) -> dict[str, Ratio]:
 
 
 def _leads(name: str, near: Sequence[tuple[float, Known]]) -> bool:
-    """Whether a backend is as fast as torch's own beyond the noise; where a neighbour lacks it, it is slow there."""
+    """Whether a backend beats torch's own beyond the noise; a neighbour without it counts as slow."""
     lead = 0.0
     for weight, (measurement, _) in near:
         ratio = measurement.ratios.get(name)
@@ -192,11 +192,10 @@ def _first(name: str, names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _by_rule(key: Key, here: machine.Machine, names: Sequence[str]) -> tuple[str, ...]:
-    """Where nothing is known. On a GPU: torch's own, then what has been verified.
+    """The order without near measurements. On a GPU: torch's own, then verified backends.
 
-    On a CPU our kernels, but for float32 in two cases. In training with a batch, on processors with vectors of 512
-    bits: on those that were measured they are between 0.83 and 1.3 times as fast as torch's own. And in an LSTMCell of
-    many units: 0.67 to 0.89 times.
+    On a CPU our kernels, except for float32 in two cases: batched training on processors with AVX-512, where our
+    kernels measured 0.83 to 1.3 times the speed of torch's own, and large LSTMCells, 0.67 to 0.89 times.
     """
     if here.device != "cpu":
         return _first(BASELINE, names)
@@ -215,14 +214,14 @@ def _described(near: Sequence[tuple[float, Known]]) -> str:
 
 # The tables of this process.
 
-reads = 0  # how often `forget` was called, for those who remember choices
+reads = 0  # how often `forget` was called: part of the keys of caches of choices
 # The least `Table.small` of all dtypes, by cell, train and step, once a table of the CPU has been read.
 _UNREAD = dict.fromkeys(CELLS, ((-1, -1), (-1, -1)))
 small = _UNREAD
 
 
 def which(device: str) -> int | None:
-    """What else a table depends on: the number of threads of a CPU, the index of a GPU."""
+    """The second key of a table: the number of threads of a CPU, the index of a GPU."""
     if device == "cuda":
         return torch.cuda.current_device()
     return torch.get_num_threads()
@@ -230,7 +229,7 @@ def which(device: str) -> int | None:
 
 @lru_cache(maxsize=64)
 def table(device: str, which: int | None) -> Table:
-    """What is known of the device of this type, "cpu" or "cuda"; read from files when it is first asked for."""
+    """The table of a device type, "cpu" or "cuda"; read from files at the first call."""
     global small
     made = Table(machine.here(device), which if device == "cpu" else None)
     if device == "cpu":
@@ -250,12 +249,12 @@ def table(device: str, which: int | None) -> Table:
 
 @lru_cache(maxsize=8192)
 def choose(device: str, which: int | None, key: Key, names: tuple[str, ...]) -> Choice:
-    """`Table.choose`, remembered."""
+    """`Table.choose`, cached."""
     return table(device, which).choose(key, names)
 
 
 def forget() -> None:
-    """Reads all profiles again when they are next needed, and FUSEDRNN_PROFILE with them."""
+    """Clears all tables: the next call reads FUSEDRNN_PROFILE and the profiles again."""
     global small, reads
     table.cache_clear()
     choose.cache_clear()

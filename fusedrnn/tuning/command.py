@@ -22,14 +22,14 @@ _QUICK_SECONDS = 40.0
 
 
 def main(argv: Sequence[str]) -> int:
-    """Verifies and measures the backends on this machine, and saves a profile that calls find.
+    """Verifies and measures the backends on this machine, and saves a profile for later calls.
 
     Args:
-        argv: what follows `tune`.
+        argv: the arguments after `tune`.
 
     Returns:
-        The exit status: 0; 1 if a backend failed, or nothing could be measured; 130 after Ctrl-C, with everything
-        that was measured kept.
+        The exit status: 0; 1 if a backend failed, or nothing could be measured; 130 after Ctrl-C, which keeps the
+        measurements made so far.
 
     Raises:
         SystemExit: with status 2 for arguments that are wrong, with status 0 after --help.

@@ -1,4 +1,4 @@
-"""What `python -m fusedrnn tune` measures where it is not told: the grid of sizes."""
+"""The default grid of sizes of `python -m fusedrnn tune`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from .profile import Key
 
-DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "tf32", "float16")}  # of each device, the usual ones
+DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "tf32", "float16")}  # the defaults of each device
 
 # T, B, I, H, L, D, the coarsest first: a run that is cut off has something of everything.
 _COARSE = [(64, B, H, H) for H in (128, 512) for B in (1, 16, 64)]
@@ -34,7 +34,7 @@ CELLS = ("lstm", "gru", "rnn_tanh")
 
 
 def standard(device: str, dtypes: list[str], cell: str = "lstm") -> list[Key]:
-    """Everything for a cell; on a GPU larger batches as well. Of other cells than the LSTM layers alone, and fewer."""
+    """All keys for a cell; on a GPU also larger batches. Cells other than the LSTM: layers only, and fewer sizes."""
     if cell != "lstm":
         few = [*_COARSE, *_STEPS[::3], *((64, B, H, H) for H in (256, 1024) for B in (1, 16, 64)), *_OPTIONS[:2]]
         return shapes(few, dtypes, cell=cell)
@@ -48,14 +48,14 @@ def standard(device: str, dtypes: list[str], cell: str = "lstm") -> list[Key]:
 
 
 def quick(dtypes: list[str], cell: str = "lstm") -> list[Key]:
-    """A few sizes from all over it."""
+    """A few sizes spread over the grid."""
     return shapes([(1, 1, 128, 128), *_COARSE, (64, 32, 256, 256), (64, 8, 256, 256)], dtypes, cell=cell)
 
 
 def shapes(sizes: Iterable[tuple[int, ...]], dtypes: list[str], **flags: Any) -> list[Key]:
     """Keys for sizes T, B, I, H and, unless they are 1, L and D, each once.
 
-    Training and inference stand next to each other, because they share what they are checked with.
+    Training and inference of a size are adjacent, because they share the results that they are checked against.
     """
     return list(dict.fromkeys(_keys(sizes, dtypes, flags)))
 

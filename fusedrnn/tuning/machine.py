@@ -1,4 +1,4 @@
-"""What tells one machine from another, as far as a profile of measured times is concerned."""
+"""The identity of a machine in profiles of measured times."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ _VENDORS = {"GenuineIntel": "intel", "AuthenticAMD": "amd"}
 
 @dataclass(frozen=True)
 class Machine:
-    """A CPU, or a GPU, and the class of those that are expected to behave alike."""
+    """A CPU or a GPU, and its class: devices that are expected to perform alike."""
 
     device: str  # a device type, "cpu" or "cuda"
     family: (
         str  # the class: vendor and instruction set of a CPU ("intel-amx"), the card of a GPU ("nvidia-h100-80gb-hbm3")
     )
-    model: str  # more exactly: a CPU's family and model number as well ("intel-amx-6-207")
-    name: str  # as the maker calls it
+    model: str  # the class with a CPU's family and model number ("intel-amx-6-207")
+    name: str  # the vendor's name
 
 
 def here(device: str) -> Machine:
     """The machine of this process; of "cuda" the current GPU.
 
-    The instruction set of a CPU is the one that the `cpu` backend computes with, so FUSEDRNN_CPU_ISA changes the class.
+    The instruction set of a CPU is that of the `cpu` backend, so FUSEDRNN_CPU_ISA changes the class.
     """
     if device == "cuda":
         name = torch.cuda.get_device_name()
@@ -49,22 +49,22 @@ def _cpu(_: str) -> Machine:
 
 
 def instruction_set() -> str | None:
-    """The one that the cpu backend computes with; None where it is not available."""
+    """The instruction set of the cpu backend; None if it is not available."""
     if ops.cpu_unavailable is not None:
         return None
     try:
         return torch.ops.fusedrnn.cpu_isa(None)
-    except RuntimeError:  # one was asked for in the environment that there is not
+    except RuntimeError:  # FUSEDRNN_CPU_ISA names one that is not available
         return None
 
 
 def slug(name: str) -> str:
-    """A name as it can stand in that of a file."""
+    """A name with characters that are safe in file names."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "unknown"
 
 
 def _cpuinfo() -> dict[str, str]:
-    """What Linux tells of the first processor; nothing elsewhere."""
+    """/proc/cpuinfo of the first processor; empty if not on Linux."""
     try:
         first, _, _ = Path("/proc/cpuinfo").read_text().partition("\n\n")
     except OSError:

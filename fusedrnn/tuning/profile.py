@@ -1,7 +1,7 @@
-"""Profiles: measured times of every backend and of torch's own layer on one device. The format, and where they lie.
+"""Profiles: measured times of every backend and of torch's own layer on one device. Format and locations.
 
-A profile is a JSON file, one measurement a line; docs/tuning.md describes it. Whatever is wrong with a file is a
-`ProfileError` with a reason, which `find` keeps for `explain` and `info`: no file can make an import or a call fail.
+A profile is a JSON file, one measurement a line; docs/tuning.md describes it. An invalid file is a `ProfileError` with
+a reason, which `find` returns for `explain` and `info`: no file can make an import or a call fail.
 """
 
 from __future__ import annotations
@@ -19,39 +19,38 @@ from .machine import Machine
 
 FORMAT = "fusedrnn profile"
 VERSION = 1
-PROFILE_VARIABLE = "FUSEDRNN_PROFILE"  # "none", or files, separated as those of PATH are
+PROFILE_VARIABLE = "FUSEDRNN_PROFILE"  # "none", or files, separated as in PATH
 CACHE_VARIABLE = "FUSEDRNN_CACHE_DIR"
 SHIPPED = Path(__file__).with_name("profiles")
-BASELINE = "aten"  # torch's own layer, which the times of the others are compared with
-AHEAD = 1.03  # what a ratio has to be at the least: two runs differ by more than the noise within one
+BASELINE = "aten"  # torch's own layer
+AHEAD = 1.03  # least ratio that counts as faster: two runs differ by more than the noise within one
 _SIZES = ("T", "B", "I", "H", "L", "D")
 
 
 class Key(NamedTuple):
-    """What was measured, or is asked about."""
+    """One problem: what a measurement is of, or what a call needs."""
 
     dtype: str  # "float32", "bfloat16", ...; on a GPU "tf32" for float32 whose products are in TensorFloat-32
-    train: bool  # forward and backward; otherwise inference
+    train: bool  # forward and backward; False: inference
     T: int
     B: int
     I: int
     H: int
     L: int = 1
     D: int = 1
-    step: bool = False  # an LSTMCell, whose T is 1
-    packed: bool = False  # a PackedSequence of sequences that are not all as long
+    step: bool = False  # a cell module such as LSTMCell; T is 1
+    packed: bool = False  # a PackedSequence with sequences of different lengths
     projected: bool = False
     cell: str = "lstm"
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        """What has to be the same in two keys for one to say something about the other. A single time step is a kind
-        of its own."""
+        """The part that must be equal for two keys to be comparable. A single time step is a separate kind."""
         return self.cell, self.dtype, self.train, self.step, self.packed, self.projected, self.T == 1
 
     @property
     def label(self) -> str:
-        """For people: the cell if it is no LSTM, sizes, and what is not plain."""
+        """Human-readable: the cell unless LSTM, sizes, and options that are not the default."""
         parts = [] if self.cell == "lstm" else [self.cell]
         parts += [f"{name} {getattr(self, name)}" for name in _SIZES[:4]]
         parts += [f"{self.L} layers"] if self.L > 1 else []
@@ -64,7 +63,7 @@ class Key(NamedTuple):
 class Ratio(NamedTuple):
     """The time of torch's own layer over that of a backend: above 1 the backend is faster."""
 
-    low: float  # of the interval that the median is in, by the noise of the samples
+    low: float  # lower end of the confidence interval of the median
     median: float
 
     @property
@@ -75,20 +74,20 @@ class Ratio(NamedTuple):
 
 @dataclass(frozen=True)
 class Measurement:
-    """What came of one key."""
+    """The result for one key."""
 
     key: Key
-    ms: dict[str, float] = field(default_factory=dict)  # backend -> the median time of a call; of torch's own as well
+    ms: dict[str, float] = field(default_factory=dict)  # backend -> the median time of a call; includes torch's own
     ratios: dict[str, Ratio] = field(
         default_factory=dict
     )  # backend -> the median of the ratios of neighbouring samples
-    failures: dict[str, str] = field(default_factory=dict)  # backend -> how it was wrong, raised, crashed or hung
+    failures: dict[str, str] = field(default_factory=dict)  # backend -> wrong result, error, crash or hang
     samples: int = 0
 
 
 @dataclass(frozen=True)
 class Profile:
-    """The measurements of one device, of which the last one of a key counts."""
+    """The measurements of one device; the last one of a key counts."""
 
     machine: Machine
     threads: int | None  # torch's, on a CPU
@@ -96,23 +95,23 @@ class Profile:
     measurements: dict[Key, Measurement] = field(default_factory=dict)
 
     def with_added(self, more: Iterable[Measurement]) -> Profile:
-        """The same profile and more measurements, which replace those of their keys."""
+        """A copy with more measurements, which replace those of the same keys."""
         merged = self.measurements | {m.key: m for m in more}
         return Profile(self.machine, self.threads, self.provenance, merged)
 
 
 class ProfileError(ValueError):
-    """A file is no profile, or not one for here; the message says why."""
+    """A file is not a profile, or not one for this machine; the message says why."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A profile and where it comes from."""
+    """A profile and its origin."""
 
     profile: Profile
     path: Path
     origin: str  # "pinned", "own" or "shipped"
-    note: str = ""  # what does not quite fit: another thread count, another torch
+    note: str = ""  # differences: another thread count, another torch
 
     def __str__(self) -> str:
         what = {"pinned": "the profile given", "own": "measured on this machine", "shipped": "shipped with fusedrnn"}
@@ -129,7 +128,7 @@ def load(path: Path) -> Profile:
     """Reads a profile.
 
     Raises:
-        ProfileError: the file cannot be read, is damaged, is something else, or of a version this code does not know.
+        ProfileError: the file cannot be read, is damaged, is not a profile, or has an unknown version.
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -155,7 +154,7 @@ def load(path: Path) -> Profile:
 
 
 def save(profile: Profile, path: Path) -> None:
-    """Writes a profile, whole or not at all.
+    """Writes a profile atomically.
 
     Raises:
         OSError: it cannot be written.
@@ -184,7 +183,7 @@ def _order(measurement: Measurement) -> tuple[Any, ...]:
 
 
 def to_line(measurement: Measurement) -> dict[str, Any]:
-    """A measurement as it stands in a profile."""
+    """A measurement as a JSON object of a profile."""
     key = measurement.key
     line: dict[str, Any] = {"cell": key.cell, "dtype": key.dtype, "mode": "train" if key.train else "infer"}
     line |= {name: True for name in ("step", "packed", "projected") if getattr(key, name)}
@@ -199,7 +198,7 @@ def _rounded(value: float) -> float:
 
 
 def from_line(line: dict[str, Any]) -> Measurement:
-    """The inverse of `to_line`; raises KeyError, TypeError, ValueError or AttributeError if it is none."""
+    """The inverse of `to_line`; raises KeyError, TypeError, ValueError or AttributeError for an invalid line."""
     if line["mode"] not in ("train", "infer"):
         raise ValueError(f"mode {line['mode']!r}")
     flags = {name: bool(line.get(name, False)) for name in ("step", "packed", "projected")}
@@ -226,11 +225,11 @@ def _positive(value: Any) -> float:
     return float(value)
 
 
-# Places.
+# Locations.
 
 
 def cache_folder() -> Path:
-    """Where this user's profiles are: `profiles` in $FUSEDRNN_CACHE_DIR, or in what the platform has for caches."""
+    """The folder of the user's profiles: `profiles` in $FUSEDRNN_CACHE_DIR, or in the platform's cache folder."""
     if os.environ.get(CACHE_VARIABLE):
         return Path(os.environ[CACHE_VARIABLE]) / "profiles"
     if sys.platform == "win32":
@@ -243,19 +242,19 @@ def cache_folder() -> Path:
 
 
 def file_name(machine: Machine, threads: int | None) -> str:
-    """What the profile of a machine is called in the cache folder."""
+    """The file name of a machine's profile in the cache folder."""
     return f"{machine.model}{'' if threads is None else f'-{threads}-threads'}.json"
 
 
 def find(machine: Machine, threads: int | None, versions: dict[str, str]) -> tuple[list[Source], dict[str, str]]:
-    """The profiles that hold here, those that count most first, and for each file that had to be ignored the reason.
+    """The profiles for a machine by precedence, and for each ignored file the reason.
 
-    With FUSEDRNN_PROFILE they are the files that it names, whatever machine they were measured on, or none. Otherwise
-    they are the user's own of this model of machine and this version of fusedrnn, and the shipped ones of its class.
-    Among these the number of threads decides: the nearest first, the user's own first where two are as near.
+    With FUSEDRNN_PROFILE these are the files that it names, from any machine, or none. Otherwise they are the user's
+    own for this model of machine and this version of fusedrnn, and the shipped ones of its class, ordered by the
+    distance of their number of threads, at equal distance the user's own first.
 
     Args:
-        machine: the one to compute on.
+        machine: the machine of this process.
         threads: torch's number of threads, on a CPU.
         versions: of "fusedrnn" and "torch".
     """
@@ -282,7 +281,7 @@ def find(machine: Machine, threads: int | None, versions: dict[str, str]) -> tup
 def _listed(folder: Any) -> list[Path]:
     try:
         return sorted((folder() if callable(folder) else folder).glob("*.json"))
-    except (OSError, RuntimeError):  # it may not be read; or there is no home
+    except (OSError, RuntimeError):  # not readable, or there is no home directory
         return []
 
 
@@ -293,7 +292,7 @@ def _is_for(profile: Profile, origin: str, machine: Machine) -> bool:
 
 
 def _check_version(profile: Profile, origin: str, version: str) -> None:
-    """Other kernels are neither as fast, nor have they been verified."""
+    """Rejects the user's profile of another version of fusedrnn: its times and verdicts do not apply."""
     measured = profile.provenance.get("fusedrnn")
     if origin == "own" and measured != version:
         raise ProfileError(
@@ -313,5 +312,5 @@ def _note(profile: Profile, origin: str, machine: Machine, threads: int | None, 
 
 
 def _apart(one: int | None, other: int | None) -> float:
-    """How many times one number of threads is the other, as a logarithm."""
+    """The absolute logarithm of the ratio of two numbers of threads."""
     return abs(math.log(one / other)) if one and other else 0.0

@@ -1,4 +1,4 @@
-"""Who wins where, and by how much: the table at the end of a run."""
+"""The table at the end of a run: the fastest backend for each size, and its ratio."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Iterable
 
 from .profile import AHEAD, BASELINE, Key, Measurement, Ratio
 
-_MOST_ROWS = 60  # of single measurements; of more there is a summary
+_MOST_ROWS = 60  # above this, rows are groups of measurements
 
 
 def winner(measurement: Measurement) -> str:
-    """The backend that a call exactly like this one gets."""
+    """The backend that a call with exactly this key runs on."""
     ahead = {name: ratio.median for name, ratio in measurement.ratios.items() if ratio.low >= AHEAD}
     return max(ahead, key=lambda name: ahead[name]) if ahead else BASELINE
 
 
 def table(measurements: Iterable[Measurement]) -> list[str]:
-    """A line for each measurement, or for each group of them where there are many; then the failures, and a count."""
+    """A line for each measurement, or for each group if there are many; then the failures and a count."""
     found = list(measurements)
     timed = [m for m in found if m.ms]
     lines = _aligned(_single(timed) if len(timed) <= _MOST_ROWS else _grouped(timed)) if timed else []

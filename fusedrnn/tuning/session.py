@@ -1,4 +1,4 @@
-"""Measuring in a worker process with a time limit, and what becomes of one that hangs or crashes."""
+"""Measures in a worker process with a timeout, and handles hangs and crashes of it."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ WORKER = (sys.executable, "-m", "fusedrnn.tuning.worker")
 
 @dataclass(frozen=True)
 class Settings:
-    """How to measure."""
+    """Sampling parameters."""
 
-    rounds: int = 12  # samples of each backend, at most
-    budget: float = 1.0  # seconds for a key: when they are over, five rounds have to do
-    limit: float = 180.0  # seconds that checking and timing one key may take: what takes longer hangs
+    rounds: int = 12  # maximum samples of each backend
+    budget: float = 1.0  # seconds for a key: after these, five rounds suffice
+    limit: float = 180.0  # timeout in seconds for checking and timing one key
     command: Sequence[str] = WORKER
 
 
 class LostError(Exception):
-    """The worker is gone; `backend` was at work, "" if none was."""
+    """The worker crashed or hung while running `backend`, "" if none."""
 
     def __init__(self, backend: str, reason: str) -> None:
         super().__init__(reason)
@@ -43,7 +43,7 @@ class LostError(Exception):
 
 
 class Worker:
-    """A process that answers one question at a time."""
+    """A worker process that runs one job at a time."""
 
     def __init__(self, setup: dict[str, Any], command: Sequence[str]) -> None:
         handle, name = tempfile.mkstemp(prefix="fusedrnn-tune-")
@@ -59,7 +59,7 @@ class Worker:
             stderr=self._errors,
             env=environment,
             encoding="utf-8",
-            start_new_session=True,  # Ctrl-C is for the process that can say what was measured
+            start_new_session=True,  # Ctrl-C goes to the parent only
         )
         self._answers: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._listen, daemon=True).start()
@@ -77,13 +77,13 @@ class Worker:
             self._process.stdin.write(json.dumps(line) + "\n")
             self._process.stdin.flush()
         except OSError:
-            pass  # it is gone, and `ask` will see that there is no answer
+            pass  # it has exited; `ask` handles the missing answer
 
     def ask(self, job: dict[str, Any], limit: float) -> Measurement:
         """The answer to a job.
 
         Raises:
-            LostError: there was none within `limit` seconds, or the process ended.
+            LostError: no answer within `limit` seconds, or the process ended.
         """
         self._send(job)
         try:
@@ -97,7 +97,7 @@ class Worker:
         at_work = self._at_work()
         try:
             code = self._process.wait(timeout=10.0)
-        except subprocess.TimeoutExpired:  # it answers no more, and goes on
+        except subprocess.TimeoutExpired:  # it closed its output but still runs
             self._process.kill()
             code = self._process.wait()
         told = self._last_words()
@@ -114,7 +114,7 @@ class Worker:
         return lines[-1].strip() if lines else ""
 
     def close(self) -> None:
-        """Ends the process, whatever it does."""
+        """Kills the process."""
         self._process.kill()
         self._process.wait()
         for stream in (self._process.stdin, self._errors):
@@ -122,7 +122,7 @@ class Worker:
                 if stream is not None:
                     stream.close()
             except OSError:
-                pass  # what was not yet sent to a process that is gone
+                pass  # unsent data for an ended process
         self._state.unlink(missing_ok=True)
 
 
@@ -134,17 +134,18 @@ def measure(
     settings: Settings | None = None,
     until: float | None = None,
 ) -> None:
-    """Verifies and measures each key, in processes of their own.
+    """Verifies and measures each key in worker processes.
 
-    A backend that hangs, crashes, raises or is wrong is left out for the rest of its cell and dtype; `keep` is told.
+    A backend that hangs, crashes, raises or is wrong is skipped for the rest of its cell and dtype; the failure is part
+    of the measurement.
 
     Args:
         keys: what to measure, in this order.
         device: "cpu" or "cuda".
-        backends: names of backends with kernels, to be measured against torch's own layer.
-        keep: is given each measurement as it comes.
-        settings: how.
-        until: a time of `time.monotonic()` after which none is begun.
+        backends: names of backends with kernels, to be compared with torch's own layer.
+        keep: called with each measurement.
+        settings: sampling parameters.
+        until: a time of `time.monotonic()` after which no measurement starts.
     """
     how = settings or Settings()
     setup = {
@@ -177,7 +178,7 @@ def measure(
                         lost[error.backend] = str(error)
                         bad[about].add(error.backend)
                         continue
-                    if error.backend != BASELINE:  # it did not even begin
+                    if error.backend != BASELINE:  # "" if it crashed before it started
                         raise RuntimeError(f"the process that measures cannot work: {error}") from None
                     if lost:
                         keep(Measurement(key, failures=lost))
@@ -201,16 +202,16 @@ def new_profile(device: str) -> Profile:
 
 
 class Keeper:
-    """A profile in a file that grows with each measurement, so that nothing is lost."""
+    """A profile in a file that is rewritten after each measurement."""
 
     def __init__(self, device: str, path: Path | None = None) -> None:
-        """Goes on with the file, if it is of the same machine, number of threads, fusedrnn and torch; else anew.
+        """Continues the file if machine, number of threads, fusedrnn and torch are the same; otherwise starts anew.
 
         Args:
             device: "cpu" or "cuda".
-            path: by default the one in the user's cache folder that calls then find.
+            path: by default the file in the user's cache folder.
         """
-        self.made: list[Measurement] = []  # what came since
+        self.made: list[Measurement] = []  # the measurements of this run
         self.profile = new_profile(device)
         name = profile.file_name(self.profile.machine, self.profile.threads)
         self.path = profile.cache_folder() / name if path is None else path
@@ -223,7 +224,7 @@ class Keeper:
             self.profile = self.profile.with_added(before.measurements.values())
 
     def keep(self, measurement: Measurement) -> None:
-        """Adds a measurement, unless nothing came of it, and writes the file."""
+        """Adds a measurement, unless it is empty, and writes the file."""
         if measurement.ms or measurement.failures:
             self.made.append(measurement)
             self.profile = self.profile.with_added([measurement])

@@ -1,7 +1,7 @@
 """The process that verifies and measures: `python -m fusedrnn.tuning.worker STATE`, started by `session`.
 
-It reads a line of JSON that says how, then one for each key that is to be measured, and answers each with a line. In
-the file STATE stands the backend that is at work, so that whoever started it knows which one hung or crashed.
+It reads a line of JSON with the settings, then one line for each key, and answers each with a line. It writes the name
+of the running backend to the file STATE, so that `session` knows which one hung or crashed.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from ..benchmarks.contender import OURS, Contender
 from .profile import BASELINE, Key, Measurement, Ratio, from_line, to_line
 
 STATE_BYTES = 32
-_MOST_TURNS = 3  # as often as that is all of it sampled, where the noise leaves open who is faster
+_MOST_TURNS = 3  # sampling repeats up to this often while the noise leaves the order open
 
 
 def main() -> None:
-    """Answers until there is no line any more."""
+    """Answers jobs until the end of the input."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print is not an answer
+    os.dup2(2, 1)  # output of libraries must not mix with answers
     setup = json.loads(sys.stdin.readline())
     if setup["threads"] is not None:
         torch.set_num_threads(setup["threads"])
@@ -53,7 +53,7 @@ def main() -> None:
         at_work("")
         _answer(answers, measurement)
         if setup["device"] != "cpu" and measurement.failures:
-            return  # a fault may have taken the device's context with it: the next process has a new one
+            return  # a fault may have corrupted the device context: continue in a new process
 
 
 def _answer(answers: TextIO, measurement: Measurement) -> None:
@@ -64,18 +64,18 @@ def _answer(answers: TextIO, measurement: Measurement) -> None:
 def measure(
     key: Key, device: str, backends: list[str], settings: run.Settings, at_work: Callable[[str], None]
 ) -> Measurement:
-    """Checks each backend and torch's own layer, and times in turns those that are right.
+    """Checks each backend and torch's own layer, and times the correct ones, interleaved.
 
     Args:
         key: what to measure.
         device: "cpu" or "cuda".
         backends: names of `dispatch.TABLE`.
-        settings: rounds, and seconds for them; three times as much where the noise leaves open who is faster.
-        at_work: is told the backend, before it computes.
+        settings: rounds, and seconds for them; three times as much while the noise leaves the order open.
+        at_work: called with the name of a backend before it runs.
 
     Returns:
-        Without times where torch's own layer has none, or no backend. What a backend does not support, or has no memory
-        for, is left out; what is wrong or raises is among the failures.
+        A measurement, without times if torch's own layer or all backends have none. Backends that do not support the
+        key, or run out of memory, are omitted; wrong results and errors are among the failures.
     """
     lanes, failures = dict[str, timing.Lane](), dict[str, str]()
     cell = _cell(key, device)
@@ -110,10 +110,10 @@ def _ratios(lanes: dict[str, timing.Lane]) -> dict[str, Ratio]:
 
 
 def ratio(base: list[float], other: list[float]) -> Ratio:
-    """The median of the ratios of samples that were taken next to each other, and its lower bound by their noise.
+    """The median of the ratios of adjacent samples, and its lower confidence bound.
 
-    The bound is the notch of a box plot, 1.57 times the interquartile range over the root of their number: medians of
-    which one is outside of the other's notch differ with 95 % confidence (McGill, Tukey and Larsen, 1978).
+    The bound is the notch of a box plot, 1.57 times the interquartile range over the root of the sample count: medians
+    with disjoint notches differ with 95 % confidence (McGill, Tukey and Larsen, 1978).
     """
     logs = [math.log(b / o) for b, o in zip(base, other, strict=True)]
     if len(logs) < 2:
@@ -142,7 +142,7 @@ def _cell(key: Key, device: str) -> Cell:
 
 
 def _contenders(key: Key, backends: list[str]) -> list[tuple[str, Contender]]:
-    """torch's own layer first, by the name of the backend that it is."""
+    """The contenders by backend name, torch's own layer first."""
     found = [c for c in contenders.entered(backends, [], key.cell) if c.unavailable is None]
     named = [(BASELINE if not c.name.startswith(OURS) else c.name.removeprefix(OURS), c) for c in found]
     if not key.step:
@@ -150,7 +150,7 @@ def _contenders(key: Key, backends: list[str]) -> list[tuple[str, Contender]]:
     return [(name, _of_a_step(c, key, name == BASELINE)) for name, c in named]
 
 
-# Layer, torch's module for one time step, and ours.
+# Cell -> layer class, torch's cell class, our cell class.
 _STEPS: dict[str, tuple[type[nn.RNNBase], type[nn.RNNCellBase], type[nn.RNNCellBase]]] = {
     "lstm": (nn.LSTM, nn.LSTMCell, module.LSTMCell),
     "gru": (nn.GRU, nn.GRUCell, module.GRUCell),
@@ -160,7 +160,7 @@ _STEPS: dict[str, tuple[type[nn.RNNBase], type[nn.RNNCellBase], type[nn.RNNCellB
 
 
 def _of_a_step(contender: Contender, key: Key, is_torchs: bool) -> Contender:
-    """A contender that computes one time step by the module for that, checked as a layer."""
+    """A contender that runs one time step by a cell module, checked like a layer."""
     layer, torchs, ours = _STEPS[key.cell]
     step: Any = partial(torchs if is_torchs else ours, **_options(key.cell))
 
@@ -203,7 +203,7 @@ def _step_work(
 
 
 def supported(device: str) -> list[str]:
-    """The backends of ours with kernels that can compute on a device, whatever has been verified of them."""
+    """Our backends with kernels for a device, verified or not."""
     return [
         name
         for name, reason in dispatch.backends().items()
@@ -213,7 +213,7 @@ def supported(device: str) -> list[str]:
 
 def _computes_on(name: str, device: str) -> bool:
     smallest = dispatch.Problem(device, torch.float32, T=1, B=1, I=1, H=1, P=1, D=1)
-    with dispatch.use_backend(name):  # some run only where they are asked for
+    with dispatch.use_backend(name):  # some run only when requested by name
         return dispatch.supports(name, smallest) is None
 
 
