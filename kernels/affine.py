@@ -1,13 +1,13 @@
-"""The product of states with a weight, of which this program owns some columns, in float32.
+"""The product of the states with a program's columns of a weight, in float32.
 
     acc[b, n] = sum_k s[b, k] * w[k, n]        element (k, n) of the weight lies at w + o_n[n] + k * stride_k
 
-K is cut into chunks of CHUNK. RESIDENT chunks of the weight are loaded once, by `load_weights`, before the loop over
-time: as operands of every step's product they stay on the chip, where the compiler keeps them in shared memory. What is
-STREAMED comes from L2 at every step, behind the arithmetic. The planner chooses the one for all chunks, or the other.
+K is split into chunks of CHUNK. RESIDENT chunks of the weight are loaded once, by `load_weights`, before the loop over
+time, and stay on the chip: the compiler keeps them in shared memory. STREAMED chunks are loaded from L2 at every step,
+overlapped with the arithmetic. The planner makes all chunks resident, or all streamed.
 
-Few rows cannot keep all warps of a program busy: then each chunk is cut into SPLIT parts, one for a warp, which
-multiplies all columns, and the parts are summed up. With SPLIT = 1 the warps share the columns instead.
+With few rows the columns cannot keep all warps busy: then each chunk is split into SPLIT parts of K, one for each warp,
+which multiplies all columns, and the parts are reduced. With SPLIT = 1 the warps share the columns instead.
 """
 
 import triton
@@ -16,9 +16,9 @@ import triton.language as tl
 
 @triton.jit
 def round_to_tf32(operand, PRECISION: tl.constexpr):
-    """The operand of a product in TF32, rounded to its 10 bits of mantissa as cuDNN does; any other as it is.
+    """Rounds an operand of a TF32 product to 10 bits of mantissa, as cuDNN does; other operands are unchanged.
 
-    The matrix unit cuts the other bits off, which is up to twice the error, and to one side.
+    The tensor cores would truncate: up to twice the error, and biased.
     """
     if PRECISION == "tf32" and operand.dtype == tl.float32:
         return tl.inline_asm_elementwise(
@@ -68,14 +68,13 @@ def multiply(
     AHEAD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """[BATCH, N] float32: the states whose rows begin at p_rows [BATCH], zero where not m_rows, with the weight.
+    """[BATCH, N] float32: the weight times the states whose rows begin at p_rows [BATCH], masked by m_rows.
 
-    Rows of m_others begin at p_others instead; None: none do.
-    AHEAD is how many chunks of the states are on their way before the first of them is multiplied. STREAMED says
-    whether there are chunks that are not resident.
+    Rows with m_others begin at p_others instead; None: no such rows. AHEAD is the number of chunks of the states that
+    are loaded before the first product. STREAMED: whether some chunks are not resident.
     """
-    # Every chunk is read at a constant distance from the first: one register for its address, not one for each chunk.
-    # Where rows begin is chosen for each element: after a choice for each row, Triton 3.8 loads element by element.
+    # Every chunk is at a constant offset from the first: one address register instead of one per chunk. The start of a
+    # row is selected per element: after a selection per row, Triton 3.8 does not vectorise the load.
     if SPLIT == 1:
         acc = tl.zeros((BATCH, N), tl.float32)
         o_k = tl.arange(0, CHUNK)[None, :]
@@ -111,14 +110,14 @@ def multiply(
 
 @triton.jit
 def _parts(CHUNK: tl.constexpr, SPLIT: tl.constexpr):
-    """[SPLIT, CHUNK // SPLIT]: which elements of a chunk each part has."""
-    # Of one `arange` that is reshaped, Triton 3.6 and 3.7 do not see that a row is contiguous, and load by the element.
+    """[SPLIT, CHUNK // SPLIT]: the elements of a chunk in each part."""
+    # With one reshaped `arange`, Triton 3.6 and 3.7 do not recognise contiguous rows, and do not vectorise the load.
     return tl.arange(0, SPLIT)[:, None] * (CHUNK // SPLIT) + tl.arange(0, CHUNK // SPLIT)[None, :]
 
 
 @triton.jit
 def _states(p_states, mask, PRECISION: tl.constexpr):
-    # From L2: each is read once. What other programs wrote is seen because of the wait before (grid.py), not of this.
+    # Cache in L2 only: each is read once. The barrier (grid.py) makes the stores of other programs visible, not this.
     return round_to_tf32(tl.load(p_states, mask=mask, other=0.0, cache_modifier=".cg"), PRECISION)
 
 

@@ -10,14 +10,14 @@ time in here.
 
 With noise (noise.py), v_h of dh_t goes past the cell to dh_{t-1}, and the product comes multiplied by v_r.
 
-Grid, ownership and meetings are those of forward.py: a program owns UNITS hidden units, here columns of w_hh, and with
-a projection COLUMNS of its outputs. da_t is exchanged through da itself, the result, in global memory; with a
-projection dh_t is exchanged as well, through dh_out, which the gradient of w_hr needs. dc stays in float32 registers.
-If one program owns all units (CARRIED), da_t does not leave its registers, and nobody meets. Where the carry is h, the
-gradient of the carry that enters the first step is added to dh0.
+Grid, ownership and barriers are those of forward.py: a program owns UNITS hidden units, here columns of w_hh, and with
+a projection COLUMNS of its outputs. da_t is exchanged through the result da, in global memory; with a projection dh_t
+is exchanged as well, through dh_out, which the gradient of w_hr needs. dc stays in float32 registers. If one program
+owns all units (CARRIED), da_t stays in registers, and there is no barrier. If the carry is h, the gradient of the
+initial carry is added to dh0.
 
-Steps run against the forward's order. dh of the state that enters a step is found by the step taken after it; so dh0,
-by one that lies outside of the sequence.
+Steps run in reverse order. The gradient of the state entering a step is computed in the next iteration; that of the
+initial state, dh0, in one extra iteration.
 
 `begin`, `end`, PHASE and `carry`: see forward.py.
 """
@@ -29,7 +29,7 @@ from .affine import load_weights, multiply, round_to_tf32
 from .grid import arrive, wait
 from .noise import load_multipliers, load_parameters
 
-# Phases of a step: both, the gradient of h, the cell.
+# Phases of a step: both; the gradient of h; the cell.
 BOTH, STATE, CELL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 

@@ -3,9 +3,9 @@
     python -m fusedrnn.kernels.compile           every plan that the planner chooses over a wide grid of problems
     python -m fusedrnn.kernels.compile --quick   over a small one
 
-prints the registers, the spilled bytes and the shared memory of each; the exit status is 1 if one takes more shared
-memory than its plan says, or spills. Registers are dealt out by the compiler: the planner's tiles are fitted to every
-release of Triton from 3.6 to 3.9, and what spills with another is printed and no failure.
+prints the registers, the spilled bytes and the shared memory of each; the exit status is 1 if a kernel needs more
+shared memory than its plan says, or spills. The planner's tiles are tuned for Triton 3.6 to 3.9; spills with another
+release are printed but are no failure.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _VARIANTS = ("lstm_peephole", "lstm+hcg", "lstm_peephole+hcg", "lstm_peephole_co
 
 
 class Variant(NamedTuple):
-    """What a kernel is compiled for."""
+    """The compile-time parameters of a kernel."""
 
     kernel: str  # "forward" or "backward"
     capability: int  # 90 for sm_90
@@ -74,7 +74,7 @@ class Variant(NamedTuple):
 
 
 class Resources(NamedTuple):
-    """What a compiled kernel takes, as the driver will see it."""
+    """The resources of a compiled kernel."""
 
     registers: int  # of each thread
     spilled: int  # bytes of each thread
@@ -144,14 +144,14 @@ class Problem(NamedTuple):
 
 
 def variants(devices: Sequence[Device], problems: Sequence[Problem]) -> Iterator[Variant]:
-    """Both kernels for every problem on every device; what is compiled alike comes once."""
+    """Both kernels for every problem on every device, without duplicates."""
     seen = set()
     for device, (shape, states), kernel in itertools.product(devices, problems, KERNELS):
         try:
             plan = planner.plan(kernel, shape, device)
-        except ValueError:  # too large for the device, which is what a user is told then
+        except ValueError:  # too large for the device: an error for users, too
             continue
-        # What differs in these is compiled alike.
+        # Fields that do not affect the compilation.
         alike = replace(plan, programs=min(plan.programs, 2), groups=0, step=0.0, launch=0.0)
         dtype, aligned = (
             "bf16" if shape.itemsize == 2 else "fp32",
@@ -223,7 +223,7 @@ class Report(NamedTuple):
 
 
 def report(variant: Variant) -> Report:
-    """Compiles a variant and keeps the figures."""
+    """Compiles a variant and returns its resources."""
     return Report(variant, *compile(variant)[:3])
 
 

@@ -4,24 +4,23 @@
     m_t, c_t = step(a, c_{t-1})       cells/; c is the carry of the cell
     h_t = m_t @ w_hr^T                with a projection; without one h_t = m_t
 
-A map of a is the sum of both products, or has one of them alone (INPUT, RECURRENT: fusedrnn/cells/spec.py), or none,
-where it makes their number a power of 2. Columns of xg are in the order of the weights' rows. The bias b_hh of a map
-without input is added here.
+A map of a is the sum of both products, one of them (INPUT, RECURRENT: fusedrnn/cells/spec.py), or padding that makes
+the number of maps a power of 2. Columns of xg are in the order of the weights' rows. The bias b_hh of a map without
+input is added here.
 
 Grid: groups of PROGRAMS programs. A group computes one item after another; an item is a direction and BATCH batch rows,
-and items never need each other.
+and items are independent.
 
 A program owns UNITS hidden units with all their maps and, with a projection, COLUMNS of its outputs. Its rows of w_hh,
-w_hr and w_ih stay on the chip over all steps or, where the plan is to stream, those of w_hh and w_hr are read at each
-(affine.py); c stays in float32 registers. H is limited to UNITS * PROGRAMS, so by the programs that can run at the same
-time.
+w_hr and w_ih stay on the chip over all steps; in a streamed plan those of w_hh and w_hr are read at each step
+(affine.py). c stays in float32 registers. H is limited to UNITS * PROGRAMS, so by the number of resident programs.
 
 h_t is exchanged through y itself, in global memory: the group meets once for each step (grid.py), and once more with a
 projection, where m is exchanged first. If one program owns all units (CARRIED), h does not leave its registers, and
 nobody meets. Noise (noise.py) changes what h_t is, or what of it is exchanged.
 
-Row b exists at step t if t < lengths[b]. The state that enters is h0 at its first step, which is t = 0, or
-lengths[b] - 1 in the reverse direction; what leaves its last step is hn.
+Row b exists at step t if t < lengths[b]. The initial state is h0 at its first step, which is t = 0, or lengths[b] - 1
+in the reverse direction; the state after its last step is hn.
 
 Under Triton's interpreter, which runs one program after another, programs cannot meet. There a launch covers the steps
 from `begin` to `end` and one PHASE of them, and c goes from launch to launch in `carry`, and so does h for zoneout.
@@ -34,15 +33,15 @@ from .affine import load_weights, multiply, round_to_tf32
 from .grid import arrive, wait
 from .noise import load_multipliers, load_parameters
 
-# Phases of a step: both, up to the cell, the projection.
+# Phases of a step: both; up to the cell; the projection.
 BOTH, CELL, PROJECTION = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
 def rows_of(o_map, first, o_unit, H, BLOCKS: tl.constexpr):
-    """Which row of the weights is multiplied to each column, and whether there is one.
+    """The row of the weights for each column, and a mask.
 
-    Column n is that of map o_map[n] and unit first + o_unit[n]; BLOCKS has the gate of each map, or None.
+    Column n belongs to map o_map[n] and unit first + o_unit[n]; BLOCKS has the gate of each map, or None.
     """
     o_gate = o_map
     for k in tl.static_range(len(BLOCKS)):
@@ -141,7 +140,7 @@ def layer_forward(
     group = tl.program_id(0) // PROGRAMS
     member = tl.program_id(0) % PROGRAMS
     counter = counters + group * 32
-    arrivals = 0  # of the whole group, all that this program may have to wait for
+    arrivals = 0  # of the whole group: the target of the barrier
 
     o_u = member * UNITS + tl.arange(0, UNITS)
     m_u = o_u < H

@@ -1,8 +1,8 @@
-"""Triton's interpreter: bfloat16, which it cuts off where the GPU rounds and multiplies as the integers of its bits;
-the integer that Python asks of a scalar, which the one of Triton 3.6 cannot give with NumPy 2.4 and later; and the
-language, which it looks through and replaces again for every function that a kernel calls, a third of all its time.
+"""Patches for Triton's interpreter (TRITON_INTERPRET=1), applied by `launch.py` for tests without a GPU.
 
-`launch.py` puts this right where the interpreter is in use (TRITON_INTERPRET=1): tests, on a machine without a GPU.
+- bfloat16: it truncates where the GPU rounds, and multiplies the bits as integers.
+- int() of a scalar: fails in Triton 3.6 with NumPy 2.4 and later.
+- Speed: it patches the language again for every function that a kernel calls, a third of its time.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from triton.runtime import interpreter
 
 
 def repair() -> None:
-    """Replaces methods and functions of the interpreter; a second time, it changes nothing."""
+    """Patches methods and functions of the interpreter; idempotent."""
     builder: Any = interpreter.InterpreterBuilder
     if getattr(builder, "fusedrnn_repaired", False):
         return

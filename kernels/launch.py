@@ -1,6 +1,6 @@
-"""Tensors in, tensors out: takes a plan, adds scratch memory, and launches the kernel of a direction of time.
+"""Launches the kernels: selects a plan, allocates scratch memory, and passes the arguments.
 
-Everything runs on the current stream of the tensors' device, nothing waits for the GPU, and all memory is torch's, so
+Everything runs on the current stream of the tensors' device, without synchronisation and with torch's allocator, so
 that a CUDA graph can capture it.
 """
 
@@ -26,7 +26,7 @@ from .plan import Plan, Shape
 CELLS = cells.Names()
 SUMS_PARAMETERS = True  # the backward sums the gradients of peepholes over time, in dp
 
-# Triton's interpreter runs the programs of a launch one after another, on tensors of the CPU: see forward.py.
+# Triton's interpreter runs the programs of a launch sequentially, on CPU tensors: see forward.py.
 INTERPRETED = not isinstance(layer_forward, triton.runtime.JITFunction)
 if INTERPRETED:
     from .interpreter import repair
@@ -55,7 +55,7 @@ def forward(
     w_p: Sequence[Tensor | None] = (None,),
     noise: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:
-    """Launches `layer_forward`; shapes, and which tensors are written, stand there. Weights: one of each direction.
+    """Launches `layer_forward`, which documents shapes and outputs. Weights are sequences over the directions.
 
     x, w_ih and the biases are read if plan.inputs, xg otherwise, and b_hh if the cell has it apart. noise: multipliers
     by name. All tensors are contiguous.
@@ -96,9 +96,9 @@ def backward(
     dp: Tensor | None = None,
     noise: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:
-    """Launches `layer_backward`; shapes, and which tensors are written, stand there. All tensors are contiguous.
+    """Launches `layer_backward`, which documents shapes and outputs. All tensors are contiguous.
 
-    None: m = o * tanh(c), which the gradient of w_hr needs, is left to the caller.
+    Returns None: the caller computes m = o * tanh(c) for the gradient of w_hr.
     """
     D, T, B, _ = da.shape
     P, H = _sizes(w_hh, w_hr)
@@ -151,10 +151,10 @@ def _launch(
     D: int,
     once: bool,
 ) -> None:
-    """One launch over all steps, on the device of `like`; in the interpreter many.
+    """One launch over all steps, on the device of `like`; in the interpreter several.
 
     Args:
-        tensors, sizes: as the kernel takes them, before and after `carry` and `counters`.
+        tensors, sizes: the kernel's arguments before and after `carry` and `counters`.
     """
     function = _KERNELS[kernel][(plan.groups * plan.programs,)]
     if INTERPRETED:
@@ -197,7 +197,7 @@ def _zeros(groups: int, device: torch.device) -> Tensor:
 
 @lru_cache
 def _unread(device: torch.device) -> Tensor:
-    """Stands for the counters where nobody meets."""
+    """A placeholder for the counters of launches without a grid barrier."""
     return _zeros(1, device)
 
 
@@ -219,7 +219,7 @@ def _rounded_plan(kernel: str, shape: Shape, device: Device) -> Plan:
 def plan_for(kernel: str, shape: Shape, device: torch.device) -> Plan:
     """The plan of "forward" or "backward" on a device.
 
-    T and B are rounded up to powers of 2 first: what a kernel is compiled for does not follow every length and batch.
+    T and B are rounded up to powers of 2 first, so that not every length and batch compiles a new kernel.
 
     Raises:
         ValueError: no plan fits.

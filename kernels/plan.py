@@ -1,22 +1,22 @@
-"""Lays a layer out on a GPU: which tiles, how many programs, what stays on the chip; by a cost model, not by trying.
+"""The planner: tiles, number of programs, and resident weights of a layer on a GPU, by a cost model without autotuning.
 
-Pure arithmetic on what device.py says: no Triton, no GPU. Times are microseconds, sizes bytes.
+Pure arithmetic on the data of device.py: no Triton, no GPU. Times are in microseconds, sizes in bytes.
 
-    python -m fusedrnn.kernels.plan            what is predicted for an H200, as a table; --device NAME for another
+    python -m fusedrnn.kernels.plan            the predictions for an H200, as a table; --device NAME for another
 
 The model of one step of one program:
 
     step = meeting + latency + max(states, weights, arithmetic, pipeline) + cell
 
-    meeting      all programs of a group pass the counter, once, or twice with a projection
-    latency      the first of the states arrives from L2
-    states       BATCH rows of what the group exchanged, out of L2
-    weights      resident: out of shared memory; streamed: out of L2, which all programs share
-    arithmetic   the matrix instruction over the padded tile
-    pipeline     streamed: the chunks one after another, of which `stages` - 1 are on their way at a time
-    cell         everything elementwise, and the loads and stores that belong to it
+    meeting      the grid barrier of a group, once, or twice with a projection
+    latency      of the first load of states from L2
+    states       load of BATCH rows of the exchanged states from L2
+    weights      resident: from shared memory; streamed: from L2, whose bandwidth all programs share
+    arithmetic   the matrix instructions over the padded tile
+    pipeline     streamed: the chunks in sequence, with `stages` - 1 loads in flight
+    cell         elementwise operations with their loads and stores
 
-A launch takes steps * items / groups of them, where an item is a direction and BATCH rows, and groups run side by side.
+A launch takes steps * items / groups of them, where an item is a direction and BATCH rows, and groups run concurrently.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ WARPS = 8
 _RESERVED_SHARED = 1024  # of each block, by the driver, on sm_90 and later
 
 
-# What Triton's interpreter is planned for: few programs, since it runs one after another.
+# The device for Triton's interpreter: few programs, because it runs them sequentially.
 INTERPRETER = H200._replace(name="Triton's interpreter", multiprocessors=16)
 
 
-_STATE_LATENCY = 0.5  # microseconds from the end of a meeting to the first state in a register
-_CHUNK_LATENCY = 0.3  # microseconds that a chunk takes from L2 into shared memory, where nothing else is in the way
+_STATE_LATENCY = 0.5  # microseconds from the end of a barrier to the first state in a register
+_CHUNK_LATENCY = 0.3  # microseconds from L2 into shared memory for a chunk, without contention
 _L2_PER_CLOCK, _SHARED_PER_CLOCK = 64, 128  # bytes, per multiprocessor
 _CELL_CLOCKS = 0.4  # for each element of a tile
 # Multiply-adds per clock and multiprocessor, by what operands are multiplied in.
@@ -48,13 +48,13 @@ _RATES = {"16": 1024.0, "tf32": 512.0, "tf32x3": 512.0 / 3, "ieee": 96.0}
 
 
 class Shape(_Shape):
-    """One launch, with what these kernels make of it."""
+    """One launch, with derived sizes of these kernels."""
 
     __slots__ = ()
 
     @property
     def aligned(self) -> bool:
-        """Whether rows can be read many elements at a time."""
+        """Whether the loads of rows can be vectorised."""
         return self.H % 16 == 0 and self.P % 16 == 0
 
     @property
@@ -75,7 +75,7 @@ class Shape(_Shape):
 
     @property
     def apart(self) -> bool:
-        """Whether there are maps of the state alone: a bias of their own takes registers, and so do masked columns."""
+        """Whether some maps have no input product: their separate bias and masked columns take registers."""
         return self.maps > self.gates
 
     @property
@@ -90,7 +90,7 @@ class Shape(_Shape):
 
 @dataclass(frozen=True)
 class Plan:
-    """How one kernel is launched; the fields from `batch` to `precision` are its constants (forward.py, affine.py)."""
+    """The launch of one kernel; the fields from `batch` to `precision` are its constants (forward.py, affine.py)."""
 
     cell: str
     batch: int
@@ -108,7 +108,7 @@ class Plan:
     precision: str
     stages: int
     groups: int
-    shared: int  # at most so many bytes of shared memory
+    shared: int  # upper bound of the bytes of shared memory
     step: float  # predicted
     launch: float  # predicted, for all steps
 
@@ -119,7 +119,7 @@ class Plan:
         return "streamed" if self.streamed else "resident"
 
     def constants(self, kernel: str) -> dict[str, int | bool | str]:
-        """The compile-time constants of "forward" or "backward" that the plan decides, by name."""
+        """The compile-time constants of "forward" or "backward" from the plan, by name."""
         names = "batch units columns chunk split ahead resident streamed resident_hr programs carried"
         constants = {name.upper(): getattr(self, name) for name in names.split()}
         if kernel == "forward":
@@ -128,7 +128,7 @@ class Plan:
 
     @property
     def options(self) -> dict[str, int | bool]:
-        """How the kernel is compiled and launched. Left to itself, the assembler may spill to save registers."""
+        """Compile and launch options. By default the assembler may spill to save registers."""
         return {
             "num_warps": WARPS,
             "num_stages": self.stages,
@@ -157,7 +157,7 @@ class Plan:
 
 
 class _Tile(NamedTuple):
-    """Batch rows and units of a program, and how its products are cut up (affine.py)."""
+    """Batch rows and units of a program, and the blocking of its products (affine.py)."""
 
     batch: int
     units: int
@@ -168,13 +168,12 @@ class _Tile(NamedTuple):
 
 
 def _tiles(kernel: str, shape: Shape, device: Device) -> Iterator[_Tile]:
-    """The tiles that spill no registers with any release of Triton from 3.6 on, as compile.py shows.
+    """The tiles that spill no registers with Triton from 3.6 on, as compile.py shows.
 
-    Lengths and resets take registers for masks, and rows that are no multiples of 16 an address for every element.
-    The states that meet resident weights are all on their way at the same time: `held` bytes of them at most, and fewer
-    where maps are apart.
+    Lengths and resets take registers for masks, and row sizes that are no multiples of 16 an address per element. With
+    resident weights all loads of states are in flight together: at most `held` bytes, fewer with separate maps.
     """
-    plain = shape.itemsize == 4 and shape.precision == "ieee"  # without matrix instructions it takes the most
+    plain = shape.itemsize == 4 and shape.precision == "ieee"  # no tensor cores: takes the most registers
     masks = ((3 if shape.apart else 2) if shape.ragged or plain else 1) * (shape.kept // shape.itemsize)
     longest = max(shape.P, shape.H if shape.projected else 0) if kernel == "forward" else shape.gates * shape.H
     sums = kernel == "backward" and bool(named(shape.cell).parameters)  # of their gradients, for each element
@@ -211,18 +210,18 @@ def _most_held(shape: Shape, device: Device, batch: int, units: int) -> int:
 
 
 def _most_carried(shape: Shape) -> int:
-    """Units that one program can have, whatever its shared memory."""
+    """The maximum units of a program, apart from shared memory."""
     if shape.itemsize == 2:
         return 128 if shape.aligned and not shape.ragged else 64
     return 64 if shape.precision == "tf32" and shape.extras <= 2 else 32
 
 
 _CARRIED = 16  # rows
-_GEMM = 6.0  # a launch before the launch
+_GEMM = 6.0  # launch overhead of the GEMM before
 
 
 def plan(kernel: str, shape: Shape, device: Device) -> Plan:
-    """The plan with the least predicted time.
+    """The plan with the shortest predicted time.
 
     Args:
         kernel: "forward" or "backward".
@@ -242,7 +241,7 @@ def plan(kernel: str, shape: Shape, device: Device) -> Plan:
 
 
 def plans(kernel: str, shape: Shape, device: Device) -> Iterator[Plan]:
-    """Every plan that `plan` chooses from; some need more shared memory than there is."""
+    """All candidates of `plan`; some need more shared memory than available."""
     if not shape.projected:
         yield from _carried(kernel, shape, device)
     for tile in _tiles(kernel, shape, device):
@@ -250,7 +249,7 @@ def plans(kernel: str, shape: Shape, device: Device) -> Iterator[Plan]:
 
 
 def _carried(kernel: str, shape: Shape, device: Device) -> Iterator[Plan]:
-    """One program has all units."""
+    """Candidates in which one program owns all units."""
     units = max(16, power_of_2(shape.H))
     if units > _most_carried(shape):
         return
@@ -291,7 +290,7 @@ def _carried(kernel: str, shape: Shape, device: Device) -> Iterator[Plan]:
 
 
 def _shared(kernel: str, shape: Shape, device: Device, tile: _Tile) -> Iterator[Plan]:
-    """Programs share the units, and meet."""
+    """Candidates in which programs share the units, with a grid barrier."""
     units = tile.units
     programs = cdiv(shape.H, units)
     if programs > device.multiprocessors:
@@ -345,7 +344,7 @@ def _shared(kernel: str, shape: Shape, device: Device, tile: _Tile) -> Iterator[
 
 
 def _inputs(kernel: str, shape: Shape, chunk: int) -> Iterator[int]:
-    """Numbers of chunks of w_ih to keep: none, after a GEMM, or all, where they are few."""
+    """Candidates for the number of resident chunks of w_ih: none, with a GEMM before, or all if they are few."""
     yield 0
     aligned = shape.aligned and shape.I % 16 == 0
     most = 0 if shape.ragged or kernel == "backward" else 4 if aligned else 1
@@ -356,7 +355,7 @@ def _inputs(kernel: str, shape: Shape, chunk: int) -> Iterator[int]:
 
 
 def _staging(tile: _Tile, widest: int, shape: Shape) -> int:
-    """Shared memory beside the weights: operands on their way, and the exchange of parts and of maps among warps."""
+    """Shared memory besides the weights: operands in flight, and the exchange of parts and maps among warps."""
     states = (tile.ahead + 1) * tile.batch * tile.chunk * shape.kept
     if tile.stages > 1:
         states += tile.stages * tile.chunk * (tile.batch + widest) * shape.itemsize
@@ -378,10 +377,10 @@ class _Step:
         """Microseconds.
 
         Args:
-            states: elements of a row that come from other programs.
-            resident, streamed: elements of weights that come from shared memory, and from L2.
+            states: elements of a row from other programs.
+            resident, streamed: elements of weights from shared memory, and from L2.
             products: elements of weights that are multiplied with `batch` rows.
-            pipeline: chunks that are waited for, one after another.
+            pipeline: number of chunks loaded in sequence.
         """
         device, clocks = self.device, self.device.clock * 1e3  # per microsecond
         meeting = self.meetings * (device.meeting + _STATE_LATENCY) if states else 0.0
@@ -395,7 +394,7 @@ class _Step:
 
 
 def _finish(p: Plan, kernel: str, shape: Shape, device: Device) -> Plan:
-    """The plan with the time of the whole launch, and of the GEMM before it."""
+    """The plan with the time of the whole launch, including the GEMM before it."""
     rounds = cdiv(shape.D * cdiv(shape.B, p.batch), p.groups)
     launch = shape.T * rounds * p.step
     if kernel == "forward" and not p.inputs:

@@ -1,18 +1,18 @@
 // Variants of the long short-term memory, as fusedrnn/cells/lstm_variants.py defines them: with a forget gate (maps and
 // saved values i, f, g, o) or with coupled gates (i, g, o; f = 1 - i). Peepholes, dropout of the candidate and zoneout
-// of c are there where they are given. The carry is c.
+// of c are optional operands. The carry is c.
 #pragma once
 
 #include "spec.h"
 
 namespace fusedrnn {
 
-// What a variant takes besides, of R units; null where it is not given.
+// Optional operands of a variant, of R units; null if absent.
 template <class V, int kPeepholes>
 struct LstmOperands {
   V (*p)[kPeepholes] = nullptr;  // peepholes, of i, f and o, or of i and o
   const V* g = nullptr;          // multiplier of the candidate
-  const V* c = nullptr;          // how much of the old c is kept
+  const V* c = nullptr;          // zoneout weight of the old c
 };
 
 template <bool kCoupled>

@@ -1,7 +1,7 @@
-// What makes a cell, for kernels in C++: the maps it reads, the state it carries, its pointwise function and the
-// derivative of it. The same in Python, with the definitions: fusedrnn/cells/spec.py. docs/math.md derives them.
+// The interface of a cell in C++: its maps, its carry, its pointwise function and the derivative of that. Definitions:
+// fusedrnn/cells/spec.py; derivation: docs/math.md.
 //
-// A cell is a struct of a file of its own here, which includes nothing else and knows neither torch nor a processor:
+// Each cell is a struct in its own file, which includes nothing else and is independent of torch and the processor:
 //
 //   static constexpr CellSpec kSpec;
 //   template <class F, int R>
@@ -9,18 +9,18 @@
 //   template <class F>
 //   static V backward(V (&a)[kSpec.maps], V carry_in, V carry, V dm, V& dcarry);
 //
-// forward is of R units of one kind: a holds their maps on entry and what is saved on exit, carry the state that enters
-// and then the one that leaves; m becomes the new hidden state, or what a projection makes it of. backward: a holds
-// what is saved on entry and the gradients of the maps on exit; carry_in and carry are as in forward, dm is the
-// gradient of m, dcarry that of the carry that left by all ways but m, and then that of the carry that entered. Returns
-// m.
+// forward, for R independent units: a holds the maps on entry and the saved values on exit; carry is replaced by the
+// new carry; m is set to the new hidden state, or the input of the projection. backward: a holds the saved values on
+// entry and the gradients of the maps on exit; carry_in and carry are the old and the new carry; dm is the gradient of
+// m; dcarry is the gradient of the new carry, without the path through m, and is replaced by that of the old carry.
+// Returns m.
 //
-// F, of who uses a cell, has
-//   V, Number                  what a unit's number is, maybe some units' in a vector, and the type of the number
+// F, supplied by the kernel, has
+//   V, Number                  a number of one unit, or a vector with those of several units; and its element type
 //   sigmoid(x), tanh(x)        of an array V (&x)[N], in place
-//   apply<G...>(x)             of an array of as many as there are G, each Sigmoid or Tanh, another for each element
+//   apply<G...>(x)             in place on an array of sizeof...(G) elements: Sigmoid or Tanh for each
 //   relu(x)                    of a V
-//   where_positive(x, value)   value where x is more than 0, else 0
+//   where_positive(x, value)   value where x > 0, else 0
 #pragma once
 
 #if defined(__CUDACC__)
@@ -33,13 +33,13 @@ namespace fusedrnn {
 
 constexpr int kMostMaps = 4;
 
-// A matrix product of a cell: maps [begin, end) have its affine map, of these blocks of rows of torch's weights.
+// A matrix product of a cell: it contributes to maps [begin, end), by these blocks of rows of torch's weights.
 struct MapWindow {
   int begin, end;
   int gates[kMostMaps];
 };
 
-// What goes from step to step besides h, in the precision of the arithmetic: a state of its own, or h unrounded.
+// The state passed from step to step besides h, in the arithmetic dtype: c, or h unrounded.
 enum class Carry { kNone, kCell, kHidden };
 
 // See the attributes of the same names in Python.
@@ -48,8 +48,8 @@ struct CellSpec {
   int gates, maps, saved;
   MapWindow input, recurrent;
   Carry carry;
-  bool projects;  // whether there may be a projection of m
-  // How many parameters a unit has, of a cell that takes them and noise at run time: see lstm_variants.h.
+  bool projects;  // whether a projection of m is supported
+  // Number of per-unit parameters, for cells with parameters and noise: see lstm_variants.h.
   int parameters = 0;
 };
 

@@ -1,16 +1,16 @@
-// Backward of one layer, both directions: one launch over the whole sequence, against the order of its steps.
+// Backward of one layer, both directions: one launch over the whole sequence, in reverse order of the steps.
 //
 //   dh_t = dy_t + da_{t+1} @ w_hh       dm = dh_t  or  dh_t @ w_hr       da_t, dcarry_{t-1} from dm and dcarry_t:
 //   csrc/cells
 //
-// (t+1 stands for the step after t in the direction's own order.) The product takes those maps of da that the state is
-// in. The weight gradients are matrix products over all steps at once and not part of this: the launch leaves da and,
-// with a projection, dh and m for them.
+// (t+1 is the step after t in the direction's own order.) The product uses the maps of da with a recurrent product.
+// Weight gradients are GEMMs over all steps after the launch, which returns da and, with a projection, dh and m for
+// them.
 //
-// Work: a block is 4 * lanes hidden units next to each other. Its product da_{t+1} @ w_hh is dh of exactly these units,
-// so that the derivative of the cell follows in registers; with a projection dh has to be complete first. Workers share
-// the blocks, or the rows, as in forward.h, and meet once a step, or twice with a projection. With tiles, what follows
-// a product waits for the next.
+// Work: a block is 4 * lanes adjacent hidden units. Its product da_{t+1} @ w_hh is dh of these units, so the derivative
+// of the cell follows in registers; with a projection dh has to be complete first. Workers split blocks or rows as in
+// forward.h, with one barrier a step, or two with a projection. With AMX tiles the pointwise part of a product runs
+// beside the next product.
 #pragma once
 
 #include <cstring>
@@ -24,7 +24,7 @@
 
 namespace fusedrnn::FUSEDRNN_ISA {
 
-// The hidden states that entered each step, zero where it was reset or the step does not exist; packed.
+// The hidden states entering each step, zero where it was reset or the step does not exist; packed.
 template <class S, Operands kOperands>
 class EnteringStates {
  public:
@@ -36,7 +36,7 @@ class EnteringStates {
     constexpr int64_t kAtATime = inputs_at_a_time(kOperands);
     const int64_t inputs = blocks_of(s_.N, kAtATime) * kAtATime / (kPairs ? 2 : 1);
     const bool drops = p_.noise.of[static_cast<size_t>(Noise::kR)] != nullptr;
-    std::vector<S> own(drops ? 2 * s_.P : 0);  // states that are multiplied
+    std::vector<S> own(drops ? 2 * s_.P : 0);  // states times their dropout masks
     for (int64_t index = begin; index < end; ++index) {
       const int64_t d = index / inputs, input = index % inputs;
       const Direction direction(s_, p_.sequence, d);
@@ -56,7 +56,7 @@ class EnteringStates {
  private:
   using A = Compute<S>;
 
-  // That state as the product with w_hh took it, in `to`.
+  // That state as the operand of the product with w_hh, in `to`.
   const S* dropped(const Direction& direction, int64_t d, int64_t row, const S* h, S* to) const {
     const int64_t t = direction.step_of(row), b = row - direction.row(t, 0);
     const A* const v = noise_at<A>(s_, p_.noise, Noise::kR, direction, t, d, b, 0);
@@ -65,7 +65,7 @@ class EnteringStates {
     return to;
   }
 
-  // The state that entered the step of a row, or null for zeros.
+  // The state entering the step of a row, or null for zeros.
   const S* of_row(const Direction& direction, int64_t d, int64_t row) const {
     if (row >= s_.N) return nullptr;
     const int64_t t = direction.step_of(row), b = row - direction.row(t, 0);
@@ -89,7 +89,7 @@ __attribute__((noinline)) Vec<A> backward_of_variant(Vec<A> (&a)[Cell::kSpec.map
   return Cell::template backward<VectorMath<A>>(a, entered, left, dm, dleft, operands, dp);
 }
 
-// With Operands that are pairs da is kept in S.
+// With operands that are pairs da is stored in S.
 template <class Cell, class S, Operands kOperands = Operands::kNumbers>
 class Backward {
  public:
@@ -162,7 +162,7 @@ class Backward {
   A* dh_state(int64_t d, int64_t b) const { return static_cast<A*>(p_.dh_state) + state(s_, d, b, s_.P); }
   // Gradients of the carry of sequences from b on.
   A* dcarry(int64_t d, int64_t b) const { return static_cast<A*>(p_.dcarry) + state(s_, d, b, s_.H); }
-  // Of a variant: gradients of the state that was kept, and of the parameters of a sequence.
+  // For a variant: gradients of the state kept by zoneout, and of the parameters of a sequence.
   A* dh_kept(int64_t d, int64_t b) const { return static_cast<A*>(p_.dh_kept) + state(s_, d, b, s_.H); }
   A* dp(int64_t d, int64_t b) const { return static_cast<A*>(p_.dp) + state(s_, d, b, kParameters * s_.H); }
   A* dh_out(int64_t d, int64_t row) const { return static_cast<A*>(p_.dh_out) + direction_major(s_, d, row, s_.P); }
@@ -190,7 +190,7 @@ class Backward {
     }
   }
 
-  // dh of a block of outputs at the n-th step, and, without a projection, all that follows from it for these units.
+  // dh of a block of outputs at the n-th step and, without a projection, the gradients of the cells of these units.
   // n = -1 is the state before the first step: dh0.
   __attribute__((noinline)) void outputs(Pipeline& pipeline, int64_t n, int64_t d, int64_t block, int64_t row_begin,
                                          int64_t row_end) const {
@@ -199,7 +199,7 @@ class Backward {
     const int64_t t = direction.at(n), next = direction.after(t);  // n = -1 gives a t that does not exist
     const bool last = n == s_.T - 1;
     const int64_t next_end = last ? 0 : direction.clipped(next, row_end);
-    if (n >= 0) {  // sequences that have this step, or hand on what comes from the next
+    if (n >= 0) {  // sequences that have this step, or pass on the gradient of the next
       row_end = direction.clipped(t, row_end);
       if (row_end < next_end) row_end = next_end;
     }
@@ -231,7 +231,7 @@ class Backward {
           int64_t rows)
         : backward(&backward), direction(direction), n(n), d(d), b(b), block(block), rows(rows) {}
 
-    // What follows from sum[r][v] for rows [begin, end) of them.
+    // Computes the gradients from sum[r][v] for rows [begin, end).
     FUSEDRNN_INLINE void gradients(int v, int64_t begin, int64_t end, const V (*sum)[4]) const {
       const int64_t output = block * kWide<A> + v * kUnits<A>, count = backward->s_.P - output;
       if (count <= 0) return;
@@ -247,8 +247,8 @@ class Backward {
     int64_t n = 0, d = 0, b = 0, block = 0, rows = 0;
   };
 
-  // The same of some rows by tiles, and meanwhile the gradients that follow the product before. Rows from row_begin on
-  // are the worker's; those up to next_end have a next step.
+  // The same for some rows by tiles, interleaved with the gradients of the previous product. The worker's rows begin at
+  // row_begin; those up to next_end have a next step.
   void tiled_outputs(Pipeline& pipeline, const Block& own, const E* panel, int64_t inputs, int64_t row_begin,
                      int64_t next_end) const {
     V(*const sums)[4] = pipeline.sums()[0];
@@ -256,7 +256,7 @@ class Backward {
     if (rows <= 0 || !own.direction.any_exists(next, b, rows)) {
       return pipeline.run(0, [](const auto&) {}, {own, sums});
     }
-    // A tile has 16 rows where there are as many: some from before are computed again.
+    // A tile has 16 rows if possible: it overlaps the previous one.
     const int64_t first = rows < kTileRowsMost && row_begin + kTileRowsMost <= next_end ? next_end - kTileRowsMost : b;
     const int64_t all = next_end - first, second = all > kTileRowsMost ? next_end - kTileRowsMost : first;
     const int64_t blocks = inputs / kTilePairs;
@@ -273,7 +273,7 @@ class Backward {
     pipeline.run(all > kTileRowsMost ? 2 * blocks : blocks, multiply, {own, sums + (b - first)});
   }
 
-  // Gradients that follow a product by tiles.
+  // Pending gradients of a complete tile product.
   struct Rest {
     static constexpr int64_t kTogether = 4;  // rows
 
@@ -344,7 +344,7 @@ class Backward {
     }
   }
 
-  // With a projection: dm = dh @ w_hr for a block of units, and what follows from it.
+  // With a projection: dm = dh @ w_hr for a block of units, and the gradients of their cells.
   void projected_units(int64_t n, int64_t d, int64_t block, int64_t row_begin, int64_t row_end) const {
     const Direction direction(s_, p_.sequence, d);
     const int64_t t = direction.at(n);
@@ -364,14 +364,14 @@ class Backward {
     });
   }
 
-  // What a variant takes besides, and gives.
+  // Additional operands and results of a variant.
   struct Extra {
     const S* weights = nullptr;
     const A *g = nullptr, *c = nullptr, *h = nullptr;
     A *dh_kept = nullptr, *dp = nullptr;
   };
 
-  // Some hidden units of rows from b on at step t: from dm to da, and dcarry for the step before.
+  // Hidden units of rows from b on at step t: from dm to da, and dcarry for the previous step.
   struct Units {
     Units(const Backward& backward, const Direction& direction, int64_t t, int64_t d, int64_t b, int64_t unit)
         : direction(direction),
@@ -445,7 +445,7 @@ class Backward {
       if constexpr (kHasCarry) store(dcarry + r * H, cut ? V{} : dleft, count);
     }
 
-    // The same of a variant, with what it takes besides.
+    // The same for a variant, with its additional operands.
     FUSEDRNN_INLINE V variant(V (&a)[kMaps], V entered, V left, V dm, V& dleft, int64_t r, int64_t count) const {
       V p[1][kParameters], of_g, of_c, own[kParameters] = {};
       typename Cell::template Operands<VectorMath<A>> operands;
@@ -468,7 +468,7 @@ class Backward {
       return out;
     }
 
-    static constexpr int kAhead = 4;  // rows whose saved values are on their way
+    static constexpr int kAhead = 4;  // rows whose saved values are prefetched
     const Direction& direction;
     const SavedOrder<A>& order;
     int64_t t, b, H, carry_step, da_step;

@@ -1,20 +1,19 @@
-// Forward of one layer, both directions: one launch over the whole sequence, or a few over parts of it.
+// Forward of one layer, both directions: one launch over the whole sequence, or one for each chunk of time steps.
 //
 //   a_t = xg_t + h_{t-1} @ w_hh^T         m_t, carry_t, saved_t = cell(a_t, carry_{t-1})
 //   h_t = m_t  or  m_t @ w_hr^T
 //
-// where a_t are the maps of a cell (csrc/cells), and the input's part of them, xg, and the state's are each in some.
+// where a_t are the maps of the cell (csrc/cells); each map has the input projection xg, the recurrent product, or
+// both.
 //
-// Work: a block is `lanes` hidden units, a chunk a block or four of them, whose maps fill whole panels (params.h). The
-// sums of a chunk stay in the first-level cache; the cells of a block happen in registers, and h, the carry and, for
-// training, what is saved are written once. The cells of some rows are computed in turns, because one alone is a long
-// chain; a single row has those of some blocks computed so.
-// Split by rows: a worker takes its rows through all steps and never waits. Split by units: a phase is cut into chunks,
-// or some of a single row, and workers meet after each step, or twice a step with a projection (team.h). h_{t-1} and
-// h_t lie in
-// two buffers, so that no block reads what another has written in the same step. A few rows in a few steps have no use
-// for a tile: the weights are read as they lie, as dot products along K, and nothing is packed.
-// With tiles (tile_product.h) a product goes through memory of the worker, and its cells wait for the next one.
+// Work: a block is `lanes` hidden units; a chunk is one block or four, whose maps fill whole panels (params.h). The
+// sums of a chunk stay in the L1 cache, the cells of a block in registers; h, the carry and, for training, the saved
+// values are written once. The cells of several rows are interleaved to hide latency; for a single row, those of
+// several blocks. Split by rows: each worker runs its rows through all steps, without synchronisation. Split by units:
+// workers share the chunks of a step, with a barrier after it, and a second one with a projection (team.h). h_{t-1} and
+// h_t are in two buffers, so that no block reads what another writes in the same step. For few rows and steps nothing
+// is packed: the products are dot products along K. With AMX tiles (tile_product.h) a product is stored in the worker's
+// scratch, and its cells run beside the next product.
 #pragma once
 
 #include "activations.h"
@@ -25,13 +24,13 @@
 
 namespace fusedrnn::FUSEDRNN_ISA {
 
-// Whether a product has a map, and the block of rows of torch's weights that it is of.
+// Whether a product contributes to a map, and the block of rows of torch's weights for it.
 constexpr FUSEDRNN_INLINE bool has_map(const MapWindow& window, int map) {
   return window.begin <= map && map < window.end;
 }
 constexpr FUSEDRNN_INLINE int64_t gate_of(const MapWindow& window, int map) { return window.gates[map - window.begin]; }
 
-// The biases of `count` units from `unit` on, of the products that a map has; zeros where there are none.
+// The sum of the biases of a map's products for `count` units from `unit` on; zeros without biases.
 template <class S>
 FUSEDRNN_INLINE Vec<Compute<S>> sum_of_biases(const CellSpec& spec, int map, const void* b_ih, const void* b_hh,
                                               int64_t H, int64_t unit, int64_t count) {
@@ -67,15 +66,14 @@ void add_biases(const void* b_ih, const void* b_hh, int64_t H, int begin, int en
   }
 }
 
-// The pointwise function of a variant. A function of its own, which all dtypes of the arithmetic share: it takes much
-// longer than a call, and to compile.
+// The pointwise function of a variant. Not inlined: it takes much longer than a call, and long to compile.
 template <class Cell, class A, int R>
 __attribute__((noinline)) void forward_of_variant(Vec<A> (&a)[R][Cell::kSpec.maps], Vec<A> (&c)[R], Vec<A> (&m)[R],
                                                   const typename Cell::template Operands<VectorMath<A>>& operands) {
   Cell::template forward<VectorMath<A>, R>(a, c, m, operands);
 }
 
-// With Operands that are pairs the state is kept in S.
+// With operands that are pairs the state is stored in S.
 template <class Cell, class S, Operands kOperands>
 class Forward {
  public:
@@ -180,8 +178,8 @@ class Forward {
   int64_t unit_blocks() const { return blocks_of(s_.H, kUnits<A>); }
   int64_t unit_chunks() const { return blocks_of(unit_blocks(), blocks_at_a_time_); }
 
-  // How many blocks a worker takes at a time: a chunk; or some of a single row, as many as leave nobody more blocks
-  // than the smallest chunks would.
+  // Number of blocks that a worker takes at a time: a chunk; or, for a single row, the largest number that does not
+  // increase the busiest worker's load.
   int64_t blocks_at_a_time() const {
     if (kChunk > 1 || s_.B > 1) return kChunk;
     const int64_t workers = p_.team.split == Team::Split::kUnits ? p_.team.workers : 1;
@@ -196,19 +194,19 @@ class Forward {
   // No more than there are chunks of units.
   int64_t output_blocks() const { return projected() ? blocks_of(s_.P, kWide<A>) : 0; }
 
-  // Whether a state enters the n-th step that may be other than zero.
+  // Whether the state entering the n-th step may be nonzero.
   bool enters(int64_t n) const { return n > 0 || p_.h0 != nullptr; }
 
-  // The state that enters the n-th step; its rows, and the inputs of its product.
+  // The state entering the n-th step; its rows, and the inputs of its product.
   State* h(int64_t n, int64_t d) const { return static_cast<State*>(p_.h) + ((n & 1) * s_.D + d) * s_.B * h_stride(); }
   int64_t h_stride() const { return padded(s_.P); }
   static int64_t padded(int64_t K) { return blocks_of(K, inputs_at_a_time(kOperands)) * inputs_at_a_time(kOperands); }
   static int64_t inputs(int64_t K) { return padded(K) / (kPairs ? 2 : 1); }
 
-  // The input's maps: of a row, the first one of a block; see ForwardParams::xg.
+  // The input projection of a row: the first map of a block; see ForwardParams::xg.
   struct Maps {
     const A* at = nullptr;
-    int64_t row = 0, block = 0, map = 0;  // from one of them to the next, of blocks within a chunk
+    int64_t row = 0, block = 0, map = 0;  // strides; that of blocks within a chunk
   };
   Maps maps(const Direction& direction, int64_t d, int64_t t, int64_t b, int64_t block) const {
     const A* const all = static_cast<const A*>(p_.xg[d]);
@@ -224,20 +222,19 @@ class Forward {
     return {at, kWide<A>, kUnits<A>, panel};
   }
 
-  // Sums of a block: the map-th of each row; or, of the only row, of each block of a chunk.
+  // Sums of a block, for each row; or, for a single row, for each block of a chunk.
   struct Sums {
     V& operator()(int64_t r, int64_t map) const { return kChunk == 1 ? at[r * 4 + map] : at[r * row + map * of_map]; }
 
     V* at;
-    int64_t row = 4, of_map = kChunk == 1 ? 1 : 4 * kSumRows;  // from one of them to the next
+    int64_t row = 4, of_map = kChunk == 1 ? 1 : 4 * kSumRows;  // strides
   };
 
-  // The following only ask memory for what is used soon. They have to be inlined: the compiler takes a call of a
-  // function that does nothing else for one without an effect, and leaves it out.
+  // Prefetches. They must be inlined: the compiler removes a call of a function without other effects.
   static FUSEDRNN_INLINE void prefetch_maps(const Maps& maps, int64_t row) {
     for (int64_t k = 0; k < kInputMaps; ++k) __builtin_prefetch(maps.at + row * maps.row + k * maps.map);
   }
-  // A state of few lines, of which some have just been written by other cores: none of them is waited for alone.
+  // A state of few cache lines, some just written by other cores: prefetching overlaps the misses.
   FUSEDRNN_INLINE void prefetch_entering(int64_t n) const {
     const char* const from = reinterpret_cast<const char*>(h(n, 0));
     const int64_t bytes = s_.D * s_.B * h_stride() * static_cast<int64_t>(sizeof(State));
@@ -245,19 +242,19 @@ class Forward {
     if (bytes > kFewLines * kLine) return;
     for (int64_t k = 0; k < bytes; k += kLine) __builtin_prefetch(from + k);
   }
-  // Where a block of the only row is going to be written: others can be told of it only when the lines are here.
+  // The destination of a block of a single row: the barrier has to wait for ownership of these lines.
   FUSEDRNN_INLINE void prefetch_written(const Direction& direction, int64_t n, int64_t d, int64_t unit) const {
     if (projected()) return;
     __builtin_prefetch(static_cast<S*>(p_.y) + time_major(s_, direction.row(direction.at(n), 0), d, s_.P) + unit, 1);
     __builtin_prefetch(h(n + 1, d) + unit, 1);
   }
 
-  // The carry of a unit, the first of a block: `lanes` numbers for each row.
+  // The carry of a block of units, given its first unit: `lanes` numbers for each row.
   A* carry(int64_t d, int64_t unit) const {
     return static_cast<A*>(p_.carry) + (d * unit_blocks() * kUnits<A> + unit) * s_.B;
   }
 
-  // The state before the first step, and the final state of the rows that have no step at all.
+  // The initial state, and the final state of rows without steps.
   void start(int64_t d, int64_t row_begin, int64_t row_end) const {
     const Direction direction(s_, p_.sequence, d);
     for (int64_t b = row_begin; b < row_end; ++b) {
@@ -272,7 +269,7 @@ class Forward {
         V value = h0 == nullptr ? V{} : load(h0 + state(s_, d, b, s_.P) + k, s_.P - k);
         if (kVariant && dropped != nullptr) value *= load(dropped + k, s_.P - k);
         store(h(0, d) + b * h_stride() + k, cut ? V{} : value, s_.P - k);
-        // Where steps that do not exist have no rows, nobody hands the state on to the first one that does.
+        // In packed input no earlier step copies the state to the first existing one.
         if (direction.is_packed()) store(h(1, d) + b * h_stride() + k, cut ? V{} : value, s_.P - k);
       }
       for (int64_t n = 0; n < 2; ++n) {
@@ -336,12 +333,12 @@ class Forward {
     }
   }
 
-  // The same of rows [b, b + rows), at most kTileChunk, of a worker's from row_begin on: both products by tiles, where
-  // the input's was not computed before, and meanwhile the cells of the chunk before.
+  // The same for rows [b, b + rows), at most kTileChunk, of a worker's rows from row_begin on: the recurrent product by
+  // tiles, also the input projection if fused, interleaved with the cells of the previous chunk.
   void tiled_units(Pipeline& pipeline, const Direction& direction, int64_t n, int64_t d, int64_t chunk,
                    int64_t row_begin, int64_t b, int64_t rows) const {
     const int64_t t = direction.at(n), end = b + rows;
-    // A tile has 16 rows where there are as many: some from before are computed again.
+    // A tile has 16 rows if possible: it overlaps the previous one.
     const int64_t first = rows < kTileRowsMost && row_begin + kTileRowsMost <= end ? end - kTileRowsMost : b;
     const int64_t all = end - first, second = all > kTileRowsMost ? end - kTileRowsMost : first;
     pipeline.tiles.configure(all < kTileRowsMost ? all : kTileRowsMost);
@@ -365,7 +362,7 @@ class Forward {
     const auto of_state = [&](int64_t k) {
       return operand(h(n, d), h_stride(), recurrent_panel(d, chunk, k - kFirstRecurrent), s_.P);
     };
-    // Panels with their biases, and with the input's maps where these were computed before.
+    // Panels with their biases, and with xg if it was computed before.
     const Maps before = maps(direction, d, t, first, chunk * kChunk);
     const auto start = [&](int64_t k) -> TileStart {
       if (!fused && k < kInputPanels) {
@@ -395,7 +392,7 @@ class Forward {
                   after < unit_blocks() ? after : unit_blocks(), rows, &sums[0][b - first][0]});
   }
 
-  // The n-th step of blocks [begin, end), at most kTogether, of the only row.
+  // The n-th step of blocks [begin, end), at most kTogether, of a single row.
   void single_row(const Direction& direction, int64_t n, int64_t d, int64_t begin, int64_t end) const {
     const int64_t t = direction.at(n), full = end * kUnits<A> <= s_.H ? end : end - 1;
     V sums[kChunk == 1 ? kTogether : kMaps][4];
@@ -425,7 +422,7 @@ class Forward {
     if (full < end) Cells(*this, direction, n, d, 0, full, true).all(0, 1, count(full), of_last);
   }
 
-  // Rows of the state that enters a step; a panel of K inputs, of which a chunk has so many; and one of the state's.
+  // Rows of the state entering a step; a panel with K inputs of a chunk; and a panel of the recurrent product.
   const E* entering(int64_t n, int64_t d, int64_t b) const {
     return reinterpret_cast<const E*>(h(n, d) + b * h_stride());
   }
@@ -455,14 +452,14 @@ class Forward {
     });
   }
 
-  // Multipliers of the state that enters the next step, or null.
+  // Multipliers of the state entering the next step, or null.
   struct Dropped {
     const A* at = nullptr;
     int64_t step = 0;
   };
 
-  // Where some outputs of rows from b on, or of blocks of one row, go at the n-th step: the output, the state that
-  // enters the next step, and the final state.
+  // Destinations of outputs of rows from b on, or of blocks of one row, at the n-th step: y, the state entering the
+  // next step, and the final state.
   struct Outputs {
     Outputs() = default;  // of nothing
     Outputs(const Forward& forward, const Direction& direction, int64_t n, int64_t d, int64_t b, int64_t output,
@@ -509,7 +506,7 @@ class Forward {
     [[no_unique_address]] std::conditional_t<kVariant, Dropped, Nothing> dropped;
   };
 
-  // What a variant takes besides, of a block of hidden units of rows from b on; or, of the only row, of blocks.
+  // Additional operands of a variant, for a block of hidden units of rows from b on; or for blocks of a single row.
   struct Extra {
     Extra() = default;  // of nothing
     Extra(const Forward& forward, const Direction& direction, int64_t n, int64_t d, int64_t b, int64_t unit,
@@ -533,7 +530,7 @@ class Forward {
       if (p.h0 != nullptr) h_first = static_cast<const S*>(p.h0) + state(s, d, b, H) + unit;
     }
 
-    // The hidden state that entered step t of a row, unless it was cut.
+    // The hidden state entering step t of a row, if it was not reset.
     V entered(int64_t r, bool is_first, int64_t count) const {
       if (!is_first) return load(h_before + r * noise_step, count);  // y has the rows of the noise
       return h_first == nullptr ? V{} : load(h_first + r * state_step, count);
@@ -544,8 +541,8 @@ class Forward {
     int64_t units = 0, noise_step = 0, weights_step = 0, state_step = 0;  // units: H
   };
 
-  // Cells of a block of hidden units at the n-th step, of rows from b on; or, of the only row, of one block of a chunk
-  // after the other.
+  // Cells of a block of hidden units at the n-th step, for rows from b on; or, for a single row, of the blocks of a
+  // chunk.
   struct Cells {
     Cells(const Forward& forward, const Direction& direction, int64_t n, int64_t d, int64_t b, int64_t block,
           bool blocks = false)
@@ -576,8 +573,8 @@ class Forward {
 
     Cells() = default;  // of nothing
 
-    // From the sums of the recurrent product, or of all maps where there are none of the input, to everything that is
-    // written about [begin, end) of them. What is known when compiled needs no test for each row.
+    // Computes and stores the cells [begin, end) from the sums of the recurrent product, or of all maps if the input
+    // projection is fused. Compile-time flags avoid tests per row.
     FUSEDRNN_INLINE void all(int64_t begin, int64_t end, int64_t count, Sums sums) const {
       if constexpr (kVariant) {
         each_of_variant(begin, end, count, sums);
@@ -597,19 +594,19 @@ class Forward {
       }
     }
 
-    // Fewer instances, each of which takes its time to compile, and one copy for whoever calls it.
+    // Not inlined: fewer copies, each of which takes long to compile.
     __attribute__((noinline, noclone)) void each_of_variant(int64_t begin, int64_t end, int64_t count,
                                                             Sums sums) const {
       for (; begin + kTogether <= end; begin += kTogether) some<true, kTogether>(begin, count, sums);
       for (; begin < end; ++begin) some<true, 1>(begin, count, sums);
     }
 
-    // R of them from the first-th on.
+    // R cells from the first-th on.
     template <bool kRagged, int R>
     FUSEDRNN_INLINE void some(int64_t first, int64_t count, Sums sums) const {
       const Direction& direction = outputs.direction;
       const auto row = [&](int64_t r) { return outputs.b + r * outputs.row_step; };
-      // One test for each row where nothing but the state is written, as in most steps of inference.
+      // Common case of inference, only the state is written: one test per row.
       const bool more = kRagged || c_all != nullptr || saved != nullptr || m_all != nullptr || outputs.final;
       V a[R][kMaps], c[R], m[R];
 #pragma GCC unroll 4
@@ -645,7 +642,7 @@ class Forward {
       }
     }
 
-    // The cells of a variant, with what it takes besides, and zoneout of h.
+    // The cells of a variant, with its additional operands and zoneout of h.
     template <bool kRagged, int R>
     FUSEDRNN_INLINE void variant(V (&a)[R][kMaps], V (&c)[R], V (&m)[R], int64_t first, int64_t count) const {
       V p[R][kParameters], of_g[R], of_c[R];
@@ -679,7 +676,7 @@ class Forward {
       }
     }
 
-    // Complete maps. The product has them all where there are none of the input.
+    // Complete maps: sums plus the input projection, if there is one.
     template <int R>
     FUSEDRNN_INLINE void load_maps(V (&a)[R][kMaps], int64_t first, int64_t count, Sums sums) const {
 #pragma GCC unroll 4
@@ -712,14 +709,14 @@ class Forward {
     Outputs outputs;
     [[no_unique_address]] std::conditional_t<kVariant, Extra, Nothing> extra;
     SavedOrder<A> order;
-    int64_t state_step, saved_step, c_step, bias_step;  // from one of them to the next
+    int64_t state_step, saved_step, c_step, bias_step;  // strides
     Maps maps;
-    const A* biases = nullptr;  // of the maps that the input has not
+    const A* biases = nullptr;  // of maps without an input product
     S *saved = nullptr, *c_all = nullptr, *cn = nullptr;
     A *carry = nullptr, *m_all = nullptr;
   };
 
-  // Cells of a chunk that follow its products by tiles: those of its blocks [block, end), of so many rows from b on.
+  // Pending cells of a chunk whose tile product is complete: blocks [block, end), rows from b on.
   struct Rest {
     int64_t groups() const {
       return blocks_of(rows - at, kTogether) +
@@ -744,7 +741,7 @@ class Forward {
     int64_t at = 0;
   };
 
-  // The n-th step of a block of hidden units, for rows [row_begin, row_end): dot products with the weights as they lie.
+  // The n-th step of a block of hidden units, for rows [row_begin, row_end): dot products with unpacked weights.
   void dot_units(int64_t n, int64_t d, int64_t block, int64_t row_begin, int64_t row_end) const {
     const Direction direction(s_, p_.sequence, d);
     for_each_part<kSumRows>(row_begin, row_end, [&](int64_t b, int64_t rows) {
@@ -755,7 +752,7 @@ class Forward {
     });
   }
 
-  // Their maps, biases and all.
+  // The complete maps of a row, with biases.
   void dots(Sums all, int64_t n, int64_t d, int64_t block, int64_t b, int64_t rows) const {
     const Direction direction(s_, p_.sequence, d);
     const int64_t unit = block * kUnits<A>, count = this->count(block);
@@ -768,7 +765,7 @@ class Forward {
       const S* const w_ih = weights(p_.w_ih[d], kSpec.input, map, s_.I);
       const S* const w_hh = enters(n) ? weights(p_.w_hh[d], kSpec.recurrent, map, s_.P) : nullptr;
       for (int64_t r = 0; r < rows; ++r) {
-        // The states of rows that are reset were made zero where they were written.
+        // Resets were applied when the state was written.
         const State* const state = h(n, d) + (b + r) * h_stride();
         all(r, map) = dots_of_units(w_ih, x + (b + r) * s_.I, s_.I, w_hh, state, s_.P, count) + bias;
       }

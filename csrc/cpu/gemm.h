@@ -1,13 +1,12 @@
 // The large matrix products around a launch: the input's affine map before it, the gradients of x and of the weights
 // after it. c = start + a @ b, or c += a @ b, where b is packed in panels (panel.h) and a may be transposed.
 //
-// A worker computes kGemmRows rows of c at a time, in blocks of kGemmDepth along K: a tile's part of a panel of that
-// depth stays in the first-level cache while the rows pass by, the rows in the second level, and a tile of them in
-// registers, as in panel.h. Rows are packed first, in slivers of kSliverRows rows, [K][rows]: transposed ones, because
-// their numbers lie in as many pages as there are, and contiguous ones where there are rows and columns enough.
+// A worker computes kGemmRows rows of c at a time, in blocks of kGemmDepth along K: half a panel of that depth stays in
+// the L1 cache for all rows, the rows in the L2 cache, and a tile of sums in registers, as in panel.h. Rows are packed
+// into slivers of kSliverRows rows, [K][rows]: transposed rows always, because each element is in another page,
+// contiguous ones if there are enough rows and columns.
 //
-// The sum over K runs in one order wherever a tile begins and ends, so that the result does not depend on the number of
-// threads.
+// The order of the sum over K does not depend on the tiles, so results do not depend on the number of threads.
 #pragma once
 
 #include "panel.h"

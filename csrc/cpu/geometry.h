@@ -1,4 +1,4 @@
-// Where things lie: the order of the time steps of a direction, the steps that exist, their rows, and offsets into the
+// Index computations: the order of the time steps of a direction, which steps exist, their rows, and offsets into
 // tensors.
 #pragma once
 
@@ -6,10 +6,10 @@
 
 namespace fusedrnn::FUSEDRNN_ISA {
 
-// Stands for what only variants of a cell have.
+// Placeholder for members that only variants of a cell have.
 struct Nothing {};
 
-// One direction of a layer: its n-th step is time step at(n), which steps of which sequence exist, and their rows.
+// One direction of a layer: its n-th step is time step at(n); tells which steps of a sequence exist, and their rows.
 class Direction {
  public:
   Direction() = default;  // of nothing
@@ -25,7 +25,7 @@ class Direction {
   // The step of a row.
   int64_t step_of(int64_t row) const {
     if (!is_packed()) return row / B_;
-    int64_t first = 0;  // by halves: the last step that begins at this row or before
+    int64_t first = 0;  // binary search: the last step that begins at this row or before
     for (int64_t end = T_; end - first > 1;) {
       const int64_t middle = (first + end) / 2;
       (sequence_->offsets[middle] <= row ? first : end) = middle;
@@ -50,7 +50,7 @@ class Direction {
     for (int64_t r = 0; r < rows; ++r) any |= exists(t, b + r);
     return any;
   }
-  // Whether the state entering step t is cut to zero.
+  // Whether the state entering step t is reset to zero.
   bool is_reset(int64_t t, int64_t b) const {
     return sequence_->reset != nullptr && exists(t, b) && sequence_->reset[t * B_ + b] != 0;
   }
@@ -87,9 +87,9 @@ FUSEDRNN_INLINE const A* noise_at(const Sizes& s, const NoiseParams& noise, Nois
   return all + time_major(s, noise.by_sequence ? b : direction.row(t, b), d, size) + unit;
 }
 
-// Where the saved values of hidden units lie in a row of S*H of them: the k-th of units from `unit` on, a multiple of
-// `lanes`. Block after block where `saved_in_blocks`, so that a step touches one place for each row and block; else the
-// first values of all units, then the second ones.
+// Offset of the k-th saved value of units from `unit` on, a multiple of `lanes`, in a row of S*H saved values. With
+// `saved_in_blocks` the layout is [H / lanes][S][lanes], so that a step touches one range per row and block; otherwise
+// it is [S][H].
 template <class A>
 class SavedOrder {
  public:
@@ -103,7 +103,7 @@ class SavedOrder {
   int64_t value_ = 0, unit_ = 0;
 };
 
-// Of D * B sequences, shared so that every worker has about as many steps: where those of a worker begin.
+// The first of the D * B sequences of a worker; every worker has about the same number of steps.
 inline int64_t first_owned(const Sizes& s, const Sequence& sequence, const Team& team, int worker) {
   const int64_t all = s.D * s.B;
   if (sequence.lengths == nullptr || worker == 0 || worker == team.workers) return worker * all / team.workers;

@@ -1,4 +1,4 @@
-// Which instruction sets there are, and which of them this processor has.
+// The instruction sets of the build, and their detection at run time.
 #include "params.h"
 
 #if defined(__x86_64__) && defined(__linux__)
@@ -20,7 +20,7 @@ static KernelTable with_bfloat16(KernelTable table, const Kernels& kernels) {
 extern const Kernels kAmxBFloat16;
 
 #if defined(FUSEDRNN_EMULATE_TILES)
-// For tests: on every processor, and only where it is named.
+// For tests: available on every processor, used only if requested by name.
 static const Isa& amx_emulated() {
   static const KernelTable kernels = with_bfloat16(kPortable, kAmxBFloat16);
   static const Isa isa = {"amx_emulated", [] { return true; }, &kernels};
@@ -40,8 +40,8 @@ static bool has_avx512() {
 
 static bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 
-// AMX, on a processor that has the other instructions of its kernels, and the system's permission to use it, which has
-// to be asked for: from then on a thread that uses tiles has its 8 KiB of them saved with its other registers.
+// AMX needs the other instructions of its kernels and the kernel's permission, which has to be requested: it then saves
+// the 8 KiB of tiles with the registers of threads that use them.
 [[maybe_unused]] static bool has_amx() {
 #if defined(__linux__)
   constexpr int kRequestPermission = 0x1023, kTileData = 18;

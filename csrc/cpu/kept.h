@@ -1,4 +1,4 @@
-// What is kept from call to call, within a limit.
+// Caches that live from call to call, bounded by bytes.
 #pragma once
 
 #include <cstdint>
@@ -11,12 +11,12 @@
 
 namespace fusedrnn {
 
-// Items of some `bytes` each, which together take at most `limit`: those that were put in front the longest ago make
-// room. Any number of threads may call; what derives from it locks the mutex around the items.
+// LRU list of items, bounded by the sum of their `bytes`: the least recently used are evicted. Thread-safe; derived
+// classes lock the mutex around accesses to the items.
 template <class Item>
-class Shelf {
+class ByteLru {
  public:
-  explicit Shelf(int64_t limit) : limit_(limit) {}
+  explicit ByteLru(int64_t limit) : limit_(limit) {}
 
   int64_t limit() const {
     const std::lock_guard lock(mutex_);
@@ -25,15 +25,14 @@ class Shelf {
   void set_limit(int64_t limit) {
     const std::lock_guard lock(mutex_);
     limit_ = limit;
-    make_room();
+    evict();
   }
   int64_t bytes() const {
     const std::lock_guard lock(mutex_);
     return bytes_;
   }
 
-  // Keeps all threads out, for who is about to fork: a child has none of them, and would wait for ever for one that was
-  // inside.
+  // For fork handlers: a child has no other threads, and would deadlock on a mutex that one of them holds.
   void lock() { mutex_.lock(); }
   void unlock() { mutex_.unlock(); }
 
@@ -43,7 +42,7 @@ class Shelf {
   void put(Item item) {
     bytes_ += item.bytes;
     items_.push_front(std::move(item));
-    make_room();
+    evict();
   }
 
   Item take_out(typename Items::iterator at) {
@@ -57,29 +56,28 @@ class Shelf {
   Items items_;
 
  private:
-  void make_room() {
+  void evict() {
     while (bytes_ > limit_) take_out(std::prev(items_.end()));
   }
 
   int64_t limit_, bytes_ = 0;
 };
 
-// Where a value was made, what it was made of, and the value.
+// place: addresses and sizes of the sources of the value; fingerprint: of their contents.
 template <class Value>
-struct KeptValue {
+struct CacheEntry {
   std::vector<intptr_t> place;
   std::vector<uint64_t> fingerprint;
   Value value;
   int64_t bytes;
 };
 
-// Values for as long as what they were made of stays the same. A place has at most one, and it is given out only to who
-// shows the fingerprint it was kept under.
+// Values cached by place, at most one for each; a lookup with another fingerprint is a miss.
 template <class Value>
-class Kept : public Shelf<KeptValue<Value>> {
+class Cache : public ByteLru<CacheEntry<Value>> {
  public:
-  using Item = KeptValue<Value>;
-  using Shelf<Item>::Shelf;
+  using Item = CacheEntry<Value>;
+  using ByteLru<Item>::ByteLru;
 
   std::optional<Value> find(const std::vector<intptr_t>& place, const std::vector<uint64_t>& fingerprint) {
     const std::lock_guard lock(this->mutex_);

@@ -1,17 +1,16 @@
-// The matrix product under everything: batch rows times a panel.
+// The inner matrix product of all kernels: batch rows times a panel.
 //
-// A panel holds the weights of one block of outputs for all K inputs: four vectors for each of them, in two halves,
-// [2][K][2][lanes]. In forward they are maps of a chunk of hidden units (params.h); elsewhere they are 4 * lanes
-// outputs next to each other. A tile of R rows and V of the four vectors stays in R * V registers while K runs: every
-// panel element is loaded once per tile, and every number of the rows is broadcast. With 16 registers V is two where
-// there are many rows, so that half a panel, kDepth deep, stays in the first-level cache while the rows pass by, and
-// four where there are so few that a pass over the panel is all there is. With 32 registers it is always four.
+// A panel holds the weights of one block of outputs for all K inputs: four vectors for each input, in two halves,
+// [2][K][2][lanes]. In forward the outputs are the maps of a chunk of hidden units (params.h), elsewhere 4 * lanes
+// adjacent outputs. The sums of a tile of R rows and V of the four vectors stay in R * V registers while K runs: every
+// panel element is loaded once per tile, and every element of the rows is broadcast. With 16 registers V is 2 for many
+// rows, so that half a panel of depth kDepth stays in the L1 cache for all tiles, and 4 for so few rows that the panel
+// is read only once. With 32 registers V is always 4.
 //
-// Where operands are pairs of 16-bit numbers, an input of a panel is two of the matrix; those that the matrix does not
-// have are zero.
+// With pairs of 16-bit operands an input of a panel is two inputs of the matrix, padded with zeros.
 //
-// The sum over K runs in the same order whatever the tile is, so that a row's result does not depend on which rows it
-// shares one with, and therefore not on the number of threads.
+// The order of the sum over K does not depend on the tile, so results do not depend on the batch size or the number of
+// threads.
 #pragma once
 
 #include "geometry.h"
@@ -23,32 +22,31 @@ constexpr int64_t kUnits = Simd<A>::kLanes;  // hidden units of a block
 template <class A>
 constexpr int64_t kWide = 4 * Simd<A>::kLanes;  // outputs of a panel
 
-// A tile: so many rows by so many vectors as the registers hold beside their operands (32 registers with AVX-512, else
-// 16). Of 24 sums 6 by 4 take 37 instructions an input, and 12 by 2 take 42, which a core that is shared with another
-// process feels.
+// The tile size: as many rows by vectors as fit into registers beside their operands (32 registers with AVX-512, else
+// 16). For 24 sums, 6 by 4 takes 37 instructions per input and 12 by 2 takes 42, slower on a core shared by two
+// threads.
 constexpr bool kNarrow = FUSEDRNN_VECTOR_BYTES < 64;
 constexpr int kTileRows = 6, kTileVectors = kNarrow ? 2 : 4;
-// Rows up to which a tile has all four vectors, and K is not cut.
+// Number of rows up to which a tile has all four vectors, and K is not blocked.
 constexpr int kFewRows = kNarrow ? 3 : 6;
 // Steps along K for which a tile's part of a panel takes half of a first-level cache of 32 KiB, or two thirds of 48.
 constexpr int64_t kDepth = kNarrow ? 16384 / (2 * FUSEDRNN_VECTOR_BYTES) : 32768 / (4 * FUSEDRNN_VECTOR_BYTES);
-// With AVX2 and its 16 registers a tile is 20 instructions and 12 multiply-adds. Where somebody else works on the core
-// as well, which then begins three instructions a cycle, all others count: those that move pointers, so that a loop
-// takes four inputs a round, and those that ask memory for what comes.
+// With AVX2 and its 16 registers a tile has 20 instructions for 12 multiply-adds. On a core shared with another
+// process, which then issues three instructions a cycle, the others matter: pointer arithmetic, which unrolling by four
+// inputs reduces, and prefetches.
 constexpr int kInputsARound = kNarrow ? 4 : 1;
-// Rows whose sums are kept between the product and what follows it.
+// Number of rows whose sums are stored between the product and its consumer.
 constexpr int64_t kRowsAtATime = kNarrow ? 24 : 48;
-// Rows that are packed next to each other for tiles of them: as many tiles as a vector holds rows of.
+// Rows of a packed sliver: a multiple of a tile's rows.
 constexpr int64_t kSliverRows = kNarrow ? 6 : 12;
 
-// Where the v-th vector of input k lies in a panel of K inputs.
+// Offset of the v-th vector of input k in a panel of K inputs.
 template <class A>
 FUSEDRNN_INLINE int64_t in_panel(int64_t K, int64_t k, int64_t v) {
   return (v / 2 * K * 2 + k * 2 + v % 2) * kUnits<A>;
 }
 
-// Number k of row r of the left matrix, of R rows: of rows as they lie, `stride` apart, or of a sliver,
-// [K][kSliverRows].
+// Element k of row r of the left matrix, of R rows: strided rows, `stride` apart, or a sliver, [K][kSliverRows].
 template <class E, int R>
 struct StridedRows {
   StridedRows(const E* rows, int64_t stride) : stride(stride) {
@@ -97,7 +95,7 @@ FUSEDRNN_INLINE void accumulate_rounds(Left left, const E* panel, int64_t K, int
       for (int v = 0; v < V; ++v) __builtin_prefetch(panel + in_panel<A>(K, k + 16, v));
     }
     if constexpr (kNext) __builtin_prefetch(next + k * 2 * kUnits<A>);
-    // What there are fewer of stays in registers, while the others pass by.
+    // The smaller of the two operands stays in registers.
     if constexpr (R < V) {
       E numbers[R];
 #pragma GCC unroll 16
@@ -178,9 +176,8 @@ FUSEDRNN_INLINE void with_rows(int64_t rows, const F& f) {
   f(Rows<Most>{});
 }
 
-// Products of a few shapes, each a function of its own: one copy serves whoever calls it, and the compiler, which
-// spills sums in every round of a loop that it inlines into much other code, keeps them in registers.
-// tests/test_spills.py holds their loops to that.
+// Products of a few shapes, not inlined: the code is shared, and the compiler keeps the sums in registers, which it
+// spills if it inlines the loop into large functions. tests/test_spills.py checks the loops.
 
 // sum[r] += R rows @ kTileVectors of a panel, `stride` numbers apart; sum is that of the first of these vectors.
 template <class E, int R, bool kNext>
@@ -209,7 +206,7 @@ __attribute__((noinline)) void single_row_product(const E* row, const E* panel, 
                          [&](int r, int v, V value) { sum[r][v] = value; });
 }
 
-// Rows [b, ..) at step t, of which a product is wanted where any of some exists; or of none.
+// Predicate: whether any of `count` rows from b + first on exists at step t, so that their product is needed.
 struct WantedRows {
   bool operator()(int64_t first, int64_t count) const { return any && direction->any_exists(t, b + first, count); }
 
@@ -218,8 +215,8 @@ struct WantedRows {
   bool any = true;
 };
 
-// sum[r] = a[r] @ panel for r in [0, rows), rows at most kRowsAtATime. Tiles without a row that is wanted(first, count)
-// are left out: their sums are zero. `alone` says that the layer has a single row, which then needs no tile.
+// sum[r] = a[r] @ panel for r in [0, rows), rows at most kRowsAtATime. Tiles with wanted(first, count) false are
+// skipped: their sums are zero. `alone`: the layer has a single row, which needs no tile.
 template <class E>
 __attribute__((noinline)) void multiply(Vec<Compute<E>> (*sum)[4], const E* a, int64_t stride, const E* panel,
                                         int64_t K, int64_t rows, bool alone, const WantedRows& wanted) {
@@ -241,7 +238,7 @@ __attribute__((noinline)) void multiply(Vec<Compute<E>> (*sum)[4], const E* a, i
         auto* const own = reinterpret_cast<Vec<A>(*)[4]>(&sum[first][first_vector]);
         const E* const left = a + first * stride + k;
         with_rows<kTileRows>(count, [&](auto R) {
-          // The first ones ask for one vector each of what comes next, maybe of the next block.
+          // The first ones prefetch one vector each of the next panel, which may be in the next block.
           if (!kNarrow && tile < kTileVectors) {
             const E* const next = k + kDepth < K ? panel + in_panel<A>(K, k + kDepth, tile)
                                                  : panel + K * kWide<A> + in_panel<A>(K, 0, tile);
@@ -381,8 +378,7 @@ void pack_columns(const void* w, int64_t K, int64_t N, void* panel, int64_t begi
   }
 }
 
-// Rows of weights that are read at the same time: enough sums to hide the latency of one, and few enough streams for
-// the prefetchers.
+// Rows of weights read at the same time: enough sums to hide latency, few enough streams for the hardware prefetchers.
 template <class A>
 constexpr int kDots = kUnits<A> < 8 ? kUnits<A> : 8;
 
@@ -416,7 +412,7 @@ __attribute__((noinline)) Vec<Compute<S>> dots_of_units(const S* w_ih, const S* 
                                                         const State* h, int64_t P, int64_t units) {
   using A = Compute<S>;
   Vec<A> sums[kUnits<A>];
-#pragma GCC unroll 16  // not a call of memset, whose stores what follows would wait for
+#pragma GCC unroll 16  // avoids memset, whose stores would delay the following loads
   for (int64_t u = 0; u < kUnits<A>; ++u) sums[u] = Vec<A>{};
   if (w_ih != nullptr) add_dots<A>(sums, w_ih, units, x, I);
   if (w_hh != nullptr) add_dots<A>(sums, w_hh, units, h, P);

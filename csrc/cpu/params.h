@@ -1,16 +1,15 @@
-// The plain structs that the CPU kernels take: pointers, sizes, nothing of torch.
+// Plain parameter structs of the CPU kernels: pointers and sizes, no torch.
 //
-// Letters: T time, B batch, H hidden, P projection (P = H without one), D directions, N the steps of all sequences
-// together, which are rows of x: T * B of them, one for each sequence at each step, or those of a PackedSequence. A
-// cell (csrc/cells/spec.h) has so many gates, maps and saved values; of its maps, those of the input's product are
-// `input_maps`. S is the dtype tensors are stored in, A the dtype of the arithmetic: float for bfloat16, float16 and
-// float, double for double. Everything is contiguous and row-major in the shape given beside it. No two pointers may
-// alias unless it says so. A null pointer where "or null" stands means zeros for an input and "not wanted" for an
-// output.
+// Letters: T time, B batch, H hidden, P projection (P = H without one), D directions, N rows of x: T * B, one for each
+// sequence and step, or the rows of a PackedSequence. `gates`, `maps` and `saved` are the counts of a cell
+// (csrc/cells/spec.h); `input_maps` counts the maps with an input product. S is the storage dtype, A the arithmetic
+// dtype: float for bfloat16, float16 and float, double for double. All tensors are contiguous and row-major in the
+// shape beside them. Pointers must not alias unless stated. Where it says "or null", null means zeros for an input and
+// "not wanted" for an output.
 //
-// Forward works on chunks of hidden units: so many blocks of `lanes` units that the maps of a product fill whole panels
-// (panel.h), which have four vectors. Four maps of one block do; otherwise a chunk has four blocks, and each map fills
-// a panel. "[chunks][maps]" below stands for such panels, [ceil(H / (blocks * lanes))][maps][blocks][lanes].
+// Forward works on chunks of hidden units. A panel (panel.h) has four vectors, and the maps of a chunk fill whole
+// panels: a chunk is one block of `lanes` units if the number of maps is a multiple of 4, otherwise four blocks, so
+// that each map fills a panel. "[chunks][maps]" below is [ceil(H / (blocks * lanes))][maps][blocks][lanes].
 #pragma once
 
 #include <array>
@@ -21,14 +20,13 @@
 
 namespace fusedrnn {
 
-// How many blocks of `width` outputs there are, the last one perhaps not full.
+// Number of blocks of `width` outputs; the last one may be partial.
 static constexpr int64_t blocks_of(int64_t outputs, int64_t width) { return (outputs + width - 1) / width; }
 
-// How many blocks of `lanes` units a chunk has, by how many maps a product has.
+// Blocks of `lanes` units in a chunk, for the number of maps of a product.
 static constexpr int64_t chunk_blocks(int64_t maps) { return maps % 4 == 0 ? 1 : 4; }
 
-// Whether a row of saved values lies block after block, as the panels of as many maps do if a chunk is one block; else
-// value after value. See SavedOrder.
+// Whether a row of saved values is laid out [blocks][saved][lanes]; otherwise [saved][H]. See SavedOrder.
 static constexpr bool saved_in_blocks(int64_t H, int64_t saved, int64_t lanes) {
   return H % lanes == 0 && (saved == 1 || chunk_blocks(saved) == 1);
 }
@@ -43,13 +41,13 @@ struct Float16 {
 
 enum class Dtype : int { kFloat32, kFloat64, kBFloat16, kFloat16, kCount };
 
-// How the large products, and the recurrent ones of more than a few rows and steps, take their operands.
+// Operand format of the matrix products, except those of few rows and steps.
 enum class Operands : int {
-  kNumbers,  // of A, one by one
-  kPairs,    // two numbers of S next to each other, which an instruction multiplies and adds up
-  kTiles,    // 16 such pairs of 16 rows, by matrix instructions
+  kNumbers,  // single numbers of A
+  kPairs,    // pairs of adjacent numbers of S, for dot product instructions
+  kTiles,    // tiles of 16 pairs by 16 rows, for matrix instructions
 };
-// Inputs of such a product are padded with zeros to a multiple of this many.
+// K of such a product is padded with zeros to a multiple of this.
 constexpr int64_t inputs_at_a_time(Operands operands) {
   return operands == Operands::kTiles ? 32 : operands == Operands::kPairs ? 2 : 1;
 }
@@ -59,7 +57,7 @@ struct Sizes {
   bool projected;  // whether there is a w_hr; else P = H
 };
 
-// Which steps exist, where their rows are, and where the state is cut.
+// Which steps exist, where their rows are, and where the state is reset.
 struct Sequence {
   const int64_t* lengths;  // [B] or null (all T); values outside 0..T count as the nearest
   // [T + 1] or null. Not null: of a PackedSequence, whose lengths never grow from sequence to sequence. The rows of
@@ -68,7 +66,7 @@ struct Sequence {
   const uint8_t* reset;  // [T][B] or null
 };
 
-// What noise multiplies: see NOISE in fusedrnn/cells/spec.py.
+// Kinds of noise: see NOISE in fusedrnn/cells/spec.py.
 enum class Noise : int { kH, kC, kG, kR, kCount };
 
 // The multipliers of each, A [N][D][W], or [B][D][W] where those of a sequence are the same at all steps; or null. W is
@@ -78,11 +76,11 @@ struct NoiseParams {
   bool by_sequence;
 };
 
-// How the work of one launch is shared by workers that may or may not run at the same time.
+// How workers, which may or may not run at the same time, share the work of one launch.
 struct Team {
   enum class Split : int {
-    kRows,   // each worker owns batch rows and runs the whole sequence without meeting the others
-    kUnits,  // each worker owns hidden units; all meet at every step
+    kRows,   // each worker owns batch rows and runs the whole sequence without synchronisation
+    kUnits,  // each worker owns hidden units; barrier after every step
   };
   Split split;
   int workers;
@@ -93,10 +91,10 @@ struct Team {
 struct ForwardParams {
   Sizes sizes;
   Sequence sequence;
-  // Where N is small, both products are dot products with the weights as they lie, and there are no panels. Elsewhere
-  // the weights are packed, and the input's maps are computed before (xg), or in the launch (panel_ih).
+  // For small N both products are dot products with the unpacked weights, and all panels are null. Otherwise the
+  // weights are packed, and the input projection is computed before (xg) or in the launch (panel_ih).
   const void* x;  // S [N][I]
-  // The steps of this launch, counted as each direction goes through them; other launches do the others, in order.
+  // The steps of this launch, in the order of each direction; other launches run the other steps, in order.
   int64_t begin, end;
   // The input's maps of the rows of these steps, by time, for each direction; or null. With biases: b_ih, and b_hh
   // where the state's map is added to it. Where xg_rows is not 0, A [chunks][input_maps][xg_rows], of each panel a row;
@@ -159,7 +157,7 @@ struct BackwardParams {
   int64_t da_begin, da_inputs;
   void* dh0;  // S [D][B][P] or null
   void* dc0;  // S [D][B][H] or null
-  // What the weight gradients need besides da.
+  // Outputs for the weight gradients, besides da.
   void* h_in;    // [D] panels as by pack_columns from [N][P], or null: the hidden state that entered each step
   void* dh_out;  // A [D][N][P], only where projected: gradient of h_t
   void* m;       // A [D][N][H], only where projected
@@ -190,8 +188,8 @@ struct GemmParams {
 };
 constexpr int64_t kGemmRows = 192;  // of c, that a worker computes at a time: a multiple of every tile's rows
 
-// Packing of a matrix w, S [rows][columns], for the matrix product of a block of outputs with all inputs; see panel.h.
-// Each call packs [begin, end) of the blocks, or of the inputs.
+// Packs a matrix w, S [rows][columns], into panels; see panel.h. Each call packs [begin, end) of the blocks, or of the
+// inputs.
 using Pack = void (*)(const void* w, int64_t rows, int64_t columns, void* panel, int64_t begin, int64_t end);
 
 // The cells in csrc/cells.

@@ -1,9 +1,9 @@
-// Workers that meet at every step, without assuming that they run at the same time.
+// Barrier and work stealing of the workers of a launch, without the assumption that they run at the same time.
 //
-// The work of a phase is cut into chunks. A chunk belongs to a worker, which keeps its weights in that core's cache,
-// but any worker may claim it: one that has waited for long takes what its owner has not begun. So a worker that was
-// preempted, or that has not been started because the caller runs inside a parallel region already, delays the others
-// by at most the chunk it is in. Which worker computes a chunk does not change a bit of the result.
+// The work of a phase is split into chunks. Each chunk has an owner, whose core caches its weights, but any worker may
+// claim it: a worker that has waited for long steals chunks that their owner has not begun. So a worker that is
+// preempted, or not started because the caller is inside a parallel region, delays the others by at most one chunk.
+// Results do not depend on which worker computes a chunk.
 #pragma once
 
 #include <cstdint>
@@ -22,10 +22,11 @@ extern "C" int sched_yield();
 
 namespace fusedrnn::FUSEDRNN_ISA {
 
-// The k-th of `count`, upwards in even rounds and downwards in odd ones.
+// The k-th of `count` indices, ascending in even rounds and descending in odd ones.
 FUSEDRNN_INLINE int64_t in_turns(int64_t round, int64_t k, int64_t count) { return round % 2 == 0 ? k : count - 1 - k; }
 
-// One cache line; line 0 counts the finished chunks of all phases, every further line is the claim of one chunk.
+// One cache line. Line 0 counts the finished chunks of all phases, line 1 + k holds the last phase that claimed chunk
+// k.
 struct alignas(64) Line {
   int64_t value;
 };
@@ -40,8 +41,8 @@ class Worker {
         first_(index * chunks / team.workers),
         last_((index + 1) * chunks / team.workers) {}
 
-  // Runs f(chunk) for every chunk of the next phase, together with the other workers; returns when all are finished
-  // and what they wrote can be read. finish() follows the last of some chunks that are run together.
+  // Runs f(chunk) for every chunk of the next phase, together with the other workers; returns when all are finished and
+  // their results are visible. finish() runs after a series of chunks of this worker.
   template <class F, class Finish>
   void phase(const F& f, const Finish& finish) {
     ++phase_;
@@ -66,15 +67,15 @@ class Worker {
   }
 
  private:
-  // Looking at who has finished goes on for a while before another's chunk is taken, whose weights are in the other
-  // core's cache; not for long where a chunk takes longer than reading them does.
+  // A worker polls for a while before it steals a chunk, whose weights are in the owner's cache; not for long if a
+  // chunk takes longer than loading them.
   static constexpr int64_t kLongChunk = 32768;
   static constexpr int kSpinsBeforeYield = 4096;
 
   int64_t finished() const { return __atomic_load_n(&lines_[0].value, __ATOMIC_ACQUIRE); }
 
-  // Claims and runs what is left of `count` chunks from `first` on, around the end: in turns upwards and downwards, so
-  // that a phase begins with what the last one has left in the cache.
+  // Claims and runs the unclaimed of `count` chunks from `first` on, modulo the number of chunks; in alternating order,
+  // so that a phase begins with the weights that the last one left in the cache.
   template <class F, class Finish>
   void run_unclaimed(int64_t first, int64_t count, const F& f, const Finish& finish) {
     int64_t done = 0;

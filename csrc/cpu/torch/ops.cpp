@@ -123,7 +123,7 @@ void forward_sequence(const Layer& layer, ForwardParams& params, const OptionalT
   const SharedPanels panels =
       unpacked            ? std::make_shared<Panels>(Panels{std::nullopt, std::nullopt, packed_projection(layer)})
       : saved.has_value() ? packed_weights(layer, in_place)  // of training: other ones at the next call
-                          : kept_weights(layer);
+                          : cached_weights(layer);
   params.panel_hh = pointer(panels->w_hh);
   params.panel_hr = pointer(panels->w_hr);
   params.team = plan_team(layer);
@@ -678,7 +678,7 @@ std::string cpu_plan(std::string cell, int64_t T, int64_t B, int64_t I, int64_t 
 // how many are kept of each.
 std::tuple<int64_t, int64_t, int64_t> cpu_keep(std::optional<int64_t> limit) {
   STD_TORCH_CHECK(!limit.has_value() || *limit >= 0, "limit must be 0 or more bytes, got ", limit.value_or(0));
-  Kept<SharedPanels>& panels = kept_panels();
+  Cache<SharedPanels>& panels = panel_cache();
   MemoryPool& memory = MemoryPool::instance();
   if (limit.has_value()) {
     panels.set_limit(*limit);

@@ -150,8 +150,8 @@ void check_size(const char* name, const Tensor& tensor, std::initializer_list<in
   STD_TORCH_CHECK(same, name, " has the wrong shape for this layer");
 }
 
-// How many bytes may be kept from call to call: of memory, and as many of packed weights.
-int64_t kept_by_default() {
+// Default limit in bytes of the memory pool, and of the cache of packed weights.
+int64_t default_cache_bytes() {
   constexpr int64_t kDefaultMib = 128, kMostMib = int64_t{1} << 40;
   const char* const text = std::getenv("FUSEDRNN_CPU_KEEP_MIB");
   if (text == nullptr) return kDefaultMib << 20;
@@ -173,14 +173,14 @@ struct Block {
 // Memory that calls have worked in, or that the caller has let go of, for the next ones. Memory that is new to the
 // process has to be found and cleared by the system page by page, which takes a tenth to a third of a training step
 // with large weights, wherever the allocator gives it back after every call.
-class MemoryPool : public Shelf<Block> {
+class MemoryPool : public ByteLru<Block> {
  public:
   static constexpr int64_t kSmall = 64 << 10;  // bytes: less than that has its place in any allocator
-  using Shelf<Block>::Shelf;
+  using ByteLru<Block>::ByteLru;
 
   // Never destroyed: tensors should not be, when torch itself is.
   static MemoryPool& instance() {
-    static auto* const pool = new MemoryPool(kept_by_default());
+    static auto* const pool = new MemoryPool(default_cache_bytes());
     return *pool;
   }
 

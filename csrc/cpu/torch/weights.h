@@ -57,8 +57,8 @@ int64_t panel_bytes(const Layer& layer) {
 // Inference keeps packed weights, and looks at every call whether the weights still are what was packed: reading them
 // takes a sixth of the time of packing them. No version is trusted, which does not count what is written through .data,
 // NumPy or another process.
-Kept<SharedPanels>& kept_panels() {
-  static auto* const kept = new Kept<SharedPanels>(kept_by_default());  // never destroyed, as the pool is not
+Cache<SharedPanels>& panel_cache() {
+  static auto* const kept = new Cache<SharedPanels>(default_cache_bytes());  // never destroyed, as the pool is not
   return *kept;
 }
 
@@ -69,7 +69,7 @@ class HeldForFork {
   static void before() noexcept {
     instruction_sets();  // what is made once is made by now, and not by a thread that the child has not
     try {
-      auto& panels = kept_panels();
+      auto& panels = panel_cache();
       auto& memory = MemoryPool::instance();
       panels.lock();
       memory.lock();
@@ -80,7 +80,7 @@ class HeldForFork {
   static void after() noexcept {
     if (!std::exchange(held, false)) return;
     MemoryPool::instance().unlock();
-    kept_panels().unlock();
+    panel_cache().unlock();
   }
 
  private:
@@ -122,9 +122,9 @@ std::vector<uint64_t> fingerprint_of(const Layer& layer, const Tensors* copies =
   return words;
 }
 
-// packed_weights, or what they were before.
-SharedPanels kept_weights(const Layer& layer) {
-  Kept<SharedPanels>& kept = kept_panels();
+// packed_weights, through the cache.
+SharedPanels cached_weights(const Layer& layer) {
+  Cache<SharedPanels>& kept = panel_cache();
   const int64_t bytes = panel_bytes(layer);
   if (bytes > kept.limit()) return packed_weights(layer);
   const Sizes& s = layer.sizes;
