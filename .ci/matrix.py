@@ -16,6 +16,8 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,7 +36,12 @@ RUNS = {  # a column of the table: the arguments of Python, and the environment
     "CPU kernels": ((*CHECK, "--backend", "cpu", "--limit", "24"), {}),
     "Triton kernels, interpreted": ((*CHECK, "--backend", "triton", "--limit", "3"), {"TRITON_INTERPRET": "1"}),
 }
-COMPILE = {"Triton kernels, compiled": (("-W", "ignore", "-m", "fusedrnn.kernels.compile", "--quick"), {})}
+COMPILE = {
+    "Triton kernels, compiled": (
+        ("-W", "ignore", "-m", "fusedrnn.kernels.compile", "--quick", "--device", "NVIDIA H200"),
+        {},
+    ),
+}
 
 
 def main() -> int:
@@ -43,7 +50,8 @@ def main() -> int:
     parser.add_argument("--torch", nargs="+", default=TORCH, metavar="VERSION")
     parser.add_argument("--index", help="a package index to take torch from")
     parser.add_argument("--environment", nargs="+", metavar="PYTHON", help="run in these, and install nothing")
-    parser.add_argument("--compile", action="store_true", help="compile the Triton kernels as well: minutes each")
+    parser.add_argument("--compile", action="store_true", help="compile the Triton kernels as well: a minute each")
+    parser.add_argument("--jobs", type=int, default=1, help="environments that run at a time")
     parser.add_argument("--out", type=Path, default=PAGE, help="the page to write")
     options = parser.parse_args()
     runs = RUNS | (COMPILE if options.compile else {})
@@ -51,7 +59,8 @@ def main() -> int:
         package = linked(Path(folder))
         given = [os.path.abspath(python) for python in options.environment or ()]
         pythons = given or environments(options, Path(folder))
-        rows = [row(python, package, runs) for python in pythons]
+        with ThreadPoolExecutor(options.jobs) as pool:
+            rows = list(pool.map(partial(row, package=package, runs=runs), pythons))
     options.out.write_text(page(runs, rows))
     print(options.out.read_text())
     return 0 if all(cell.startswith("yes") for r in rows for cell in r[3:]) else 1
@@ -96,7 +105,6 @@ def row(python: str, package: Path, runs: dict[str, tuple[tuple[str, ...], dict[
     if found.returncode != 0:
         return [python, "", "", *["no: " + last_line(found.stderr)] * len(runs)]
     *versions, _ = json.loads(found.stdout.splitlines()[-1])
-    print("Python {}, torch {}, Triton {}".format(*versions), file=sys.stderr)
     results = []
     for name, (arguments, more) in runs.items():
         if name.startswith("Triton") and versions[2] is None:
@@ -104,6 +112,7 @@ def row(python: str, package: Path, runs: dict[str, tuple[tuple[str, ...], dict[
             continue
         done = run(arguments, more)
         results.append("yes" if done.returncode == 0 else "no: " + last_line(done.stderr or done.stdout))
+    print("Python {}, torch {}, Triton {}:".format(*versions), "; ".join(results), file=sys.stderr, flush=True)
     return [*(version or "none" for version in versions), *results]
 
 
@@ -123,9 +132,10 @@ What was run, and whether it passed: `make matrix` writes this page. One CPU lib
 
 A row is one environment, in which fusedrnn was imported and computed on a CPU. CPU kernels: 24 jobs of
 `python -m fusedrnn check --quick`, taken from all over (derivatives, and results against torch's own). Triton kernels,
-interpreted: 3 jobs by Triton's interpreter. Triton kernels, compiled: every kernel of
-`python -m fusedrnn.kernels.compile --quick` has no spills; `make kernels` does this with the oldest and the installed
-Triton. No row was run on a GPU, and what is not in the table was not run.
+interpreted: 3 jobs by Triton's interpreter. Triton kernels, compiled: no kernel of
+`python -m fusedrnn.kernels.compile --quick --device "NVIDIA H200"` spills; `make kernels` does this for every
+generation of GPUs, with the oldest and the installed Triton. No row was run on a GPU, and what is not in the table was
+not run.
 """
 
 
