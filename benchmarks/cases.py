@@ -34,7 +34,7 @@ class Sequences(testing.Case):
 
 
 @dataclass(frozen=True)
-class Cell:
+class BenchmarkCase:
     """One line of the benchmark, which every contender is measured on."""
 
     case: Sequences
@@ -113,7 +113,7 @@ def cell(
     variant: str = "plain",
     device: str = "cpu",
     kind: str = LSTM.name,
-) -> Cell:
+) -> BenchmarkCase:
     """A cell of sizes (T, B, I, H) or (T, B, I, H, L, D), with zeros for initial states unless it is streaming.
 
     Args:
@@ -124,7 +124,7 @@ def cell(
     if variant != "plain":
         options: dict[str, Any] = {variant: True}
         case = replace(case, **options)
-    made = Cell(case, mode, device, tf32=dtype == "tf32")
+    made = BenchmarkCase(case, mode, device, tf32=dtype == "tf32")
     return replace(made, case=replace(case, hx=True)) if made.streaming else made
 
 
@@ -143,14 +143,14 @@ def parse_shape(text: str) -> tuple[int, ...]:
     return shape
 
 
-def shrunk(cell: Cell, factor: int) -> Cell:
+def shrunk(cell: BenchmarkCase, factor: int) -> BenchmarkCase:
     """The cell with T, B, I and H divided by a factor, but H at least 2 and a sequence still one."""
     case = cell.case
     T, B, I, H = (max(size // factor, 1) for size in (case.T, case.B, case.I, case.H))
     return replace(cell, case=replace(case, T=T if case.T == 1 else max(T, 2), B=B, I=I, H=max(H, 2)))
 
 
-def _quick(device: str) -> Iterator[Cell]:
+def _quick(device: str) -> Iterator[BenchmarkCase]:
     for dtype in ("float32",) if device == "cpu" else ("bfloat16", "tf32"):
         yield cell((1, 1, 128, 128), "infer", dtype, device=device)
         for shape, variant in (
@@ -165,14 +165,14 @@ def _quick(device: str) -> Iterator[Cell]:
                 yield cell(shape, mode, dtype, variant, device)
 
 
-def _streaming(device: str) -> Iterator[Cell]:
+def _streaming(device: str) -> Iterator[BenchmarkCase]:
     for layers, B in ((1, 1), (2, 1), (1, 8)):
         for H in (64, 128, 256, 512, 1024):
             yield cell((1, B, H, H, layers, 1), "infer", "float32" if device == "cpu" else "bfloat16", device=device)
 
 
-def _cpu(device: str) -> Iterator[Cell]:
-    def both(shape: tuple[int, ...], variant: str = "plain") -> Iterator[Cell]:
+def _cpu(device: str) -> Iterator[BenchmarkCase]:
+    def both(shape: tuple[int, ...], variant: str = "plain") -> Iterator[BenchmarkCase]:
         for mode in ("train", "infer"):
             yield cell(shape, mode, "float32", variant, device)
 
@@ -199,11 +199,13 @@ def _cpu(device: str) -> Iterator[Cell]:
     yield from both((100, 16, 256, 256), "reset")
 
 
-def _gpu(device: str) -> Iterator[Cell]:
+def _gpu(device: str) -> Iterator[BenchmarkCase]:
     """The most important first: a run that is cut off has a coarse grid of everything before the fine one."""
     dtypes = ("bfloat16", "tf32", "float16", "float32")
 
-    def grid(T: int, B: tuple[int, ...], H: tuple[int, ...], dtypes: tuple[str, ...] = dtypes) -> Iterator[Cell]:
+    def grid(
+        T: int, B: tuple[int, ...], H: tuple[int, ...], dtypes: tuple[str, ...] = dtypes
+    ) -> Iterator[BenchmarkCase]:
         for dtype in dtypes:
             for hidden in H:
                 for batch in B:
@@ -234,7 +236,7 @@ _GPU_OPTIONS = (
     (1, 1, "packed"),
 )
 
-SUITES: dict[str, Callable[[str], Iterator[Cell]]] = {
+SUITES: dict[str, Callable[[str], Iterator[BenchmarkCase]]] = {
     "quick": _quick,
     "cpu": _cpu,
     "gpu": _gpu,
@@ -242,6 +244,6 @@ SUITES: dict[str, Callable[[str], Iterator[Cell]]] = {
 }
 
 
-def suite(name: str, device: str) -> list[Cell]:
+def suite(name: str, device: str) -> list[BenchmarkCase]:
     """The cells of a suite on a device, each once, in the order in which they are measured."""
     return list(dict.fromkeys(SUITES[name](device)))

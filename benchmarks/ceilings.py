@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from .cases import DTYPES, Cell
+from .cases import DTYPES, BenchmarkCase
 from .timing import Clock
 from .verify import products
 
@@ -35,7 +35,7 @@ class Ceilings:
         self._clock = clock
         self._best: dict[tuple[object, ...], float] = {}
 
-    def limit(self, cell: Cell) -> Limit:
+    def limit(self, cell: BenchmarkCase) -> Limit:
         """The larger of the times for arithmetic and for bytes.
 
         The weights of a small layer stay in a CPU's caches from call to call, so that there the bandwidth is measured

@@ -33,7 +33,7 @@ from . import (
     training,
     variants,
 )
-from .cases import Cell
+from .cases import BenchmarkCase
 from .ceilings import Ceilings
 from .results import Row
 from .timing import clock
@@ -157,12 +157,12 @@ def _add_choice(parser: argparse.ArgumentParser, name: str, known: tuple[str, ..
     )
 
 
-def _cells(options: argparse.Namespace, device: str) -> list[tuple[str, Cell]]:
+def _cells(options: argparse.Namespace, device: str) -> list[tuple[str, BenchmarkCase]]:
     """Suite and cell, in order; what was asked for by --mode and --dtype takes the place of what a suite has."""
     return [entry for kind in options.cell or [LSTM.name] for entry in _cells_of(kind, options, device)]
 
 
-def _cells_of(kind: str, options: argparse.Namespace, device: str) -> list[tuple[str, Cell]]:
+def _cells_of(kind: str, options: argparse.Namespace, device: str) -> list[tuple[str, BenchmarkCase]]:
     """Those of a cell's layers."""
     found = []
     suites = options.suite or ([] if options.shape else ["quick"])
@@ -278,7 +278,7 @@ def _measure(
 
 def _label(entry: tuple[str, Any]) -> str:
     _, item = entry
-    return f"{item.id} {item.mode}" if isinstance(item, Cell) else item.name
+    return f"{item.id} {item.mode}" if isinstance(item, BenchmarkCase) else item.name
 
 
 def _write_curves(path: Path, curves: Sequence[training.Curve]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from .cases import Cell
+from .cases import BenchmarkCase
 
 BASELINE = "nn.LSTM"
 # torch's own layer of each cell, which the others are set against.
@@ -21,7 +21,7 @@ TORCHS = {"lstm": BASELINE, "gru": "nn.GRU", "rnn_tanh": "nn.RNN", "rnn_relu": "
 OURS = "fusedrnn "  # and the name of a backend
 
 
-def _always(_: Cell) -> None:
+def _always(_: BenchmarkCase) -> None:
     return None
 
 
@@ -33,7 +33,7 @@ class Contender:
     build: Callable[..., nn.Module]  # takes the arguments of torch's own layer
     ran: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], str]  # what computes module(*args, **options)
     unavailable: str | None = None
-    unsupported: Callable[[Cell], str | None] = _always
+    unsupported: Callable[[BenchmarkCase], str | None] = _always
     active: Callable[[], AbstractContextManager[Any]] = nullcontext  # entered around calls and outside of their time
     # Where a module would add to its time, makes another call: of module, x, hx, options, and whether it streams.
     work: Callable[[Any, Any, Any, dict[str, Any], bool], Callable[[], object]] | None = None

@@ -15,7 +15,7 @@ from fusedrnn import dispatch
 from fusedrnn.cells import LSTM
 
 from . import peers
-from .cases import Cell
+from .cases import BenchmarkCase
 from .contender import BASELINE, OURS, TORCHS, Contender
 
 
@@ -161,7 +161,7 @@ def _backend(name: str, unavailable: str | None, kind: str) -> Contender:
         explanation = fusedrnn.explain(module, *args, **options)
         return f"{explanation.backend}: {explanation.plan}" if explanation.plan else str(explanation.backend)
 
-    def unsupported(cell: Cell) -> str | None:
+    def unsupported(cell: BenchmarkCase) -> str | None:
         if name == "auto":
             return None
         case = cell.case
@@ -181,17 +181,17 @@ def _torch_ran(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]
     return f"torch {torch.__version__}, oneDNN {'on' if torch.backends.mkldnn.is_available() else 'missing'}"
 
 
-def _baseline_unsupported(cell: Cell) -> str | None:
+def _baseline_unsupported(cell: BenchmarkCase) -> str | None:
     if cell.case.reset and cell.case.bidirectional:
         return f"{TORCHS[cell.case.cell]} has no resets, and stepping it can only go one way"
     return None
 
 
-def _loop_unsupported(cell: Cell) -> str | None:
+def _loop_unsupported(cell: BenchmarkCase) -> str | None:
     return "the loop runs over sequences of one length" if cell.variant in ("packed", "lengths") else None
 
 
-def _compiled_unsupported(cell: Cell) -> str | None:
+def _compiled_unsupported(cell: BenchmarkCase) -> str | None:
     return None if cell.variant == "plain" else "it is compiled for plain input only"
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .cases import Cell
+from .cases import BenchmarkCase
 from .contender import Contender
 
 
@@ -52,7 +52,7 @@ _OPERATORS = {
 def onnxruntime(kind: str = "lstm") -> Contender:
     """ONNX Runtime's operator for a cell on the CPU, with as many threads as torch has."""
 
-    def unsupported(cell: Cell) -> str | None:
+    def unsupported(cell: BenchmarkCase) -> str | None:
         if cell.device != "cpu":
             return "it is measured on the CPU"
         if cell.mode != "infer":
@@ -201,7 +201,7 @@ def _session(module: nn.RNNBase, states: bool, lengths: bool) -> Any:
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def _one_layer_on_a_gpu(cell: Cell, dtypes: tuple[str, ...]) -> str | None:
+def _one_layer_on_a_gpu(cell: BenchmarkCase, dtypes: tuple[str, ...]) -> str | None:
     if cell.device != "cuda":
         return "it computes on a GPU"
     if cell.case.layers > 1 or cell.case.bidirectional:
@@ -244,7 +244,7 @@ class FlashRNN(nn.LSTM):
 def haste() -> Contender:
     """haste's LSTM, whose initial states are zeros."""
 
-    def unsupported(cell: Cell) -> str | None:
+    def unsupported(cell: BenchmarkCase) -> str | None:
         return "its initial states are zeros" if cell.case.hx else _one_layer_on_a_gpu(cell, ("float32", "float64"))
 
     return Contender("haste", Haste, lambda *_: _version("haste_pytorch"), _missing("haste_pytorch"), unsupported)

@@ -24,7 +24,7 @@ from fusedrnn.kernels.device import device_of
 import fusedrnn
 from fusedrnn import cuda, dispatch
 
-from .cases import Cell, cell
+from .cases import BenchmarkCase, cell
 from .contender import OURS
 from .contenders import entered
 from .results import Row
@@ -42,7 +42,7 @@ class Trial:
     """One problem, and the plan that it is computed with."""
 
     backend: str
-    cell: Cell
+    cell: BenchmarkCase
     plan: str  # as `explain` shows it, without what it predicts
     forced: tuple[Any, Any] | None = None  # forward and backward, instead of those chosen
 
@@ -75,10 +75,12 @@ def trials(backend: str, device: str, shrink: int = 1) -> list[Trial]:
     return [*found, *FORCED[backend](found, device)] if backend in FORCED else found
 
 
-def _problems(device: str, shrink: int) -> Iterator[Cell]:
+def _problems(device: str, shrink: int) -> Iterator[BenchmarkCase]:
     dtypes = _DTYPES if device == "cuda" else ("float32", "bfloat16")
 
-    def problem(T: int, B: int, H: int, dtype: str, variant: str = "plain", D: int = 1, kind: str = "lstm") -> Cell:
+    def problem(
+        T: int, B: int, H: int, dtype: str, variant: str = "plain", D: int = 1, kind: str = "lstm"
+    ) -> BenchmarkCase:
         B, H = max(B // shrink, 1), max(H // shrink, 2)
         return cell((T, B, H, H, 1, D), "train", dtype, variant, device, kind)
 

@@ -25,7 +25,7 @@ class Row:
     contender: str
     status: str = "ok"  # one of STATUSES
     reason: str = ""  # why it is not "ok"
-    case: str = ""  # Cell.id, or the name of a model
+    case: str = ""  # BenchmarkCase.id, or the name of a model
     mode: str = ""
     device: str = ""
     dtype: str = ""

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fusedrnn import testing
 
-from .cases import Cell
+from .cases import BenchmarkCase
 from .ceilings import Ceilings, Limit
 from .contender import TORCHS, Contender
 from .memory import peak_bytes
@@ -34,7 +34,12 @@ class Settings:
 
 
 def measure(
-    suite: str, cell: Cell, contenders: Sequence[Contender], clock: Clock, ceilings: Ceilings, settings: Settings
+    suite: str,
+    cell: BenchmarkCase,
+    contenders: Sequence[Contender],
+    clock: Clock,
+    ceilings: Ceilings,
+    settings: Settings,
 ) -> list[Row]:
     """One row for each contender that is available."""
     present = [contender for contender in contenders if contender.unavailable is None]
@@ -59,7 +64,7 @@ def measure(
     return rows
 
 
-def blank(suite: str, cell: Cell, contender: Contender) -> Row:
+def blank(suite: str, cell: BenchmarkCase, contender: Contender) -> Row:
     """The row of a contender that nothing is known of yet."""
     case = cell.case
     sizes: dict[str, Any] = {"T": case.T, "B": case.B, "I": case.I, "H": case.H, "L": case.layers, "D": cell.D}
@@ -68,7 +73,7 @@ def blank(suite: str, cell: Cell, contender: Contender) -> Row:
     return Row(suite, contender.name, case=cell.id, **names, **sizes, **work)
 
 
-def prepare(cell: Cell, contender: Contender, row: Row, settings: Settings) -> Lane | None:
+def prepare(cell: BenchmarkCase, contender: Contender, row: Row, settings: Settings) -> Lane | None:
     """Builds a contender and holds it to the rule: what is to be timed, or None, and the row then says why not."""
     with products(cell.tf32):
         reason = contender.unsupported(cell)
@@ -104,7 +109,7 @@ def blame(row: Row, error: Exception) -> None:
     row.reason = message if out_of_memory else f"{type(error).__name__}: {message}"
 
 
-def _arguments(cell: Cell) -> tuple[Any, Any, dict[str, Any]]:
+def _arguments(cell: BenchmarkCase) -> tuple[Any, Any, dict[str, Any]]:
     """Input, hx and keywords; in a training cell the input is a leaf that wants its gradient."""
     x, hx, options = testing.arguments(cell.case, cell.case.inputs(cell.device))
     if cell.mode == "train":
@@ -116,7 +121,7 @@ def _arguments(cell: Cell) -> tuple[Any, Any, dict[str, Any]]:
 
 
 def _work(
-    cell: Cell, contender: Contender, module: nn.Module, x: Any, hx: Any, options: dict[str, Any]
+    cell: BenchmarkCase, contender: Contender, module: nn.Module, x: Any, hx: Any, options: dict[str, Any]
 ) -> Callable[[], object]:
     """One call, as it is timed. Training is the forward and the gradient of y with respect to x and the parameters."""
     if contender.work is not None:
@@ -150,7 +155,7 @@ def stream(module: Callable[..., Any], x: Tensor, hx: Any) -> Callable[[], objec
 
 
 @contextmanager
-def _conditions(cell: Cell, contender: Contender) -> Iterator[None]:
+def _conditions(cell: BenchmarkCase, contender: Contender) -> Iterator[None]:
     with contender.active(), products(cell.tf32), torch.set_grad_enabled(cell.mode != "infer"):
         yield
 
@@ -166,7 +171,7 @@ def fill(row: Row, lane: Lane, units: int) -> None:
         row.busy_ms, row.busy_factor = busy * 1e3, busy / median
 
 
-def _fill_limit(row: Row, cell: Cell, limit: Limit | None) -> None:
+def _fill_limit(row: Row, cell: BenchmarkCase, limit: Limit | None) -> None:
     if limit is not None and row.median_ms:
         row.limit_share = limit.seconds / (row.median_ms / 1e3)
         row.ceiling_gflops, row.ceiling_gbs = limit.flops_per_second / 1e9, limit.bytes_per_second / 1e9

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fusedrnn import testing
 from fusedrnn.testing import Answer, Inputs
 
-from .cases import Cell, Sequences
+from .cases import BenchmarkCase, Sequences
 from .contender import Contender
 
 # The rounding of testing.py grows with the roundings that it is made of. TensorFloat-32 keeps 10 bits of an operand, as
@@ -47,7 +47,7 @@ def _allow_tf32(products: bool, cudnn: bool) -> None:
     torch._C._set_cudnn_allow_tf32(cudnn)
 
 
-def worst_error(cell: Cell, contender: Contender, module: nn.Module, most_flops: float = 1e10) -> float:
+def worst_error(cell: BenchmarkCase, contender: Contender, module: nn.Module, most_flops: float = 1e10) -> float:
     """Computes the cell once, on a CPU its `affordable` part, and holds every tensor to the rule.
 
     In training the gradients of all inputs and parameters are among them.
@@ -78,7 +78,7 @@ def worst_error(cell: Cell, contender: Contender, module: nn.Module, most_flops:
     return worst
 
 
-def affordable(cell: Cell, most_flops: float = 1e10) -> Cell:
+def affordable(cell: BenchmarkCase, most_flops: float = 1e10) -> BenchmarkCase:
     """The cell with as many time steps as a CPU can compute in float64, several times over, in less than a minute."""
     forward = replace(cell, mode="infer").flops
     if cell.device != "cpu" or forward <= most_flops:
@@ -86,13 +86,13 @@ def affordable(cell: Cell, most_flops: float = 1e10) -> Cell:
     return replace(cell, case=replace(cell.case, T=max(int(cell.case.T * most_flops / forward), min(cell.case.T, 2))))
 
 
-def _outputs(cell: Cell, module: nn.Module) -> dict[str, Tensor]:
+def _outputs(cell: BenchmarkCase, module: nn.Module) -> dict[str, Tensor]:
     with torch.set_grad_enabled(cell.mode == "forward"):
         outputs = testing.call(module, cell.case, cell.case.inputs(cell.device))
     return {name: values.detach() for name, values in outputs.items()}
 
 
-def _gradients_too(cell: Cell, module: nn.Module) -> dict[str, Tensor]:
+def _gradients_too(cell: BenchmarkCase, module: nn.Module) -> dict[str, Tensor]:
     caller = _call_in_tf32 if cell.tf32 else testing.call
     return testing.evaluate(caller, lambda *_, **__: module, cell.case, cell.device)
 

@@ -23,7 +23,7 @@ from torch.func import functional_call
 
 from .. import dispatch, module
 from ..benchmarks import cases, contenders, memory, run, timing
-from ..benchmarks.cases import Cell
+from ..benchmarks.cases import BenchmarkCase
 from ..benchmarks.contender import OURS, Contender
 from .profile import BASELINE, Key, Measurement, Ratio, from_line, to_line
 
@@ -133,7 +133,7 @@ def _announced(active: Callable[[], Any], name: str, at_work: Callable[[str], No
     return announced
 
 
-def _cell(key: Key, device: str) -> Cell:
+def _cell(key: Key, device: str) -> BenchmarkCase:
     shape = (key.T, key.B, key.I, key.H, key.L, key.D)
     mode, variant = "train" if key.train else "infer", "packed" if key.packed else "plain"
     made = cases.cell(shape, mode, key.dtype, variant, device, key.cell)
