@@ -25,7 +25,7 @@ GPU ?=
 
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/cells/*.h $(addprefix csrc/cpu/,*.h *.cpp torch/*) fusedrnn/operators.def)
-CUDA_SOURCES := $(wildcard $(addprefix csrc/cuda/,*.h *.cu *.cuh torch/*) csrc/testing/cuda_emulator/* tests/cpp/*.cpp tests/portable/*.cpp benchmarks/cuda/*)
+CUDA_SOURCES := $(wildcard $(addprefix csrc/cuda/,*.h *.cu *.cuh torch/*) csrc/testing/cuda_emulator/* tests/ecosystem/cpp/*.cpp tests/cpu/portable/*.cpp benchmarks/cuda/*)
 CXX ?= g++
 
 .PHONY: help demo gallery test test-slow test-oldest test-tools matrix lint format sanitize kernels docs docs-serve chart wheel gpu \
@@ -51,7 +51,7 @@ test-slow: $(VENV)/.test
 
 OLDEST := 2.10.0
 OLDEST_TRITON := 3.6.0
-OLDEST_TESTS := test_autograd.py test_compile.py test_contract.py test_inputs.py test_triton.py test_triton_compile.py
+OLDEST_TESTS := api/test_autograd.py ecosystem/test_compile.py api/test_contract.py api/test_inputs.py triton/test_triton.py triton/test_triton_compile.py
 test-oldest:
 	FUSEDRNN_BUILD_CUDA=0 $(MAKE) --no-print-directory VENV=.venv-oldest TORCH=$(OLDEST) TORCH_SPEC=torch==$(OLDEST) .venv-oldest/.test
 	.venv-oldest/bin/python -c "import torch; assert torch.__version__.startswith('$(OLDEST)'), torch.__version__"
@@ -68,7 +68,7 @@ IMPORTED := accelerate, captum, lightning, opacus, pytorch_forecasting, sb3_cont
 test-tools: $(VENV)/.test
 	$(BIN)/pip install -q --upgrade --target build/tools --no-deps $(TOOLS)
 	PYTHONPATH=build/tools $(BIN)/python -W ignore -c "import $(IMPORTED)"
-	PYTHONPATH=build/tools $(BIN)/pytest tests/test_libraries.py
+	PYTHONPATH=build/tools $(BIN)/pytest tests/ecosystem/test_libraries.py
 
 # make matrix   which torch, Python and Triton this tree runs with: docs/versions.md, from runs in new environments;
 # make matrix   MATRIX="--python python3.10 python3.14", "--compile" or "--environment PYTHON..." are passed on
@@ -93,7 +93,7 @@ sanitize: $(VENV)/.test
 	  $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize/lib FUSEDRNN_EXPECT_SANITIZED=1 \
-	  $(BIN)/pytest -m "not compiles" tests/test_kernels.py
+	  $(BIN)/pytest -m "not compiles" tests/cpu/test_kernels.py
 
 # make docs   the documentation, in docs/_build/html, with warnings as errors; make docs-serve shows it on port 8000
 docs: $(VENV)/.docs

@@ -265,10 +265,10 @@ def _measure(
     left = [
         (suite, item)
         for suite, item in every
-        if not isinstance(item, Cell) or (item.id, item.mode, item.device) not in done
+        if not isinstance(item, BenchmarkCase) or (item.id, item.mode, item.device) not in done
     ]
     for suite, item in progress.shown(left, "cell", _label):
-        if isinstance(item, Cell):
+        if isinstance(item, BenchmarkCase):
             keep(run.measure(suite, item, entered[item.case.cell], ticking, ceilings, settings))
         else:
             made, losses = training.measure(item, entered[LSTM.name], device, ticking, settings, options.steps)

@@ -208,18 +208,22 @@ def _profile(folder: Path, backends: dict[str, tuple[str, dict[str, str]]], dry:
 
 # What some tests need beside pytest; the others are run without it.
 _NEEDED = {
-    "tests/test_torch_samples.py": "expecttest",
-    "tests/test_hypothesis.py": "hypothesis",
-    "tests/test_onnx.py": "onnx",
+    "tests/api/test_torch_samples.py": "expecttest",
+    "tests/api/test_hypothesis.py": "hypothesis",
+    "tests/ecosystem/test_onnx.py": "onnx",
 }
 
 
 def _tests(folder: Path, dry: bool, expected: list[str]) -> list[Part]:
     chosen = {
-        "tests-torch": ("torch's samples of nn.LSTM, with their derivatives", "tests/test_torch_samples.py", "cuda"),
-        "tests-triton": ("the tests of the Triton kernels", "tests/test_triton.py", ""),
+        "tests-torch": (
+            "torch's samples of nn.LSTM, with derivatives",
+            "tests/api/test_torch_samples.py",
+            "cuda",
+        ),
+        "tests-triton": ("the tests of the Triton kernels", "tests/triton/test_triton.py", ""),
         "tests": ("all tests that compute on a GPU", "tests", "cuda and not host"),
-        "tests-gpu": ("CUDA graphs, determinism, two streams at once", "tests/test_gpu.py", ""),
+        "tests-gpu": ("CUDA graphs, determinism, two streams at once", "tests/cuda/test_gpu.py", ""),
     }
     found = []
     for name, (what, path, words) in chosen.items():
@@ -228,7 +232,7 @@ def _tests(folder: Path, dry: bool, expected: list[str]) -> list[Part]:
         absent = [file for file, module in _NEEDED.items() if file != path and find_spec(module) is None]
         command += [f"--ignore={ROOT / file}" for file in absent]
         command += ["--collect-only"] if dry else ["-k", words] if words else []
-        if not dry and path != "tests/test_gpu.py" and find_spec("xdist"):  # most of the time goes into compiling
+        if not dry and path != "tests/cuda/test_gpu.py" and find_spec("xdist"):  # most of the time goes into compiling
             command += ["-n", str(plans.processes("cuda"))]
         expecting = {"FUSEDRNN_EXPECT": ",".join(expected)}
         found.append(Part(name, what, 90, tuple(command), _untestable(path), expecting))

@@ -2,7 +2,7 @@
 weights lie; by a cost model, not by trying.
 
 Pure arithmetic: no GPU, and no library. What a plan is stands in csrc/cuda/plan.h, and so does what it needs, of which
-`needs` is a copy that tests/test_cuda_plan.py holds to the original. Times are microseconds, sizes bytes.
+`needs` is a copy that tests/cuda/test_cuda_plan.py holds to the original. Times are microseconds, sizes bytes.
 
     python -m fusedrnn.cuda_plan               what is predicted for an H200, as a table; --device NAME for another
 

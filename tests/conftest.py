@@ -32,7 +32,7 @@ from fusedrnn.tuning import choice, profile
 
 
 def _interpret_triton() -> None:
-    """Loads Triton and its kernels in the interpreter, for tests/test_triton.py, where there is no GPU.
+    """Loads Triton and its kernels in the interpreter, for tests/triton/test_triton.py, where there is no GPU.
 
     Triton decides it for good when it is first loaded, and other tests load it through torch. The variable is gone
     afterwards: nothing but the tests that set it again sees a backend that is interpreted.

@@ -1,6 +1,6 @@
 // sigmoid and tanh on vectors. Against the exact value: sigmoid within 2 units in the last place above -87 (float) or
 // -708 (double) and within the smallest normal number below that; tanh within 2.5 units in the last place everywhere.
-// NaN gives NaN, infinities their limits. tests/test_kernels.py measures all of it.
+// NaN gives NaN, infinities their limits. tests/cpu/test_kernels.py measures all of it.
 #pragma once
 
 #include "simd.h"

@@ -177,7 +177,7 @@ FUSEDRNN_INLINE void with_rows(int64_t rows, const F& f) {
 }
 
 // Products of a few shapes, not inlined: the code is shared, and the compiler keeps the sums in registers, which it
-// spills if it inlines the loop into large functions. tests/test_spills.py checks the loops.
+// spills if it inlines the loop into large functions. tests/cpu/test_spills.py checks the loops.
 
 // sum[r] += R rows @ kTileVectors of a panel, `stride` numbers apart; sum is that of the first of these vectors.
 template <class E, int R, bool kNext>

@@ -354,14 +354,14 @@ def test_text():
 
 
 def test_the_predictions_in_the_documentation_are_the_models():
-    text = (Path(__file__).parents[1] / "docs" / "gpu_performance.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "gpu_performance.md").read_text()
     assert planner.predictions(H200) in text
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
 def test_where_plans_in_parts_begin_is_what_the_readme_states(device):
     """Of both directions, forward and backward, in 16 bits, float32 and float64."""
-    text = (Path(__file__).parents[1] / "docs" / "limits.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "limits.md").read_text()
     name = next(n for n in ("A100", "H100", "H200", "B200", "RTX 4090") if n in device.name)
     row = re.search(rf"\n  \| [^|]*{name}[^|]*\|([^\n]*) \|\n", text)
     cells = [[int(n.replace(",", "")) for n in cell.split(" and ")] for cell in row[1].split("|")]

@@ -1,6 +1,6 @@
 // Runs the portable CPU kernels on one layer, forward and backward, without torch: standard input to standard output.
 //
-// tests/portable/test_portable.py compiles this with the kernels, for the host and for other processors, which an
+// tests/cpu/portable/test_portable.py compiles this with the kernels, for the host and for other processors, which an
 // emulator stands in for. In: the numbers of Header, then the tensors in the order in which they are read below. Out:
 // y, hn, cn, da, dh0, dc0. Shapes: csrc/cpu/params.h. All is contiguous and without gaps.
 #include <cstdio>
@@ -10,7 +10,7 @@
 #include <thread>
 #include <vector>
 
-#include "../../csrc/cpu/params.h"
+#include "../../../csrc/cpu/params.h"
 
 namespace {
 

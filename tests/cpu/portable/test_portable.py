@@ -16,7 +16,7 @@ from fusedrnn.layout import split_directions
 
 pytestmark = pytest.mark.compiles
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SOURCES = [Path(__file__).with_name("run_kernels.cpp"), ROOT / "csrc/cpu/kernels_portable.cpp"]
 FLAGS = ["-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-static", "-pthread"]
 TARGETS = {"aarch64": ("aarch64-linux-gnu-g++", ["qemu-aarch64"])}  # a compiler, and what runs its programs

@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fusedrnn
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "ecosystem.md"
 
 
@@ -68,12 +68,12 @@ def test_the_page_has_a_test_for_every_tool():
     assert len(rows()) > 30
     for tool, works, tests in rows():
         assert re.match(r"(yes|no|only)\b", works), tool
-        assert re.findall(r"`tests/(\w+\.py)::(\w+)`", tests), tool
+        assert re.findall(r"`tests/([\w/]+\.py)::(\w+)`", tests), tool
 
 
 @pytest.mark.parametrize("row", rows(), ids=lambda row: row[0])
 def test_every_test_of_the_page_exists(row):
-    for file, name in re.findall(r"`tests/(\w+\.py)::(\w+)`", row[2]):
+    for file, name in re.findall(r"`tests/([\w/]+\.py)::(\w+)`", row[2]):
         tree = ast.parse((ROOT / "tests" / file).read_text())
         assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, f"{file}::{name}"
 
@@ -313,7 +313,7 @@ def test_copies(pair, assert_same, duplicate, compilable):
 @pytest.fixture
 def importable(monkeypatch):
     """Lets processes that are spawned find this file: they get the path of this one."""
-    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parents[1])])
+    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parents[2])])
 
 
 def answer(model, x, queue):
@@ -516,11 +516,11 @@ LIBRARY = next(Path(fusedrnn.__file__).parent.glob("_cpu*.so"), None)
 
 
 def built_program(folder):
-    """tests/cpp/program.cpp, linked with this torch."""
+    """tests/ecosystem/cpp/program.cpp, linked with this torch."""
     torch_folder, program = Path(torch.__file__).parent, folder / "program"
     includes = [torch_folder / "include", torch_folder / "include" / "torch" / "csrc" / "api" / "include"]
     libraries = [f"-L{torch_folder / 'lib'}", f"-Wl,-rpath,{torch_folder / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
-    command = [CXX, "-std=c++20", "-O0", ROOT / "tests" / "cpp" / "program.cpp", "-o", program]
+    command = [CXX, "-std=c++20", "-O0", ROOT / "tests" / "ecosystem" / "cpp" / "program.cpp", "-o", program]
     command += [*(f"-isystem{include}" for include in includes), *libraries, "-ldl"]
     built = subprocess.run(command, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr

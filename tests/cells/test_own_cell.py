@@ -17,7 +17,7 @@ from fusedrnn import testing
 from fusedrnn.cells import program
 
 F64 = torch.float64
-EXAMPLE = Path(__file__).parents[1] / "examples" / "own_cell.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "own_cell.py"
 
 
 has_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")

@@ -20,7 +20,7 @@ import fusedrnn
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "char_lm.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "char_lm.py"
 TINY = ["--steps", "4", "--hidden", "16", "--batch", "4", "--chunk", "8", "--length", "20"]
 
 

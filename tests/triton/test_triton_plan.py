@@ -145,7 +145,7 @@ def test_unknown_device_takes_after_the_most_alike():
 
 
 def test_the_predictions_in_the_documentation_are_the_models():
-    text = (Path(__file__).parents[1] / "docs" / "gpu_performance.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "gpu_performance.md").read_text()
     assert planner.predictions(H200) in text
 
 

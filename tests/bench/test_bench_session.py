@@ -401,7 +401,8 @@ def test_an_installed_package_says_that_a_checkout_is_needed(tmp_path, report):
         )
     assert listed[0] == 0
     assert (
-        "tests/test_triton.py is not here: run it in a checkout" in listed[1] or "pytest is not installed" in listed[1]
+        "tests/triton/test_triton.py is not here: run it in a checkout" in listed[1]
+        or "pytest is not installed" in listed[1]
     )
 
 

@@ -23,7 +23,7 @@ import fusedrnn
 from fusedrnn import cuda, cuda_plan, dispatch, gpu, ops, testing
 from fusedrnn.testing import Case
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16

@@ -15,7 +15,7 @@ import torch
 import fusedrnn
 from fusedrnn import ops
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

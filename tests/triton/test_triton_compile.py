@@ -87,7 +87,7 @@ print(json.dumps(out))
 
 @pytest.mark.compiles
 def test_generated_kernels_do_not_spill(tmp_path):
-    example = Path(__file__).parents[1] / "examples" / "own_cell.py"
+    example = Path(__file__).parents[2] / "examples" / "own_cell.py"
     result = subprocess.run(
         [sys.executable, "-c", OWN, example],
         env=environment(),

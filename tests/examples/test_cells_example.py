@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "cells.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "cells.py"
 
 
 @pytest.fixture(scope="module")
