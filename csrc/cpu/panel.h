@@ -9,8 +9,8 @@
 //
 // With pairs of 16-bit operands an input of a panel is two inputs of the matrix, padded with zeros.
 //
-// The order of the sum over K does not depend on the tile, so results do not depend on the batch size or the number of
-// threads.
+// The order of the sum over K does not depend on the tile, so the result of a row depends neither on the other rows of
+// its tile nor on the number of threads.
 #pragma once
 
 #include "geometry.h"
