@@ -213,12 +213,12 @@ class Forward {
         if (n + 1 < T) {
           send_h();
           announce_h();
+          if constexpr (kInRuns) load_multipliers(n + 1);  // which are there by the end of the stores
         }
         if constexpr (kInRuns) {
           store_step(a);
           copy_xg(n + 2 < T, next_slot(xg_slot_));
           if (!is_plain_) look_at(n + 1);
-          if (n + 1 < T) load_multipliers(n + 1);
         } else {
           store_h(direction_.at(n));
           store_cells(direction_.at(n), a);
