@@ -9,6 +9,7 @@ median of the rounds' ratios, and the 20th and 80th percentile. Drawing masks is
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
@@ -31,6 +32,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "recurrent dropout, state": {"recurrent_dropout": 0.2, "recurrent_dropout_mode": "state"},
 }
 SHAPES = ((64, 8, 128, 128), (64, 8, 256, 256), (64, 32, 256, 256), (64, 64, 512, 512))
+_COLUMNS = ("T", "B", "I", "H", "mode", "variant", "us a step", "times plain", "20 %", "80 %")
 _ROUNDS, _BUDGET = 15, 8.0  # of a shape and mode; seconds
 
 
@@ -64,12 +66,14 @@ def add_action(actions: Any) -> None:
     parser.add_argument("--dtype", choices=("float32", "float64", "bfloat16", "float16"), default="float32")
     parser.add_argument("--backend", type=arguments.backend, default="cpu")
     parser.add_argument("--rounds", type=arguments.whole(2), default=_ROUNDS)
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON at the end, and not a table")
     parser.set_defaults(action=_measure)
 
 
 def _measure(given: argparse.Namespace, _: argparse.ArgumentParser) -> int:
-    print(f"| {' | '.join(('T', 'B', 'I', 'H', 'mode', 'variant', 'us a step', 'times plain', '20 %', '80 %'))} |")
-    print(f"|{' --- |' * 10}")
+    rows = []
+    if not given.json:
+        print(f"| {' | '.join(_COLUMNS)} |\n|{' --- |' * len(_COLUMNS)}")
     for shape in given.shape or SHAPES:
         for mode in given.mode or ("infer", "train"):
             lanes = [Lane(work(own, shape[:4], mode, cases.DTYPES[given.dtype])) for own in OPTIONS.values()]
@@ -80,6 +84,11 @@ def _measure(given: argparse.Namespace, _: argparse.ArgumentParser) -> int:
                     raise lane.error
                 ratios = [own / plain for own, plain in zip(lane.seconds, lanes[0].seconds, strict=True)]
                 low, middle, high = timing.percentiles(ratios)
-                figures = (f"{1e6 * median(lane.seconds) / shape[0]:.1f}", *(f"{r:.2f}" for r in (middle, low, high)))
-                print(f"| {' | '.join((*map(str, shape[:4]), mode, name, *figures))} |", flush=True)
+                step = 1e6 * median(lane.seconds) / shape[0]
+                rows.append(dict(zip(_COLUMNS, (*shape[:4], mode, name, step, middle, low, high), strict=True)))
+                if not given.json:
+                    figures = (f"{step:.1f}", *(f"{ratio:.2f}" for ratio in (middle, low, high)))
+                    print(f"| {' | '.join((*map(str, shape[:4]), mode, name, *figures))} |", flush=True)
+    if given.json:
+        print(json.dumps({"dtype": given.dtype, "backend": given.backend, "variants": rows}, indent=2))
     return 0

@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import io
 import itertools
+import json
 import pickle
 
 import numpy as np
@@ -641,3 +642,13 @@ def test_bench_sets_every_variant_beside_the_plain_lstm(capsys):
     columns = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     assert len(lines) == 14
     assert [c[4:6] + c[7:8] for c in columns[::7]] == [["infer", "plain", "1.00"], ["train", "plain", "1.00"]]
+
+
+def test_bench_of_variants_as_json(capsys):
+    assert cli.main(["bench", "variants", "--shape", "3,2,4,4", "--mode", "infer", "--rounds", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["backend"], found["dtype"]) == ("cpu", "float32")
+    rows = {row["variant"]: row for row in found["variants"]}
+    assert len(rows) == 7
+    assert rows["plain"]["times plain"] == 1
+    assert rows["zoneout"]["us a step"] > 0
