@@ -56,6 +56,7 @@ test-oldest:
 	FUSEDRNN_BUILD_CUDA=0 $(MAKE) --no-print-directory VENV=.venv-oldest TORCH=$(OLDEST) TORCH_SPEC=torch==$(OLDEST) .venv-oldest/.test
 	.venv-oldest/bin/python -c "import torch; assert torch.__version__.startswith('$(OLDEST)'), torch.__version__"
 	.venv-oldest/bin/pytest -n $(JOBS) --dist worksteal $(addprefix tests/,$(OLDEST_TESTS))
+	.venv-oldest/bin/pytest -m slow tests/triton/test_triton_compile.py
 
 # Without what they depend on, which is here, or would be another torch or NumPy.
 TOOLS := captum opacus torchrl "tensordict<0.15" opt_einsum orjson cloudpickle pyvers importlib_metadata scipy zipp

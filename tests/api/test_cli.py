@@ -98,6 +98,7 @@ def test_info_json(capsys, monkeypatch):
 # ------------------------------------------------------------------------------------------------ check
 
 
+@pytest.mark.slow
 def test_quick_check_of_the_reference_passes(capsys, monkeypatch):
     """Of each check, dtype and cell one job, of derivatives two: together they take long."""
     groups = {}

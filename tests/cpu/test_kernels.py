@@ -1106,6 +1106,7 @@ def test_the_limit():
         keep(-1)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("as_new")
 def test_the_limit_by_environment():
     code = """

@@ -115,8 +115,8 @@ SIZES = [
     (2, 3, 24, 129),
     (2, 1, 3, smaller(512, 192)),
     (7, 17, 33, 30),
-    (smaller(63, 11), 1, 9, 64),
     (128, 3, 2, 30),
+    pytest.param((smaller(63, 11), 1, 9, 64), marks=pytest.mark.slow),
 ]
 
 
@@ -193,7 +193,7 @@ def test_the_derivative_of_relu():
     check_cell("rnn_relu", Case(4, 3, 7, 30))
 
 
-@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("dtype", [BF16, pytest.param(F16, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("name", ["projection", "lengths-bidirectional", "everything"])
 def test_options_in_16_bits(name, dtype):
     check(Case(3, 3, 7, 30, dtype=dtype, **OPTIONS[name]))
@@ -224,6 +224,7 @@ def test_no_product_is_given_padding(reserve, dtype, launch, monkeypatch, assert
     assert_padding_is_not_read(partial(gpu.forward, launch), partial(gpu.backward, launch), dtype, DEVICE)
 
 
+@pytest.mark.slow
 def test_what_is_not_finite_is_that_where_nn_lstm_has_it(odd_layer, assert_not_finite_as_nn_lstm):
     with fusedrnn.use_backend("triton"):
         assert_not_finite_as_nn_lstm(*odd_layer, DEVICE, bidirectional=odd_layer[0] % 2 == 0, few=not ON_GPU)
@@ -622,6 +623,7 @@ def test_unknown_precision(monkeypatch):
         fusedrnn.LSTM(3, 4, device=DEVICE)(torch.randn(2, 2, 3, device=DEVICE))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["ieee", "tf32x3"])
 def test_precisions(precision, monkeypatch):
     """The interpreter multiplies float32 alike in all of them; on a GPU the 3-pass form has to come close to IEEE."""

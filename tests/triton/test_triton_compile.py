@@ -154,6 +154,7 @@ def representations(report, tmp_path_factory):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pass_", ["forward", "backward"])
 def test_resident_weights_are_loaded_before_the_loop_over_time(representations, pass_):
     ttgir, chunks = representations[pass_]["ttgir"], representations[pass_]["resident"]
@@ -208,6 +209,7 @@ def code(representations, request):
     return Code(representations[request.node.callspec.params["name"]]["ptx"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*RESIDENT, *STREAMED])
 def test_states_are_read_after_the_acquire_and_published_before_the_release(code, name):
     """On all ways: from a release to a state past the wait; from a wait to a state, and from a store to a release, past
@@ -225,6 +227,7 @@ def test_states_are_read_after_the_acquire_and_published_before_the_release(code
     assert not [store for store in published if release in code.reached(store, barriers)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*RESIDENT, *STREAMED])
 def test_one_thread_looks_at_the_counter(representations, code, name):
     """The load that acquires stands in a loop, which all but one thread jump over."""
@@ -235,6 +238,7 @@ def test_one_thread_looks_at_the_counter(representations, code, name):
     assert "%tid.x" in representations[name]["ttgir"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RESIDENT)
 def test_states_are_loaded_16_bytes_at_a_time(representations, name):
     loads = re.findall(r"ld\.global\S*\.cg\S*", representations[name]["ptx"])
@@ -242,6 +246,7 @@ def test_states_are_loaded_16_bytes_at_a_time(representations, name):
     assert {load.partition(".cg")[2] for load in loads} == {".v4.b32"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STREAMED)
 def test_what_is_streamed_is_on_its_way_before_it_is_used(representations, name):
     ptx = representations[name]["ptx"]
@@ -249,16 +254,19 @@ def test_what_is_streamed_is_on_its_way_before_it_is_used(representations, name)
     assert re.search(r"cp\.async\.wait_group\s+(0x)?[2-9]", ptx)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*RESIDENT, *STREAMED])
 def test_operands_in_tf32_are_rounded_and_others_are_not(representations, name):
     assert ("cvt.rna.tf32.f32" in representations[name]["ptx"]) == name.endswith("tf32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*RESIDENT, *STREAMED])
 def test_products_are_of_the_matrix_unit(representations, name):
     assert "mma.sync" in representations[name]["ptx"] or "wgmma" in representations[name]["ptx"]
 
 
+@pytest.mark.slow
 def test_lengths_and_batches_do_not_recompile(representations):
     for names in representations["free"]:
         assert set(names) == {"T", "B", "begin", "end"}

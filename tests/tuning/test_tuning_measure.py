@@ -143,6 +143,7 @@ def test_a_backend_that_raises(tmp_path):
     assert made[0].failures == {"cpu": "failed: RuntimeError: there is a reason"}
 
 
+@pytest.mark.slow
 def test_a_backend_that_hangs_is_a_line_and_no_end(tmp_path):
     begin = time.monotonic()
     made = measured([OTHER, SMALL._replace(dtype="float64")], tmp_path, "time.sleep(1000)", limit=12.0)
