@@ -255,14 +255,14 @@ def register_blocks(plan: Plan, kernel: str, stage: int, projected: bool) -> int
     if math == "fp32":
         return 2
     if projected:
-        return 5 if forward else 8
+        return 8 if not forward else 4 if variant and math != "tf32" else 5
     wide = plan.rows > _COLUMNS
     if forward:
-        of_four = 2 if wide else 5 if math == "tf32" or variant else 6
         cell = named(plan.cell)
-        of_tile = _filled(cell.recurrent)
         if variant:
-            return of_four
+            return 1 if wide else len(cell.maps) + 1
+        of_four = 2 if wide else 5 if math == "tf32" else 6
+        of_tile = _filled(cell.recurrent)
         if len(cell.maps) > of_tile:
             return of_four - 1
         return min(4 if wide else 8, of_four * 4 // of_tile)

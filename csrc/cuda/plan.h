@@ -111,11 +111,11 @@ FUSEDRNN_BOTH constexpr int register_blocks(const CellSpec& cell, Exchange excha
   if (math == Math::kFloat64) return projected || variant ? 0 : 1;
   if (stage == Stage::kProjection) return 1;
   if (math == Math::kFloat32) return 2;
-  if (projected) return forward ? 5 : 8;
   const bool tf32 = math == Math::kTf32;
+  if (projected) return !forward ? 8 : variant && !tf32 ? 4 : 5;
   if (!forward) return narrow ? 10 : tf32 || variant ? 1 : 3;
-  const int of_four = !narrow ? 2 : tf32 || variant ? 5 : 6, of_tile = segments(cell, pass, stage);
-  if (variant) return of_four;
+  if (variant) return narrow ? cell.maps + 1 : 1;
+  const int of_four = !narrow ? 2 : tf32 ? 5 : 6, of_tile = segments(cell, pass, stage);
   if (cell.maps > of_tile) return of_four - 1;  // maps of one product alone take registers as well
   const int blocks = of_four * 4 / of_tile, most = narrow ? 8 : 4;
   return blocks < most ? blocks : most;

@@ -165,8 +165,9 @@ class ScatterTiles {
     look_at(p_.sizes.T - 1);
     load_multipliers(p_.sizes.T - 1);
     const int64_t backwards = role_.direction == 1 ? 1 : -1;  // from a step to the next that is computed
-    // A variant has no registers to keep what follows from the thread from slice to slice.
-    const int thread = kVariant ? static_cast<int>(static_cast<uint32_t>(fresh(thread_)) % kThreads) : thread_;
+    // A variant has no registers to keep what follows from the thread from slice to slice. (nvcc 13.0 crashes for
+    // sm_100 if the compiler is told the range of the thread again.)
+    const int thread = kVariant ? static_cast<int>(fresh(thread_)) : thread_;
     inputs_.template start<kStepsCopied>(p_, direction_, thread, first_row, first_unit_, role_.direction == 1, copies_);
     stores_.start(p_, direction_, thread, first_row, first_unit_, role_.direction == 1);
     exact_step_ = direction_.step(last, 0, kMaps * H);
