@@ -1,5 +1,5 @@
-// The microbenchmarks' kernels on the host, every thread a fiber (csrc/testing/cuda_emulator/runtime.h): whether they end, and
-// count right, under a schedule. Prints what micro.cu prints; times mean nothing.
+// The microbenchmarks' kernels on the host, every thread a fiber (csrc/testing/cuda_emulator/runtime.h): whether they
+// end, and count right, under a schedule. Prints what micro.cu prints; times mean nothing.
 //
 //   micro_host [--seed N] [--remove SYNCHRONISATION] [NAME ...]      exit status 1 if a kernel did not end or
 //   miscounted
