@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import json
+import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +82,22 @@ def read(path: Path, parser: argparse.ArgumentParser) -> tuple[list[Row], dict[s
         parser.error(f"{path}: {error.strerror}")
     except ValueError as error:
         parser.error(str(error))
+
+
+# An exit status, and what was found.
+Action = Callable[[argparse.Namespace, argparse.ArgumentParser], tuple[int, dict[str, Any]]]
+
+
+def set_action(parser: argparse.ArgumentParser, action: Action) -> None:
+    """Makes it the parser's action, with --json: what was found is printed then, and all else goes to stderr."""
+
+    def run(options: argparse.Namespace, of_bench: argparse.ArgumentParser) -> int:
+        if not options.json:
+            return action(options, of_bench)[0]
+        with redirect_stdout(sys.stderr):
+            status, found = action(options, of_bench)
+        print(json.dumps(found, indent=2))
+        return status
+
+    parser.add_argument("--json", action="store_true", help="print what was found as JSON, all else to stderr")
+    parser.set_defaults(action=run)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def add_actions(actions: Any) -> None:
     add("--shrink", type=arguments.whole(1), default=1, metavar="N", help="divide B and H")
     add("--limit", type=arguments.whole(1), metavar="N", help="only N of the plans, spread over all of them")
     add("--jobs", type=arguments.whole(1), metavar="N", help="processes that share the device")
-    trying.set_defaults(action=_plans)
+    arguments.set_action(trying, _plans)
     what = "RESULTS.csv: what the planners predicted, next to what was measured"
     predicting = actions.add_parser("predict", help=what, description=what)
     predicting.add_argument("results", type=Path, metavar="RESULTS.csv")
@@ -41,7 +42,7 @@ def add_actions(actions: Any) -> None:
         choices=[d.name for d in planner.DEVICES],
         help="instead of the one in the file",
     )
-    predicting.set_defaults(action=_predict)
+    arguments.set_action(predicting, _predict)
     what = "everything there is to find out on a machine with a GPU, in order of importance, within a time"
     everything = actions.add_parser("gpu", help=what, description=what)
     add = everything.add_argument
@@ -54,7 +55,7 @@ def add_actions(actions: Any) -> None:
     add("--list", action="store_true", help="say what the parts are, and what is skipped here")
     add("--dry-run", action="store_true", help="the same steps in tiny sizes on the CPU")
     add("--prepare", action="store_true", help="on a machine with nvcc: build what the parts need, and note the commit")
-    everything.set_defaults(action=_gpu)
+    arguments.set_action(everything, _gpu)
     what = "microbenchmarks of the GPU: what the planners' cost models assume, measured"
     smallest = actions.add_parser(
         "micro",
@@ -81,20 +82,21 @@ def add_actions(actions: Any) -> None:
     add("--build", action="store_true", help="build the program and print its path; needs nvcc and no GPU")
     add("--report", type=Path, metavar="FILE", help="measure nothing, and write micro.md anew from this micro.jsonl")
     add("--host", action="store_true", help="run the kernels' logic on the host, where times mean nothing")
-    smallest.set_defaults(action=_micro)
+    arguments.set_action(smallest, _micro)
 
 
 def _micro_names() -> str:
     return "\n".join(["measurements:", *(f"  {name:17} {what}" for name, what in micro.NAMES.items())])
 
 
-def _micro(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+def _micro(options: argparse.Namespace, parser: argparse.ArgumentParser) -> tuple[int, dict[str, Any]]:
     unknown = [name for name in options.names if name not in micro.NAMES]
     if unknown:
         parser.error(f"argument NAME: unknown {', '.join(unknown)}: expected some of {', '.join(micro.NAMES)}")
     if options.report:
         try:
-            return _conclude(*micro.read(options.report), options.report.parent)
+            read = micro.read(options.report)
+            return _conclude(*read, options.report.parent), _found(*read)
         except (OSError, ValueError) as error:
             parser.error(f"argument --report: {error}")
     try:
@@ -103,7 +105,7 @@ def _micro(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         parser.error(str(error))
     if options.build:
         print(program)
-        return 0
+        return 0, {"program": str(program)}
     all_names = [name for name in micro.NAMES if not (options.host and name == "launch")]
     folder = arguments.folder(options.out, "micro")
     try:
@@ -132,7 +134,7 @@ def _micro(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     finally:
         writer.close()
     status = _conclude(device, measurements, folder)
-    return arguments.INTERRUPTED if interrupted else status
+    return arguments.INTERRUPTED if interrupted else status, _found(device, measurements)
 
 
 def _conclude(device: dict[str, Any], measurements: list[micro.Measurement], folder: Path) -> int:
@@ -144,7 +146,11 @@ def _conclude(device: dict[str, Any], measurements: list[micro.Measurement], fol
     return 1 if any(measured.status == "failed" for measured in measurements) else 0
 
 
-def _plans(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+def _found(device: dict[str, Any], measurements: list[micro.Measurement]) -> dict[str, Any]:
+    return {"device": device, "measurements": [measured.row() for measured in measurements]}
+
+
+def _plans(options: argparse.Namespace, parser: argparse.ArgumentParser) -> tuple[int, dict[str, Any]]:
     device = options.device or testing.devices()[-1]
     try:
         options.out.mkdir(parents=True, exist_ok=True)
@@ -169,16 +175,16 @@ def _plans(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             )
     except KeyboardInterrupt:
         print("interrupted: what is above was tried before", file=sys.stderr)
-        return arguments.INTERRUPTED
+        return arguments.INTERRUPTED, {"plans": [asdict(row) for row in rows]}
     finally:
         writer.close()
     failed = sum(row.status != "ok" for row in rows)
     left = len(todo) - sum(trial.key in {(row.contender, row.case, row.ran) for row in rows} for trial in todo)
     print(f"{len(found)} plans: {len(rows) - failed} passed, {failed} failed, {left} without an outcome")
-    return 1 if failed or left else 0
+    return int(failed > 0 or left > 0), {"plans": [asdict(row) for row in rows]}
 
 
-def _predict(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+def _predict(options: argparse.Namespace, parser: argparse.ArgumentParser) -> tuple[int, dict[str, Any]]:
     rows, facts = arguments.read(options.results, parser)
     try:
         device = predict.device_named(options.device or facts.get("gpu", ""))
@@ -186,19 +192,22 @@ def _predict(options: argparse.Namespace, parser: argparse.ArgumentParser) -> in
         parser.error(str(error))
     found = predict.predictions(rows, device)
     predict.write(found, device, options.results.parent)
-    for name in predict.without_model(rows):
+    without = predict.without_model(rows)
+    for name in without:
         print(f"no model: {name}")
     print(f"{len(found)} predictions: {options.results.parent / 'predictions.md'}")
-    return 0
+    predictions = [dict(zip(predict.COLUMNS, one.cells(), strict=True)) for one in found]
+    return 0, {"device": device.name, "predictions": predictions, "without_model": without}
 
 
-def _gpu(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+def _gpu(options: argparse.Namespace, parser: argparse.ArgumentParser) -> tuple[int, dict[str, Any]]:
     if options.prepare:
         try:
-            print("\n".join(str(path) for path in (micro.program(), provenance.remember())))
+            built = [str(path) for path in (micro.program(), provenance.remember())]
         except (micro.UnavailableError, RuntimeError) as error:
             parser.error(f"argument --prepare: {error}")
-        return 0
+        print("\n".join(built))
+        return 0, {"built": built}
     if not (options.dry_run or options.list) and "cuda" not in testing.devices():
         parser.error("gpu needs a GPU, and torch finds none; --dry-run goes through the same steps on the CPU")
     folder = arguments.folder(options.out, "gpu").absolute()
@@ -209,7 +218,8 @@ def _gpu(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if options.list:
         for part in todo:
             print(f"{part.name:18} {part.seconds:4.0f} s  {part.what}{f'; skipped: {part.skip}' if part.skip else ''}")
-        return 0
+        listed = [{"name": p.name, "what": p.what, "seconds": p.seconds, "skipped": p.skip or None} for p in todo]
+        return 0, {"parts": listed}
     before: list[session.Outcome] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -241,4 +251,5 @@ def _gpu(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     for outcome in made.outcomes.values():
         print(f"{outcome.name:18} {outcome.status:12} {outcome.seconds:5.0f} s  {outcome.reason}".rstrip())
     print(f"summary: {folder / 'summary.md'}\n\n{made.digest()}")
-    return arguments.INTERRUPTED if interrupted else 1 if made.failed else 0
+    status = arguments.INTERRUPTED if interrupted else 1 if made.failed else 0
+    return status, {"summary": str(folder / "summary.md"), "parts": [asdict(one) for one in made.outcomes.values()]}

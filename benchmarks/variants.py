@@ -9,7 +9,6 @@ median of the rounds' ratios, and the 20th and 80th percentile. Drawing masks is
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
@@ -66,14 +65,12 @@ def add_action(actions: Any) -> None:
     parser.add_argument("--dtype", choices=("float32", "float64", "bfloat16", "float16"), default="float32")
     parser.add_argument("--backend", type=arguments.backend, default="cpu")
     parser.add_argument("--rounds", type=arguments.whole(2), default=_ROUNDS)
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON at the end, and not a table")
-    parser.set_defaults(action=_measure)
+    arguments.set_action(parser, _measure)
 
 
-def _measure(given: argparse.Namespace, _: argparse.ArgumentParser) -> int:
+def _measure(given: argparse.Namespace, _: argparse.ArgumentParser) -> tuple[int, dict[str, Any]]:
     rows = []
-    if not given.json:
-        print(f"| {' | '.join(_COLUMNS)} |\n|{' --- |' * len(_COLUMNS)}")
+    print(f"| {' | '.join(_COLUMNS)} |\n|{' --- |' * len(_COLUMNS)}")
     for shape in given.shape or SHAPES:
         for mode in given.mode or ("infer", "train"):
             lanes = [Lane(work(own, shape[:4], mode, cases.DTYPES[given.dtype])) for own in OPTIONS.values()]
@@ -86,9 +83,6 @@ def _measure(given: argparse.Namespace, _: argparse.ArgumentParser) -> int:
                 low, middle, high = timing.percentiles(ratios)
                 step = 1e6 * median(lane.seconds) / shape[0]
                 rows.append(dict(zip(_COLUMNS, (*shape[:4], mode, name, step, middle, low, high), strict=True)))
-                if not given.json:
-                    figures = (f"{step:.1f}", *(f"{ratio:.2f}" for ratio in (middle, low, high)))
-                    print(f"| {' | '.join((*map(str, shape[:4]), mode, name, *figures))} |", flush=True)
-    if given.json:
-        print(json.dumps({"dtype": given.dtype, "backend": given.backend, "variants": rows}, indent=2))
-    return 0
+                figures = (f"{step:.1f}", *(f"{ratio:.2f}" for ratio in (middle, low, high)))
+                print(f"| {' | '.join((*map(str, shape[:4]), mode, name, *figures))} |", flush=True)
+    return 0, {"dtype": given.dtype, "backend": given.backend, "variants": rows}

@@ -254,6 +254,9 @@ def test_what_was_measured_before_an_interruption_is_reported(tmp_path, capsys, 
     (tmp_path / "micro.md").unlink()
     assert cli.main(["bench", "micro", "--report", str(path)]) == 0
     assert (tmp_path / "micro.md").read_text() == written
+    capsys.readouterr()
+    assert cli.main(["bench", "micro", "--report", str(path), "--json"]) == 0
+    assert "flag" in {measured["name"] for measured in json.loads(capsys.readouterr().out)["measurements"]}
     path.write_text("{}\nnot json\n")
     with pytest.raises(SystemExit):
         cli.main(["bench", "micro", "--report", str(path)])

@@ -48,6 +48,8 @@ def test_plans_are_tried_recorded_and_not_repeated(tmp_path, capsys, monkeypatch
     monkeypatch.setattr(plans, "attempt", lambda trial: pytest.fail(f"{trial} was tried before"))
     assert cli.main([*arguments, "--limit", "3"]) == 0
     assert f"{len(rows)} passed, 0 failed, 0 without an outcome" in capsys.readouterr().out
+    assert cli.main([*arguments, "--limit", "3", "--json"]) == 0
+    assert [plan["case"] for plan in json.loads(capsys.readouterr().out)["plans"]] == [row.case for row in rows]
 
 
 @needs_cpu
@@ -152,6 +154,9 @@ def test_command_writes_predictions_next_to_the_results(tmp_path, capsys):
     writer.close()
     assert cli.main(["bench", "predict", str(path)]) == 0
     assert "2 predictions" in capsys.readouterr().out
+    assert cli.main(["bench", "predict", str(path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["device"], len(found["predictions"]), found["without_model"]) == ("NVIDIA H200", 2, [])
     text = (tmp_path / "predictions.md").read_text()
     assert "NVIDIA H200" in text
     assert text.count("| a case |") == 2

@@ -207,6 +207,8 @@ def test_parts_stand_in_order_of_importance(capsys):
     wanted += ["plans-cuda", "ncu-cuda", "racecheck-cuda", "check-cuda", "grid", "predictions", "profile"]
     wanted += ["plans-triton", "racecheck-triton", "check-triton", "tests-gpu", "report"]
     assert [name for name in names if name in wanted] == wanted
+    assert gpu("--list", "--json") == 0
+    assert [part["name"] for part in json.loads(capsys.readouterr().out)["parts"]] == names
     assert {f"{tool}-{name}" for tool in ("memcheck", "racecheck", "synccheck") for name in ("cuda", "triton")} <= set(
         names
     )
