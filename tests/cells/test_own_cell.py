@@ -23,15 +23,6 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "own_cell.py"
 has_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 
-@pytest.fixture
-def triton_device(monkeypatch):
-    """The GPU, or the CPU for Triton's interpreter."""
-    if torch.cuda.is_available():
-        return "cuda"
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    return "cpu"
-
-
 @fusedrnn.cell(gates=("i", "f", "g", "o"), state="c")
 def lstm(x, u, c):
     i, f, g, o = (a + b for a, b in zip(x, u, strict=True))

@@ -228,15 +228,6 @@ def test_kernels_compute_what_the_reference_does_in_float64(backend, dtype, name
 has_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 
-@pytest.fixture
-def triton_device(monkeypatch):
-    """The GPU, or the CPU for Triton's interpreter."""
-    if torch.cuda.is_available():
-        return "cuda"
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    return "cpu"
-
-
 @has_triton
 @pytest.mark.parametrize(
     ("name", "units", "form", "dtype", "more"),
