@@ -164,7 +164,7 @@ class Gemm {
         A* at = to + (row - m) / kSliverRows * sliver(depth) + first * kSliverRows;
         const A* from = static_cast<const A*>(p_.a) + (k + first) * p_.a_stride + row;
         for (int64_t i = first; i < end; ++i, at += kSliverRows, from += p_.a_stride) {
-          for (int64_t v = 0; v < kSliverRows; v += kUnits<A>) store(at + v, load(from + v, p_.M - row - v));
+          for (int64_t v = 0; v < kSliverRows; v += kUnits<A>) store(at + v, load(from + v, rows_from(row + v)));
         }
       }
     }
@@ -178,13 +178,16 @@ class Gemm {
       for (int64_t row = m; row < m_end; row += kSliverRows) {
         A* at = to + (row - m) / kSliverRows * sliver(depth) + i * kSliverRows;
         for (int64_t v = 0; v < kSliverRows; v += kUnits<A>) {
-          const int64_t column = row + v, count = p_.M - column;
+          const int64_t column = row + v, count = rows_from(column);
           const V low = load(first + column, count), high = is_whole ? load(first + p_.a_stride + column, count) : V{};
           store(at + v, paired(low, high));
         }
       }
     }
   }
+
+  // Of the last sliver, which may be wider than what is left.
+  int64_t rows_from(int64_t row) const { return row < p_.M ? p_.M - row : 0; }
 
   static constexpr A kZeros[4 * kUnits<A>] = {};
   static constexpr int64_t kColumnsToPackFor = 128;
