@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -24,8 +25,9 @@ def attempt(
     batch_first: bool = False,
     bidirectional: bool = False,
     dims: int = 3,
+    sample: Callable[[Form, int, tuple[int, int], Tensor], Tensor] | None = None,
 ) -> tuple[Any, Any] | Exception | None:
-    """Runs layers (dims=3) or one time step (dims=2) on the CPU.
+    """Runs layers (dims=3) or one time step (dims=2) on the CPU. sample: `Noise.draw`, for layers with noise.
 
     Returns:
         (y, last states) as torch returns them; for a step y is h. None if the call needs the slow path. An exception
@@ -63,7 +65,7 @@ def attempt(
                 y, hn, cn = _torchs_layers(cell, x, weights, h0, c0, num_layers, bidirectional)
                 y = y.transpose(0, 1) if batch_first else y
             return y, (hn, cn) if paired else hn
-        if train:
+        if train or sample is not None:
             if num_layers < 1 or len(weights) % num_layers:
                 return None
             if not all(t is None or t.is_cpu for t in (h0, c0, *weights)):  # the operator also accepts meta tensors
@@ -71,11 +73,16 @@ def attempt(
             if dims == 2:
                 hn, cn = autograd.step("cpu", cell.name, x, weights, h0, c0)
                 return hn, (hn, cn) if paired else hn
-            states = num_layers * (2 if bidirectional else 1)
+            D = 2 if bidirectional else 1
+            states = num_layers * D
             if not (h0 is None or len(h0) == states) or not (c0 is None or len(c0) == states):
                 return None
             x = x.contiguous()
-            y, hn, cn, *_ = stack.run("cpu", cell, x, weights, h0, c0, num_layers, 0.0, bidirectional)
+            draw = None
+            if sample is not None:
+                H, P = weights[1].shape[0] // len(cell.gates), weights[1].shape[1]
+                draw = partial(sample, Form(*x.shape[:2]), D, (H, P), x)
+            y, hn, cn, *_ = stack.run("cpu", cell, x, weights, h0, c0, num_layers, 0.0, bidirectional, draw=draw)
         else:
             y, hn, cn = ops.cpu_infer(cell.name, x, weights, num_layers, bidirectional, h0, c0)
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:

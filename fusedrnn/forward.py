@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -50,14 +51,15 @@ def layers(
     noise: Noise | None = None,
 ) -> Any:
     """A stack of layers; the arguments are those of `functional.lstm`, `functional.gru` and `functional.rnn`."""
-    plain = batch_sizes is None and lengths is None and reset is None and not return_states and noise is None
+    cell = cell if noise is None else noise.cell(cell, training)
+    sample = partial(noise.draw, cell, training) if noise is not None and cell.noise else None
+    plain = batch_sizes is None and lengths is None and reset is None and not return_states
     if plain and 0 <= dropout <= 1 and (num_layers == 1 or not (training and dropout)):
-        quick = fast_path.attempt(cell, input, weights, hx, num_layers, batch_first, bidirectional)
+        quick = fast_path.attempt(cell, input, weights, hx, num_layers, batch_first, bidirectional, sample=sample)
         if type(quick) is tuple:
             return quick
     else:
         quick = None
-    cell = cell if noise is None else noise.cell(cell, training)
     validate.layer_input(cell, input, batch_sizes)
     form = sequence.form_of(input, batch_first, batch_sizes)
     h0, c0 = validate.split_hx(cell, hx, cell.title.lower())
@@ -109,10 +111,7 @@ def layers(
     if torch.is_grad_enabled() and not dispatch.is_recorded() and any(w.requires_grad for w in weights):
         x = x.contiguous()  # as in torch: a batch_first input may be modified before the backward
     c_states = return_states and cell.has_cell_state
-
-    def draw() -> Tensor | None:
-        return noise.draw(cell, form, D, (H, P), input, training) if noise is not None and cell.noise else None
-
+    draw = partial(sample, form, D, (H, P), input) if sample is not None else None
     y, hn, cn, hs, cs = stack.run(
         backend, cell, x, weights, h0, c0, num_layers, dropout, bidirectional, lengths, reset, c_states, draw
     )
@@ -179,13 +178,13 @@ def step(
     training: bool = False,
 ) -> Any:
     """One time step: `functional.lstm_cell` and its siblings, which say what the arguments are."""
-    if b_ih is not None and b_hh is not None and type(hx) is not list and w_p is None and noise is None:
+    cell = cell if noise is None else noise.cell(cell, training)
+    if b_ih is not None and b_hh is not None and type(hx) is not list and w_p is None and not cell.noise:
         quick = fast_path.attempt(cell, input, [w_ih, w_hh, b_ih, b_hh], hx, dims=2)
         if type(quick) is tuple:
             return quick[1]
     else:
         quick = None
-    cell = cell if noise is None else noise.cell(cell, training)
     validate.cell_input(cell, input)
     batched = input.dim() == 2
     caller = f"{cell.title.lower()}_cell"
@@ -224,7 +223,7 @@ def step(
         x, h, c = unsqueezed(input, h, c)
         drawn = None
         if noise is not None and cell.noise:
-            drawn = noise.draw(cell, sequence.Form(1, B), 1, (H, H), input, training)
+            drawn = noise.draw(cell, training, sequence.Form(1, B), 1, (H, H), input)
         _, hn, cn, _ = autograd.layer(backend, cell.name, x, weights, False, h, c, None, None, False, drawn)
         hn, cn = hn.squeeze(0), cn.squeeze(0)
     if not batched:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import ops
 from .cells import Cell, lstm_variant
 from .reference import compute_dtype
 from .sequence import Form
@@ -35,7 +36,7 @@ class Noise(NamedTuple):
         """The LSTM `cell` with this noise."""
         return lstm_variant(bool(cell.parameters), len(cell.gates) == 3, self.kinds(training))
 
-    def draw(self, cell: Cell, form: Form, D: int, sizes: tuple[int, int], like: Tensor, training: bool) -> Tensor:
+    def draw(self, cell: Cell, training: bool, form: Form, D: int, sizes: tuple[int, int], like: Tensor) -> Tensor:
         """Draws the noise of one layer for `reference.layer`, from torch's generator.
 
         Masks are drawn for [T, B], independent of the layout of the input, or for the rows of a PackedSequence.
@@ -53,38 +54,45 @@ class Noise(NamedTuple):
 
         ones = {"h": self.zoneout_h, "c": self.zoneout_c, "g": 1 - self.dropout}
         if not training:
-            return torch.cat([torch.full((1, *shape), ones[kind], **options) for kind in cell.noise])
+            noise = torch.full((len(cell.noise), *shape), ones[cell.noise[0]], **options)
+            if len(cell.noise) == 2 and self.zoneout_h != self.zoneout_c:
+                noise[1] = self.zoneout_c
+            return noise
+        scale = 1 / (1 - self.dropout) if self.dropout < 1 else 1.0  # as by dropout
         masks = []
-        by_step = [ones[kind] for kind in cell.noise if kind != "r"]
+        by_step = [kind for kind in cell.noise if kind != "r"]
         if by_step:
-            masks.append(_ones(by_step, shape, options))
-        if "g" in cell.noise and self.dropout < 1:  # scaled as by dropout
-            masks[0][-1].div_(1 - self.dropout)
+            values = [scale if kind == "g" else 1.0 for kind in by_step]
+            masks.append(_masks([ones[kind] for kind in by_step], values, shape, options))
         if "r" in cell.noise:
-            kept = _ones([1 - self.dropout], (form.B, width), options)[0]
-            kept = kept.div_(1 - self.dropout) if self.dropout < 1 else kept
+            kept = _masks([1 - self.dropout], [scale], (form.B, width), options)[0]
             masks.append((_of_rows(kept, form) if len(shape) == 2 else kept).expand(1, *shape))
         noise = torch.cat(masks) if len(masks) > 1 else masks[0]
         return noise if once else form.enter_rows(noise)
 
 
-def _ones(probabilities: list[float], shape: Sequence[int], options: dict[str, Any]) -> Tensor:
-    """[K, *shape]: 1 with probability p_k, exact to 2^-16, otherwise 0.
+def _masks(p: list[float], values: list[float], shape: Sequence[int], options: dict[str, Any]) -> Tensor:
+    """[K, *shape]: values[k] with probability p[k], exact to 2^-16, otherwise 0.
 
-    Each element takes 16 random bits. On a CPU drawing them dominates: torch.rand takes twice as long, bernoulli_ four
-    times.
+    On a CPU torch's generator would take as long as the layer: it draws a seed for our operator.
     """
-    numbers = len(probabilities) * math.prod(shape)
-    words = torch.randint(-(2**31), 2**31 - 1, ((numbers + 1) // 2,), dtype=torch.int32, device=options["device"])
-    bits = words.view(torch.int16)[:numbers].view(len(probabilities), *shape)
+    numbers = math.prod(shape)
+    if options["device"].type == "cpu" and ops.cpu_unavailable is None:
+        seed = torch.randint(2**63 - 1, (1,))
+        return ops.cpu_masks(seed, numbers, p, values, options["dtype"] == torch.float64).view(len(p), *shape)
+    words = torch.randint(
+        -(2**31), 2**31 - 1, ((len(p) * numbers + 1) // 2,), dtype=torch.int32, device=options["device"]
+    )
+    bits = words.view(torch.int16)[: len(p) * numbers].view(len(p), *shape)
+    return torch.stack(
+        [_below(*each).to(options["dtype"]).mul_(value) for *each, value in zip(bits, p, values, strict=True)]
+    )
 
-    def ones(bits: Tensor, p: float) -> Tensor:
-        limit = round(p * 2**16) - 2**15  # of -2^15 <= bits < 2^15
-        return bits < limit if limit < 2**15 else torch.ones_like(bits)
 
-    if len(set(probabilities)) == 1:
-        return ones(bits, probabilities[0]).to(options["dtype"])
-    return torch.stack([ones(*pair).to(options["dtype"]) for pair in zip(bits, probabilities, strict=True)])
+def _below(bits: Tensor, p: float) -> Tensor:
+    """Whether uniform int16 are among the lowest of them, with probability p."""
+    limit = round(p * 2**16) - 2**15
+    return bits < limit if limit < 2**15 else torch.ones_like(bits)
 
 
 def _of_rows(masks: Tensor, form: Form) -> Tensor:
@@ -99,10 +107,12 @@ def noise_of(zoneout: Any, recurrent_dropout: Any, mode: Any, projected: bool) -
     Raises:
         TypeError, ValueError: an option has a wrong type or value, or zoneout is combined with a projection.
     """
-    pair = zoneout if isinstance(zoneout, (tuple, list)) else (zoneout, zoneout)
-    if len(pair) != 2:
-        raise ValueError(f"zoneout must be a probability, or two, of h and of c, got {len(pair)} of them")
-    zoneout_h, zoneout_c = (_probability("zoneout", p) for p in pair)
+    if isinstance(zoneout, (tuple, list)):
+        if len(zoneout) != 2:
+            raise ValueError(f"zoneout must be a probability, or two, of h and of c, got {len(zoneout)} of them")
+        zoneout_h, zoneout_c = _probability("zoneout", zoneout[0]), _probability("zoneout", zoneout[1])
+    else:
+        zoneout_h = zoneout_c = _probability("zoneout", zoneout)
     dropout = _probability("recurrent_dropout", recurrent_dropout)
     if mode not in MODES:
         raise ValueError(f"recurrent_dropout_mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
@@ -112,6 +122,8 @@ def noise_of(zoneout: Any, recurrent_dropout: Any, mode: Any, projected: bool) -
 
 
 def _probability(name: str, value: Any) -> float:
+    if type(value) is float and 0 <= value <= 1:
+        return value
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not 0 <= value <= 1:

@@ -234,6 +234,10 @@ def _reference_backward(
     return _each_gradient(dx, dh0, dc0, dweights)
 
 
+def _masks_fake(seed: Tensor, numbers: int, p: Sequence[float], values: Sequence[float], float64: bool) -> Tensor:
+    return seed.new_empty((len(p), numbers), dtype=torch.float64 if float64 else torch.float32)
+
+
 _define("reference")
 _library.impl("reference_forward", _reference_forward, "CompositeExplicitAutograd")
 _library.impl("reference_backward", _reference_backward, "CompositeExplicitAutograd")
@@ -438,9 +442,11 @@ def _load(name: str) -> str | None:
 
 cpu_unavailable = _load("cpu")
 _define("cpu")
+_define_once("cpu_masks", _SCHEMAS["cpu_masks"])
 for _name, _schema in _SCHEMAS.items():
     if not hasattr(_ops, _name):
         _library.define(_name + _schema)
+torch.library.register_fake(f"{NAMESPACE}::cpu_masks", _masks_fake, lib=_library)
 _cuda_unloaded = _load("cuda")
 
 BACKENDS = ("reference", "cuda", "triton", "cpu")
@@ -487,4 +493,5 @@ _tracing_state = torch._C._get_tracing_state  # saves attribute lookups in a cal
 _FORWARD = {name: getattr(_ops, f"{name}_forward").default for name in BACKENDS}
 _BACKWARD = {name: getattr(_ops, f"{name}_backward").default for name in BACKENDS}
 cpu_infer = _ops.cpu_infer.default
+cpu_masks = _ops.cpu_masks.default
 layer = _ops.layer.default

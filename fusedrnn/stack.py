@@ -24,16 +24,27 @@ def run(
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
     cell_states: bool = False,
-    noise: Callable[[], Tensor | None] = lambda: None,
+    draw: Callable[[], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
     """x [T, B, I] -> y [T, B, D*P], hn [L*D, B, P], cn [L*D, B, C], and every layer's h and c [T, B, ...].
 
-    Packed x is [N, I]; y, h and c are then [N, ...]. c is valid with cell_states only. noise() draws one layer's masks.
+    Packed x is [N, I]; y, h and c are then [N, ...]. c is valid with cell_states only. draw() draws the noise of a
+    layer, for a cell with noise.
     """
     name = cell.name
     if num_layers == 1:
         y, hn, cn, c = autograd.layer(
-            backend, name, x, weights, bidirectional, h0, c0, lengths, reset, cell_states, noise()
+            backend,
+            name,
+            x,
+            weights,
+            bidirectional,
+            h0,
+            c0,
+            lengths,
+            reset,
+            cell_states,
+            None if draw is None else draw(),
         )
         return y, hn, cn, [y], [c]
     count, D = len(weights) // num_layers, 2 if bidirectional else 1
@@ -44,7 +55,17 @@ def run(
             y = torch.nn.functional.dropout(y, dropout)
         own = weights[k * count : (k + 1) * count]
         y, hn, cn, c = autograd.layer(
-            backend, name, y, own, bidirectional, h0s[k], c0s[k], lengths, reset, cell_states, noise()
+            backend,
+            name,
+            y,
+            own,
+            bidirectional,
+            h0s[k],
+            c0s[k],
+            lengths,
+            reset,
+            cell_states,
+            None if draw is None else draw(),
         )
         hns.append(hn)
         cns.append(cn)

@@ -10,6 +10,7 @@
 #include "fingerprint.h"
 #include "forward.h"
 #include "gemm.h"
+#include "masks.h"
 #if defined(FUSEDRNN_TILES)
 #include "tile_gemm.h"
 #endif
@@ -79,6 +80,7 @@ constexpr Kernels kernels_for() {
         }
       },
       fingerprint,
+      fill_masks<Compute<S>>,
       Simd<Compute<S>>::kLanes,
       kOperands<S> == Operands::kTiles ? static_cast<int>(kTileChunk) : kTileRows,
   };

@@ -192,6 +192,17 @@ constexpr int64_t kGemmRows = 192;  // of c, that a worker computes at a time: a
 // inputs.
 using Pack = void (*)(const void* w, int64_t rows, int64_t columns, void* panel, int64_t begin, int64_t end);
 
+// A mask of `numbers` multipliers, A to[numbers]: `value` with probability limit / 2^16, else 0. See masks.h.
+struct MaskParams {
+  void* to;
+  int64_t numbers;
+  uint64_t seed;
+  uint32_t stream;  // another one has other bits
+  int32_t limit;
+  double value;
+};
+constexpr int kMaskBlock = 64;  // numbers of a mask that are drawn at a time
+
 // The cells in csrc/cells.
 enum class CellKind : int { kLstm, kGru, kRnnTanh, kRnnRelu, kLstmPeephole, kLstmCoupled, kCount };
 
@@ -230,6 +241,8 @@ struct Kernels {
   void (*pack_input)(const void* first, const void* second, int64_t N, void* panels, int64_t inputs, int64_t k);
   // to[0..8): a fingerprint of memory; see fingerprint.h.
   void (*fingerprint)(const void* from, int64_t bytes, uint64_t* to);
+  // Blocks [begin, end) of a mask.
+  void (*masks)(const MaskParams&, int64_t begin, int64_t end);
   int lanes;      // numbers of type A in a vector register
   int tile_rows;  // batch rows that share one pass over a panel
 

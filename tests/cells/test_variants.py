@@ -65,9 +65,9 @@ def same_noise(monkeypatch):
     """What is drawn first is drawn again, in any dtype."""
     found, draw = [], Noise.draw
 
-    def again(self, cell, form, D, sizes, like, training):
+    def again(self, cell, training, form, D, sizes, like):
         if not found:
-            found.append(draw(self, cell, form, D, sizes, like, training))
+            found.append(draw(self, cell, training, form, D, sizes, like))
         return found[0].to(reference.compute_dtype(like.dtype))
 
     monkeypatch.setattr(Noise, "draw", again)

@@ -1334,3 +1334,66 @@ def test_memory_of_many_threads():
     for worker in workers:
         worker.join()
     assert wrong == []
+
+
+def threefry(seed, counter, stream):
+    """Threefry-2x32 with 20 rounds, by its paper (masks.h)."""
+    key = [seed % 2**32, seed >> 32]
+    key.append(key[0] ^ key[1] ^ 0x1BD11BDA)
+    first, second = (counter + key[0]) % 2**32, (stream + key[1]) % 2**32
+    for round, left in enumerate([13, 15, 26, 6, 17, 29, 16, 24, 13, 15, 26, 6, 17, 29, 16, 24, 13, 15, 26, 6], 1):
+        first = (first + second) % 2**32
+        second = (second << left | second >> (32 - left)) % 2**32 ^ first
+        if round % 4 == 0:
+            first = (first + key[round // 4 % 3]) % 2**32
+            second = (second + key[(round // 4 + 1) % 3] + round // 4) % 2**32
+    return first, second
+
+
+def bits_of_a_mask(seed, numbers, stream):
+    bits = []
+    for block in range(-(-numbers // 64)):
+        words = [threefry(seed, 16 * block + k, stream) for k in range(16)]
+        words = [pair[0] for pair in words] + [pair[1] for pair in words]
+        bits += [word % 2**16 for word in words] + [word >> 16 for word in words]
+    return torch.tensor(bits[:numbers])
+
+
+@pytest.mark.parametrize("float64", [False, True])
+@pytest.mark.parametrize("numbers", [0, 1, 63, 64, 200])
+def test_masks_are_the_bits_of_threefry(isa, numbers, float64):
+    assert threefry(0, 0, 0) == (0x6B200159, 0x99BA4EFE)  # the known answer of its authors
+    seed, p, values = 0x0123456789ABCDEF, [0.3, 1.0, 0.0, 0.75], [1.0, 1.0, 1.0, 1 / 0.75]
+    masks = ops.cpu_masks(torch.tensor([seed]), numbers, p, values, float64)
+    dtype = torch.float64 if float64 else torch.float32
+    for k, mask in enumerate(masks):
+        ones = bits_of_a_mask(seed, numbers, k) < round(p[k] * 2**16)
+        torch.testing.assert_close(mask, ones.to(dtype) * torch.tensor(values[k], dtype=dtype), rtol=0, atol=0)
+
+
+def test_masks_do_not_depend_on_the_threads(threads):
+    arguments = torch.tensor([-5]), 100_003, [0.3, 0.4, 0.5], [1.0, 1.0, 2.0], False
+    masks = ops.cpu_masks(*arguments)
+    threads(1)
+    assert torch.equal(masks, ops.cpu_masks(*arguments))
+
+
+def test_masks_of_wrong_arguments():
+    seed = torch.tensor([1])
+    for arguments, message in (
+        ((seed.float(), 3, [0.1], [1.0], False), "int64"),
+        ((seed, 3, [0.1], [], False), "for each mask"),
+        ((seed, 3, [1.5], [1.0], False), "0..1"),
+        ((seed, -1, [0.5], [1.0], False), "numbers"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            ops.cpu_masks(*arguments)
+
+
+def test_masks_under_torch_compile():
+    def draw(seed, n):
+        return ops.cpu_masks(seed, n, [0.5], [1.0], False) + 1
+
+    seed = torch.tensor([3])
+    assert torch.equal(torch.compile(draw, fullgraph=True, dynamic=True)(seed, 77), draw(seed, 77))
+    torch.library.opcheck(ops.cpu_masks, (seed, 100, [0.1], [1.0], True))

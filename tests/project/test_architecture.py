@@ -47,7 +47,7 @@ BELOW = {
     "dispatch": {"cells", "gpu", "layout", "ops", "tuning.choice", "tuning.profile"},
     "precision": {"dispatch"},
     "sequence": {"dispatch", "packing"},
-    "noise": {"cells", "reference", "sequence"},
+    "noise": {"cells", "ops", "reference", "sequence"},
     "validate": {"cells", "dispatch", "sequence"},
     "stack": {"autograd", "cells"},
     "fast_path": {"aten", "autograd", "cells", "dispatch", "ops", "sequence", "stack", "tuning.choice", "validate"},

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstring>
 #include <memory>
 #include <optional>
@@ -653,6 +654,34 @@ Gradients cpu_backward(std::string cell, OptionalTensor dy, OptionalTensor dhn, 
   return gradients_of(dx, dh0, dc0, weight_gradients(layer, steps, needs_weight));
 }
 
+// ---------------------------------------------------------------------------------------------- masks
+
+Tensor cpu_masks(Tensor seed, int64_t numbers, std::vector<double> p, std::vector<double> values, bool float64) {
+  const auto kinds = static_cast<int64_t>(p.size());
+  const int64_t blocks = blocks_of(numbers, kMaskBlock);
+  STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1, "seed must be one int64");
+  STD_TORCH_CHECK(p.size() == values.size(), "p and values must have a number for each mask");
+  STD_TORCH_CHECK(numbers >= 0 && blocks <= int64_t{1} << 28, "a mask has at most 2^34 numbers, got ", numbers);
+  for (double one : p) STD_TORCH_CHECK(0 <= one && one <= 1, "p must be in 0..1, got ", one);
+
+  const auto fill = (*isa().kernels)[static_cast<size_t>(float64 ? Dtype::kFloat64 : Dtype::kFloat32)].masks;
+  Tensor masks = empty({kinds, numbers}, float64 ? ScalarType::Double : ScalarType::Float);
+  constexpr int64_t kBlocksOfAThread = 256;
+  torch::stable::parallel_for(0, kinds * blocks, kBlocksOfAThread, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin / blocks; k * blocks < end; ++k) {
+      const MaskParams params{
+          static_cast<char*>(masks.mutable_data_ptr()) + k * numbers * bytes_of(masks.scalar_type()),
+          numbers,
+          *static_cast<const uint64_t*>(seed.const_data_ptr()),
+          static_cast<uint32_t>(k),
+          static_cast<int32_t>(std::lround(p[k] * 65536)),
+          values[k]};
+      fill(params, std::max(begin - k * blocks, int64_t{0}), std::min(end - k * blocks, blocks));
+    }
+  });
+  return masks;
+}
+
 // ---------------------------------------------------------------------------------------------- what there is, and
 // what is kept
 
@@ -700,6 +729,7 @@ STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CPU, library) {
   library.impl("cpu_forward", TORCH_BOX(&cpu_forward));
   library.impl("cpu_backward", TORCH_BOX(&cpu_backward));
   library.impl("cpu_infer", TORCH_BOX(&cpu_infer));
+  library.impl("cpu_masks", TORCH_BOX(&cpu_masks));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CompositeExplicitAutograd, library) {
