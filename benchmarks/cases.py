@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from fusedrnn import testing
-from fusedrnn.cells import CELLS, LSTM
+from fusedrnn import cells, testing
+from fusedrnn.cells import CELLS, LSTM, Cell
 
 MODES = ("infer", "forward", "train")  # without autograd; recorded by it; forward and backward
 DTYPES = {
@@ -117,15 +117,28 @@ def cell(
     """A cell of sizes (T, B, I, H) or (T, B, I, H, L, D), with zeros for initial states unless it is streaming.
 
     Args:
-        kind: a name of `fusedrnn.cells.CELLS`.
+        kind: a name of `fusedrnn.cells.CELLS` or `fusedrnn.cells.VARIANTS`.
     """
     T, B, I, H, L, D = (*shape, 1, 1)[:6]
-    case = Sequences(T, B, I, H, DTYPES[dtype], L, D == 2, hx=False, cell=kind)
+    case = Sequences(T, B, I, H, DTYPES[dtype], L, D == 2, hx=False)
+    if kind in cells.VARIANTS:
+        case = replace(case, variant=tuple(_options_of(cells.VARIANTS[kind]).items()))
+    else:
+        case = replace(case, cell=kind)
     if variant != "plain":
         options: dict[str, Any] = {variant: True}
         case = replace(case, **options)
     made = BenchmarkCase(case, mode, device, tf32=dtype == "tf32")
     return replace(made, case=replace(case, hx=True)) if made.streaming else made
+
+
+def _options_of(cell: Cell) -> dict[str, Any]:
+    """Options of fusedrnn.LSTM for a variant, as it is in training."""
+    options: dict[str, Any] = {"peephole": bool(cell.parameters), "coupled": "f" not in cell.gates}
+    options["zoneout"] = (0.25 if "h" in cell.noise else 0.0, 0.25 if "c" in cell.noise else 0.0)
+    if "g" in cell.noise or "r" in cell.noise:
+        options |= {"recurrent_dropout": 0.25, "recurrent_dropout_mode": "state" if "r" in cell.noise else "candidate"}
+    return options
 
 
 def parse_shape(text: str) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 import fusedrnn
 from fusedrnn import dispatch
-from fusedrnn.cells import LSTM
+from fusedrnn.cells import LSTM, VARIANTS
 
 from . import peers
 from .cases import BenchmarkCase
@@ -118,8 +118,8 @@ def entered(
         backends: the backends of fusedrnn, and "auto" for what it chooses; by default those with kernels, that is all
             but `aten` and `reference`, or those two where there is nothing else.
         baselines: names of `BASELINES`, by default all.
-        kind: which cell it is about, a name of `fusedrnn.cells.CELLS`. Of others than the LSTM there are torch's own
-            layer and ONNX Runtime among the baselines.
+        kind: which cell it is about, a name of `fusedrnn.cells.CELLS` or `VARIANTS`. Of others than the LSTM there are
+            torch's own layer and ONNX Runtime among the baselines; of a variant there is the reference.
     """
     reasons = dispatch.backends()
     if backends is None:
@@ -129,6 +129,8 @@ def entered(
     chosen = [name for name in BASELINES if baselines is None or name in (BASELINE, *baselines)]
     if kind == LSTM.name:
         others = [BASELINES[name]() for name in chosen]
+    elif kind in VARIANTS:
+        others = [_backend("reference", None, kind)]
     else:
         others = [_torchs(kind), *([peers.onnxruntime(kind)] if "onnxruntime" in chosen else [])]
     return [*others, *(_backend(name, reasons.get(name), kind) for name in backends)]
@@ -170,9 +172,8 @@ def _backend(name: str, unavailable: str | None, kind: str) -> Contender:
         with fusedrnn.use_backend(name):  # as it is measured: some run only where they are asked for
             return dispatch.supports(name, dispatch.Problem(cell.device, case.dtype, *sizes, **extras))
 
-    return Contender(
-        OURS + name, _OUR_LAYERS[kind], ran, unavailable, unsupported, active=lambda: fusedrnn.use_backend(name)
-    )
+    layer = _OUR_LAYERS.get(kind, fusedrnn.LSTM)
+    return Contender(OURS + name, layer, ran, unavailable, unsupported, active=lambda: fusedrnn.use_backend(name))
 
 
 def _torch_ran(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> str:

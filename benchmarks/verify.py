@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import fusedrnn
 from fusedrnn import testing
 from fusedrnn.testing import Answer, Inputs
 
@@ -105,12 +106,11 @@ def _call_in_tf32(module: Any, case: testing.Case, inputs: Inputs, caller: testi
 
 @lru_cache(maxsize=1)  # the modes of a case follow one another
 def _answers(case: Sequences, tf32: bool, device: str) -> dict[str, Answer]:
-    answers = testing.answers(case, device)
-    if not tf32:
-        return answers
-
-    def torchs(module: Any, case: testing.Case, inputs: Inputs) -> Any:
-        return _call_in_tf32(module, case, inputs, testing.call_torch)
-
-    narrow = testing.evaluate(torchs, testing.LAYERS[case.cell], case, device)
+    cls, caller = (fusedrnn.LSTM, testing.call) if case.variant else (testing.LAYERS[case.cell], testing.call_torch)
+    with fusedrnn.use_backend("reference"):  # of variants, which torch lacks
+        answers = testing.answers(case, device, caller, cls)
+        if not tf32:
+            return answers
+        with products(True):
+            narrow = testing.evaluate(partial(_call_in_tf32, caller=caller), cls, case, device)
     return {name: Answer(narrow[name], answer.exact, answer.rounding * _TF32) for name, answer in answers.items()}

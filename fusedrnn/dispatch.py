@@ -343,11 +343,17 @@ def _order(problem: Problem) -> tuple[str, ...]:
 
     Traced and compiled programs run with other shapes; on a CPU torch's own layers cannot be traced for any shape.
     """
-    if not _is_measured(problem.device) or problem.cell not in CELLS:
+    if not _goes_by_profile(problem):
         return _NAMES
     if not is_eager():
         return _NAMES if problem.device == "cpu" else _order_for_any_shape(problem.device, problem.dtype, problem.cell)
     return _choice(problem).order
+
+
+def _goes_by_profile(problem: Problem) -> bool:
+    """Whether measurements decide. Variants of the LSTM have one backend with kernels on a CPU, and two on a GPU."""
+    is_choice = problem.cell in CELLS or (problem.cell in VARIANTS and problem.device != "cpu")
+    return is_choice and _is_measured(problem.device)
 
 
 @ops.constant
@@ -531,13 +537,14 @@ class Explanation:
     backend: str | None
     plan: str
     reasons: dict[str, str] = field(default_factory=dict)
-    ratios: dict[str, Ratio] = field(default_factory=dict)  # backend -> expected speed relative to torch's own layer
+    ratios: dict[str, Ratio] = field(default_factory=dict)  # backend -> expected speed over the baseline's
     measured: str = ""  # which measurement and profile the ratios come from; or what decided instead
 
     def __str__(self) -> str:
         lines = [f"{self.backend or 'no backend'}: {self.plan}" if self.plan else f"{self.backend or 'no backend'}"]
+        slower = "torch's own" if self.problem.cell in CELLS else "the reference"
         lines += [
-            f"  {name} is {ratio.median:.2f} times as fast as torch's own ({ratio.low:.2f} at the least)"
+            f"  {name} is {ratio.median:.2f} times as fast as {slower} ({ratio.low:.2f} at the least)"
             for name, ratio in self.ratios.items()
         ]
         lines += [f"  {self.measured}"] if self.measured else []
@@ -577,8 +584,7 @@ def explain(
     reasons = {name: reason for name in TABLE if (reason := supports(name, problem)) is not None}
     chosen = None
     asked = forced()
-    measured = _is_measured(problem.device) and problem.cell in CELLS
-    made = _choice(problem) if asked == "auto" and measured and is_eager() else None
+    made = _choice(problem) if asked == "auto" and _goes_by_profile(problem) and is_eager() else None
     if asked != "auto":
         _check_name(asked)
         reasons |= {name: f"{asked} was asked for" for name in TABLE if name != asked and name not in reasons}

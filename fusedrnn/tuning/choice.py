@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from heapq import nsmallest
 from typing import NamedTuple
 
 import torch
 
-from ..cells import CELLS
+from ..cells import CELLS, VARIANTS, lstm_variant
 from ..version import __version__
 from . import machine, profile
-from .profile import AHEAD, BASELINE, Key, Measurement, Ratio, Source
+from .profile import AHEAD, BASELINE, Key, Measurement, Ratio, Source, baseline
 
 # Distance for a factor of 2 in each size.
 _WEIGHTS = {"T": 0.25, "B": 1.0, "I": 0.5, "H": 1.0, "L": 0.25, "D": 1.0}
@@ -28,7 +28,6 @@ _FAR = 2.0  # measurements farther away are ignored
 _ENOUGH = math.log(1.25)  # logarithms of ratios are clamped to this
 _SMALL = 1 << 13  # the rule sends inputs with fewer elements to the cpu backend
 _SMALLER = 8  # inputs smaller by this factor than any that torch's own layer won with go to the cpu backend
-_ALIKE = {"rnn_relu": "rnn_tanh"}  # cell -> cell whose measurements stand in for missing ones
 
 
 class Choice(NamedTuple):
@@ -44,6 +43,18 @@ class Known(NamedTuple):
 
     measurement: Measurement
     source: Source
+
+
+@cache
+def stand_in(cell: str) -> str:
+    """The cell whose measurements count where `cell` has none.
+
+    Of a variant of the LSTM that is the one with all options, whose kernels have every part of its own.
+    """
+    if cell in VARIANTS:
+        gates, noise = VARIANTS[cell].gates, VARIANTS[cell].noise
+        return lstm_variant(True, "f" not in gates, ("h", "c", "r" if "r" in noise else "g")).name
+    return "rnn_tanh" if cell == "rnn_relu" else cell
 
 
 class Table:
@@ -78,6 +89,8 @@ class Table:
     def verdict(self, name: str, dtype: str, cell: str = "lstm") -> tuple[bool, str | None]:
         """Whether there is a verdict on a backend in a dtype, and its failure or None."""
         verdict = self._verdicts.get((cell, dtype), {})
+        if cell in VARIANTS and name not in verdict:
+            verdict = self._verdicts.get((stand_in(cell), dtype), {})
         return name in verdict, verdict.get(name)
 
     def choose(self, key: Key, names: Sequence[str]) -> Choice:
@@ -97,7 +110,7 @@ class Table:
             return Choice(_first("cpu", names), ratios, f"{_described(near)}; what is so small runs on cpu")
         ahead = [name for name in ratios if _leads(name, near)]
         behind = [name for name in ratios if name not in ahead]
-        order = [*_fastest(ahead, ratios), BASELINE, *_fastest(behind, ratios)]
+        order = [*_fastest(ahead, ratios), baseline(key.cell), *_fastest(behind, ratios)]
         order = [name for name in order if name in names]
         return Choice((*order, *(name for name in names if name not in order)), ratios, _described(near))
 
@@ -109,7 +122,7 @@ class Table:
         Args:
             cell, dtype, train, step: as in `Key`.
         """
-        about = _ALIKE.get(cell, cell), dtype, train, step
+        about = stand_in(cell), dtype, train, step
         if about not in self._smalls:
             self._smalls[about] = self._smallest_lost(*about)
         return self._smalls[about]
@@ -118,7 +131,7 @@ class Table:
         limit = _SMALL
         for source in self.sources:
             for key, measurement in source.profile.measurements.items():
-                if (_ALIKE.get(key.cell, key.cell), key.dtype) != (cell, dtype):
+                if (stand_in(key.cell), key.dtype) != (cell, dtype):
                     continue
                 if "cpu" in measurement.failures:
                     return -1
@@ -129,10 +142,10 @@ class Table:
 
     def overall(self, dtype: str, names: Sequence[str], cell: str = "lstm") -> tuple[str, ...]:
         """The order for calls of any shape: by the mean over all measurements in a dtype."""
-        logs: dict[str, list[float]] = {BASELINE: [0.0]}
+        logs: dict[str, list[float]] = {baseline(cell): [0.0]}
         for known in self._kinds.values():
             for key, (measurement, _) in known.items():
-                if (key.cell, key.dtype) == (cell, dtype):
+                if (key.cell, key.dtype) in ((cell, dtype), (stand_in(cell), dtype)):
                     for name, ratio in measurement.ratios.items():
                         logs.setdefault(name, []).append(math.log(ratio.median))
         ranked = sorted((name for name in logs if name in names), key=lambda name: -sum(logs[name]) / len(logs[name]))
@@ -141,7 +154,7 @@ class Table:
     def _near(self, key: Key) -> list[tuple[float, Known]]:
         """Weights and measurements of the nearest few, nearest first; empty if all are too far away."""
         near = self._nearest(key)
-        return self._nearest(key._replace(cell=_ALIKE[key.cell])) if not near and key.cell in _ALIKE else near
+        return near or self._nearest(key._replace(cell=stand_in(key.cell)))
 
     def _nearest(self, key: Key) -> list[tuple[float, Known]]:
         known = self._kinds.get(key.kind, {})

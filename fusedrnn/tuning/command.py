@@ -94,9 +94,10 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--cell",
         action="append",
-        choices=tuple(CELLS),
+        choices=(*CELLS, *grid.VARIANTS),
         metavar="NAME",
-        help=f"{', '.join(CELLS)}; by default {', '.join(grid.CELLS)}, for --quick or --shape lstm; again for more",
+        help=f"{', '.join(CELLS)}; and, for all variants of the LSTM, {', '.join(grid.VARIANTS)}. By default "
+        f"{', '.join(grid.CELLS)}, on a GPU those variants too; for --quick or --shape lstm. May be given again",
     )
     add("--backend", action="append", type=arguments.backend, metavar="NAME", help="by default all that have kernels")
     add("--threads", type=arguments.whole(1), help="of the CPU; by default as many as torch takes")
@@ -129,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _keys(options: argparse.Namespace, device: str, dtypes: list[str]) -> list[Key]:
-    cells = options.cell or (["lstm"] if options.quick or options.shape else list(grid.CELLS))
+    cells = options.cell or (["lstm"] if options.quick or options.shape else list(grid.cells_on(device)))
     return [key for cell in cells for key in _keys_of(cell, options, device, dtypes)]
 
 

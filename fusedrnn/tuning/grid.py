@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from .. import cells
+from .choice import stand_in
 from .profile import Key
 
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "tf32", "float16")}  # the defaults of each device
@@ -31,10 +33,18 @@ _LARGE = [(64, B, H, H) for H in (256, 1024) for B in (128, 256)]
 
 
 CELLS = ("lstm", "gru", "rnn_tanh")
+VARIANTS = tuple(dict.fromkeys(map(stand_in, cells.VARIANTS)))  # of the LSTM, one for all that are like it
+
+
+def cells_on(device: str) -> tuple[str, ...]:
+    """The cells of the grid. On a CPU only one backend has kernels of the variants: there is nothing to choose."""
+    return CELLS if device == "cpu" else (*CELLS, *VARIANTS)
 
 
 def standard(device: str, dtypes: list[str], cell: str = "lstm") -> list[Key]:
     """All keys for a cell; on a GPU also larger batches. Cells other than the LSTM: layers only, and fewer sizes."""
+    if cell in VARIANTS:
+        return shapes(_COARSE, dtypes, cell=cell)
     if cell != "lstm":
         few = [*_COARSE, *_STEPS[::3], *((64, B, H, H) for H in (256, 1024) for B in (1, 16, 64)), *_OPTIONS[:2]]
         return shapes(few, dtypes, cell=cell)

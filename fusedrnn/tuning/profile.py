@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..cells import CELLS
 from .machine import Machine
 
 FORMAT = "fusedrnn profile"
@@ -60,8 +61,13 @@ class Key(NamedTuple):
         return ", ".join([*parts, self.dtype, "training" if self.train else "inference"])
 
 
+def baseline(cell: str) -> str:
+    """What backends are compared with: torch's own layer, or the reference for a cell that torch lacks."""
+    return BASELINE if cell in CELLS else "reference"
+
+
 class Ratio(NamedTuple):
-    """The time of torch's own layer over that of a backend: above 1 the backend is faster."""
+    """The time of the baseline over that of a backend: above 1 the backend is faster."""
 
     low: float  # lower end of the confidence interval of the median
     median: float
@@ -77,7 +83,7 @@ class Measurement:
     """The result for one key."""
 
     key: Key
-    ms: dict[str, float] = field(default_factory=dict)  # backend -> the median time of a call; includes torch's own
+    ms: dict[str, float] = field(default_factory=dict)  # backend -> the median time of a call; includes the baseline
     ratios: dict[str, Ratio] = field(
         default_factory=dict
     )  # backend -> the median of the ratios of neighbouring samples

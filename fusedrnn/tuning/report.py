@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from .profile import AHEAD, BASELINE, Key, Measurement, Ratio
+from .profile import AHEAD, BASELINE, Key, Measurement, Ratio, baseline
 
 _MOST_ROWS = 60  # above this, rows are groups of measurements
 
@@ -13,7 +13,7 @@ _MOST_ROWS = 60  # above this, rows are groups of measurements
 def winner(measurement: Measurement) -> str:
     """The backend that a call with exactly this key runs on."""
     ahead = {name: ratio.median for name, ratio in measurement.ratios.items() if ratio.low >= AHEAD}
-    return max(ahead, key=lambda name: ahead[name]) if ahead else BASELINE
+    return max(ahead, key=lambda name: ahead[name]) if ahead else baseline(measurement.key.cell)
 
 
 def table(measurements: Iterable[Measurement]) -> list[str]:
@@ -39,12 +39,12 @@ def _name(backend: str) -> str:
 
 def _single(timed: list[Measurement]) -> list[tuple[str, ...]]:
     names = _backends(timed)
-    head = ("dtype", "mode", "what", "T", "B", "I", "H", "L", "D", "torch ms")
+    head = ("dtype", "mode", "what", "T", "B", "I", "H", "L", "D", "baseline ms")
     rows = [(*head, *(part for name in names for part in (f"{name} ms", "ratio", "at least")), "fastest")]
     for m in timed:
         key = m.key
         sizes = tuple(str(size) for size in (key.T, key.B, key.I, key.H, key.L, key.D))
-        row = (key.dtype, _mode(key), _what(key), *sizes, f"{m.ms[BASELINE]:.3g}")
+        row = (key.dtype, _mode(key), _what(key), *sizes, f"{m.ms[baseline(key.cell)]:.3g}")
         for name in names:
             ratio = m.ratios.get(name)
             row += (f"{m.ms[name]:.3g}", *_told(ratio)) if ratio else ("", "", "")
@@ -59,10 +59,10 @@ def _grouped(timed: list[Measurement]) -> list[tuple[str, ...]]:
         steps = "1" if m.key.T == 1 else "> 1"
         groups.setdefault((m.key.dtype, _mode(m.key), _what(m.key), steps, str(m.key.B)), []).append(m)
     columns = tuple(part for name in names for part in (f"{name} wins", "mean", "least", "most"))
-    rows = [("dtype", "mode", "what", "T", "B", "measured", "torch's own wins", *columns)]
+    rows = [("dtype", "mode", "what", "T", "B", "measured", "baseline wins", *columns)]
     for group, members in sorted(groups.items(), key=lambda item: (*item[0][:4], int(item[0][4]))):
         winners = [winner(m) for m in members]
-        row = (*group, str(len(members)), str(winners.count(BASELINE)))
+        row = (*group, str(len(members)), str(winners.count(baseline(members[0].key.cell))))
         for name in names:
             ratios = [m.ratios[name].median for m in members if name in m.ratios]
             mean = math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else math.nan

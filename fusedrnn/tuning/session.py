@@ -19,7 +19,7 @@ import torch
 
 from ..benchmarks import provenance
 from . import machine, profile
-from .profile import BASELINE, Key, Measurement, Profile
+from .profile import Key, Measurement, Profile
 
 WORKER = (sys.executable, "-m", "fusedrnn.tuning.worker")
 
@@ -142,7 +142,7 @@ def measure(
     Args:
         keys: what to measure, in this order.
         device: "cpu" or "cuda".
-        backends: names of backends with kernels, to be compared with torch's own layer.
+        backends: names of backends with kernels, to be compared with the baseline.
         keep: called with each measurement.
         settings: sampling parameters.
         until: a time of `time.monotonic()` after which no measurement starts.
@@ -178,7 +178,7 @@ def measure(
                         lost[error.backend] = str(error)
                         bad[about].add(error.backend)
                         continue
-                    if error.backend != BASELINE:  # "" if it crashed before it started
+                    if error.backend != profile.baseline(key.cell):  # "" if it crashed before it started
                         raise RuntimeError(f"the process that measures cannot work: {error}") from None
                     if lost:
                         keep(Measurement(key, failures=lost))

@@ -25,7 +25,7 @@ from .. import dispatch, module
 from ..benchmarks import cases, contenders, memory, run, timing
 from ..benchmarks.cases import BenchmarkCase
 from ..benchmarks.contender import OURS, Contender
-from .profile import BASELINE, Key, Measurement, Ratio, from_line, to_line
+from .profile import BASELINE, Key, Measurement, Ratio, baseline, from_line, to_line
 
 STATE_BYTES = 32
 _MOST_TURNS = 3  # sampling repeats up to this often while the noise leaves the order open
@@ -64,7 +64,7 @@ def _answer(answers: TextIO, measurement: Measurement) -> None:
 def measure(
     key: Key, device: str, backends: list[str], settings: run.Settings, at_work: Callable[[str], None]
 ) -> Measurement:
-    """Checks each backend and torch's own layer, and times the correct ones, interleaved.
+    """Checks each backend and the baseline, and times the correct ones, interleaved.
 
     Args:
         key: what to measure.
@@ -74,7 +74,7 @@ def measure(
         at_work: called with the name of a backend before it runs.
 
     Returns:
-        A measurement, without times if torch's own layer or all backends have none. Backends that do not support the
+        A measurement, without times if the baseline or all backends have none. Backends that do not support the
         key, or run out of memory, are omitted; wrong results and errors are among the failures.
     """
     lanes, failures = dict[str, timing.Lane](), dict[str, str]()
@@ -87,26 +87,27 @@ def measure(
             lanes[name] = replace(lane, active=_announced(lane.active, name, at_work))
         elif row.status in ("wrong", "failed"):
             failures[name] = f"{row.status}: {row.reason}"
-    if BASELINE not in lanes or len(lanes) == 1:
-        failures.pop(BASELINE, None)
+    base = baseline(key.cell)
+    if base not in lanes or len(lanes) == 1:
+        failures.pop(base, None)
         return Measurement(key, failures=failures)
     repeat, clock = device == "cpu" or cell.streaming, timing.clock(device)
     for _ in range(_MOST_TURNS):
         timing.take_turns(list(lanes.values()), clock, settings.rounds, settings.budget, repeat)
-        if any(lane.error is not None for lane in lanes.values()) or all(r.decided for r in _ratios(lanes).values()):
+        failed = any(lane.error is not None for lane in lanes.values())
+        if failed or all(ratio.decided for ratio in _ratios(lanes, base).values()):
             break
     for name in [name for name, lane in lanes.items() if lane.error is not None]:
         failures[name] = f"failed: {lanes.pop(name).error}"
-    if BASELINE not in lanes:
-        failures.pop(BASELINE, None)
+    if base not in lanes:
+        failures.pop(base, None)
         return Measurement(key, failures=failures)
     times = {name: median(lane.seconds) * 1e3 for name, lane in lanes.items()}
-    return Measurement(key, times, _ratios(lanes), failures, len(lanes[BASELINE].seconds))
+    return Measurement(key, times, _ratios(lanes, base), failures, len(lanes[base].seconds))
 
 
-def _ratios(lanes: dict[str, timing.Lane]) -> dict[str, Ratio]:
-    base = lanes[BASELINE].seconds
-    return {name: ratio(base, lane.seconds) for name, lane in lanes.items() if name != BASELINE}
+def _ratios(lanes: dict[str, timing.Lane], base: str) -> dict[str, Ratio]:
+    return {name: ratio(lanes[base].seconds, lane.seconds) for name, lane in lanes.items() if name != base}
 
 
 def ratio(base: list[float], other: list[float]) -> Ratio:
@@ -142,11 +143,13 @@ def _cell(key: Key, device: str) -> BenchmarkCase:
 
 
 def _contenders(key: Key, backends: list[str]) -> list[tuple[str, Contender]]:
-    """The contenders by backend name, torch's own layer first."""
+    """The contenders by backend name, the baseline first. There are none for one step of a variant."""
     found = [c for c in contenders.entered(backends, [], key.cell) if c.unavailable is None]
     named = [(BASELINE if not c.name.startswith(OURS) else c.name.removeprefix(OURS), c) for c in found]
     if not key.step:
         return named
+    if key.cell not in _STEPS:
+        return []
     return [(name, _of_a_step(c, key, name == BASELINE)) for name, c in named]
 
 

@@ -42,7 +42,7 @@ BELOW = {
     "version": set(),
     "tuning": set(),
     "tuning.machine": {"ops"},
-    "tuning.profile": {"tuning.machine"},
+    "tuning.profile": {"cells", "tuning.machine"},
     "tuning.choice": {"cells", "tuning.machine", "tuning.profile", "version"},
     "dispatch": {"cells", "gpu", "layout", "ops", "tuning.choice", "tuning.profile"},
     "precision": {"dispatch"},
@@ -70,7 +70,7 @@ BELOW = {
 }
 BELOW["check"] = {*BELOW}
 # What measures the modules, with the benchmarks' means.
-BELOW["tuning.grid"] = {"tuning.profile"}
+BELOW["tuning.grid"] = {"cells", "tuning.choice", "tuning.profile"}
 BELOW["tuning.report"] = {"tuning.profile"}
 BELOW["tuning.worker"] = {"benchmarks", "dispatch", "module", "tuning.profile"}
 BELOW["tuning.session"] = {"benchmarks", "tuning.machine", "tuning.profile"}

@@ -429,6 +429,32 @@ def test_what_a_profile_has_verified_on_a_gpu_runs_there(monkeypatch):
     assert "tune" in dispatch._unproven("triton", problem._replace(dtype=torch.bfloat16))
 
 
+def test_a_variant_goes_by_the_one_with_all_options(monkeypatch):
+    made = table(
+        measured(key("bfloat16", cell="lstm_peephole+hcg"), cuda=20.0, triton=30.0),
+        measured(key("bfloat16", cell="lstm_peephole_coupled+hcr"), cuda=20.0, triton=10.0),
+        Measurement(key("float16", cell="lstm_peephole+hcg"), failures={"cuda": "wrong"}),
+        device="cuda",
+        threads=None,
+    )
+    names = ("cuda", "triton", "aten", "reference")
+    for cell in ("lstm_peephole", "lstm+h", "lstm_peephole+g"):
+        assert made.choose(key("bfloat16", cell=cell), names).order == ("triton", "cuda", "reference", "aten")
+        assert made.overall("bfloat16", names, cell)[0] == "triton"
+    assert made.choose(key("bfloat16", cell="lstm_coupled+r"), names).order[0] == "cuda"
+    assert not made.choose(key("bfloat16", cell="lstm_coupled+g"), names).ratios  # that gate and mode was not measured
+    monkeypatch.setattr(dispatch.choice, "table", lambda *_: made)
+    monkeypatch.setattr(dispatch.choice, "which", lambda _: 0)
+    monkeypatch.setattr(dispatch, "_is_measured", lambda _: True)
+    problem = dispatch.Problem("cuda", torch.bfloat16, 64, 16, 256, 256, 256, 1, cell="lstm+hc")
+    assert dispatch._unproven("triton", problem) is None
+    assert "wrong" in dispatch._unproven("cuda", problem._replace(dtype=torch.float16))
+    assert "tune" in dispatch._unproven("cuda", problem._replace(cell="lstm_coupled"))
+    assert dispatch._order(problem)[0] == "triton"
+    assert dispatch._order(problem._replace(device="cpu")) == tuple(dispatch.TABLE)
+    assert "as fast as the reference" in str(dispatch.Explanation(problem, "triton", "", {}, {"triton": Ratio(2, 3)}))
+
+
 # What is said.
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
 import fusedrnn
-from fusedrnn import cli
+from fusedrnn import cli, ops
 from fusedrnn.tuning import api, choice, grid, profile, report, session, worker
 from fusedrnn.tuning.profile import Key, Measurement, Ratio
 
@@ -109,6 +109,41 @@ def test_what_is_right_is_timed_against_torchs_own(key):
     assert 0 < made.ratios["cpu"].low <= made.ratios["cpu"].median
     assert made.samples >= 2
     assert set(at_work) == {"aten", "cpu"}
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        Key("float32", True, 3, 2, 4, 8, 2, 2, cell="lstm_peephole+hcg"),
+        Key("bfloat16", True, 3, 2, 4, 8, packed=True, cell="lstm_peephole_coupled+hcr"),
+        Key("float32", False, 3, 2, 4, 8, cell="lstm_coupled"),
+        Key("float32", True, 3, 2, 4, 8, projected=True, cell="lstm_peephole+g"),
+    ],
+    ids=lambda key: key.label,
+)
+def test_variants_are_timed_against_the_reference(key):
+    made = worker.measure(key, "cpu", ["cpu"], worker.run.Settings(2, 0.0, check_flops=1e9), lambda _: None)
+    assert made.failures == {}
+    assert made.ms.keys() == {"reference", "cpu"}
+    assert made.ratios.keys() == {"cpu"}
+
+
+def test_a_wrong_variant_is_found(monkeypatch):
+    layer = ops._FORWARD["cpu"]
+
+    def slightly_wrong(*arguments, **noise):
+        y, *rest = layer(*arguments, **noise)
+        return (y * 1.01, *rest)
+
+    monkeypatch.setitem(ops._FORWARD, "cpu", slightly_wrong)
+    key = Key("float32", False, 3, 2, 4, 8, cell="lstm_peephole+hcg")
+    made = worker.measure(key, "cpu", ["cpu"], worker.run.Settings(2, 0.0, check_flops=1e9), lambda _: None)
+    assert "wrong" in made.failures["cpu"]
+
+
+def test_one_step_of_a_variant_is_not_measured():
+    key = Key("float32", False, 1, 2, 4, 8, step=True, cell="lstm_peephole")
+    assert measured([key]) == [Measurement(key)]
 
 
 def test_the_ratio_is_of_samples_next_to_each_other_and_knows_their_noise():
