@@ -25,7 +25,7 @@ GPU ?=
 
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/cells/*.h $(addprefix csrc/cpu/,*.h *.cpp torch/*) fusedrnn/operators.def)
-CUDA_SOURCES := $(wildcard $(addprefix csrc/cuda/,*.h *.cu *.cuh torch/*) csrc/testing/cuda_emulator/* tests/ecosystem/cpp/*.cpp tests/cpu/portable/*.cpp benchmarks/cuda/*)
+CUDA_SOURCES := $(wildcard $(addprefix csrc/cuda/,*.h *.cu instances/* torch/*) csrc/testing/cuda_emulator/* tests/ecosystem/cpp/*.cpp tests/cpu/portable/*.cpp benchmarks/cuda/*)
 CXX ?= g++
 
 .PHONY: help demo gallery test test-slow test-oldest test-tools matrix lint format sanitize kernels docs docs-serve chart wheel gpu \

@@ -211,7 +211,7 @@ class BuildNative(BuildExtension):
         if nvcc is None:
             raise RuntimeError("nvcc was not found: it is neither in PATH nor in CUDA_HOME")
         chosen = architectures(nvcc)
-        sources = sorted(Path("csrc/cuda").glob("*.cu"))
+        sources = sorted(Path("csrc/cuda").rglob("*.cu"))
         threads = ["--threads", str(max(1, min(len(chosen), jobs() // len(sources))))]
         command = [nvcc, *NVCC_FLAGS, *code_flags(chosen), *threads]
         objects = self._compiled(dict.fromkeys(sources, command))
@@ -222,15 +222,15 @@ class BuildNative(BuildExtension):
         return objects
 
     def _compiled(self, commands):
-        """The object of each source, made by the command beside it unless one is there that is as new as the folder's
-        headers and the cells'."""
+        """The object of each source, made by the command beside it unless one is there that is as new as the headers: of
+        its folder, those above in csrc, and the cells."""
 
         def compiled(source, command):
             folder = Path(self.build_temp) / source.parent
             folder.mkdir(parents=True, exist_ok=True)
             target, made_by = folder / f"{source.stem}.o", folder / f"{source.stem}.command"
-            others = (*source.parent.glob("*"), *CELLS.glob("*"))
-            headers = (path for path in others if path.suffix in (".h", ".cuh"))
+            folders = (*source.parents[:-2], CELLS)  # those below csrc
+            headers = (path for near in folders for path in near.glob("*") if path.suffix in (".h", ".cuh"))
             newest = max(path.stat().st_mtime for path in (source, *headers))
             fresh = target.is_file() and target.stat().st_mtime > newest
             if not (fresh and made_by.is_file() and made_by.read_text() == shlex.join(command)):

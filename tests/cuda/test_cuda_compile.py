@@ -103,17 +103,17 @@ def resources(output: str) -> list[dict]:
 
 def compiled(source: str) -> tuple[Path, list[dict]]:
     """The object of one source, and the resources of its kernels; compiled unless it has been before."""
-    found = (path for folder in (SOURCES, SOURCES.parent / "cells") for path in folder.glob("*"))
+    found = (path for folder in (SOURCES, SOURCES / "instances", SOURCES.parent / "cells") for path in folder.glob("*"))
     inputs = sorted(path for path in found if path.suffix in (".h", ".cuh"))
     inputs.append(SOURCES / f"{source}.cu")
     version = subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=True).stdout
     digest = hashlib.sha256(json.dumps([FLAGS, ARCHITECTURES, version]).encode())
     for path in inputs:
         digest.update(path.read_bytes())
-    target = ROOT / "build" / "cuda_compile" / f"{source}-{digest.hexdigest()[:16]}.o"
+    target = ROOT / "build" / "cuda_compile" / f"{Path(source).name}-{digest.hexdigest()[:16]}.o"
     if not target.with_suffix(".json").is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
-        for old in target.parent.glob(f"{source}-*"):
+        for old in target.parent.glob(f"{Path(source).name}-*"):
             old.unlink()
         codes = [f"-gencode=arch={virtual},code={real}" for real, virtual in ARCHITECTURES.items()]
         command = [NVCC, *FLAGS, *codes, "-c", str(SOURCES / f"{source}.cu"), "-o", str(target)]
@@ -128,7 +128,7 @@ def compiled(source: str) -> tuple[Path, list[dict]]:
 @pytest.fixture(scope="module")
 def objects():
     """Each source's object and the resources of its kernels, compiled two at a time."""
-    sources = [*(f"instances_{cell}_{math}" for cell, maths in COMPILED.items() for math in maths), "launch"]
+    sources = [*(f"instances/{cell}_{math}" for cell, maths in COMPILED.items() for math in maths), "launch"]
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(sources, pool.map(compiled, sources), strict=True))
 
@@ -189,7 +189,7 @@ def machine_code(objects, tmp_path_factory):
     def kernels(cell, math):
         name = f"{CELLS[str(planner.kind_of(cell))]}_{math}"
         folder = tmp_path_factory.mktemp(name)
-        path = objects[f"instances_{name}"][0]
+        path = objects[f"instances/{name}"][0]
         subprocess.run([cuobjdump, "-xelf", "sm_90a", str(path)], cwd=folder, capture_output=True, check=True)
         command = [nvdisasm, "-hex", "-c", str(next(folder.iterdir()))]
         listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -264,7 +264,7 @@ def test_instructions(objects, cell, math):
     cuobjdump = tool("cuobjdump")
     if cuobjdump is None:
         pytest.skip("cuobjdump is not here: what nvcc made is not read")
-    command = [cuobjdump, "-sass", "-arch", "sm_90a", str(objects[f"instances_{cell}_{math}"][0])]
+    command = [cuobjdump, "-sass", "-arch", "sm_90a", str(objects[f"instances/{cell}_{math}"][0])]
     sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     functions = re.split(r"\n\s*Function : ", sass)[1:]
     assert len(functions) == (10 if math in ("bf16", "fp16", "tf32") else 6) + (6 if projects(cell, math) else 0)
@@ -282,7 +282,7 @@ def test_a_debug_build_names_the_wait_that_takes_too_long(tmp_path):
     """With a timeout compiled in, every wait can end the launch, and prints what it waited for."""
     ptx = tmp_path / "debug.ptx"
     flags = ["-std=c++20", "-arch=compute_90a", "-DFUSEDRNN_CUDA_TIMEOUT=4000000000LL"]
-    subprocess.run([NVCC, *flags, "-ptx", str(SOURCES / "instances_rnn_fp64.cu"), "-o", str(ptx)], check=True)
+    subprocess.run([NVCC, *flags, "-ptx", str(SOURCES / "instances" / "rnn_fp64.cu"), "-o", str(ptx)], check=True)
     text = ptx.read_text()
     strings = {bytes(map(int, row.split(","))) for row in re.findall(r"\.b8 \S+\[\d+\] = \{([\d, ]+)\}", text)}
     for name in (b"the operand has come", b"the flags of the group"):

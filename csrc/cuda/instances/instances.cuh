@@ -3,10 +3,10 @@
 
 #include <type_traits>
 
-#include "backward.h"
-#include "forward.h"
-#include "instances.h"
-#include "scatter.h"
+#include "../backward.h"
+#include "../forward.h"
+#include "../instances.h"
+#include "../scatter.h"
 
 namespace fusedrnn::cuda {
 
