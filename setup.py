@@ -222,8 +222,8 @@ class BuildNative(BuildExtension):
         return objects
 
     def _compiled(self, commands):
-        """The object of each source, made by the command beside it unless one is there that is as new as the headers: of
-        its folder, those above in csrc, and the cells."""
+        """The object of each source, made by the command beside it unless one is there that is as new as the headers of
+        its folder, of those above in csrc, and of the cells."""
 
         def compiled(source, command):
             folder = Path(self.build_temp) / source.parent

@@ -132,11 +132,11 @@ def entered(
     elif kind in VARIANTS:
         others = [_backend("reference", None, kind)]
     else:
-        others = [_torchs(kind), *([peers.onnxruntime(kind)] if "onnxruntime" in chosen else [])]
+        others = [_torch(kind), *([peers.onnxruntime(kind)] if "onnxruntime" in chosen else [])]
     return [*others, *(_backend(name, reasons.get(name), kind) for name in backends)]
 
 
-def _torchs(kind: str = LSTM.name) -> Contender:
+def _torch(kind: str = LSTM.name) -> Contender:
     return Contender(TORCHS[kind], _TORCH_LAYERS[kind], _torch_ran, unsupported=_baseline_unsupported)
 
 
@@ -149,7 +149,7 @@ def _lstm_cell() -> Contender:
 
 
 BASELINES: dict[str, Callable[[], Contender]] = {
-    BASELINE: _torchs,
+    BASELINE: _torch,
     "torch.compile": _torch_compile,
     "LSTMCell": _lstm_cell,
     "onnxruntime": peers.onnxruntime,

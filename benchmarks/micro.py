@@ -39,11 +39,11 @@ NVCC_FLAGS += ["-Xcompiler", "-static-libstdc++,-static-libgcc"]
 HOST_FLAGS = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror"]
 NAMES = {
     "launch": "an empty kernel: one after another, waited for, in a graph",
-    "grid_barrier": "a group of blocks meets through L2: at a counter, or at flags",
+    "grid_barrier": "the barrier of a group of blocks through L2: at a counter, or at flags",
     "flag": "a block hears from another through a flag in L2",
     "sentinel": "the same, polling the data",
     "grid_exchange": "a step of a grid-resident layer without its arithmetic: flags, or the data polled",
-    "cluster_barrier": "a cluster meets",
+    "cluster_barrier": "the barrier of a cluster",
     "push": "16 bytes into another block's shared memory, and the barrier there",
     "push_bandwidth": "neighbours of a cluster push to each other",
     "cluster_exchange": "a step of a cluster-resident layer without its arithmetic",
@@ -135,7 +135,7 @@ class Measurement:
     work: float = 1.0  # of an iteration; of the rates, for each block
     iterations: int = 1
     blocks: int = 0
-    group: int = 0  # blocks that meet
+    group: int = 0  # blocks at the barrier
     threads: int = 0
     bytes: int = 0  # that a block reads, or a group exchanges, in an iteration
     ns: tuple[float, ...] = ()
@@ -361,7 +361,7 @@ def _clock(measurements: list[Measurement]) -> float:
 ASSUMPTIONS = (
     Assumption("Device.clock", "GHz", lambda d: d.clock, _clock),
     Assumption("Device.l2", "bytes per us", lambda d: d.l2, _l2),
-    Assumption("Device.meeting", "us", lambda d: d.meeting, _latency("grid_barrier", "counter")),
+    Assumption("Device.grid_barrier", "us", lambda d: d.grid_barrier, _latency("grid_barrier", "counter")),
     Assumption("_STATE_LATENCY", "us", lambda _: planner._STATE_LATENCY, _latency("l2_latency")),
     Assumption("_GEMM, its launch", "us", lambda _: planner._GEMM, _latency("launch", "one after another")),
     Assumption("_L2_PER_CLOCK", "bytes per clock of one SM", lambda _: planner._L2_PER_CLOCK, _l2_of_one),
@@ -420,12 +420,12 @@ def device_row(device: dict[str, Any], measurements: list[Measurement]) -> str |
     if "capability" not in device:
         return None
     try:
-        l2, meeting = _l2(measurements), _latency("grid_barrier", "counter")(measurements)
+        l2, barrier = _l2(measurements), _latency("grid_barrier", "counter")(measurements)
         clock = _clock(measurements)
     except ValueError:
         return None
     d = _planned(device)
-    figures = f"{d.capability}, {d.multiprocessors}, {d.shared:_}, {clock:.3f}, {l2:.3g}, {meeting:.3g}"
+    figures = f"{d.capability}, {d.multiprocessors}, {d.shared:_}, {clock:.3f}, {l2:.3g}, {barrier:.3g}"
     return f'Device("{d.name}", {figures}, measured=True)'
 
 

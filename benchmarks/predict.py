@@ -110,7 +110,7 @@ def write(found: Sequence[Prediction], device: planner.Device, folder: Path) -> 
     basis = "measured" if device.measured else "estimated"
     parts = [
         "# Predicted against measured",
-        f"By each backend's planner for {device.name}; the constants for L2 and a meeting are {basis}.",
+        f"By each backend's planner for {device.name}; the constants for L2 and a grid barrier are {basis}.",
         markdown(("contender", "mode", "regime", "measured / predicted", "cells"), means),
         "The farthest from the model first:",
         markdown(COLUMNS, lines),

@@ -8,14 +8,14 @@ from pathlib import Path
 from .results import BUSY_GOAL, Row, baselines, beyond_goal, geometric_means, losses, rates, sheet, untried, worst_busy
 
 _MEANING = """\
-`ratio` is the median of {torchs} over this one: above 1 it is faster than that. `us/step` is the median over the time
+`ratio` is the median of {baseline} over this one: above 1 it is faster than that. `us/step` is the median over the time
 steps of the sequence (for a whole model, over its characters, words or steps). `peak MiB` is what one call adds to the
 memory in use. `limit` is the share of the machine's limit: the least time that its arithmetic and its memory allow,
 over the median. How each is measured stands in docs/benchmarks.md.
 """
 _MEANS_MEANING = """\
 `at most` is what the mean would be with every cell at the machine's limit: nothing can be faster there, and in a single
-cell nothing can be faster than {torchs} by more than one over the share that {torchs} has of the limit.
+cell nothing can be faster than {baseline} by more than one over the share that {baseline} has of the limit.
 """
 _BUSY_MEANING = """\
 `busy ms` is the median while another process, bound to one core, computes all the time; `busy/quiet` is that over
@@ -25,16 +25,16 @@ _BUSY_MEANING = """\
 
 def write(rows: Sequence[Row], provenance: dict[str, str], pictures: Sequence[Path], path: Path) -> None:
     """Writes the report next to its pictures."""
-    torchs = baselines(rows)
+    baseline = baselines(rows)
     parts = ["# Benchmark", markdown(("", ""), [(name, value) for name, value in provenance.items() if value])]
     if ceilings := _ceilings(rows):
         parts += [f"Ceilings measured in the same run: {ceilings}."]
     if means := geometric_means(rows):
-        heads = ("mode", "contender", f"ratio to {torchs}", "at most", "cells")
+        heads = ("mode", "contender", f"ratio to {baseline}", "at most", "cells")
         lines = [
             (mean.mode, mean.contender, _times(mean.ratio), _times(mean.at_most), str(mean.cells)) for mean in means
         ]
-        parts += ["## Geometric means", _MEANS_MEANING.format(torchs=torchs), markdown(heads, lines)]
+        parts += ["## Geometric means", _MEANS_MEANING.format(baseline=baseline), markdown(heads, lines)]
     parts += ["## Cells that lose", "\n".join(f"- {line}" for line in losses(rows)) or "None."]
     if busy := worst_busy(rows):
         lines = [(name, f"{factor:.2f}", where, str(count)) for name, factor, where, count in busy]
@@ -53,7 +53,7 @@ def write(rows: Sequence[Row], provenance: dict[str, str], pictures: Sequence[Pa
     if pictures:
         parts += ["## Pictures", "\n\n".join(f"![{picture.stem}]({picture.name})" for picture in pictures)]
     heads, *lines = sheet(rows)
-    parts += ["## All rows", _MEANING.format(torchs=torchs), markdown(heads, lines)]
+    parts += ["## All rows", _MEANING.format(baseline=baseline), markdown(heads, lines)]
     path.write_text("\n\n".join(part.strip() for part in parts) + "\n", encoding="utf-8")
 
 

@@ -103,7 +103,7 @@ def _measure(
     entered = [c for c in contenders if c.unavailable is None and (c.name == BASELINE or c.name.startswith(OURS))]
     exact, *nudged = (_losses(Training(task, device, torch.float64, nudge=k), steps) for k in range(_NUDGES + 1))
     rounding = max(float((other - exact).abs().max()) for other in nudged)
-    torchs = _losses(Training(task, device), steps)
+    baseline = _losses(Training(task, device), steps)
     curves, rows, lanes = [Curve(task.name, "float64", exact.tolist())], [], []
     for contender in entered:
         row = _row(task, contender, device, "train")
@@ -116,7 +116,7 @@ def _measure(
             blame(row, error)
             continue
         curves.append(Curve(task.name, contender.name, losses.tolist()))
-        row.excess = testing.excess(losses, torchs, exact, rounding)
+        row.excess = testing.excess(losses, baseline, exact, rounding)
         if row.excess > 1:
             row.status, row.reason = "wrong", f"the losses differ by {row.excess:.3g} times what rounding explains"
             continue

@@ -98,7 +98,7 @@ def jobs(devices: Sequence[str], quick: bool) -> list[Job]:
             for own in (options[k % len(options) :][:1] if some else options)
         ]
         checks += [(check, case) for case in small for check in ("gradcheck", "gradgradcheck")]
-        checks += [(check, case) for case in grid for check in (_torchs(case), "reference")]
+        checks += [(check, case) for case in grid for check in (_baseline(case), "reference")]
     for variant in _VARIANTS[-1:] if quick else _VARIANTS:
         case = _case((3, 3, 2, 2), torch.float64, LSTM.name, variant)
         checks += [(check, case) for check in ("gradcheck", "gradgradcheck")]
@@ -134,7 +134,7 @@ def _case(size: tuple[int, int, int, int], dtype: torch.dtype, cell: str, option
     return Case(*size, dtype=dtype, cell=cell, variant=variant, **{**of_torch, "proj_size": proj_size})
 
 
-def _torchs(case: Case) -> str:
+def _baseline(case: Case) -> str:
     """The name of torch's own class for a case."""
     return f"nn.{testing.LAYERS[case.cell].__name__}"
 

@@ -171,6 +171,6 @@ def fitting(kernel: str, shape: Shape, device: tuple[int, Device]) -> list[Plan]
     sizes = [shape.T, shape.B, shape.H, shape.P, shape.D, int(shape.projected), shape.I]
 
     def occupancy(plan: Plan) -> int:
-        return _ops.cuda_room(index, PASSES.index(kernel), sizes, plan.fields)[1]
+        return _ops.cuda_occupancy(index, PASSES.index(kernel), sizes, plan.fields)[1]
 
     return ranked(kernel, shape, known, occupancy)

@@ -23,10 +23,10 @@ The model of one step of one block:
 How many maps a product fills, and what a step copies and stores, follows from the cell; the clocks of PATHS are the
 LSTM's.
 
-With a projection a step has all but the cell twice. A plan in parts has the product and the cell as often as tiles take
-turns, reads the operand as often, and waits for its first part alone; its weights count as if the second-level cache
-held them all. A launch takes steps * rounds of them, where a round is as many slices of the batch as there are groups
-at a time, and has the weights to pack, and those that stay on the chip to load, first.
+With a projection a step has all but the cell twice. A plan in chunks has the product and the cell as often as tiles
+take turns, reads the operand as often, and waits for its first chunk alone; its weights count as if the second-level
+cache held them all. A launch takes steps * rounds of them, where a round is as many slices of the batch as there are
+groups at a time, and has the weights to pack, and those that stay on the chip to load, first.
 
 What the input adds to the gates comes from a GEMM before the launch, which takes its own time and that of reading w_ih
 and of writing and reading xg; or, in a plan with inputs, from a product of every step with w_ih. Nobody
@@ -47,7 +47,7 @@ from .cells import CELLS, Cell, named
 from .kernels.device import A100, B200, DEVICES, H100, H200, RTX4090, Device, Shape, cdiv, most_alike, power_of_2
 
 PASSES = ("forward", "backward")
-EXCHANGES = ("grid", "cluster", "parts", "scatter")
+EXCHANGES = ("grid", "cluster", "chunked", "scatter")
 _IN_CLUSTERS = ("cluster", "scatter")
 MATHS = ("bf16", "fp16", "tf32", "fp32", "fp64")
 
@@ -108,7 +108,7 @@ class Plan:
     shared_projection_blocks: int
     inputs: bool = False  # whether the launch multiplies x with w_ih; otherwise a GEMM comes before
     shared_input_blocks: int = 0
-    part_blocks: int = 0  # K blocks of each warp in a part of the operand, where it comes in parts
+    chunk_blocks: int = 0  # K blocks of each warp in a part of the operand, where it comes in chunks
     cell: str = "lstm"
     streamed: int = 0  # K blocks of weights that a warp loads again at every step, of all matrices together
     shared: int = 0  # bytes of shared memory of a block
@@ -123,7 +123,7 @@ class Plan:
         kinds = [EXCHANGES.index(self.exchange), MATHS.index(self.math)]
         counts = [self.blocks, self.tiles, self.splits, self.rows, self.groups]
         kept = [*self.kept[:2], int(self.inputs), self.shared_input_blocks]
-        return [*kinds, *counts, *kept, self.part_blocks, kind_of(self.cell)]
+        return [*kinds, *counts, *kept, self.chunk_blocks, kind_of(self.cell)]
 
     @property
     def kept(self) -> tuple[int, int, int]:
@@ -143,7 +143,7 @@ class Plan:
         how = {
             "grid": "exchanging through L2",
             "cluster": "a cluster each, exchanging in shared memory",
-            "parts": "exchanging through L2, in parts",
+            "chunked": "exchanging through L2, in chunks",
             "scatter": "a cluster each, summing dh in shared memory",
         }[self.exchange]
         where = "in part streamed from L2" if self.streamed else "kept on the chip"
@@ -246,7 +246,7 @@ def is_variant(plan: Plan) -> bool:
 def register_blocks(plan: Plan, kernel: str, stage: int, projected: bool) -> int:
     """K blocks of weights that a warp keeps in registers."""
     forward, math, variant = kernel == "forward", plan.math, is_variant(plan)
-    if stage == INPUT or plan.exchange == "parts":
+    if stage == INPUT or plan.exchange == "chunked":
         return 0
     if math == "fp64":
         return 0 if projected or variant else 1
@@ -355,12 +355,12 @@ def needs(kernel: str, shape: Shape, plan: Plan) -> Needs:
     cell, backward = named(plan.cell), kernel == "backward"
     staged = [p.chunk for p in stages.values()] + backward * [16 * len(cell.maps) * _STORAGE[plan.math]]
     shared = warps * _COLUMNS * max(staged) + 16 * exchanges
-    if plan.exchange != "parts" and plan.math != "fp64" and not shape.projected:
+    if plan.exchange != "chunked" and plan.math != "fp64" and not shape.projected:
         shared += plan.tiles * (plan.rows // _COLUMNS) * _step_bytes(kernel, plan)
     exchanged, packed, streamed = 0, [0, 0, 0], [0, 0, 0]
     for k, p in stages.items():
         buffers = 2 if plan.exchange != "grid" or k == INPUT else 1
-        stride = _stride(plan.splits * plan.part_blocks) if plan.exchange == "parts" else p.stride
+        stride = _stride(plan.splits * plan.chunk_blocks) if plan.exchange == "chunked" else p.stride
         shared += warps * plan.kept[k] * p.fragment + buffers * plan.rows * stride
         if plan.splits > 1 and k != INPUT:
             summed = len(cell.maps) if k == RECURRENT and not backward else p.segments
@@ -373,7 +373,7 @@ def needs(kernel: str, shape: Shape, plan: Plan) -> Needs:
         shared += _ring(plan, p) if streamed[k] else 0
     launched = shape.D * plan.groups * plan.blocks
     flags = 0 if plan.exchange == "cluster" else exchanges * launched
-    if plan.exchange == "parts":
+    if plan.exchange == "chunked":
         numbers = (plan.rows // _COLUMNS) * (8 if backward else 6 if shape.projected else 4)
         exchanged += launched * plan.threads * turns(_unit_tiles(kernel, shape), plan) * numbers * compute
     return Needs(shared, exchanged, flags, tuple(packed), tuple(streamed))
@@ -446,13 +446,13 @@ def ranked(kernel: str, shape: Shape, device: Device, occupancy: Occupancy | Non
 
 
 def plans(kernel: str, shape: Shape, device: Device, occupancy: Occupancy | None = None) -> Iterator[Plan]:
-    """Every plan that fits the device, with its prediction: in parts where no other does. Of a single step, of which
+    """Every plan that fits the device, with its prediction: in chunks where no other does. Of a single step, of which
     nothing is kept anyway, also where no other takes x."""
     found = list(whole(kernel, shape, device, occupancy))
     yield from found
     for inputs in _with_inputs(kernel, shape):
         if not found or (shape.T == 1 and not any(p.inputs >= inputs for p in found)):
-            yield from in_parts(kernel, shape, device, inputs, occupancy)
+            yield from chunked(kernel, shape, device, inputs, occupancy)
 
 
 def _with_inputs(kernel: str, shape: Shape) -> tuple[bool, ...]:
@@ -500,10 +500,10 @@ def _scattering(shape: Shape, device: Device, occupancy: Occupancy | None) -> It
                 yield _predicted("backward", shape, device, fitted)
 
 
-def in_parts(
+def chunked(
     kernel: str, shape: Shape, device: Device, inputs: bool = False, occupancy: Occupancy | None = None
 ) -> Iterator[Plan]:
-    """Every plan in parts, of as few turns as the multiprocessors allow and as large parts as fit."""
+    """Every plan in chunks, of as few turns as the multiprocessors allow and as large chunks as fit."""
     math, most_blocks = math_of(shape), device.multiprocessors // shape.D
     rows, tiles_of_units = 16 if math in _ON_MATRIX_UNIT and not shape.projected else 8, _unit_tiles(kernel, shape)
     stages = products(kernel, shape, math, inputs).values()
@@ -511,13 +511,13 @@ def in_parts(
     for tiles in range(1, _MOST_WARPS + 1) if most_blocks else ():
         blocks = cdiv(tiles_of_units, tiles * cdiv(tiles_of_units, tiles * most_blocks))
         for splits in range(1, _MOST_WARPS // tiles + 1):
-            bare = Plan("parts", math, blocks, tiles, splits, rows, 1, 0, 0, inputs, cell=shape.cell)
+            bare = Plan("chunked", math, blocks, tiles, splits, rows, 1, 0, 0, inputs, cell=shape.cell)
             bytes_of_one = len(stages) * 2 * rows * splits * _K_BLOCK
             fit, all_blocks = (device.shared - needs(kernel, shape, bare).shared) // bytes_of_one, cdiv(longest, splits)
             if fit < 1:
                 continue
-            part_blocks = cdiv(all_blocks, cdiv(all_blocks, fit))  # of parts that are all of one size
-            fitted = _fitted(kernel, shape, device, replace(bare, part_blocks=part_blocks), occupancy)
+            chunk_blocks = cdiv(all_blocks, cdiv(all_blocks, fit))  # chunks of one size
+            fitted = _fitted(kernel, shape, device, replace(bare, chunk_blocks=chunk_blocks), occupancy)
             if fitted is not None:
                 yield _predicted(kernel, shape, device, fitted)
 
@@ -535,7 +535,7 @@ def _fitted(kernel: str, shape: Shape, device: Device, bare: Plan, occupancy: Oc
         bytes_of_one = bare.tiles * bare.splits * p.fragment
         step = scatter_blocks(bare) if bare.exchange == "scatter" else 1  # K blocks, of whole tiles
         later = sum(ring for j, ring in rings.items() if j > k)
-        wanted = cdiv(alone.streamed[k], step) * step if bare.exchange != "parts" else 0
+        wanted = cdiv(alone.streamed[k], step) * step if bare.exchange != "chunked" else 0
         if wanted and wanted * bytes_of_one + later <= free:
             kept[k] = wanted
         else:
@@ -575,7 +575,7 @@ class Path(NamedTuple):
 PATHS = {
     "forward": Path(590, 590, 46, 113, 130, 370),
     "backward": Path(1060, 230, 25, 113, 130, 700),
-    "backward, loaded": Path(2400, 3000, 60, 113, 130, 1700),  # in float64, with a projection and in parts
+    "backward, loaded": Path(2400, 3000, 60, 113, 130, 1700),  # in float64, with a projection and in chunks
     "scatter": Path(610, 230, 20, 150, 200, 300),
 }
 _L2_LATENCY = 280  # clocks until a copy out of L2 is there, where nobody else takes its bandwidth
@@ -590,7 +590,7 @@ def _path(kernel: str, shape: Shape, p: Plan) -> str:
     """Which of PATHS is that of a plan."""
     if kernel == "forward":
         return kernel
-    loaded = shape.projected or p.exchange == "parts" or p.math == "fp64"
+    loaded = shape.projected or p.exchange == "chunked" or p.math == "fp64"
     return "scatter" if p.exchange == "scatter" else "backward, loaded" if loaded else kernel
 
 
@@ -618,7 +618,7 @@ def _predicted(kernel: str, shape: Shape, device: Device, p: Plan) -> Plan:
         operands = scatter_blocks(p) if p.exchange == "scatter" else block
         from_shared = warps * (operands * p.rows * _K_BLOCK + min(p.kept[k], block) * of.fragment)
         from_l2 = warps * taken.streamed[k] * of.fragment
-        from_l2 += p.rows * of.row if k == INPUT or p.exchange == "parts" else 0
+        from_l2 += p.rows * of.row if k == INPUT or p.exchange == "chunked" else 0
         in_shared, streamed = min(p.kept[k], block), taken.streamed[k]
         latency = (block - in_shared - streamed) * path.block + in_shared * path.shared_block
         latency += streamed * max(path.streamed_block, _L2_LATENCY / _STREAM_AHEAD)
@@ -637,8 +637,8 @@ def _predicted(kernel: str, shape: Shape, device: Device, p: Plan) -> Plan:
 
     def exchanging(k: int) -> float:
         operand = p.rows * stages[k].row
-        if p.exchange == "parts":
-            operand = min(operand, p.rows * p.splits * p.part_blocks * _K_BLOCK)
+        if p.exchange == "chunked":
+            operand = min(operand, p.rows * p.splits * p.chunk_blocks * _K_BLOCK)
         if p.exchange == "scatter":  # parts of dh of the block's units, from every block
             operand = p.blocks * p.rows * 16 * p.tiles * (8 if p.math == "fp64" else 4)
         if p.exchange not in _IN_CLUSTERS:

@@ -377,7 +377,7 @@ def _dtype_name(device: str, dtype: torch.dtype) -> str:
     return "tf32" if tf32 else str(dtype).removeprefix("torch.")
 
 
-def is_torchs_faster(
+def is_aten_faster(
     cell: Cell,
     input: Tensor,
     weights: Sequence[Tensor],
@@ -396,11 +396,11 @@ def is_torchs_faster(
         return True
     sizes = input.shape if not batch_first else (input.shape[1], input.shape[0], input.shape[2])
     which = choice.which("cpu"), choice.reads
-    return _is_torchs_faster(cell.name, input.dtype, sizes, weights[1].shape, num_layers, bidirectional, train, *which)
+    return _is_aten_faster(cell.name, input.dtype, sizes, weights[1].shape, num_layers, bidirectional, train, *which)
 
 
 @lru_cache(maxsize=8192)
-def _is_torchs_faster(
+def _is_aten_faster(
     cell: str,
     dtype: torch.dtype,
     sizes: Sequence[int],
@@ -423,7 +423,7 @@ def _is_torchs_faster(
 
 
 def is_plain_on_cpu(input: Tensor) -> bool:
-    """Fast path of `select`: whether it returns "cpu", or "aten" if `is_torchs_faster`, for any layer with this input,
+    """Fast path of `select`: whether it returns "cpu", or "aten" if `is_aten_faster`, for any layer with this input,
     and no autocast, transform or trace is active."""
     return (
         input.is_cpu

@@ -50,19 +50,19 @@ def attempt(
     x = input.transpose(0, 1) if batch_first else input
     try:
         train = wants_gradient(x, h0, c0, *weights)
-        has_torchs = cell.name in CELLS
-        if not has_torchs and cell.name not in TABLE["cpu"].cells:
+        has_aten = cell.name in CELLS
+        if not has_aten and cell.name not in TABLE["cpu"].cells:
             return None
-        asks = has_torchs and (
+        asks = has_aten and (
             input.numel() > choice.small[cell.name][train][dims == 2] or cell.name not in TABLE["cpu"].cells
         )
-        if asks and dispatch.is_torchs_faster(cell, input, weights, num_layers, batch_first, bidirectional, train):
+        if asks and dispatch.is_aten_faster(cell, input, weights, num_layers, batch_first, bidirectional, train):
             if dims == 2:
                 validate.weight_shapes(cell, weights, 1, 1, x.shape[1])  # torch's own cell broadcasts a wrong bias
                 hn, cn = aten.step(cell, x, weights, h0, c0)
                 y = hn
             else:
-                y, hn, cn = _torchs_layers(cell, x, weights, h0, c0, num_layers, bidirectional)
+                y, hn, cn = _aten_layers(cell, x, weights, h0, c0, num_layers, bidirectional)
                 y = y.transpose(0, 1) if batch_first else y
             return y, (hn, cn) if paired else hn
         if train or sample is not None:
@@ -90,7 +90,7 @@ def attempt(
     return y.transpose(0, 1) if batch_first else y, (hn, cn) if paired else hn
 
 
-def _torchs_layers(
+def _aten_layers(
     cell: Cell,
     x: Tensor,
     weights: Sequence[Tensor],

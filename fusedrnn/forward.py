@@ -99,7 +99,7 @@ def layers(
     if backend == "aten":
         if form.rows and dispatch.EQUAL_PACKED_IS_WIDE:
             form = form._replace(batch_sizes=batch_sizes)
-        y, hn, cn = _torchs(cell, form, form.enter(input), weights, h0, c0, num_layers, dropout, bidirectional)
+        y, hn, cn = _aten(cell, form, form.enter(input), weights, h0, c0, num_layers, dropout, bidirectional)
         return form.leave(y), _last(cell, hn, cn, form)
     if not dispatch.TABLE[backend].takes_packed:
         form = form._replace(padded=True)
@@ -126,7 +126,7 @@ def layers(
     return states.h[-1], _last(cell, hn, cn, form), states
 
 
-def _torchs(
+def _aten(
     cell: Cell,
     form: sequence.Form,
     x: Tensor,
@@ -139,13 +139,13 @@ def _torchs(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """torch's own layers, with second derivatives through the reference where torch has none: y, hn, cn or None."""
 
-    def torchs(x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor]) -> Sequence[Any]:
+    def by_aten(x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor]) -> Sequence[Any]:
         return aten.layers(cell, x, form.batch_sizes, weights, h0, c0, form.B, num_layers, dropout, bidirectional)
 
     random = dropout > 0 and num_layers > 1  # cuDNN's dropout masks cannot be reproduced
     wanted = dispatch.is_eager() and not random and autograd.wants_gradient(x, h0, c0, *weights)
     if not (wanted and aten.lacks_second_derivative(x)):
-        y, hn, cn = torchs(x, h0, c0, list(weights))
+        y, hn, cn = by_aten(x, h0, c0, list(weights))
         return y, hn, cn
 
     def again(x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor]) -> Sequence[Any]:
@@ -161,7 +161,7 @@ def _torchs(
         return run
 
     tensors = [t for t in (x, h0, c0, *weights) if t is not None]
-    y, hn, *cn = differentiable_twice(of_tensors(torchs), of_tensors(again), tensors)
+    y, hn, *cn = differentiable_twice(of_tensors(by_aten), of_tensors(again), tensors)
     return y, hn, cn[0] if cn else None
 
 

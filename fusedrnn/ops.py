@@ -392,7 +392,7 @@ _library.define(
     "Tensor? w_p0=None, Tensor? w_p1=None, Tensor? noise_h=None, Tensor? noise_c=None, Tensor? noise_g=None, "
     "Tensor? noise_r=None) -> ()"
 )
-_library.define("cuda_room(int device, int pass_, int[] sizes, int[] plan) -> (int, int)")
+_library.define("cuda_occupancy(int device, int pass_, int[] sizes, int[] plan) -> (int, int)")
 _library.define("cuda_obstacle(int device) -> str")
 _library.define("cuda_device_type() -> str")
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-class Packing:
+class PackedRows:
     """The index of each row of a PackedSequence in the padded sequences.
 
     Rows are ordered by time step, and within a step by decreasing sequence length. Differentiable to any order.

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .cells import Cell
 from .layout import DirectionWeights, split_directions
-from .packing import Packing
+from .packing import PackedRows
 
 
 class Trace(NamedTuple):
@@ -265,12 +265,12 @@ def batch_size(x: Tensor, lengths: Tensor | None) -> int:
     return x.shape[1]
 
 
-def _packing(lengths: Tensor | None) -> Packing:
+def _packing(lengths: Tensor | None) -> PackedRows:
     assert lengths is not None
-    return Packing(lengths, int(lengths[0]))
+    return PackedRows(lengths, int(lengths[0]))
 
 
-def _padded_noise(packing: Packing, noise: Tensor | None) -> Tensor | None:
+def _padded_noise(packing: PackedRows, noise: Tensor | None) -> Tensor | None:
     return packing.padded(noise) if noise is not None and noise.dim() == 3 else noise
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from . import dispatch
-from .packing import Packing
+from .packing import PackedRows
 
 _PACKING_FLOPS = 5e7  # least work on padding for which packing is faster
 
@@ -28,7 +28,7 @@ class Form(NamedTuple):
     rows: bool = False  # the input is the data of a PackedSequence
     batch_sizes: Tensor | None = None  # of the PackedSequence, if its sequences have different lengths
     padded: bool = False  # whether packed input is padded for the computation
-    packing: Packing | None = None  # packs padded input for the computation
+    packing: PackedRows | None = None  # packs padded input for the computation
 
     def enter(self, input: Tensor) -> Tensor:
         """Converts x to the layout of a layer: [T, B, I], or packed rows, [N, I]."""
@@ -59,7 +59,7 @@ class Form(NamedTuple):
         if self.packing is not None:
             return self.packing.packed(values.transpose(-3, -2) if self.batch_first else values)
         if self.padded and self.batch_sizes is not None:
-            return Packing(self._packed_lengths().to(values.device), self.T).padded(values)
+            return PackedRows(self._packed_lengths().to(values.device), self.T).padded(values)
         return values
 
     def sort(
@@ -106,11 +106,11 @@ def form_of(input: Tensor, batch_first: bool, batch_sizes: Tensor | None) -> For
     return Form(input.shape[0], input.shape[1])
 
 
-def packing(form: Form, lengths: Tensor, flops: float) -> Packing | None:
+def packing(form: Form, lengths: Tensor, flops: float) -> PackedRows | None:
     """How to pack padded sequences, or None if padding is faster; flops: per row, a step of one sequence."""
     if not dispatch.is_eager():
         return None
     padding = form.T * form.B - int(lengths.sum())
     if padding == form.T * form.B or padding * flops < _PACKING_FLOPS:
         return None
-    return Packing(lengths, form.T, form.batch_first)
+    return PackedRows(lengths, form.T, form.batch_first)

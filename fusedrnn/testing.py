@@ -2,7 +2,7 @@
 
 The tolerance is derived from the error of torch's own implementation in the same dtype:
 
-    max |ours - exact|  <=  2 max |torchs - exact| + rounding
+    max |ours - exact|  <=  2 max |baseline - exact| + rounding
 
 where `exact` is computed in float64 from the same inputs, rounded to the dtype. `rounding` is needed because torch's
 error can be 0 by chance, as is common in a tensor of one element. It is the change of `exact` when every input is
@@ -117,7 +117,7 @@ def roundoff(dtype: torch.dtype, cell: Cell = LSTM) -> float:
 class Answer(NamedTuple):
     """The reference values of one tensor, and its rounding."""
 
-    torchs: Tensor  # of torch's own implementation, or another baseline, in the dtype under test
+    baseline: Tensor  # of torch's own implementation, or another baseline, in the dtype under test
     exact: Tensor  # float64
     rounding: float = 0.0  # change of `exact` when the inputs are perturbed by `roundoff`
 
@@ -130,35 +130,35 @@ class InexactError(AssertionError):
         self.excess = excess
 
 
-def excess(ours: Tensor, torchs: Tensor, exact: Tensor, rounding: float = 0.0) -> float:
+def excess(ours: Tensor, baseline: Tensor, exact: Tensor, rounding: float = 0.0) -> float:
     """The error of `ours` over its tolerance: at most 1 for a correct result.
 
     Args:
-        ours, torchs: of one shape and dtype.
+        ours, baseline: of one shape and dtype.
         exact: float64, of the same shape.
         rounding: as in `Answer`; `roundoff` of the largest element of `exact` if that is more.
 
     Returns:
-        A number >= 0; infinity for a wrong shape or dtype, and for a NaN or infinity in `ours` or `torchs` that is not
-        in `exact`.
+        A number >= 0; infinity for a wrong shape or dtype, and for a NaN or infinity in `ours` or `baseline` that is
+        not in `exact`.
 
     Raises:
         ValueError: exact is not float64.
     """
     if exact.dtype != torch.float64:
         raise ValueError(f"exact must be float64, got {exact.dtype}")
-    if ours.dtype != torchs.dtype or not ours.shape == torchs.shape == exact.shape:
+    if ours.dtype != baseline.dtype or not ours.shape == baseline.shape == exact.shape:
         return math.inf
-    error, allowed = _error(ours, exact), 2 * _error(torchs, exact) + _rounding(torchs.dtype, exact, rounding)
+    error, allowed = _error(ours, exact), 2 * _error(baseline, exact) + _rounding(baseline.dtype, exact, rounding)
     return error / allowed if math.isfinite(allowed) else math.inf
 
 
-def assert_as_exact_as(name: str, ours: Tensor, torchs: Tensor, exact: Tensor, rounding: float = 0.0) -> float:
+def assert_as_exact_as(name: str, ours: Tensor, baseline: Tensor, exact: Tensor, rounding: float = 0.0) -> float:
     """Asserts that a tensor is within its tolerance.
 
     Args:
         name: its name in the message.
-        ours, torchs, exact, rounding: as in `excess`.
+        ours, baseline, exact, rounding: as in `excess`.
 
     Returns:
         The excess, at most 1.
@@ -167,18 +167,18 @@ def assert_as_exact_as(name: str, ours: Tensor, torchs: Tensor, exact: Tensor, r
         InexactError: the tolerance is exceeded, or a shape or dtype is wrong; the message says by how much.
         ValueError: exact is not float64.
     """
-    ratio = excess(ours, torchs, exact, rounding)
+    ratio = excess(ours, baseline, exact, rounding)
     if ratio <= 1:
         return ratio
-    if ours.shape != exact.shape or torchs.shape != exact.shape:
-        complaint = f"shapes differ: ours {list(ours.shape)}, torch's {list(torchs.shape)}, exact {list(exact.shape)}"
-    elif ours.dtype != torchs.dtype:
-        complaint = f"expected {torchs.dtype}, got {ours.dtype}"
+    if ours.shape != exact.shape or baseline.shape != exact.shape:
+        complaint = f"shapes differ: ours {list(ours.shape)}, torch's {list(baseline.shape)}, exact {list(exact.shape)}"
+    elif ours.dtype != baseline.dtype:
+        complaint = f"expected {baseline.dtype}, got {ours.dtype}"
     else:
         complaint = (
             f"error {_error(ours, exact):.3g} is {ratio:.3g} times what is allowed, of values up to "
-            f"{_largest(exact):.3g}; torch's own error is {_error(torchs, exact):.3g}, and rounding is worth "
-            f"{_rounding(torchs.dtype, exact, rounding):.3g}"
+            f"{_largest(exact):.3g}; torch's own error is {_error(baseline, exact):.3g}, and rounding is worth "
+            f"{_rounding(baseline.dtype, exact, rounding):.3g}"
         )
     raise InexactError(f"{name}: {complaint}", ratio)
 
@@ -449,9 +449,9 @@ def answers(
     kink = case.cell == RNN_RELU.name and case.dtype in (torch.bfloat16, torch.float16)
     nudges = _NUDGES_AT_A_KINK if kink else _NUDGES
     with single_threaded():
-        torchs = evaluate(caller, cls, case, device)
+        baseline = evaluate(caller, cls, case, device)
         exact, *nudged = (evaluate(caller, cls, case, device, torch.float64, nudge) for nudge in range(nudges + 1))
     return {
-        name: Answer(torchs[name], exact[name], max(_error(other[name], exact[name]) for other in nudged))
+        name: Answer(baseline[name], exact[name], max(_error(other[name], exact[name]) for other in nudged))
         for name in exact
     }

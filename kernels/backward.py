@@ -89,7 +89,7 @@ def layer_backward(
     PROGRAMS: tl.constexpr,
     CARRIED: tl.constexpr,
     PHASE: tl.constexpr,
-    MEET: tl.constexpr,
+    GRID_SYNC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     dtype: tl.constexpr = da.dtype.element_ty
@@ -234,7 +234,7 @@ def layer_backward(
                 if CARRIED:
                     b_dm = b_dh
                 else:
-                    wait(counter, arrivals, MEET)
+                    wait(counter, arrivals, GRID_SYNC)
                     b_dm = multiply(
                         da + ((d * T + after) * B + b0) * (MAPS * H) + FIRST * H + o_b * (MAPS * H), passes, None, None,
                         GATES * H, kept_hh, w_hh, o_p.to(tl.int64), m_p, P,
@@ -258,12 +258,12 @@ def layer_backward(
                 if COLUMNS:
                     p_out = ((d * T + t) * B + b0) * P + o_out
                     tl.store(dh_out + p_out, tl.where(exists[:, None], b_dm, 0.0), mask=m_h & in_time[:, None])
-                    arrive(counter, MEET)
+                    arrive(counter, GRID_SYNC)
                     arrivals += PROGRAMS
 
             if PHASE != STATE:
                 if COLUMNS:
-                    wait(counter, arrivals, MEET)
+                    wait(counter, arrivals, GRID_SYNC)
                     b_dm = multiply(
                         dh_out + ((d * T + t) * B + b0) * P + o_b * P, exists, None, None, P,
                         kept_hr, w_hr, o_u.to(tl.int64), m_u, H,
@@ -298,7 +298,7 @@ def layer_backward(
                         dh_in += b_kept
                     b_dh = tl.where(exists[:, None], tl.where(kept[:, None], dh_in, 0.0), b_dh)
                 else:
-                    arrive(counter, MEET)
+                    arrive(counter, GRID_SYNC)
                     arrivals += PROGRAMS
                 if CARRY is not None:
                     b_dc = tl.where(exists[:, None], tl.where(kept[:, None], dc_in, 0.0), b_dc)

@@ -92,7 +92,7 @@ def compile(variant: Variant) -> Resources:
         **cells.constants(kernel, plan.cell),
         "D": D,
         "PHASE": 0,
-        "MEET": plan.programs > 1,
+        "GRID_SYNC": plan.programs > 1,
         "ONCE": {*cell.noise} == {"r"},
     }
     absent = {"carry"}

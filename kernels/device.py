@@ -18,7 +18,7 @@ class Device(NamedTuple):
     shared: int  # maximum bytes of one block
     clock: float  # GHz
     l2: float  # bytes per microsecond, all SMs together
-    meeting: float  # microseconds of a grid barrier of a Triton launch
+    grid_barrier: float  # microseconds of a grid barrier of a Triton launch
     measured: bool = False  # whether l2 and meeting were measured on this device
 
 
@@ -43,7 +43,7 @@ def device_of(properties: Any) -> Device:
         getattr(properties, "shared_memory_per_block_optin", like.shared),
         getattr(properties, "clock_rate", like.clock * 1e6) / 1e6,
         like.l2,
-        like.meeting,
+        like.grid_barrier,
         like.measured and known is not None,
     )
 

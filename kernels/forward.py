@@ -15,15 +15,16 @@ A program owns UNITS hidden units with all their maps and, with a projection, CO
 w_hr and w_ih stay on the chip over all steps; in a streamed plan those of w_hh and w_hr are read at each step
 (affine.py). c stays in float32 registers. H is limited to UNITS * PROGRAMS, so by the number of resident programs.
 
-h_t is exchanged through y itself, in global memory: the group meets once for each step (grid.py), and once more with a
-projection, where m is exchanged first. If one program owns all units (CARRIED), h does not leave its registers, and
-nobody meets. Noise (noise.py) changes what h_t is, or what of it is exchanged.
+h_t is exchanged through y itself, in global memory: a step has a barrier of the group (grid.py), and a second one with
+a projection, where m is exchanged first. If one program owns all units (CARRIED), h does not leave its registers, and
+there is no barrier. Noise (noise.py) changes what h_t is, or what of it is exchanged.
 
 Row b exists at step t if t < lengths[b]. The initial state is h0 at its first step, which is t = 0, or lengths[b] - 1
 in the reverse direction; the state after its last step is hn.
 
-Under Triton's interpreter, which runs one program after another, programs cannot meet. There a launch covers the steps
-from `begin` to `end` and one PHASE of them, and c goes from launch to launch in `carry`, and so does h for zoneout.
+Under Triton's interpreter, which runs one program after another, programs cannot wait for each other. There a launch
+covers the steps from `begin` to `end` and one PHASE of them, and c goes from launch to launch in `carry`, and so does h
+for zoneout.
 """
 
 import triton
@@ -131,7 +132,7 @@ def layer_forward(
     PROGRAMS: tl.constexpr,
     CARRIED: tl.constexpr,
     PHASE: tl.constexpr,
-    MEET: tl.constexpr,
+    GRID_SYNC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     MAPS: tl.constexpr = len(INPUT)
@@ -310,7 +311,7 @@ def layer_forward(
                         else:
                             with_h = with_h + (tl.dot(h_in, kept_hh[RECURRENT[k]], a[k], input_precision=PRECISION),)
                 else:
-                    wait(counter, arrivals, MEET)
+                    wait(counter, arrivals, GRID_SYNC)
                     exchanged = y
                     exchanged0 = h0
                     if v_r is not None:
@@ -363,7 +364,7 @@ def layer_forward(
                         b_fed = (b_m.to(tl.float32) * b_v_r).to(dtype)
                         tl.store(fed + ((t * B + b0) * D + d) * P + o_y, b_fed, mask=m_c)
                 if not CARRIED:
-                    arrive(counter, MEET)
+                    arrive(counter, GRID_SYNC)
                     arrivals += PROGRAMS
                 # From here on, what only this program, or nobody before the end of the launch, reads.
                 if not COLUMNS:
@@ -379,7 +380,7 @@ def layer_forward(
                         tl.store(saved + p_saved + k * H, tl.where(exists[:, None], b_saved[k], 0.0), mask=m_c)
 
             if COLUMNS and PHASE != CELL:
-                wait(counter, arrivals, MEET)
+                wait(counter, arrivals, GRID_SYNC)
                 acc = multiply(
                     m + row0 * H + o_b * H, exists, None, None, H, kept_hr, w_hr, o_p.to(tl.int64) * H, m_p, 1,
                     BATCH, COLUMNS, RESIDENT_HR, STREAMED, CHUNK, SPLIT, AHEAD, PRECISION,
@@ -388,7 +389,7 @@ def layer_forward(
                 if v_r is not None:
                     b_fed = (acc.to(dtype).to(tl.float32) * b_v_r).to(dtype)
                     tl.store(fed + ((t * B + b0) * D + d) * P + o_y, b_fed, mask=m_h)
-                arrive(counter, MEET)
+                arrive(counter, GRID_SYNC)
                 arrivals += PROGRAMS
                 tl.store(hn + p_h, acc, mask=m_h & leaves)
 

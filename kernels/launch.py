@@ -177,8 +177,14 @@ def _interpret(
     D: int,
     once: bool,
 ) -> None:
-    """Programs that would meet are launched for each step, and each phase of it."""
-    constants = {**plan.constants(kernel), **cells.constants(kernel, plan.cell), "D": D, "ONCE": once, "MEET": False}
+    """Programs with a grid barrier are launched for each step, and each phase of it."""
+    constants = {
+        **plan.constants(kernel),
+        **cells.constants(kernel, plan.cell),
+        "D": D,
+        "ONCE": once,
+        "GRID_SYNC": False,
+    }
     constants["PRECISION"] = "ieee"  # what it multiplies float32 in
     counters = _zeros(plan.groups, like.device)
     if plan.programs == 1:

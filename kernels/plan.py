@@ -6,9 +6,9 @@ Pure arithmetic on the data of device.py: no Triton, no GPU. Times are in micros
 
 The model of one step of one program:
 
-    step = meeting + latency + max(states, weights, arithmetic, pipeline) + cell
+    step = barrier + latency + max(states, weights, arithmetic, pipeline) + cell
 
-    meeting      the grid barrier of a group, once, or twice with a projection
+    barrier      the grid barrier of a group, once, or twice with a projection
     latency      of the first load of states from L2
     states       load of BATCH rows of the exchanged states from L2
     weights      resident: from shared memory; streamed: from L2, whose bandwidth all programs share
@@ -140,12 +140,12 @@ class Plan:
     @cached_property
     def keywords(self) -> dict[str, dict[str, int | bool | str]]:
         """Of each kernel, the arguments of a launch on a GPU that the plan decides, by name."""
-        meet = {"PHASE": 0, "MEET": self.programs > 1}
-        return {kernel: {**self.constants(kernel), **meet, **self.options} for kernel in ("forward", "backward")}
+        sync = {"PHASE": 0, "GRID_SYNC": self.programs > 1}
+        return {kernel: {**self.constants(kernel), **sync, **self.options} for kernel in ("forward", "backward")}
 
     def __str__(self) -> str:
         explained = {
-            "rows": "a program has whole rows and all weights, nobody meets",
+            "rows": "a program has whole rows and all weights, no barrier",
             "resident": "weights stay in shared memory",
             "streamed": "weights come from L2 at every step",
         }[self.regime]
@@ -260,7 +260,7 @@ def _carried(kernel: str, shape: Shape, device: Device) -> Iterator[Plan]:
             continue
         kept = weights + inputs * units * shape.maps * units
         shared = kept * shape.kept + _staging(_Tile(_CARRIED, units, 1, units, 1, 1), shape.maps * units, shape)
-        step = _Step(device, shape, _CARRIED, units, groups, meetings=0)
+        step = _Step(device, shape, _CARRIED, units, groups, barriers=0)
         yield _finish(
             Plan(
                 cell=shape.cell,
@@ -308,7 +308,7 @@ def _shared(kernel: str, shape: Shape, device: Device, tile: _Tile) -> Iterator[
     alone = streamed or units > 8  # x in the launch takes the registers that a tile of more units has left
     for inputs in (0,) if alone else _inputs(kernel, shape, tile.chunk):
         kept = inputs * tile.chunk * shape.maps * units + (0 if streamed else weights)
-        step = _Step(device, shape, tile.batch, units, groups * programs, meetings=2 if columns else 1)
+        step = _Step(device, shape, tile.batch, units, groups * programs, barriers=2 if columns else 1)
         yield _finish(
             Plan(
                 cell=shape.cell,
@@ -371,7 +371,7 @@ class _Step:
     batch: int
     units: int
     active: int  # programs that run at the same time
-    meetings: int
+    barriers: int
 
     def time(self, states: int, resident: int, streamed: int, products: int, pipeline: float = 0.0) -> float:
         """Microseconds.
@@ -383,14 +383,14 @@ class _Step:
             pipeline: number of chunks loaded in sequence.
         """
         device, clocks = self.device, self.device.clock * 1e3  # per microsecond
-        meeting = self.meetings * (device.meeting + _STATE_LATENCY) if states else 0.0
+        barrier = self.barriers * (device.grid_barrier + _STATE_LATENCY) if states else 0.0
         l2 = min(_L2_PER_CLOCK * clocks, device.l2 / self.active)
         weights = resident * self.shape.kept / (_SHARED_PER_CLOCK * clocks)
         loads = (streamed + states * self.batch) * self.shape.itemsize / l2
         arithmetic = max(16, self.batch) * products / (self.shape.rate * clocks)
         elements = self.batch * self.units
         cell = 0.15 + _CELL_CLOCKS * elements / clocks
-        return meeting + max(weights, arithmetic, loads, pipeline * _CHUNK_LATENCY) + cell
+        return barrier + max(weights, arithmetic, loads, pipeline * _CHUNK_LATENCY) + cell
 
 
 def _finish(p: Plan, kernel: str, shape: Shape, device: Device) -> Plan:

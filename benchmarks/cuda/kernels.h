@@ -2,9 +2,9 @@
 // (csrc/cuda/device.h): so they run on a GPU, where they are timed (micro.cu), and on the host, where their logic is
 // tested (micro_host.cpp).
 //
-// Every kernel repeats one thing `iterations` times, after a first time that is not counted where blocks meet. Each
-// block writes when it began and ended, and `counted`, a number that is right only if nothing was left out:
-// expected() says which.
+// Every kernel repeats one thing `iterations` times, after a first time that is not counted where blocks wait at a
+// barrier. Each block writes when it began and ended, and `counted`, a number that is right only if nothing was left
+// out: expected() says which.
 #pragma once
 
 #include "../../csrc/cuda/device.h"
@@ -25,7 +25,7 @@ struct Span {
 
 struct Params {
   int32_t iterations, blocks, threads;
-  int32_t group;    // blocks that meet, or exchange; a cluster in kernels of clusters
+  int32_t group;    // blocks at one barrier, or exchange; a cluster in kernels of clusters
   int32_t partner;  // block of the group, or rank, that block 0 plays ping-pong with
   int32_t word;     // of operands that are all ones: a number that the compiler does not know
   int64_t bytes;    // that a block reads, or that a group exchanges, in an iteration
@@ -68,7 +68,7 @@ FUSEDRNN_DEVICE Quad load_shared(const void* address) {
                : "memory");
   return quad;
 }
-FUSEDRNN_DEVICE void meet_cluster(const char*) {
+FUSEDRNN_DEVICE void cluster_barrier_wait(const char*) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
       "barrier.cluster.arrive.relaxed;\n\t"
@@ -84,7 +84,7 @@ inline void arrive(uint32_t* counter, const char* name) {
   if (host::present(name)) host::release_stores();
   ++*counter;
 }
-inline void meet_cluster(const char* name) { host::cluster_barrier(name); }
+inline void cluster_barrier_wait(const char* name) { host::cluster_barrier(name); }
 inline Quad load_exchanged(const void* address) { return *static_cast<const Quad*>(address); }
 inline Quad load_shared(const void* address) { return *static_cast<const Quad*>(address); }
 
@@ -115,7 +115,7 @@ FUSEDRNN_DEVICE uint32_t every_bit(const Quad& quad) {
 FUSEDRNN_DEVICE Quad same_words(uint32_t word) { return {{word, word, word, word}}; }
 FUSEDRNN_BOTH constexpr int quads(int64_t bytes) { return static_cast<int>(bytes / sizeof(Quad)); }
 
-// ---------------------------------------------------------------------------------------------- blocks that meet
+// ---------------------------------------------------------------------------------------------- blocks at a barrier
 
 // All blocks of a group pass a counter, as the programs of the Triton kernels do.
 struct CounterBarrier {
@@ -124,14 +124,14 @@ struct CounterBarrier {
 
   static FUSEDRNN_DEVICE void run(const Params& p, char*) {
     uint32_t* counter = p.flags + block_index() / p.group * kFlagStride;
-    meet(p, counter, 1);
+    sync(p, counter, 1);
     const Stopwatch watch(p);
-    FUSEDRNN_NO_UNROLL for (int k = 0; k < p.iterations; ++k) meet(p, counter, k + 2);
+    FUSEDRNN_NO_UNROLL for (int k = 0; k < p.iterations; ++k) sync(p, counter, k + 2);
     watch.stop(flag(counter));
   }
 
  private:
-  static FUSEDRNN_DEVICE void meet(const Params& p, uint32_t* counter, uint32_t times) {
+  static FUSEDRNN_DEVICE void sync(const Params& p, uint32_t* counter, uint32_t times) {
     sync_block("the block has come to the counter");
     if (thread_index() == 0) arrive(counter, "the counter is released");
     wait([&] { return static_cast<int32_t>(flag(counter) - p.group * times) >= 0; }, "the counter");
@@ -145,13 +145,13 @@ struct FlagBarrier {
 
   static FUSEDRNN_DEVICE void run(const Params& p, char*) {
     uint32_t* flags = p.flags + block_index() / p.group * p.group;
-    meet(p, flags, 1);
+    sync(p, flags, 1);
     const Stopwatch watch(p);
-    FUSEDRNN_NO_UNROLL for (int k = 0; k < p.iterations; ++k) meet(p, flags, k + 2);
+    FUSEDRNN_NO_UNROLL for (int k = 0; k < p.iterations; ++k) sync(p, flags, k + 2);
     watch.stop(flag(flags + (block_index() + 1) % p.group));
   }
 
-  static FUSEDRNN_DEVICE void meet(const Params& p, uint32_t* flags, uint32_t times) {
+  static FUSEDRNN_DEVICE void sync(const Params& p, uint32_t* flags, uint32_t times) {
     sync_block("the block has come to the flags");
     if (thread_index() == 0) release_flag(flags + block_index() % p.group, times, "the block's flag is released");
     if (thread_index() < kWarp) {
@@ -247,7 +247,7 @@ struct FlagExchange {
     FUSEDRNN_NO_UNROLL for (int n = thread_index(); n < part; n += p.threads) {
       store_exchanged(buffer + (int64_t{rank} * part + n) * sizeof(Quad), same_words(k));
     }
-    FlagBarrier::meet(p, p.flags + group * p.group, k + 1);
+    FlagBarrier::sync(p, p.flags + group * p.group, k + 1);
     FUSEDRNN_NO_UNROLL for (int n = thread_index(); n < part * p.group; n += p.threads) {
       copy_async(shared + n * sizeof(Quad), buffer + n * sizeof(Quad));
     }
@@ -312,7 +312,7 @@ struct ClusterBarrier {
       if constexpr (kOrdered) {
         sync_cluster("the barrier of the cluster");
       } else {
-        meet_cluster("the barrier of the cluster");
+        cluster_barrier_wait("the barrier of the cluster");
       }
     }
     watch.stop(counted);
@@ -374,7 +374,7 @@ struct PushPingPong {
 
 // A thread pushes to every receiver it will hear from, after it has used what they sent before: so nobody is two pushes
 // ahead of another, which is what two barriers and two buffers have room for. Where a warp shares the receivers out
-// among its lanes, they meet first; a warp that has nothing to push stays out.
+// among its lanes, they wait for each other first; a warp that has nothing to push stays out.
 template <bool kPairs>
 struct Push {
   static constexpr bool kClustered = true;

@@ -1,4 +1,4 @@
-// What is measured: every kernel of kernels.h with the sizes that the planners meet, for a runner on a GPU (micro.cu)
+// What is measured: every kernel of kernels.h with the sizes that the planners have, for a runner on a GPU (micro.cu)
 // or on the host (micro_host.cpp). A runner has
 //
 //   Machine machine                       what it runs on
@@ -33,7 +33,7 @@ struct Case {
   double work;
   int blocks;  // to be launched; in kernels of clusters 0 for as many as fit
   int threads;
-  int group;  // blocks that meet; the size of a cluster
+  int group;  // blocks at one barrier; the size of a cluster
   int iterations;
   int64_t bytes = 0;   // Params.bytes
   int64_t data = 0;    // bytes of Params.data that each group has, or all blocks together
@@ -127,7 +127,7 @@ inline int64_t shared_out(int64_t kib, int group, const Machine& m) {
 }
 
 template <class Runner>
-void meetings(Runner& run) {
+void barriers(Runner& run) {
   const Machine& m = run.machine;
   const int many = 1000 / m.shrink, all = m.processors;
   std::vector<int> groups;
@@ -307,7 +307,7 @@ void arithmetic(Runner& run) {
 
 template <class Runner>
 void suite(Runner& run) {
-  detail::meetings(run);
+  detail::barriers(run);
   detail::clusters(run);
   detail::memory(run);
   detail::arithmetic(run);

@@ -418,12 +418,12 @@ class Backward {
         if (m != nullptr) store(m + r * H, V{}, count);
         return;
       }
-      const bool cut = kRagged && direction.is_reset(t, b + r);
+      const bool is_reset = kRagged && direction.is_reset(t, b + r);
       V entered{}, left{}, dleft{};  // the carry
       if constexpr (kHasCarry) {
-        if (!cut && !(kRagged ? direction.is_first(t, b + r) : first)) {
+        if (!is_reset && !(kRagged ? direction.is_first(t, b + r) : first)) {
           entered = load(carry_before + r * carry_step, count);
-        } else if (!cut && carry0 != nullptr) {
+        } else if (!is_reset && carry0 != nullptr) {
           entered = load(carry0 + r * H, count);
         }
         left = load(carry + r * carry_step, count);
@@ -442,7 +442,7 @@ class Backward {
       }
       for (int k = 0; k < kMaps; ++k) store(da + r * da_step + k * H, a[k], count);
       if (m != nullptr) store(m + r * H, out, count);
-      if constexpr (kHasCarry) store(dcarry + r * H, cut ? V{} : dleft, count);
+      if constexpr (kHasCarry) store(dcarry + r * H, is_reset ? V{} : dleft, count);
     }
 
     // The same for a variant, with its additional operands.

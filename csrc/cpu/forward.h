@@ -260,7 +260,7 @@ class Forward {
     for (int64_t b = row_begin; b < row_end; ++b) {
       const S* h0 = static_cast<const S*>(p_.h0);
       const S* c0 = static_cast<const S*>(kHasCell ? p_.c0 : p_.h0);  // of the size of a carry
-      const bool cut = direction.is_reset(direction.first(b), b);
+      const bool is_reset = direction.is_reset(direction.first(b), b);
       const A* dropped = nullptr;
       if constexpr (kVariant) {
         if (direction.length(b) > 0) dropped = noise_at<A>(s_, p_.noise, Noise::kR, direction, 0, d, b, 0);
@@ -268,9 +268,9 @@ class Forward {
       for (int64_t k = 0; k < s_.P; k += kUnits<A>) {
         V value = h0 == nullptr ? V{} : load(h0 + state(s_, d, b, s_.P) + k, s_.P - k);
         if (kVariant && dropped != nullptr) value *= load(dropped + k, s_.P - k);
-        store(h(0, d) + b * h_stride() + k, cut ? V{} : value, s_.P - k);
+        store(h(0, d) + b * h_stride() + k, is_reset ? V{} : value, s_.P - k);
         // In packed input no earlier step copies the state to the first existing one.
-        if (direction.is_packed()) store(h(1, d) + b * h_stride() + k, cut ? V{} : value, s_.P - k);
+        if (direction.is_packed()) store(h(1, d) + b * h_stride() + k, is_reset ? V{} : value, s_.P - k);
       }
       for (int64_t n = 0; n < 2; ++n) {
         std::memset(h(n, d) + b * h_stride() + s_.P, 0, (h_stride() - s_.P) * sizeof(State));
@@ -611,8 +611,8 @@ class Forward {
       V a[R][kMaps], c[R], m[R];
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
-        const bool cut = kRagged && direction.is_reset(outputs.t, row(first + r));
-        c[r] = !kHasCarry || cut ? V{} : load(carry + (first + r) * kUnits<A>);
+        const bool is_reset = kRagged && direction.is_reset(outputs.t, row(first + r));
+        c[r] = !kHasCarry || is_reset ? V{} : load(carry + (first + r) * kUnits<A>);
       }
       load_maps(a, first, count, sums);
       if constexpr (kVariant) {
@@ -670,8 +670,8 @@ class Forward {
         const int64_t at = first + r, row = outputs.b + at * outputs.row_step;
         if (kRagged && !direction.exists(outputs.t, row)) continue;
         const V kept = load(extra.h + at * extra.noise_step, count);
-        const bool cut = kRagged && direction.is_reset(outputs.t, row);
-        const V old = cut ? V{} : extra.entered(at, direction.is_first(outputs.t, row), count);
+        const bool is_reset = kRagged && direction.is_reset(outputs.t, row);
+        const V old = is_reset ? V{} : extra.entered(at, direction.is_first(outputs.t, row), count);
         m[r] = kept * old + (A(1) - kept) * m[r];
       }
     }

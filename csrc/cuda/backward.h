@@ -17,10 +17,10 @@
 // Registers: the first K blocks of the warp's weights, dh and dc of the lane's units. Shared memory: further weights,
 // da of all units for the rows of the slice, partial sums of split K, what is about to be sent, and for each tile what
 // the cell saved, c, dy and dc of three steps, copied asynchronously (backward_inputs.h; in float64, with a projection
-// and in parts, they are loaded before the wait for da). K is in the order of the tiles: 8 units of one map, of the
+// and in chunks, they are loaded before the wait for da). K is in the order of the tiles: 8 units of one map, of the
 // next, and on with the next 8 units. Synchronisation: one exchange of da per step inside a group, with a projection
 // one of dh as well; and, where K is split, one barrier of the warps of a tile. Limits: as in forward.h, with da, which
-// is G times h. In parts there is none here either: in a step, the tiles take turns to send dh, where there is a
+// is G times h. In chunks there is none here either: in a step, the tiles take turns to send dh, where there is a
 // projection, to get da and send it, and to get dh from da.
 #pragma once
 
@@ -28,7 +28,7 @@
 #include "exchange.h"
 #include "extras.h"
 #include "geometry.h"
-#include "turns.h"
+#include "tile_loop.h"
 
 namespace fusedrnn::cuda {
 
@@ -51,10 +51,11 @@ class Backward {
   static constexpr int kSegments = 2;
   static constexpr int kUnits = tile_units(kPass);
   static_assert(kUnits == kTileOutputs && kUnits == 8 * kSegments);  // a lane's units and numbers of h have one index
-  static constexpr int kRows = kColumnTiles * kColumns;
+  static constexpr int kRows = kColumnTiles * kMmaN;
   static constexpr CellSpec kCell = C::kSpec;
   static constexpr int kMaps = kCell.maps, kSaved = kCell.saved;
-  static constexpr int kOfState = kCell.recurrent.begin, kMeeting = width(kCell.recurrent);  // maps that meet w_hh
+  static constexpr int kOfState = kCell.recurrent.begin,
+                       kRecurrentMaps = width(kCell.recurrent);  // maps that meet w_hh
   static constexpr bool kCarries = kCell.carry != Carry::kNone, kHasCellState = has_cell_state(kCell);
   static_assert(kSaved <= kMaps);
   static constexpr bool kVariant = is_variant(kCell);
@@ -63,24 +64,24 @@ class Backward {
   template <Stage kStage>
   using Multiplier = WarpProduct<M, kSegments, kColumnTiles,
                                  register_blocks(kCell, Channel::kExchange, kPass, kStage, kMath, kRows, kProjected),
-                                 Channel::kInParts, kProjected ? 1 : 2>;
+                                 Channel::kIsChunked, kProjected ? 1 : 2>;
   using Recurrent = Multiplier<Stage::kRecurrent>;
   using Projection = Multiplier<Stage::kProjection>;
   // Whether what a step needs is copied ahead, and da is stored 16 bytes at a time.
   static constexpr bool kInRuns = moves_in_runs(Channel::kExchange, kMath, kProjected);
   // Of da of a tile and a row: bytes that are exchanged, and all.
-  static constexpr int kChunkBytes = kUnits * kMeeting * static_cast<int>(sizeof(S));
+  static constexpr int kChunkBytes = kUnits * kRecurrentMaps * static_cast<int>(sizeof(S));
   static constexpr int kStagedRow = staged_bytes(kCell, kMath, kUnits);
   using Staged = StagedGradients<M, C, kUnits, kChunkBytes>;
-  using Inputs = BackwardInputs<M, C, kUnits, kColumns, kWarp>;
-  using Stores = GradientStores<M, Staged, kUnits, kColumns, kWarp>;
+  using Inputs = BackwardInputs<M, C, kUnits, kMmaN, kWarp>;
+  using Stores = GradientStores<M, Staged, kUnits, kMmaN, kWarp>;
   // Zero where the step does not exist, and then so is da.
   struct Numbers {
     A a[kMaps], c, c_in, dy, dc;
   };
   using Results = A[kColumnTiles][kSegments][2];
   static constexpr int kKeptOfDh = kColumnTiles * kSegments * 2;
-  using Kept = Turns<A, kept_numbers(kPass, kRows, kProjected)>;
+  using Kept = TileLoop<A, kept_numbers(kPass, kRows, kProjected)>;
 
   FUSEDRNN_DEVICE Backward(const BackwardParams& p, Role& role, char* shared, const SharedLayout& layout)
       : p_(p),
@@ -126,12 +127,12 @@ class Backward {
   }
 
   FUSEDRNN_DEVICE void run(char* shared, const SharedLayout& layout) {
-    if constexpr (!Channel::kInParts) clear_operands(layout, shared, p_.plan);
+    if constexpr (!Channel::kIsChunked) clear_operands(layout, shared, p_.plan);
     da_channel_.start();
     if constexpr (kProjected) dh_channel_.start();
     Channel::started();
     if (!in_units_) return;
-    if constexpr (Channel::kInParts) {
+    if constexpr (Channel::kIsChunked) {
       slices_in_turns(shared, layout);
     } else {
       Recurrent recurrent = recurrent_product(shared, layout);
@@ -212,7 +213,7 @@ class Backward {
     // A variant has no registers to keep what follows from the lane from slice to slice.
     const int lane = kVariant ? static_cast<int>(fresh(role_.lane)) & (kWarp - 1) : role_.lane;
     FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
-      const int64_t row = role_.owns(n) ? first_row + n * kColumns : p_.sizes.B;
+      const int64_t row = role_.owns(n) ? first_row + n * kMmaN : p_.sizes.B;
       inputs_[n].template start<kStepsAhead>(p_, direction_, lane, row, unit, role_.direction == 1, copied(n, 0));
       stores_[n].start(p_, direction_, lane, row, unit, role_.direction == 1);
     }
@@ -243,7 +244,7 @@ class Backward {
     wait_copies_but<kColumnTiles>("the thread's copies of the step");
     sync_warp("the step is copied");
     exists_ = exists_next_;
-    cut_ = cut_next_;
+    reset_ = reset_next_;
     const int64_t t = direction_.at(step);
     const int next_slot = slot_ == kStepsAhead - 1 ? 0 : slot_ + 1;
     typename Stores::Quads da[kColumnTiles];
@@ -275,17 +276,17 @@ class Backward {
 
   // The cell of a unit and a row, from the step to da, which is staged.
   FUSEDRNN_DEVICE void stage(int64_t t, int n, int s, int j, const char* now, const char* before) {
-    const int row = role_.lane % 4 * 2 + j, unit = s * kColumns + role_.lane / 4;
+    const int row = role_.lane % 4 * 2 + j, unit = s * kMmaN + role_.lane / 4;
     const auto copied = [&](const char* from, int array) { return Inputs::number(from, row, array, unit); };
     A a[kMaps];
     FUSEDRNN_UNROLL for (int k = 0; k < kMaps; ++k) a[k] = k < kSaved ? copied(now, k) : A(0);
-    const bool exists = exists_(n, j) && unit_of(s) < p_.sizes.H, cut = cut_(n, j);
+    const bool exists = exists_(n, j) && unit_of(s) < p_.sizes.H, is_reset = reset_(n, j);
     const A last = Inputs::carry(before, row, unit),
             entered = direction_.is_first(t, lengths_[n][j]) ? c0_[n][s][j] : last;
     A dm = dh_[n][s][j] + copied(now, Inputs::kDy), dc = dc_[n][s][j] + Inputs::dcarry(now, row, unit);
     pass_dh(n, s, j, exists, dm);
-    backward_cell(n, s, j, a, cut ? A(0) : entered, Inputs::carry(now, row, unit), dm, dc);
-    if constexpr (kCarries) dc_[n][s][j] = !exists ? dc_[n][s][j] : cut ? A(0) : dc;
+    backward_cell(n, s, j, a, is_reset ? A(0) : entered, Inputs::carry(now, row, unit), dm, dc);
+    if constexpr (kCarries) dc_[n][s][j] = !exists ? dc_[n][s][j] : is_reset ? A(0) : dc;
     // What is staged may be rounded to the operand's precision, and then is not what is stored.
     S* exact = M::kRoundsOperands && is_unit(n, s, j)
                    ? static_cast<S*>(p_.da) + direction_.step(t, this->row(n, j), kMaps * p_.sizes.H) + unit_of(s)
@@ -397,7 +398,7 @@ class Backward {
 
   // Nothing of a turn goes on to the next but what is kept: so it takes no registers in between.
   FUSEDRNN_DEVICE void forget() {
-    exists_ = cut_ = exists_next_ = cut_next_ = ColumnMask();
+    exists_ = reset_ = exists_next_ = reset_next_ = ColumnMask();
     FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
       lengths_[n][0] = lengths_[n][1] = 0;
       FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) {
@@ -442,8 +443,8 @@ class Backward {
     for_each_column([&](int n, int j) { FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) f(n, s, j); });
   }
 
-  FUSEDRNN_DEVICE int unit_of(int s) const { return first_unit_ + s * kColumns; }
-  FUSEDRNN_DEVICE int64_t row(int n, int j) const { return first_row_ + n * kColumns + j; }
+  FUSEDRNN_DEVICE int unit_of(int s) const { return first_unit_ + s * kMmaN; }
+  FUSEDRNN_DEVICE int64_t row(int n, int j) const { return first_row_ + n * kMmaN + j; }
   FUSEDRNN_DEVICE bool is_unit(int n, int s, int j) const { return unit_of(s) < p_.sizes.H && row(n, j) < p_.sizes.B; }
   // Whether there is a number of h of that index.
   FUSEDRNN_DEVICE bool is_output(int n, int s, int j) const {
@@ -485,7 +486,7 @@ class Backward {
     if constexpr (kVariant) {
       const auto [first, stride] = extra_.place(direction_.at(step), first_row_, first_unit_);
       for_each_cell([&](int n, int s, int j) {
-        extra_.load(multipliers_[n][s][j], is_unit(n, s, j), first + (n * kColumns + j) * stride + s * kColumns);
+        extra_.load(multipliers_[n][s][j], is_unit(n, s, j), first + (n * kMmaN + j) * stride + s * kMmaN);
       });
     }
   }
@@ -495,7 +496,7 @@ class Backward {
     const int64_t t = direction_.at(step);
     for_each_column([&](int n, int j) {
       exists_next_.set(n, j, Direction::exists(t, lengths_[n][j]));
-      cut_next_.set(n, j, exists_next_(n, j) && direction_.is_reset(t, row(n, j)));
+      reset_next_.set(n, j, exists_next_(n, j) && direction_.is_reset(t, row(n, j)));
     });
   }
 
@@ -511,7 +512,7 @@ class Backward {
       const int64_t b = row(n, j), saved = direction_.step(t, b, kSaved * H) + unit_of(s);
       FUSEDRNN_UNROLL for (int k = 0; k < kSaved; ++k) loaded.a[k] = number(p_.saved, saved + k * H);
       if constexpr (kCarries) loaded.c = number(p_.c, direction_.offset(p_.c_strides, t, b) + unit_of(s));
-      if (kCarries && !cut_next_(n, j)) {
+      if (kCarries && !reset_next_(n, j)) {
         if (!direction_.is_first(t, lengths_[n][j])) {
           loaded.c_in = number(p_.c, direction_.offset(p_.c_strides, direction_.before(t), b) + unit_of(s));
         } else if (p_.c0 != nullptr) {
@@ -560,13 +561,13 @@ class Backward {
       A dh = z[n][s][j];
       if constexpr (kVariant) dh *= of_state(n, s, j);
       if constexpr (kVariant && !kProjected) dh += dh_[n][s][j];
-      if (exists_(n, j)) dh_[n][s][j] = cut_(n, j) ? A(0) : dh;
+      if (exists_(n, j)) dh_[n][s][j] = reset_(n, j) ? A(0) : dh;
     });
   }
 
   FUSEDRNN_DEVICE void next_step() {
     exists_ = exists_next_;
-    cut_ = cut_next_;
+    reset_ = reset_next_;
   }
 
   // From dm and dc to da, in the place of what was saved, and dc of the step before; and m, in the place of c.
@@ -577,13 +578,13 @@ class Backward {
       A dc = dc_[n][s][j] + loaded.dc, dm = of_m[n][s][j];
       pass_dh(n, s, j, true, dm);
       loaded.c = backward_cell(n, s, j, loaded.a, loaded.c_in, loaded.c, dm, dc);
-      if constexpr (kCarries) dc_[n][s][j] = cut_(n, j) ? A(0) : dc;
+      if constexpr (kCarries) dc_[n][s][j] = reset_(n, j) ? A(0) : dc;
     });
   }
 
   FUSEDRNN_DEVICE void send_da() {
-    send<kUnits * kMeeting>(da_channel_, has_units_, [&](int n, int j, int k) {
-      return loaded_[n][k / kMeeting][j].a[kOfState + k % kMeeting];
+    send<kUnits * kRecurrentMaps>(da_channel_, has_units_, [&](int n, int j, int k) {
+      return loaded_[n][k / kRecurrentMaps][j].a[kOfState + k % kRecurrentMaps];
     });
   }
 
@@ -592,7 +593,7 @@ class Backward {
   FUSEDRNN_DEVICE void send(Channel& channel, bool has_values, const F& value) {
     FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
       if (!has_values || !role_.owns(n)) continue;
-      if (Channel::kInParts || n > 0) sync_warp("the staged results are sent");
+      if (Channel::kIsChunked || n > 0) sync_warp("the staged results are sent");
       FUSEDRNN_UNROLL for (int j = 0; j < 2; ++j) {
         FUSEDRNN_UNROLL for (int k = 0; k < kChunk / 8; ++k) {
           staging_[(role_.lane % 4 * 2 + j) * kChunk + k * 8 + role_.lane / 4] = M::operand(value(n, j, k));
@@ -640,8 +641,8 @@ class Backward {
   bool has_units_, has_outputs_, in_units_, in_outputs_;
   int64_t first_row_;  // batch row of the first column
   int lengths_[kColumnTiles][2];
-  // Whether the last step exists and its state was cut, and the same of the step that comes.
-  ColumnMask exists_, cut_, exists_next_, cut_next_;
+  // Whether the last step exists and its state was reset, and the same of the step that comes.
+  ColumnMask exists_, reset_, exists_next_, reset_next_;
   A dh_[kColumnTiles][kSegments][2];  // gradients of the state that leaves it
   A dc_[kColumnTiles][kSegments][2];
   Numbers loaded_[kColumnTiles][kSegments][2];

@@ -99,13 +99,14 @@ class BackwardInputs {
 template <class M, class C, int kUnits, int kOthers>
 struct StagedGradients {
   static constexpr int kMaps = C::kSpec.maps, kFirst = C::kSpec.recurrent.begin;
-  static constexpr int kMeeting = width(C::kSpec.recurrent), kNotMeeting = kMaps - kMeeting;
+  static constexpr int kRecurrentMaps = width(C::kSpec.recurrent), kNotMeeting = kMaps - kRecurrentMaps;
   static constexpr int kBytes = sizeof(typename M::Storage);
 
   // Of unit 8 * group + unit.
   static FUSEDRNN_DEVICE int byte_of(int map, int group, int unit) {
-    if (map >= kFirst && map < kFirst + kMeeting) return ((group * kMeeting + map - kFirst) * 8 + unit) * kBytes;
-    const int other = map < kFirst ? map : map - kMeeting;
+    if (map >= kFirst && map < kFirst + kRecurrentMaps)
+      return ((group * kRecurrentMaps + map - kFirst) * 8 + unit) * kBytes;
+    const int other = map < kFirst ? map : map - kRecurrentMaps;
     return kOthers + ((group * kNotMeeting + other) * 8 + unit) * kBytes;
   }
 
@@ -114,12 +115,12 @@ struct StagedGradients {
   };
   // Of the k-th number of a row.
   static FUSEDRNN_DEVICE Place place(int k) {
-    if (kNotMeeting == 0 || k < kUnits * kMeeting) {
-      return {kFirst + k / 8 % kMeeting, k / (8 * kMeeting) * 8 + k % 8, k * kBytes};
+    if (kNotMeeting == 0 || k < kUnits * kRecurrentMaps) {
+      return {kFirst + k / 8 % kRecurrentMaps, k / (8 * kRecurrentMaps) * 8 + k % 8, k * kBytes};
     }
     constexpr int kOf = kNotMeeting > 0 ? kNotMeeting : 1;
-    const int behind = k - kUnits * kMeeting, other = behind / 8 % kOf;
-    return {other < kFirst ? other : other + kMeeting, behind / (8 * kOf) * 8 + k % 8, kOthers + behind * kBytes};
+    const int behind = k - kUnits * kRecurrentMaps, other = behind / 8 % kOf;
+    return {other < kFirst ? other : other + kRecurrentMaps, behind / (8 * kOf) * 8 + k % 8, kOthers + behind * kBytes};
   }
 };
 

@@ -80,13 +80,13 @@ FUSEDRNN_BOTH constexpr bool is_variant(const CellSpec& cell) { return cell.para
 
 // To the accuracy of the device's library.
 template <class A>
-struct Precise {
+struct LibMath {
   static FUSEDRNN_DEVICE A sigmoid(A x) { return A(1) / (A(1) + exponential(-x)); }
   static FUSEDRNN_DEVICE A tanh(A x) { return hyperbolic_tangent(x); }
 };
 
 // Absolute errors of some 1e-7, for results that are stored in 16 bits.
-struct Quick {
+struct FastMath {
   static FUSEDRNN_DEVICE float sigmoid(float x) { return quick_divide(1.0f, 1.0f + quick_exponential(-x)); }
   static FUSEDRNN_DEVICE float tanh(float x) { return 1.0f - quick_divide(2.0f, 1.0f + quick_exponential(x + x)); }
 };
@@ -94,7 +94,7 @@ struct Quick {
 // For results of 8 bits: the hardware's tanh, whose relative error of 2^-11 is less than they round to. Not where
 // errors add up: a sigmoid by that instruction would make a forget gate of 0.9997 wrong by as much as it forgets in
 // every step, and the backward has 1 - tanh^2, which of a large c would be wrong by half.
-struct Rough : Quick {
+struct HardwareTanh : FastMath {
   static FUSEDRNN_DEVICE float tanh(float x) { return rough_tangent(x); }
 };
 

@@ -19,7 +19,7 @@ inline int cluster_rank() { return host::block_index() % host::cluster_size(); }
 
 inline void sync_block(const char* name) { host::barrier(0, host::block_threads(), name); }
 inline void sync_threads(int id, int count, const char* name) { host::barrier(id, count, name); }
-inline void sync_warp(const char* name) { host::meet_warp(nullptr, nullptr, nullptr, name); }
+inline void sync_warp(const char* name) { host::warp_collective(nullptr, nullptr, nullptr, name); }
 inline void sync_cluster(const char* name) { host::cluster_barrier(name); }
 
 template <class A>
@@ -29,7 +29,7 @@ inline A shuffle_xor(A value, int mask) {
     int mask;
   } in{value, mask};
   A out{};
-  host::meet_warp(
+  host::warp_collective(
       [](const void* const* in, void* const* out) {
         for (int lane = 0; lane < kWarp; ++lane) {
           const int from = lane ^ static_cast<const In*>(in[lane])->mask;
@@ -160,7 +160,7 @@ struct Fragments {
 template <Operands kOperands>
 inline void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
   const Fragments<kOperands> in{c, {a0, a1, a2, a3}, {b0, b1}};
-  host::meet_warp(Fragments<kOperands>::multiply, &in, nullptr, "mma");
+  host::warp_collective(Fragments<kOperands>::multiply, &in, nullptr, "mma");
 }
 
 // ---------------------------------------------------------------------------------------------- memory

@@ -15,13 +15,13 @@
 //
 // The policies have the same interface: start() once by all threads, and then started(), once for all exchanges;
 // send() by a warp, announce() and receive() by all threads that take part. kIdleWarpsTakePart says whether those are
-// all of a block that has a tile, or only the warps that have one. Where operands come in parts, kInParts, there is
-// await() in the place of receive(), and then for_each_part() for each of the tiles that take turns: operand k is
+// all of a block that has a tile, or only the warps that have one. Where operands come in chunks, kIsChunked, there is
+// await() in the place of receive(), and then for_each_chunk() for each of the tiles that take turns: operand k is
 // received when the last of them is through, and what a tile sends before that is a part of operand k + 1.
 #pragma once
 
+#include "operand_chunks.h"
 #include "params.h"
-#include "parts.h"
 #include "product.h"
 
 namespace fusedrnn::cuda {
@@ -32,7 +32,7 @@ namespace fusedrnn::cuda {
 class GridExchange {
  public:
   static constexpr Exchange kExchange = Exchange::kGrid;
-  static constexpr bool kInParts = false, kIdleWarpsTakePart = true;
+  static constexpr bool kIsChunked = false, kIdleWarpsTakePart = true;
 
   FUSEDRNN_DEVICE GridExchange(const CellSpec& cell, const Role& role, const Sizes& sizes, const Plan& plan, Pass pass,
                                Stage stage, const Product& product, int rows, const Workspace& workspace, char* operand,
@@ -124,26 +124,26 @@ class GridExchange {
   uint32_t sent_ = 0, received_ = 0;
 };
 
-// The same of operands of any size, which come to shared memory in parts.
-class PartsExchange : public GridExchange {
+// The same of operands of any size, which come to shared memory in chunks.
+class ChunkedExchange : public GridExchange {
  public:
-  static constexpr Exchange kExchange = Exchange::kParts;
-  static constexpr bool kInParts = true, kRounds = false;
-  static constexpr const char *kCopies = "the thread's copies of the part", *kCopied = "the part is copied";
+  static constexpr Exchange kExchange = Exchange::kChunked;
+  static constexpr bool kIsChunked = true, kRounds = false;
+  static constexpr const char *kCopies = "the thread's copies of the chunk", *kCopied = "the chunk is copied";
   using GridExchange::await;
 
-  FUSEDRNN_DEVICE PartsExchange(const CellSpec& cell, const Role& role, const Sizes& sizes, const Plan& plan, Pass pass,
-                                Stage stage, const Product& product, int rows, const Workspace& workspace,
-                                char* operand, Mbarrier*)
+  FUSEDRNN_DEVICE ChunkedExchange(const CellSpec& cell, const Role& role, const Sizes& sizes, const Plan& plan,
+                                  Pass pass, Stage stage, const Product& product, int rows, const Workspace& workspace,
+                                  char* operand, Mbarrier*)
       : GridExchange(cell, role, sizes, plan, pass, stage, product, rows, workspace, nullptr, nullptr),
-        parts_(role, plan, product.operand, rows, operand) {
+        chunks_(role, plan, product.operand, rows, operand) {
     if (senders_ > plan.blocks) senders_ = plan.blocks;  // each has several of the tiles
   }
 
-  // use(part, operand) for every part of the operand, which lies in shared memory meanwhile.
+  // use(chunk, operand) for every chunk of the operand, which lies in shared memory meanwhile.
   template <class F>
-  FUSEDRNN_DEVICE void for_each_part(const F& use) {
-    parts_.for_each(*this, use);
+  FUSEDRNN_DEVICE void for_each_chunk(const F& use) {
+    chunks_.for_each(*this, use);
   }
 
   FUSEDRNN_DEVICE void fetch(int row, int k, Quad& to) const {
@@ -156,7 +156,7 @@ class PartsExchange : public GridExchange {
   }
 
  private:
-  Parts parts_;
+  OperandChunks chunks_;
 };
 
 // Through distributed shared memory. Sixteen bytes at a time go to every block of the cluster, the own one included,
@@ -166,7 +166,7 @@ class PartsExchange : public GridExchange {
 class ClusterExchange {
  public:
   static constexpr Exchange kExchange = Exchange::kCluster;
-  static constexpr bool kInParts = false, kIdleWarpsTakePart = false;
+  static constexpr bool kIsChunked = false, kIdleWarpsTakePart = false;
 
   FUSEDRNN_DEVICE ClusterExchange(const CellSpec&, const Role& role, const Sizes&, const Plan& plan, Pass, Stage,
                                   const Product& product, int rows, const Workspace&, char* operand, Mbarrier* barriers)
@@ -245,8 +245,8 @@ template <int kChunkBytes, int kPitch = kChunkBytes, class Channel>
 FUSEDRNN_DEVICE void send_staged(Channel& channel, const Role& role, const char* staging, int n) {
   constexpr int kQuads = kChunkBytes / static_cast<int>(sizeof(Quad));
   sync_warp("the warp's results are staged");
-  channel.template send<kColumns * kQuads>([&](int k, int& row, int& byte) {
-    row = n * kColumns + k / kQuads;
+  channel.template send<kMmaN * kQuads>([&](int k, int& row, int& byte) {
+    row = n * kMmaN + k / kQuads;
     byte = role.tile * kChunkBytes + k % kQuads * static_cast<int>(sizeof(Quad));
     const int skipped =
         kPitch == kChunkBytes ? 0 : k / kQuads * ((kPitch - kChunkBytes) / static_cast<int>(sizeof(Quad)));

@@ -10,7 +10,7 @@
 // h_t is rounded to the storage dtype before it is fed back; so is m_t where it is an operand of w_hr.
 //
 // Grid: D * plan.groups groups of plan.blocks blocks. A group owns a direction and every plan.groups-th slice of
-// plan.rows batch rows; groups never meet.
+// plan.rows batch rows; groups never wait for each other.
 // A block owns 8 * plan.tiles hidden units: all maps of them, so that the cell needs no exchange. A warp owns a tile of
 // 8 units and one of plan.splits parts of K; a lane ends with the maps of one unit for two batch rows of each column
 // tile. With a projection, the first warps of the group own a tile of 16 outputs as well.
@@ -18,14 +18,14 @@
 // the carry in the compute dtype). Shared memory: further weights, h_{t-1} of all units for the rows of the slice, x of
 // this step and the next (inputs.h), partial sums of split K, what is about to be sent, and for each tile xg of three
 // steps, copied asynchronously two steps ahead, or the biases, and the outputs of a step, which are stored 16 bytes at
-// a time (runs.h; in float64, with a projection and in parts, xg is loaded before the wait for h and outputs are stored
-// one by one). Synchronisation: one exchange of h per step inside a group (exchange.h), with a projection one of m as
-// well; and, where K is split, one barrier of the warps of a tile, and one of the block's for x. The outputs of a step
-// are stored after the exchange has begun. Limits: 8 or 16 batch rows in a slice; h of all units for these rows fits
-// into shared memory, once (kGrid) or twice (kCluster), and with a projection m, and every tile has a warp. In parts
-// there is neither limit: x, h and m come to shared memory in parts, and the tiles of a warp take turns (turns.h), all
-// of them once for the product with h and, with a projection, again for that with m. Then no weights stay on the chip,
-// the carry and h of a tile are loaded and stored in its turn, and xg is loaded before the product.
+// a time (runs.h; in float64, with a projection and in chunks, xg is loaded before the wait for h and outputs are
+// stored one by one). Synchronisation: one exchange of h per step inside a group (exchange.h), with a projection one of
+// m as well; and, where K is split, one barrier of the warps of a tile, and one of the block's for x. The outputs of a
+// step are stored after the exchange has begun. Limits: 8 or 16 batch rows in a slice; h of all units for these rows
+// fits into shared memory, once (kGrid) or twice (kCluster), and with a projection m, and every tile has a warp. In
+// chunks there is neither limit: x, h and m come to shared memory in chunks, and the tiles of a warp take turns
+// (tile_loop.h), all of them once for the product with h and, with a projection, again for that with m. Then no weights
+// stay on the chip, the carry and h of a tile are loaded and stored in its turn, and xg is loaded before the product.
 #pragma once
 
 #include <type_traits>
@@ -35,7 +35,7 @@
 #include "geometry.h"
 #include "inputs.h"
 #include "runs.h"
-#include "turns.h"
+#include "tile_loop.h"
 
 namespace fusedrnn::cuda {
 
@@ -57,7 +57,7 @@ class Forward {
   static constexpr Pass kPass = Pass::kForward;
   static constexpr int kUnits = tile_units(kPass);
   static constexpr int kOutputs = kProjected ? 2 : 1;  // numbers of h that a lane owns in each of its columns
-  static constexpr int kRows = kColumnTiles * kColumns;
+  static constexpr int kRows = kColumnTiles * kMmaN;
   static constexpr CellSpec kCell = C::kSpec;
   static constexpr int kGates = kCell.gates, kMaps = kCell.maps, kSaved = kCell.saved;
   // Maps of the product with w_ih, and of that with w_hh.
@@ -70,17 +70,17 @@ class Forward {
   template <Stage kStage>
   using Multiplier = WarpProduct<M, segments(kCell, kPass, kStage), kColumnTiles,
                                  register_blocks(kCell, Channel::kExchange, kPass, kStage, kMath, kRows, kProjected),
-                                 Channel::kInParts, kProjected ? 1 : 2, summed_segments(kCell, kPass, kStage)>;
+                                 Channel::kIsChunked, kProjected ? 1 : 2, summed_segments(kCell, kPass, kStage)>;
   using Recurrent = Multiplier<Stage::kRecurrent>;
   using Projection = Multiplier<Stage::kProjection>;
   using Input = Multiplier<Stage::kInput>;
   using Maps = A[kColumnTiles][kMaps][2];  // of every column tile, those of the lane's unit in its columns
   using Outputs = typename Projection::Results;
   static constexpr int kKeptOfCarry = kColumnTiles * 2;
-  using Kept = Turns<A, kept_numbers(kPass, kRows, kProjected)>;
+  using Kept = TileLoop<A, kept_numbers(kPass, kRows, kProjected)>;
   // Whether xg is copied, and the outputs are stored, 16 bytes at a time.
   static constexpr bool kInRuns = moves_in_runs(Channel::kExchange, kMath, kProjected);
-  static constexpr int kXgRow = xg_row(kCell, kMath), kXgStep = kColumns * kXgRow;
+  static constexpr int kXgRow = xg_row(kCell, kMath), kXgStep = kMmaN * kXgRow;
   static constexpr int kStoredRow = stored_row(kCell, kMath), kStepBytes = step_bytes(kCell, kPass, kMath);
   // Quads of a tile of 8 units and 8 rows: of xg in the compute dtype, and of what is stored; and for each lane.
   static constexpr int kXgRuns = kInRuns ? runs_of_lane(kGates * static_cast<int>(sizeof(A)) / 2) : 1;
@@ -88,7 +88,7 @@ class Forward {
   static constexpr int kStates = kHasCellState ? 2 : 1;  // arrays of c, and of y
   static constexpr int kSavedRuns = runs_of_lane(kSaved * kStoredQuads);
   static constexpr int kStoreRuns = kInRuns ? kSavedRuns + runs_of_lane(kStates * kStoredQuads) : 1;
-  using X = std::conditional_t<Channel::kInParts, InputsInParts<M, C, kRows>, Inputs<M, C, kRows>>;
+  using X = std::conditional_t<Channel::kIsChunked, ChunkedInputs<M, C, kRows>, Inputs<M, C, kRows>>;
 
   FUSEDRNN_DEVICE Forward(const ForwardParams& p, Role& role, char* shared, const SharedLayout& layout)
       : p_(p),
@@ -135,12 +135,12 @@ class Forward {
   }
 
   FUSEDRNN_DEVICE void run(char* shared, const SharedLayout& layout) {
-    if constexpr (!Channel::kInParts) clear_operands(layout, shared, p_.plan);
+    if constexpr (!Channel::kIsChunked) clear_operands(layout, shared, p_.plan);
     h_channel_.start();
     if constexpr (kProjected) m_channel_.start();
     Channel::started();
     if (!in_units_) return;
-    if constexpr (Channel::kInParts) {
+    if constexpr (Channel::kIsChunked) {
       slices_in_turns(shared, layout);
     } else {
       Recurrent recurrent = recurrent_product(shared, layout);
@@ -188,7 +188,7 @@ class Forward {
       if constexpr (kInRuns) {
         start_runs(b);
         look_at(0);
-        if (is_plain_) cut_next_ = ColumnMask();
+        if (is_plain_) reset_next_ = ColumnMask();
       } else {
         load(0);
       }
@@ -209,7 +209,7 @@ class Forward {
           cells(a);
         }
         if constexpr (kProjected) project(*projection);
-        cut_ = cut_next_;
+        reset_ = reset_next_;
         if (n + 1 < T) {
           send_h();
           announce_h();
@@ -304,7 +304,7 @@ class Forward {
     const int lane = kVariant ? static_cast<int>(fresh(role_.lane)) & (kWarp - 1) : role_.lane;
     FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
       const bool mine = has_units_ && role_.owns(n);
-      const int64_t row = first_row + n * kColumns, unit = int64_t{role_.tile} * kUnits;
+      const int64_t row = first_row + n * kMmaN, unit = int64_t{role_.tile} * kUnits;
       const auto run = [&](const void* base, int bytes, int64_t at, int64_t step, int64_t b, int64_t u) {
         const bool exists = mine && base != nullptr && b < p_.sizes.B;
         return Run(static_cast<const char*>(base) + (at + u) * bytes, forwards * step * bytes,
@@ -314,7 +314,7 @@ class Forward {
       FUSEDRNN_UNROLL for (int m = 0; m < kXgRuns; ++m) {
         const int q = lane + m * kWarp, array = q / quads % kGates;
         const int64_t b = row + q / quads / kGates;
-        const bool exists = !has_inputs() && q / quads < kGates * kColumns;
+        const bool exists = !has_inputs() && q / quads < kGates * kMmaN;
         xg_runs_[n][m] = run(exists ? p_.xg : nullptr, bytes, direction_.offset(p_.xg_strides, t, b) + array * H,
                              p_.xg_strides.t, b, unit + q % quads * (16 / bytes));
         xg_to_[m] = kept(q / (quads * kGates) * kXgRow + q % (quads * kGates) * static_cast<int>(sizeof(Quad)));
@@ -326,7 +326,7 @@ class Forward {
         const Strides& strides = is_c ? p_.c_strides : p_.y_strides;
         const void* base = is_saved ? p_.saved : is_c ? p_.c : p_.y;
         stores_[n][m] =
-            run(q.row < kColumns ? base : nullptr, sizeof(S),
+            run(q.row < kMmaN ? base : nullptr, sizeof(S),
                 is_saved ? direction_.step(t, b, kSaved * H) + q.array * H : direction_.offset(strides, t, b),
                 is_saved ? p_.sizes.B * kSaved * H : strides.t, b, unit + q.unit);
       }
@@ -439,7 +439,7 @@ class Forward {
       FUSEDRNN_UNROLL for (int m = 0; m < kStoreRuns; ++m) {
         const Stored q = this->stored(m);
         quads[m] = Quad{{0, 0, 0, 0}};
-        if (q.row >= kColumns) continue;
+        if (q.row >= kMmaN) continue;
         quads[m] = *reinterpret_cast<const Quad*>(staged + q.row * kStoredRow +
                                                   (q.array * 8 + q.unit) * static_cast<int>(sizeof(S)));
       }
@@ -454,7 +454,7 @@ class Forward {
 
   // From the n-th step to the next, of h.
   FUSEDRNN_DEVICE void next(int64_t n) {
-    cut_ = cut_next_;
+    reset_ = reset_next_;
     if (n + 1 < p_.sizes.T) send_h();
     store_h(direction_.at(n));
   }
@@ -466,7 +466,7 @@ class Forward {
   }
   FUSEDRNN_DEVICE void recall(const Kept& kept, int64_t first_row, int64_t step) {
     find_rows(first_row);
-    cut_ = cut(step);
+    reset_ = resets(step);
     for_each_column([&](int n, int j) { carry_[n][j] = kept[2 * n + j]; });
     for_each_output([&](int n, int j, int k) { h_[n][k][j] = kept[kKeptOfCarry + (n * kOutputs + k) * 2 + j]; });
   }
@@ -490,7 +490,7 @@ class Forward {
   FUSEDRNN_DEVICE bool has_inputs() const { return p_.plan.inputs != 0; }
 
   // The batch row of a column, and the index in h of one of the lane's numbers of it.
-  FUSEDRNN_DEVICE int64_t row(int n, int j) const { return first_row_ + n * kColumns + j; }
+  FUSEDRNN_DEVICE int64_t row(int n, int j) const { return first_row_ + n * kMmaN + j; }
   FUSEDRNN_DEVICE int output(int k) const {
     return kProjected ? role_.tile * kTileOutputs + k * 8 + role_.lane / 4 : unit_;
   }
@@ -500,7 +500,7 @@ class Forward {
   // The state before the first step. A lane that has a number of h that exists has a unit that does.
   FUSEDRNN_DEVICE void start(int64_t first_row) {
     find_rows(first_row);
-    cut_ = cut(0);
+    reset_ = resets(0);
     for_each_column([&](int n, int j) {
       carry_[n][j] = 0;
       if (kCarries && p_.c0 != nullptr && is_unit(n, j)) {
@@ -536,12 +536,12 @@ class Forward {
     if constexpr (kVariant) {
       const auto [first, stride] = extra_.place(direction_.at(step), first_row_, unit_);
       for_each_column(
-          [&](int n, int j) { extra_.load(multipliers_[n][j], is_unit(n, j), first + (n * kColumns + j) * stride); });
+          [&](int n, int j) { extra_.load(multipliers_[n][j], is_unit(n, j), first + (n * kMmaN + j) * stride); });
     }
   }
 
-  // Whether the state that enters the n-th step is cut to zero.
-  FUSEDRNN_DEVICE ColumnMask cut(int64_t step) const {
+  // Whether the state that enters the n-th step is reset to zero.
+  FUSEDRNN_DEVICE ColumnMask resets(int64_t step) const {
     const int64_t t = direction_.at(step);
     ColumnMask mask;
     for_each_column([&](int n, int j) {
@@ -553,7 +553,7 @@ class Forward {
   // Which of the lane's columns there are in the n-th step, and behind it.
   FUSEDRNN_DEVICE void look_at(int64_t step) {
     for_each_column([&](int n, int j) { exists_.set(n, j, Direction::exists(direction_.at(step), lengths_[n][j])); });
-    cut_next_ = cut(step + 1);
+    reset_next_ = resets(step + 1);
   }
 
   // What the n-th step needs and no other block computes.
@@ -637,14 +637,14 @@ class Forward {
   // a: the maps on entry, what is saved on exit.
   FUSEDRNN_DEVICE void cells(Maps& a) {
     for_each_column([&](int n, int j) {
-      A maps[1][kMaps], carry[1] = {cut_(n, j) ? A(0) : carry_[n][j]}, m[1];
+      A maps[1][kMaps], carry[1] = {reset_(n, j) ? A(0) : carry_[n][j]}, m[1];
       FUSEDRNN_UNROLL for (int k = 0; k < kMaps; ++k) maps[0][k] = a[n][k][j];
       if constexpr (kVariant) {
         typename Extra::Peepholes p;
         extra_.take(p, peepholes_, unit_);
         const auto operands = extra_.operands(p, multipliers_[n][j]);
         C::template forward<typename M::ForwardMath, 1>(p_.plan.cell, maps, carry, m, operands);
-        if constexpr (!kProjected) m[0] = extra_.zoned_out(multipliers_[n][j], cut_(n, j) ? A(0) : h_[n][0][j], m[0]);
+        if constexpr (!kProjected) m[0] = extra_.zoned_out(multipliers_[n][j], reset_(n, j) ? A(0) : h_[n][0][j], m[0]);
       } else {
         C::template forward<typename M::ForwardMath, 1>(p_.plan.cell, maps, carry, m);
       }
@@ -684,7 +684,7 @@ class Forward {
   // Sends the state that enters the step that comes.
   FUSEDRNN_DEVICE void send_h() {
     send<kOutputs * 8>(h_channel_, has_outputs_, [&](int n, int j, int k) {
-      const A h = cut_(n, j) ? A(0) : h_[n][k][j];
+      const A h = reset_(n, j) ? A(0) : h_[n][k][j];
       if constexpr (kVariant) return h * of_state(n, j, k);
       return h;
     });
@@ -698,7 +698,7 @@ class Forward {
   FUSEDRNN_DEVICE void send(Channel& channel, bool has_values, const F& value) {
     FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
       if (!has_values || !role_.owns(n)) continue;
-      if (Channel::kInParts || n > 0) sync_warp("the staged results are sent");
+      if (Channel::kIsChunked || n > 0) sync_warp("the staged results are sent");
       FUSEDRNN_UNROLL for (int j = 0; j < 2; ++j) {
         FUSEDRNN_UNROLL for (int k = 0; k < kChunk / 8; ++k) {
           staging_[(role_.lane % 4 * 2 + j) * kChunk + k * 8 + role_.lane / 4] = M::operand(value(n, j, k));
@@ -749,7 +749,7 @@ class Forward {
   Role& role_;
   Channel h_channel_, m_channel_;  // the second one only with a projection
   S* staging_;
-  const bool is_plain_;  // whether all steps exist, and no state is cut
+  const bool is_plain_;  // whether all steps exist, and no state is reset
   char* steps_;          // [column tile] of kStepsAhead steps of xg, and of the outputs of a step
   const Direction direction_;
   const Extra extra_;  // of a variant
@@ -774,8 +774,8 @@ class Forward {
   typename Extra::Peepholes peepholes_;
   typename Extra::Multipliers multipliers_[kColumnTiles][2];
   A of_state_[kColumnTiles][kOutputs][2];
-  ColumnMask exists_;          // whether that step does
-  ColumnMask cut_, cut_next_;  // whether the state that enters it, or the next, is zero
+  ColumnMask exists_;              // whether that step does
+  ColumnMask reset_, reset_next_;  // whether the state that enters it, or the next, is zero
 };
 
 }  // namespace fusedrnn::cuda

@@ -37,7 +37,7 @@ class Direction {
   // Whether step t, which may be -1, exists in a sequence of that length.
   static FUSEDRNN_DEVICE bool exists(int64_t t, int length) { return t >= 0 && t < length; }
   FUSEDRNN_DEVICE bool is_first(int64_t t, int length) const { return t == (d_ == 1 ? length - 1 : 0); }
-  // Whether the state that enters step t of sequence b, which exists, is cut to zero.
+  // Whether the state that enters step t of sequence b, which exists, is reset to zero.
   FUSEDRNN_DEVICE bool is_reset(int64_t t, int64_t b) const {
     return sequence_.reset != nullptr && sequence_.reset[t * B_ + b] != 0;
   }

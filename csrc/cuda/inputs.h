@@ -1,8 +1,8 @@
 // x, where the launch takes it: from global memory to the shared memory of every block that multiplies with w_ih.
 #pragma once
 
+#include "operand_chunks.h"
 #include "params.h"
-#include "parts.h"
 #include "product.h"
 
 namespace fusedrnn::cuda {
@@ -14,8 +14,8 @@ class InputRows {
  public:
   using S = typename M::Storage;
   static constexpr bool kRounds = M::kRoundsOperands;
-  static constexpr const char *kCopies = "the thread's copies of the part of the input",
-                              *kCopied = "the part of the input is copied";
+  static constexpr const char *kCopies = "the thread's copies of the chunk of the input",
+                              *kCopied = "the chunk of the input is copied";
 
   FUSEDRNN_DEVICE InputRows(const ForwardParams& p, int direction, int64_t t, int64_t first_row)
       : slice_(static_cast<const S*>(p.x) + direction * p.x_strides.d + t * p.x_strides.t + first_row * p.x_strides.b),
@@ -127,16 +127,16 @@ class Inputs {
   uint32_t received_ = 0;
 };
 
-// Rows in parts.
+// Rows in chunks.
 template <class M, class C, int kRows>
-class InputsInParts {
+class ChunkedInputs {
  public:
-  // shared: two buffers of a part.
-  FUSEDRNN_DEVICE InputsInParts(const ForwardParams& p, const Role& role, char* shared)
+  // shared: two buffers of a chunk.
+  FUSEDRNN_DEVICE ChunkedInputs(const ForwardParams& p, const Role& role, char* shared)
       : p_(p),
         role_(role),
-        parts_(role, p.plan, product(spec_of<C>(), Pass::kForward, Stage::kInput, p.sizes, M::kMath).operand, kRows,
-               shared) {}
+        chunks_(role, p.plan, product(spec_of<C>(), Pass::kForward, Stage::kInput, p.sizes, M::kMath).operand, kRows,
+                shared) {}
 
   // Makes x of time step t, batch rows from first_row on, the operand.
   FUSEDRNN_DEVICE void take(int64_t t, int64_t first_row) {
@@ -144,16 +144,16 @@ class InputsInParts {
     first_row_ = first_row;
   }
 
-  // use(part, operand) for every part of the operand, which lies in shared memory meanwhile.
+  // use(chunk, operand) for every chunk of the operand, which lies in shared memory meanwhile.
   template <class F>
-  FUSEDRNN_DEVICE void for_each_part(const F& use) {
-    parts_.for_each(InputRows<M>(p_, role_.direction, t_, first_row_), use);
+  FUSEDRNN_DEVICE void for_each_chunk(const F& use) {
+    chunks_.for_each(InputRows<M>(p_, role_.direction, t_, first_row_), use);
   }
 
  private:
   const ForwardParams& p_;
   const Role& role_;
-  Parts parts_;
+  OperandChunks chunks_;
   int64_t t_ = 0, first_row_ = 0;
 };
 

@@ -11,9 +11,7 @@ struct Instances {
 };
 
 // Which of the kernels of one pass and exchange: 8 rows, 16 rows, or 8 with a projection.
-constexpr int variant(const Sizes& sizes, const Plan& plan) {
-  return sizes.projected != 0 ? 2 : plan.rows / kColumns - 1;
-}
+constexpr int variant(const Sizes& sizes, const Plan& plan) { return sizes.projected != 0 ? 2 : plan.rows / kMmaN - 1; }
 
 // C: of cell.h.
 template <Math kMath, class C>

@@ -161,28 +161,28 @@ std::string launch_backward(const BackwardParams& params, void* stream) {
   return launch(Pass::kBackward, params, stream);
 }
 
-std::string room(Pass pass, const Sizes& sizes, const Plan& plan, Room* room) {
+std::string occupancy(Pass pass, const Sizes& sizes, const Plan& plan, Occupancy* found) {
   if (const char* why = invalid(pass, sizes, plan)) return std::string("the plan is invalid: ") + why;
   int device = 0, processors = 0, shared = 0, major = 0;
   FUSEDRNN_CALL(cudaGetDevice, &device);
   FUSEDRNN_CALL(cudaDeviceGetAttribute, &processors, cudaDevAttrMultiProcessorCount, device);
   FUSEDRNN_CALL(cudaDeviceGetAttribute, &shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   FUSEDRNN_CALL(cudaDeviceGetAttribute, &major, cudaDevAttrComputeCapabilityMajor, device);
-  *room = {shared, 0};
+  *found = {shared, 0};
   const bool cluster = is_cluster(plan);
   if (shared_bytes(pass, sizes, plan) > shared || (cluster && major < 9)) return {};
   const void* kernel = kernel_of(pass, sizes, plan);
   const Configuration configuration(pass, sizes, plan, nullptr);
   if (std::string failed = prepare(kernel, plan); !failed.empty()) return failed;
   if (cluster) {
-    const cudaError_t error = cudaOccupancyMaxActiveClusters(&room->groups, kernel, &configuration.launch);
+    const cudaError_t error = cudaOccupancyMaxActiveClusters(&found->groups, kernel, &configuration.launch);
     const std::string failed = failure("cudaOccupancyMaxActiveClusters", error);
     return error == cudaErrorInvalidClusterSize ? std::string() : failed;  // there is no room for such a cluster
   }
   int blocks = 0;
   FUSEDRNN_CALL(cudaOccupancyMaxActiveBlocksPerMultiprocessor, &blocks, kernel, threads(plan),
                 configuration.launch.dynamicSmemBytes);
-  room->groups = blocks * processors / plan.blocks;
+  found->groups = blocks * processors / plan.blocks;
   return {};
 }
 

@@ -27,13 +27,13 @@ std::string launch_forward(const ForwardParams& params, void* stream);
 std::string launch_backward(const BackwardParams& params, void* stream);
 
 // What a plan meets on the current device.
-struct Room {
+struct Occupancy {
   int64_t shared_bytes;  // that a block may have
   int groups;            // that can run at the same time, of all directions; 0 if not even one fits
 };
 
 // A plan of kGrid needs room for all of its groups, D * plan.groups, since they are launched together; of clusters for
 // one, and further ones start when others end.
-std::string room(Pass pass, const Sizes& sizes, const Plan& plan, Room* room);
+std::string occupancy(Pass pass, const Sizes& sizes, const Plan& plan, Occupancy* found);
 
 }  // namespace fusedrnn::cuda

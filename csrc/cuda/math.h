@@ -76,13 +76,13 @@ struct ScalarUnit {
 
   template <int kSegments, int kChains = 1>
   struct Accumulator {
-    A sum[kSegments][kColumns];
+    A sum[kSegments][kMmaN];
   };
 
   template <int kSegments, int kChains>
   static FUSEDRNN_DEVICE void clear(Accumulator<kSegments, kChains>& into) {
     FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) {
-      FUSEDRNN_UNROLL for (int n = 0; n < kColumns; ++n) into.sum[s][n] = 0;
+      FUSEDRNN_UNROLL for (int n = 0; n < kMmaN; ++n) into.sum[s][n] = 0;
     }
   }
 
@@ -91,7 +91,7 @@ struct ScalarUnit {
   template <int kSegments, int kChains>
   static FUSEDRNN_DEVICE void add(Accumulator<kSegments, kChains>& into, const Quad (&w)[kSegments], const char* rows,
                                   int stride) {
-    FUSEDRNN_UNROLL for (int n = 0; n < kColumns; ++n) {
+    FUSEDRNN_UNROLL for (int n = 0; n < kMmaN; ++n) {
       const Quad b = *reinterpret_cast<const Quad*>(rows + n * stride);
       FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) {
         FUSEDRNN_UNROLL for (int k = 0; k < kPerQuad; ++k) { into.sum[s][n] += element<A>(w[s], k) * element<A>(b, k); }
@@ -137,20 +137,20 @@ struct ArithmeticOf {
 };
 
 template <>
-struct Arithmetic<Math::kBFloat16>
-    : ArithmeticOf<Math::kBFloat16, BFloat16, float, MatrixUnit<Operands::kBFloat16, BFloat16>, Rough, Quick> {};
+struct Arithmetic<Math::kBFloat16> : ArithmeticOf<Math::kBFloat16, BFloat16, float,
+                                                  MatrixUnit<Operands::kBFloat16, BFloat16>, HardwareTanh, FastMath> {};
 template <>
 struct Arithmetic<Math::kFloat16>
-    : ArithmeticOf<Math::kFloat16, Float16, float, MatrixUnit<Operands::kFloat16, Float16>, Quick> {};
+    : ArithmeticOf<Math::kFloat16, Float16, float, MatrixUnit<Operands::kFloat16, Float16>, FastMath> {};
 template <>
-struct Arithmetic<Math::kFloat32> : ArithmeticOf<Math::kFloat32, float, float, ScalarUnit<float>, Precise<float>> {};
+struct Arithmetic<Math::kFloat32> : ArithmeticOf<Math::kFloat32, float, float, ScalarUnit<float>, LibMath<float>> {};
 template <>
-struct Arithmetic<Math::kFloat64> : ArithmeticOf<Math::kFloat64, double, double, ScalarUnit<double>, Precise<double>> {
+struct Arithmetic<Math::kFloat64> : ArithmeticOf<Math::kFloat64, double, double, ScalarUnit<double>, LibMath<double>> {
 };
 // Both operands are rounded where they enter the product; everything else is float.
 template <>
 struct Arithmetic<Math::kTf32>
-    : ArithmeticOf<Math::kTf32, float, float, MatrixUnit<Operands::kTf32, float>, Precise<float>> {
+    : ArithmeticOf<Math::kTf32, float, float, MatrixUnit<Operands::kTf32, float>, LibMath<float>> {
   static constexpr bool kRoundsOperands = true;
   static FUSEDRNN_DEVICE float operand(float value) { return to_tf32(value); }
   static FUSEDRNN_DEVICE Quad operands(const Quad& quad) {

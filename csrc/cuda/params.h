@@ -23,7 +23,7 @@ struct Strides {
   int64_t d, t, b;
 };
 
-// Which steps exist and where the state is cut.
+// Which steps exist and where the state is reset.
 struct Sequence {
   const int64_t* lengths;  // [B] or null (all T); values outside 0..T count as the nearest
   const uint8_t* reset;    // [T][B] or null

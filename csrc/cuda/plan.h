@@ -8,8 +8,8 @@
 // its own: m or dh. Its tiles are spread over the same warps. Where the launch takes the inputs, the forward has a
 // product with w_ih before the recurrent one, of the same tiles: its operand is x, which nobody has to exchange.
 //
-// Where an operand is larger than shared memory, or there are more tiles than warps, a plan is one in parts: operands
-// come to shared memory one part after another, and a warp has several tiles, which take turns in every step.
+// Where an operand is larger than shared memory, or there are more tiles than warps, a plan is one in chunks: operands
+// come to shared memory one chunk after another, and a warp has several tiles, which take turns in every step.
 //
 // K counts in bytes: 64 bytes of an operand's row are one K block, which is two matrix instructions in any dtype.
 #pragma once
@@ -32,7 +32,7 @@ constexpr int kStages = 3;
 enum class Exchange : int32_t {
   kGrid,     // through the second-level cache, announced by flags; all blocks of a launch run at the same time
   kCluster,  // a group is a cluster: into the peers' shared memory, announced on their mbarriers; sm_90
-  kParts,    // as kGrid, with operands that come in parts and tiles that take turns, and all weights streamed: any H
+  kChunked,  // as kGrid, with operands that come in chunks and tiles that take turns, and all weights streamed: any H
   kScatter,  // a group is a cluster, whose blocks exchange partial sums of dh: scatter.h; backward, no projection
 };
 enum class Math : int32_t { kBFloat16, kFloat16, kTf32, kFloat32, kFloat64 };
@@ -57,13 +57,13 @@ struct Plan {
   int32_t shared_projection_blocks;  // the same for w_hr, with one K block in registers; 0 without a projection
   int32_t inputs;                    // 1 where the launch takes x and w_ih, else 0 and it takes xg; forward only
   int32_t shared_input_blocks;       // the same for w_ih, with none in registers; 0 without inputs
-  int32_t part_blocks;               // of kParts: K blocks of each warp in a part of the operand; else 0
+  int32_t chunk_blocks;              // of kChunked: K blocks of each warp in a chunk of the operand; else 0
   CellKind cell;
 };
 
 constexpr int kMostBlocks = 16;   // of a cluster
 constexpr int kMaxThreads = 256;  // kernels are compiled for it: 255 registers a thread
-constexpr int kColumns = 8;       // batch rows of one matrix instruction
+constexpr int kMmaN = 8;          // batch rows of one matrix instruction
 constexpr int kBlockBytes = 64;   // of a K block in a row of the operand
 // K blocks of weights that are on their way to a warp where they are streamed, and that its ring has room for.
 constexpr int kStreamAhead = 3, kStreamSlots = 4;
@@ -77,7 +77,7 @@ FUSEDRNN_BOTH constexpr int compute_bytes(Math math) { return math == Math::kFlo
 FUSEDRNN_BOTH constexpr bool uses_matrix_unit(Math math) {
   return math == Math::kBFloat16 || math == Math::kFloat16 || math == Math::kTf32;
 }
-FUSEDRNN_BOTH constexpr int max_rows(Math math) { return uses_matrix_unit(math) ? 2 * kColumns : kColumns; }
+FUSEDRNN_BOTH constexpr int max_rows(Math math) { return uses_matrix_unit(math) ? 2 * kMmaN : kMmaN; }
 
 // Whether there are kernels with a projection: those of a variant in float64 would not fit into the registers.
 FUSEDRNN_BOTH constexpr bool projects(const CellSpec& cell, Math math) {
@@ -105,8 +105,8 @@ FUSEDRNN_BOTH constexpr int summed_segments(const CellSpec& cell, Pass pass, Sta
 // registers leave room for, beside the accumulators and what is loaded ahead of a step. Compiled in.
 FUSEDRNN_BOTH constexpr int register_blocks(const CellSpec& cell, Exchange exchange, Pass pass, Stage stage, Math math,
                                             int rows, bool projected) {
-  const bool forward = pass == Pass::kForward, narrow = rows == kColumns;
-  if (stage == Stage::kInput || exchange == Exchange::kParts) return 0;
+  const bool forward = pass == Pass::kForward, narrow = rows == kMmaN;
+  if (stage == Stage::kInput || exchange == Exchange::kChunked) return 0;
   const bool variant = is_variant(cell);  // which has its multipliers and peepholes in registers
   if (math == Math::kFloat64) return projected || variant ? 0 : 1;
   if (stage == Stage::kProjection) return 1;
@@ -133,7 +133,7 @@ FUSEDRNN_BOTH constexpr bool is_cluster(const Plan& plan) {
 // Of kScatter. splits: warps for each tile of 16 units that a block owns.
 constexpr int kStepsCopied = 4;  // ahead of a step
 FUSEDRNN_BOTH constexpr int most_scatter_tiles(Math math, int rows) {
-  return math == Math::kFloat64 || (math == Math::kTf32 && rows != kColumns) ? 2 : 4;
+  return math == Math::kFloat64 || (math == Math::kTf32 && rows != kMmaN) ? 2 : 4;
 }
 FUSEDRNN_BOTH constexpr int scatter_splits(int tiles) { return tiles <= 2 ? 4 : 2; }
 // K blocks of da of a block, as far as it meets w_hh; of the last one, what is behind da is zeros.
@@ -144,7 +144,7 @@ FUSEDRNN_BOTH constexpr int scatter_blocks(const CellSpec& cell, Math math, int 
 FUSEDRNN_BOTH constexpr int scatter_outputs_in_registers(const CellSpec& cell, Math math, int rows, int tiles) {
   const int wide = math == Math::kTf32 || tiles > 2 ? 0 : 8;
   const int less = is_variant(cell) && math == Math::kTf32 ? 4 : 0;
-  const int on_matrix_unit = rows != kColumns ? wide : (tiles <= 2 ? 16 : 12) - less;
+  const int on_matrix_unit = rows != kMmaN ? wide : (tiles <= 2 ? 16 : 12) - less;
   const int blocks = uses_matrix_unit(math) ? on_matrix_unit : math == Math::kFloat32 ? 8 : 0;
   const int outputs = blocks / scatter_blocks(cell, math, tiles);
   return outputs < 4 ? outputs : 4;
@@ -184,12 +184,12 @@ FUSEDRNN_BOTH constexpr int first_block(Integer blocks, int split, int splits) {
   return static_cast<int>(split * blocks / splits);
 }
 
-// A part of an operand is as many K blocks of each split, next to each other in shared memory; the last ones have
+// A chunk of an operand is as many K blocks of each split, next to each other in shared memory; the last ones have
 // fewer.
-FUSEDRNN_BOTH constexpr int part_stride(const Plan& plan) { return row_stride(plan.splits * plan.part_blocks); }
-FUSEDRNN_BOTH constexpr int parts(const Operand& operand, const Plan& plan) {
+FUSEDRNN_BOTH constexpr int chunk_stride(const Plan& plan) { return row_stride(plan.splits * plan.chunk_blocks); }
+FUSEDRNN_BOTH constexpr int chunks(const Operand& operand, const Plan& plan) {
   const int longest = (operand.blocks() + plan.splits - 1) / plan.splits;
-  return (longest + plan.part_blocks - 1) / plan.part_blocks;
+  return (longest + plan.chunk_blocks - 1) / plan.chunk_blocks;
 }
 
 // One of the products of a step.
@@ -287,13 +287,13 @@ FUSEDRNN_BOTH constexpr int turns(int64_t tiles, const Plan& plan) {
 
 // Numbers that a thread keeps of a tile from step to step: the carry and h, or their gradients.
 FUSEDRNN_BOTH constexpr int kept_numbers(Pass pass, int rows, bool projected) {
-  return rows / kColumns * (pass == Pass::kBackward ? 8 : projected ? 6 : 4);
+  return rows / kMmaN * (pass == Pass::kBackward ? 8 : projected ? 6 : 4);
 }
 
 // Whether what a step takes beside the operand is copied ahead, and what it leaves is stored 16 bytes at a time: of the
 // forward and of a backward that gathers. In float64 it would take too many registers.
 FUSEDRNN_BOTH constexpr bool moves_in_runs(Exchange exchange, Math math, bool projected) {
-  return exchange != Exchange::kParts && math != Math::kFloat64 && !projected;
+  return exchange != Exchange::kChunked && math != Math::kFloat64 && !projected;
 }
 // Where it does: steps that are on their way or in use, and of the forward bytes from row to row of a tile of xg, and
 // of what is stored of a step: what the cell saves, c and h. Padded, so that lanes meet in no bank.
@@ -306,8 +306,8 @@ FUSEDRNN_BOTH constexpr int stored_row(const CellSpec& cell, Math math) {
 }
 // Of a tile and eight rows, all of it.
 FUSEDRNN_BOTH constexpr int step_bytes(const CellSpec& cell, Pass pass, Math math) {
-  return kColumns * (pass == Pass::kForward ? kStepsAhead * xg_row(cell, math) + stored_row(cell, math)
-                                            : kStepsAhead * copied_row(cell, math, tile_units(pass)));
+  return kMmaN * (pass == Pass::kForward ? kStepsAhead * xg_row(cell, math) + stored_row(cell, math)
+                                         : kStepsAhead * copied_row(cell, math, tile_units(pass)));
 }
 // Of the backward: bytes of da of so many units and a row, as it is staged. First come the maps that meet w_hh.
 FUSEDRNN_BOTH constexpr int staged_bytes(const CellSpec& cell, Math math, int units) {
@@ -321,10 +321,11 @@ FUSEDRNN_BOTH constexpr int scatter_staged_blocks(const CellSpec& cell, Math mat
 
 // Offsets into a block's shared memory, of each stage.
 struct SharedLayout {
-  int64_t weights[kStages];   // [warp][K blocks in shared memory][segment][lane] quads
-  int64_t rings[kStages];     // [warp][kStreamSlots][segment][lane] quads, where weights are streamed
-  int64_t operands[kStages];  // [1 or 2][rows] of Operand::stride(); of x always 2. kParts: [2][rows] of part_stride()
-  int64_t operands_end;       // those that are exchanged lie next to each other; x is behind them
+  int64_t weights[kStages];  // [warp][K blocks in shared memory][segment][lane] quads
+  int64_t rings[kStages];    // [warp][kStreamSlots][segment][lane] quads, where weights are streamed
+  int64_t
+      operands[kStages];  // [1 or 2][rows] of Operand::stride(); of x always 2. kChunked: [2][rows] of chunk_stride()
+  int64_t operands_end;   // those that are exchanged lie next to each other; x is behind them
   int64_t partial[kStages];   // [tile][split][rows / 8][segment][2][lane] of A, where K is split; none of x
   int64_t staging;            // [warp][8] of the longer chunk
   int64_t warp_staging;       // bytes of it for one warp
@@ -339,7 +340,7 @@ FUSEDRNN_BOTH constexpr SharedLayout shared_layout(const CellSpec& cell, Pass pa
   SharedLayout at{};
   int64_t end = 0;
   if (plan.exchange == Exchange::kScatter) {
-    const int columns = plan.rows / kColumns;
+    const int columns = plan.rows / kMmaN;
     at.weights[0] = 0;
     end += warps * plan.shared_blocks * 2 * kWarp * static_cast<int64_t>(sizeof(Quad));
     at.rings[0] = end;
@@ -363,10 +364,10 @@ FUSEDRNN_BOTH constexpr SharedLayout shared_layout(const CellSpec& cell, Pass pa
     end += warps * shared_blocks(stage, plan) * each.fragment_quads() * static_cast<int64_t>(sizeof(Quad));
     at.rings[k] = end;
     end += ring_bytes(cell, pass, stage, sizes, plan);
-    if (each.operand.chunk_bytes * kColumns > at.warp_staging) at.warp_staging = each.operand.chunk_bytes * kColumns;
+    if (each.operand.chunk_bytes * kMmaN > at.warp_staging) at.warp_staging = each.operand.chunk_bytes * kMmaN;
   }
   if (pass == Pass::kBackward) {
-    const int64_t all = int64_t{kColumns} * staged_bytes(cell, plan.math, tile_units(pass));
+    const int64_t all = int64_t{kMmaN} * staged_bytes(cell, plan.math, tile_units(pass));
     if (all > at.warp_staging) at.warp_staging = all;
   }
   for (int k = 0; k < kStages; ++k) {
@@ -375,21 +376,21 @@ FUSEDRNN_BOTH constexpr SharedLayout shared_layout(const CellSpec& cell, Pass pa
     if (!has(stage, sizes, plan)) continue;
     const int64_t buffers = plan.exchange != Exchange::kGrid || stage == Stage::kInput ? 2 : 1;
     end += buffers * plan.rows *
-           (plan.exchange == Exchange::kParts ? part_stride(plan)
-                                              : product(cell, pass, stage, sizes, plan.math).operand.stride());
+           (plan.exchange == Exchange::kChunked ? chunk_stride(plan)
+                                                : product(cell, pass, stage, sizes, plan.math).operand.stride());
   }
   at.operands_end = at.operands[static_cast<int>(Stage::kInput)];
   for (int k = 0; k < kStages; ++k) {
     at.partial[k] = end;
     if (k >= exchanges(sizes) || plan.splits == 1) continue;
-    end += warps * (plan.rows / kColumns) * summed_segments(cell, pass, static_cast<Stage>(k)) * 2 * kWarp *
+    end += warps * (plan.rows / kMmaN) * summed_segments(cell, pass, static_cast<Stage>(k)) * 2 * kWarp *
            compute_bytes(plan.math);
   }
   at.staging = end;
   end += warps * at.warp_staging;
   at.steps = end;
   if (moves_in_runs(plan.exchange, plan.math, sizes.projected != 0)) {
-    end += plan.tiles * (plan.rows / kColumns) * step_bytes(cell, pass, plan.math);
+    end += plan.tiles * (plan.rows / kMmaN) * step_bytes(cell, pass, plan.math);
   }
   for (int k = 0; k < kStages; ++k) {
     at.barriers[k] = end;
@@ -414,7 +415,7 @@ FUSEDRNN_BOTH constexpr int64_t exchanged_bytes(const CellSpec& cell, Pass pass,
          exchanged_bytes(cell, pass, Stage::kProjection, sizes, plan);
 }
 FUSEDRNN_BOTH constexpr int64_t kept_bytes(Pass pass, const Sizes& sizes, const Plan& plan) {
-  if (plan.exchange != Exchange::kParts) return 0;
+  if (plan.exchange != Exchange::kChunked) return 0;
   return launched_blocks(sizes, plan) * threads(plan) * turns(ceil_div(sizes.H, tile_units(pass)), plan) *
          kept_numbers(pass, plan.rows, sizes.projected != 0) * compute_bytes(plan.math);
 }
@@ -441,7 +442,7 @@ FUSEDRNN_BOTH constexpr const char* invalid(Pass pass, const Sizes& sizes, const
   const CellSpec cell = spec_of(plan.cell);
   if (sizes.projected != 0 && !projects(cell, plan.math)) return "the cell has no projection";
   if (plan.blocks < 1 || plan.tiles < 1 || plan.splits < 1 || plan.groups < 1 || plan.shared_blocks < 0 ||
-      plan.shared_projection_blocks < 0 || plan.shared_input_blocks < 0 || plan.part_blocks < 0) {
+      plan.shared_projection_blocks < 0 || plan.shared_input_blocks < 0 || plan.chunk_blocks < 0) {
     return "counts must be positive";
   }
   if (plan.inputs != 0 && plan.inputs != 1) return "inputs must be 0 or 1";
@@ -451,20 +452,20 @@ FUSEDRNN_BOTH constexpr const char* invalid(Pass pass, const Sizes& sizes, const
   if (plan.tiles > kMaxThreads || plan.splits > kMaxThreads || threads(plan) > kMaxThreads) {
     return "a block has too many threads";
   }
-  if (plan.rows != kColumns && plan.rows != 2 * kColumns) return "rows must be 8 or 16";
+  if (plan.rows != kMmaN && plan.rows != 2 * kMmaN) return "rows must be 8 or 16";
   if (plan.rows > max_rows(plan.math)) return "rows must be 8 where the matrix unit is not used";
-  if (plan.rows != kColumns && sizes.projected != 0) return "rows must be 8 with a projection";
+  if (plan.rows != kMmaN && sizes.projected != 0) return "rows must be 8 with a projection";
   if (launched_blocks(sizes, plan) > INT32_MAX) return "too many blocks";
-  if (plan.exchange == Exchange::kParts) {
-    if (plan.rows != max_rows(plan.math) && sizes.projected == 0) return "in parts, rows must be as many as can be";
+  if (plan.exchange == Exchange::kChunked) {
+    if (plan.rows != max_rows(plan.math) && sizes.projected == 0) return "in chunks, rows must be as many as can be";
     if (plan.blocks > (1 << 20)) return "too many blocks";
     if (plan.shared_blocks != 0 || plan.shared_projection_blocks != 0 || plan.shared_input_blocks != 0) {
-      return "in parts, all weights are streamed";
+      return "in chunks, all weights are streamed";
     }
-    if (plan.part_blocks < 1 || plan.part_blocks > (1 << 12)) return "part_blocks must be 1 to 2^12";
+    if (plan.chunk_blocks < 1 || plan.chunk_blocks > (1 << 12)) return "chunk_blocks must be 1 to 2^12";
     return nullptr;
   }
-  if (plan.part_blocks != 0) return "part_blocks without parts";
+  if (plan.chunk_blocks != 0) return "chunk_blocks without chunks";
   if (int64_t{plan.blocks} * plan.tiles < ceil_div(sizes.H, tile_units(pass))) return "the tiles do not cover H";
   if (plan.exchange == Exchange::kGrid) return nullptr;
   // What blocks send to each other is defined for clusters of two or more ("st.async", PTX ISA).

@@ -40,9 +40,9 @@ struct Role {
   FUSEDRNN_DEVICE bool owns(int column_tile) const { return column_tile % splits == split; }
 };
 
-// kInParts: the operand comes in parts, and all weights are streamed. kChains: of Unit::Accumulator. kSummed: segments
-// that add_parts() sums.
-template <class M, int kSegments, int kColumnTiles, int kRegisterBlocks, bool kInParts, int kChains = 1,
+// kIsChunked: the operand comes in chunks, and all weights are streamed. kChains: of Unit::Accumulator. kSummed:
+// segments that add_parts() sums.
+template <class M, int kSegments, int kColumnTiles, int kRegisterBlocks, bool kIsChunked, int kChains = 1,
           int kSummed = kSegments>
 class WarpProduct {
  public:
@@ -57,15 +57,15 @@ class WarpProduct {
                               int shared_blocks, char* shared, char* ring, char* partial)
       : role_(role),
         stream_(ring + role.warp * kStreamSlots * kFragment * static_cast<int>(sizeof(Quad)), role.lane),
-        stride_(kInParts ? part_stride(plan) : product.operand.stride()),
-        part_blocks_(plan.part_blocks),
+        stride_(kIsChunked ? chunk_stride(plan) : product.operand.stride()),
+        chunk_blocks_(plan.chunk_blocks),
         barrier_(1 + role.local_tile),
         shared_blocks_(shared_blocks),
         partial_(reinterpret_cast<A*>(partial) + role.local_tile * plan.splits * kColumnTiles * kPartial) {
     if (role.tile >= product.tiles) return;
     const int blocks = product.operand.blocks(), begin = first_block(int64_t{blocks}, role.split, plan.splits);
     first_byte_ =
-        held((kInParts ? role.split * part_blocks_ : begin) * kBlockBytes + Unit::first_byte(stride_, role.lane));
+        held((kIsChunked ? role.split * chunk_blocks_ : begin) * kBlockBytes + Unit::first_byte(stride_, role.lane));
     blocks_ = held(first_block(int64_t{blocks}, role.split + 1, plan.splits) - begin);
     rest_ = held(blocks_ - in_registers());
     const Quad* from = static_cast<const Quad*>(packed) + role.direction * product.packed_quads() +
@@ -81,7 +81,7 @@ class WarpProduct {
       FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) shared_[k * kFragment + s * kWarp] = w[s];
     }
     streamed_ = from + in_shared() * kFragment;
-    if (!kInParts && streamed() > 0) begin_stream();
+    if (!kIsChunked && streamed() > 0) begin_stream();
   }
 
   // z[n] = tile @ operand of the column tiles that this warp owns. All warps of the tile come here.
@@ -112,14 +112,14 @@ class WarpProduct {
     FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) { Unit::finish(sums[n], z[n], role_.lane); }
   }
 
-  // The same, kInParts. All threads of the block come here, and a warp without a tile has zeros.
+  // The same, kIsChunked. All threads of the block come here, and a warp without a tile has zeros.
   template <class Channel, int kRoom>
   FUSEDRNN_DEVICE void multiply_part(Channel& channel, A (&z)[kColumnTiles][kRoom][2]) {
     Sums sums;
     FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) Unit::clear(sums[n]);
     if (blocks_ > 0) begin_stream();
-    channel.for_each_part([&](int part, const char* operand) {
-      const int left = blocks_ - part * part_blocks_, count = left < part_blocks_ ? left : part_blocks_;
+    channel.for_each_chunk([&](int chunk, const char* operand) {
+      const int left = blocks_ - chunk * chunk_blocks_, count = left < chunk_blocks_ ? left : chunk_blocks_;
       if (count > 0) add_streamed(sums, operand + first_byte_, count);
     });
     FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) { Unit::finish(sums[n], z[n], role_.lane); }
@@ -155,16 +155,16 @@ class WarpProduct {
   }
 
   FUSEDRNN_DEVICE void begin_stream() { FUSEDRNN_UNROLL for (int k = 0; k < kStreamAhead; ++k) copy_next(); }
-  // In parts the product ends with the last K block; elsewhere the next step begins with the first one again.
+  // In chunks the product ends with the last K block; elsewhere the next step begins with the first one again.
   FUSEDRNN_DEVICE void copy_next() {
-    stream_.copy(streamed_ + static_cast<int64_t>(next_) * kFragment, !kInParts || next_ < blocks_);
+    stream_.copy(streamed_ + static_cast<int64_t>(next_) * kFragment, !kIsChunked || next_ < blocks_);
     ++next_;
-    if (!kInParts && next_ == streamed()) next_ = 0;
+    if (!kIsChunked && next_ == streamed()) next_ = 0;
   }
 
   FUSEDRNN_DEVICE void add(Sums& sums, const Quad (&w)[kSegments], const char* rows) const {
     FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
-      Unit::add(sums[n], w, rows + n * kColumns * stride_, stride_);
+      Unit::add(sums[n], w, rows + n * kMmaN * stride_, stride_);
     }
   }
 
@@ -241,7 +241,7 @@ class WarpProduct {
 
   const Role& role_;
   WeightStream<kSegments> stream_;
-  int stride_, part_blocks_, barrier_, shared_blocks_;
+  int stride_, chunk_blocks_, barrier_, shared_blocks_;
   A* partial_;
   Quad registers_[kRegisterBlocks > 0 ? kRegisterBlocks : 1][kSegments];
   int blocks_ = 0, rest_ = 0, first_byte_ = 0;  // K blocks, and those of them that are not in registers

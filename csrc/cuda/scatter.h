@@ -52,7 +52,7 @@ class ScatterTiles {
     const SharedLayout layout = shared_layout(spec_of<C>(), Pass::kBackward, p.sizes, p.plan);
     weights_ = reinterpret_cast<Quad*>(shared + layout.weights[0]) + role_.warp * p.plan.shared_blocks * kFragment;
     staged_ = shared + layout.operands[0];
-    parts_ = reinterpret_cast<A*>(shared + layout.partial[0]);
+    chunks_ = reinterpret_cast<A*>(shared + layout.partial[0]);
     copies_ = shared + layout.staging;
     barriers_ = reinterpret_cast<Mbarrier*>(shared + layout.barriers[0]);
     if constexpr (kVariant) {
@@ -63,8 +63,8 @@ class ScatterTiles {
   }
 
   FUSEDRNN_DEVICE void run() {
-    // Parts that nobody sends, of blocks without units, are zeros in every sum.
-    for (int k = thread_; k < 2 * p_.plan.blocks * kNumbers; k += kThreads) parts_[k] = 0;
+    // OperandChunks that nobody sends, of blocks without units, are zeros in every sum.
+    for (int k = thread_; k < 2 * p_.plan.blocks * kNumbers; k += kThreads) chunks_[k] = 0;
     if constexpr (kHasGap) {
       constexpr int kQuads = 2 * kStaged / static_cast<int>(sizeof(Quad));
       for (int k = thread_; k < kQuads; k += kThreads) reinterpret_cast<Quad*>(staged_)[k] = Quad{{0, 0, 0, 0}};
@@ -87,7 +87,7 @@ class ScatterTiles {
   using S = typename M::Storage;
   using A = typename M::Compute;
   using Unit = typename M::Unit;
-  static constexpr int kSegments = 2, kRows = kColumnTiles * kColumns, kUnits = 16 * kTiles;
+  static constexpr int kSegments = 2, kRows = kColumnTiles * kMmaN, kUnits = 16 * kTiles;
   static constexpr int kWarps = kTiles * scatter_splits(kTiles), kThreads = kWarps * kWarp;
   static constexpr int kNumbers = kUnits * kRows;  // of dh, that the block owns
   static constexpr int kCells = kNumbers / kThreads;
@@ -122,7 +122,7 @@ class ScatterTiles {
   FUSEDRNN_DEVICE Cell cell(int k) const {
     const int number = thread_ + k * kThreads, lane = number / 4 % kWarp, tile = number / 128;
     return {tile / kColumnTiles * 16 + number / 2 % 2 * 8 + lane / 4,
-            tile % kColumnTiles * kColumns + lane % 4 * 2 + number % 2};
+            tile % kColumnTiles * kMmaN + lane % 4 * 2 + number % 2};
   }
 
   FUSEDRNN_DEVICE void slice(int64_t first_row) {
@@ -195,14 +195,14 @@ class ScatterTiles {
     return copies_ + static_cast<int>(n & (kStepsCopied - 1)) * Inputs::kStep;
   }
 
-  // Which of the thread's cells there are in the n-th step, and whether the state that enters it is cut.
+  // Which of the thread's cells there are in the n-th step, and whether the state that enters it is reset.
   FUSEDRNN_DEVICE void look_at(int64_t n) {
-    cut_next_ = 0;
+    reset_next_ = 0;
     if (!has_resets_) return;
     const int64_t t = direction_.at(n);
     FUSEDRNN_UNROLL for (int k = 0; k < kCells; ++k) {
       if (!Direction::exists(t, lengths_[k])) continue;
-      if (direction_.is_reset(t, first_row_ + cell(k).row)) cut_next_ |= 1u << k;
+      if (direction_.is_reset(t, first_row_ + cell(k).row)) reset_next_ |= 1u << k;
     }
   }
 
@@ -246,20 +246,20 @@ class ScatterTiles {
     const char *now = step(n), *before = step(n - 1);
     char* staged = this->staged();
     exists_ = 0;
-    cut_ = cut_next_;
+    reset_ = reset_next_;
     FUSEDRNN_UNROLL for (int k = 0; k < kCells; ++k) {
       const Cell c = cell(k);
       const auto copied = [&](const char* step, int array) { return Inputs::number(step, c.row, array, c.unit); };
       A a[kMaps];
       FUSEDRNN_UNROLL for (int i = 0; i < kMaps; ++i) a[i] = i < kSaved ? copied(now, i) : A(0);
-      const bool exists = Direction::exists(t, lengths_[k]), cut = (cut_ >> k & 1) != 0;
+      const bool exists = Direction::exists(t, lengths_[k]), is_reset = (reset_ >> k & 1) != 0;
       const A last = Inputs::carry(before, c.row, c.unit),
               entered = direction_.is_first(t, lengths_[k]) ? c0_[k] : last;
       A dc = dc_[k] + Inputs::dcarry(now, c.row, c.unit);
-      backward_cell(k, exists, a, cut ? A(0) : entered, Inputs::carry(now, c.row, c.unit),
+      backward_cell(k, exists, a, is_reset ? A(0) : entered, Inputs::carry(now, c.row, c.unit),
                     dh_[k] + copied(now, Inputs::kDy), dc);
       if (exists) exists_ |= 1u << k;
-      if constexpr (kCarries) dc_[k] = !exists ? dc_[k] : cut ? A(0) : dc;
+      if constexpr (kCarries) dc_[k] = !exists ? dc_[k] : is_reset ? A(0) : dc;
       // What is staged may be rounded to the operand's precision, and then is not what is stored.
       const int64_t row = first_row_ + c.row, H = p_.sizes.H;
       S* exact = M::kRoundsOperands && row < p_.sizes.B && first_unit_ + c.unit < H
@@ -401,7 +401,7 @@ class ScatterTiles {
                           : Unit::first_byte(kStagedRow, role_.lane);
     const char* rows = staged() + k * kBlockBytes + first;
     FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
-      Unit::add(sums[n], w, rows + n * kColumns * kStagedRow, kStagedRow);
+      Unit::add(sums[n], w, rows + n * kMmaN * kStagedRow, kStagedRow);
     }
   }
 
@@ -426,7 +426,7 @@ class ScatterTiles {
   FUSEDRNN_DEVICE char* staged() const { return staged_ + static_cast<int>(sent_ & 1) * kStaged; }
 
   FUSEDRNN_DEVICE A* parts(int buffer, int sender) const {
-    return parts_ + (buffer * p_.plan.blocks + sender) * kNumbers;
+    return chunks_ + (buffer * p_.plan.blocks + sender) * kNumbers;
   }
 
   // dh of the state that entered the step: the sum of everybody's parts, in the order of the blocks.
@@ -449,7 +449,7 @@ class ScatterTiles {
     }
     FUSEDRNN_UNROLL for (int k = 0; k < kCells; ++k) {
       if constexpr (kVariant) sums[k] = sums[k] * extra_.of_state(multipliers_[k]) + dh_[k];
-      if ((exists_ >> k & 1) != 0) dh_[k] = (cut_ >> k & 1) != 0 ? A(0) : sums[k];
+      if ((exists_ >> k & 1) != 0) dh_[k] = (reset_ >> k & 1) != 0 ? A(0) : sums[k];
     }
   }
 
@@ -476,12 +476,12 @@ class ScatterTiles {
   const Quad* next_ = nullptr;
   Quad* weights_;
   char *staged_, *copies_;  // [2][kRows] of kStagedRow bytes; [kStepsCopied] of Inputs::kStep
-  A* parts_;                // [2][blocks][kNumbers]
+  A* chunks_;               // [2][blocks][kNumbers]
   Mbarrier* barriers_;
   Quad registers_[kInRegisters > 0 ? kInRegisters : 1][kK][kSegments];
   uint32_t sent_ = 0, received_ = 0;
   int64_t first_row_ = 0;
-  uint32_t exists_ = 0, cut_ = 0, cut_next_ = 0;  // a bit for each of the thread's cells
+  uint32_t exists_ = 0, reset_ = 0, reset_next_ = 0;  // a bit for each of the thread's cells
   int lengths_[kCells];
   A dh_[kCells], dc_[kCells], c0_[kCells];
   typename Extra::Peepholes peepholes_[kCells];      // of a variant
@@ -500,7 +500,7 @@ class BackwardScatter {
       case 2: return ScatterTiles<kMath, C, kColumnTiles, 2>(p, shared).run();
       default: break;
     }
-    if constexpr (most_scatter_tiles(kMath, kColumnTiles * kColumns) > 2) {
+    if constexpr (most_scatter_tiles(kMath, kColumnTiles * kMmaN) > 2) {
       if (p.plan.tiles == 3) return ScatterTiles<kMath, C, kColumnTiles, 3>(p, shared).run();
       return ScatterTiles<kMath, C, kColumnTiles, 4>(p, shared).run();
     }

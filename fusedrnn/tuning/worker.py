@@ -162,10 +162,10 @@ _STEPS: dict[str, tuple[type[nn.RNNBase], type[nn.RNNCellBase], type[nn.RNNCellB
 }
 
 
-def _of_a_step(contender: Contender, key: Key, is_torchs: bool) -> Contender:
+def _of_a_step(contender: Contender, key: Key, is_baseline: bool) -> Contender:
     """A contender that runs one time step by a cell module, checked like a layer."""
-    layer, torchs, ours = _STEPS[key.cell]
-    step: Any = partial(torchs if is_torchs else ours, **_options(key.cell))
+    layer, theirs, ours = _STEPS[key.cell]
+    step: Any = partial(theirs if is_baseline else ours, **_options(key.cell))
 
     class Step(layer):  # type: ignore[misc, valid-type]
         def forward(self, input: Tensor, hx: Any = None) -> Any:

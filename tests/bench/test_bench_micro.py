@@ -164,12 +164,16 @@ def test_the_row_for_the_planner_is_what_was_measured(tmp_path, capsys):
     ]
     row = micro.device_row(H200, measured)
     device = eval(row, vars(planner))
-    assert device == planner.H200._replace(clock=2.0, l2=4.0e6, meeting=1.1, measured=True)
+    assert device == planner.H200._replace(clock=2.0, l2=4.0e6, grid_barrier=1.1, measured=True)
     assert on_a_gpu._conclude(H200, measured, tmp_path) == 0
     assert row in capsys.readouterr().out
     assert row in (tmp_path / "micro.md").read_text()
     lines = {line[0]: line[2:] for line in micro.assumptions(H200, measured)}
-    assert lines["Device.meeting"] == (f"{planner.H200.meeting:.4g}", "1.1", f"{1.1 / planner.H200.meeting:.4g}")
+    assert lines["Device.grid_barrier"] == (
+        f"{planner.H200.grid_barrier:.4g}",
+        "1.1",
+        f"{1.1 / planner.H200.grid_barrier:.4g}",
+    )
     assert lines["_RATES['16']"][1:] == ("-", "-")
     assert micro.device_row(H200, measured[3:]) is None
     assert micro.device_row({"device": "the host, on fibers"}, measured) is None, "a host tells nothing of a GPU"
@@ -233,7 +237,7 @@ def test_command_on_the_host(host, tmp_path, capsys):
     assert "release, acquire" in out
     assert {path.name for path in tmp_path.iterdir()} == {"micro.jsonl", "micro.csv", "micro.md"}
     report = (tmp_path / "micro.md").read_text()
-    assert "Device.meeting" in report
+    assert "Device.grid_barrier" in report
     assert "its times mean nothing" in report
     assert "measured=True" not in report
 

@@ -203,7 +203,7 @@ def gpu(*arguments):
 def test_parts_stand_in_order_of_importance(capsys):
     assert gpu("--list") == 0
     names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    wanted = ["info", "exchange-cuda-grid", "exchange-cuda-cluster", "exchange-cuda-parts", "micro", "steps"]
+    wanted = ["info", "exchange-cuda-grid", "exchange-cuda-cluster", "exchange-cuda-chunked", "micro", "steps"]
     wanted += ["plans-cuda", "ncu-cuda", "racecheck-cuda", "check-cuda", "grid", "predictions", "profile"]
     wanted += ["plans-triton", "racecheck-triton", "check-triton", "tests-gpu", "report"]
     assert [name for name in names if name in wanted] == wanted

@@ -226,8 +226,8 @@ def test_lengths_where_padding_is_packed(isa, monkeypatch, name, T):
 def test_padding_is_packed_where_there_is_much_of_it(isa, monkeypatch):
     """Which changes no bit, but of the gradients of the weights: they are sums in another order."""
     case, results, calls = Case(40, 16, 64, 129, bidirectional=True, lengths=True, reset=True, states=True), [], []
-    packing = sequence.Packing
-    monkeypatch.setattr(sequence, "Packing", lambda *given: calls.append(given) or packing(*given))
+    packing = sequence.PackedRows
+    monkeypatch.setattr(sequence, "PackedRows", lambda *given: calls.append(given) or packing(*given))
     for flops in (sequence._PACKING_FLOPS, math.inf):
         monkeypatch.setattr(sequence, "_PACKING_FLOPS", flops)
         with fusedrnn.use_backend("cpu"), testing.poisoned():
@@ -238,7 +238,7 @@ def test_padding_is_packed_where_there_is_much_of_it(isa, monkeypatch):
         assert torch.equal(packed[name], padded[name]), name
 
 
-# Few rows and much work: hidden units are shared between the threads, which meet at every step.
+# Few rows and much work: hidden units are shared between the threads, with a barrier at every step.
 SHARED_UNITS = [
     Case(40, 1, 16, 200),
     Case(40, 1, 16, 200, bidirectional=True, lengths=True, reset=True),
@@ -276,7 +276,7 @@ def test_shared_units(isa, threads, case):
         (2048, 1024, 16, "16 threads by hidden units"),
         (2048, 8, 16, "16 threads by hidden units"),  # fewer rows than threads
         (56, 1, 2, "2 threads by hidden units"),
-        (48, 1, 2, "1 thread by batch rows"),  # whose steps take less than to meet
+        (48, 1, 2, "1 thread by batch rows"),  # whose steps take less than a barrier
         (32, 2, 8, "2 threads by batch rows"),
     ],
 )
@@ -1239,12 +1239,12 @@ def test_memory_is_used_again_within_the_limit(threads):
     assert memory() == 0
 
 
-recycles = pytest.mark.skipif(
+pools = pytest.mark.skipif(
     torch.__version__.startswith("2.10."), reason="torch 2.10 does not tell when a tensor is let go of"
 )
 
 
-@recycles
+@pools
 @pytest.mark.usefixtures("as_new")
 def test_gradients_that_are_let_go_of_are_used_again(threads):
     threads(1)
@@ -1270,7 +1270,7 @@ def test_gradients_that_are_let_go_of_are_used_again(threads):
     assert len(taken) <= 4  # and no new ones at every call
 
 
-@recycles
+@pools
 @pytest.mark.parametrize("dtype", [F32, F64, BF16, F16])
 @pytest.mark.parametrize("options", [{}, {"bidirectional": True, "proj_size": 40}])
 def test_gradients_in_memory_of_the_pool_are_like_others(dtype, options, tmp_path):

@@ -34,7 +34,7 @@ SANITIZED = "FUSEDRNN_CUDA_HOST_SANITIZE" in os.environ
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = {"bf16": BF16, "fp16": F16, "tf32": F32, "fp32": F32, "fp64": F64}
 MATHS = ["bf16", "fp64"] if SANITIZED else list(DTYPES)
-EXCHANGES = ["grid", "cluster", "parts", "scatter"]
+EXCHANGES = ["grid", "cluster", "chunked", "scatter"]
 FORWARD, BACKWARD = 0, 1
 BODIES = ("bodies_lstm", "bodies_gru", "bodies_rnn", "harness", "runtime")
 # Compiled as well where a test asks for them by the marker cuda_variants: see tests/conftest.py.
@@ -115,7 +115,7 @@ PlanStruct = mirror(
     shared_projection_blocks=I32,
     inputs=I32,
     shared_input_blocks=I32,
-    part_blocks=I32,
+    chunk_blocks=I32,
     cell=I32,
 )
 _common = {"sizes": Sizes, "sequence": Sequence, "plan": PlanStruct, "workspace": Workspace, "w_hh": P, "w_hr": P}
@@ -189,7 +189,7 @@ class Plan:
     shared_projection_blocks: int = 0
     inputs: bool = False  # of the forward: x in the launch
     shared_input_blocks: int = 0
-    part_blocks: int = 0
+    chunk_blocks: int = 0
     cell: str = "lstm"  # that of the problem, in a layer
 
     @property
@@ -205,7 +205,7 @@ class Plan:
         parts += [f"groups{self.groups}"] if self.groups else []
         parts += [f"blocks{self.blocks}"] if self.blocks else []
         parts += [f"inputs{self.shared_input_blocks}"] if self.inputs else []
-        parts += [f"parts{self.part_blocks}"] if self.part_blocks else []
+        parts += [f"chunks{self.chunk_blocks}"] if self.chunk_blocks else []
         return "-".join([*parts, f"shared{self.shared_blocks}"])
 
 
@@ -303,7 +303,7 @@ class Host:
             shared_projection_blocks=plan.shared_projection_blocks,
             inputs=plan.inputs if direction == FORWARD else 0,
             shared_input_blocks=plan.shared_input_blocks if direction == FORWARD else 0,
-            part_blocks=plan.part_blocks,
+            chunk_blocks=plan.chunk_blocks,
             cell=cuda_plan.kind_of(plan.cell),
         )
 

@@ -277,21 +277,21 @@ def test_precisions(precision, monkeypatch):
 def plans_of(wanted, monkeypatch):
     """Makes every launch take the smallest plan with these values, where its pass has them; returns those taken.
 
-    "shared": 0 keeps no weights in shared memory, so that they are streamed; "part_blocks": n is a plan in parts, for a
-    device of two multiprocessors.
+    "shared": 0 keeps no weights in shared memory, so that they are streamed; "chunk_blocks": n is a plan in chunks, for
+    a device of two multiprocessors.
     """
     taken = {}
 
     def plan(kernel, shape, device):
-        want = {name: value for name, value in wanted.items() if name not in ("groups", "shared", "part_blocks")}
+        want = {name: value for name, value in wanted.items() if name not in ("groups", "shared", "chunk_blocks")}
         want["inputs"] = kernel == "forward" and wanted.get("inputs", False)
         if kernel == "backward" and want.get("exchange") == "cluster" and not shape.projected:
             want = {name: value for name, value in want.items() if name != "splits"} | {"exchange": "scatter"}
         found = cuda.ranked(kernel, shape, device[1])
-        if "part_blocks" in wanted:
-            found = cuda_plan.in_parts(kernel, shape, device[1]._replace(multiprocessors=2), want["inputs"])
+        if "chunk_blocks" in wanted:
+            found = cuda_plan.chunked(kernel, shape, device[1]._replace(multiprocessors=2), want["inputs"])
         found = [p for p in found if want.items() <= vars(p).items()]
-        changes = {name: wanted[name] for name in ("groups", "part_blocks") if name in wanted}
+        changes = {name: wanted[name] for name in ("groups", "chunk_blocks") if name in wanted}
         if "shared" in wanted:
             changes |= {"shared_blocks": 0, "shared_projection_blocks": 0, "shared_input_blocks": 0}
         taken[kernel] = dataclasses.replace(min(found, key=lambda p: p.blocks * p.threads), **changes)
@@ -338,23 +338,23 @@ def test_plans(wanted, dtype, options, monkeypatch):
     ],
     ids=str,
 )
-def test_plans_in_parts(wanted, dtype, options, monkeypatch):
+def test_plans_in_chunks(wanted, dtype, options, monkeypatch):
     for inputs in (False, True):
-        taken = plans_of({**wanted, "exchange": "parts", "part_blocks": 1, "inputs": inputs}, monkeypatch)
+        taken = plans_of({**wanted, "exchange": "chunked", "chunk_blocks": 1, "inputs": inputs}, monkeypatch)
         check(Case(3, 9, 37, 88, dtype=dtype, **options))
-        assert {kernel: (p.exchange, p.part_blocks, p.inputs) for kernel, p in taken.items()} == {
-            "forward": ("parts", 1, inputs),
-            "backward": ("parts", 1, False),
+        assert {kernel: (p.exchange, p.chunk_blocks, p.inputs) for kernel, p in taken.items()} == {
+            "forward": ("chunked", 1, inputs),
+            "backward": ("chunked", 1, False),
         }
 
 
 @host_only
 def test_a_layer_that_fits_in_no_other_way(monkeypatch):
-    """Planned as every other, for a small device: both passes in parts, of several tiles a warp."""
+    """Planned as every other, for a small device: both passes in chunks, of several tiles a warp."""
     monkeypatch.setattr(cuda, "HOST", cuda.HOST._replace(multiprocessors=2, shared=30_000))
 
     class Small:
-        def cuda_room(self, *arguments):
+        def cuda_occupancy(self, *arguments):
             return 0, 2 // arguments[-1][2]  # groups of so many blocks
 
         def __getattr__(self, name):
@@ -366,7 +366,7 @@ def test_a_layer_that_fits_in_no_other_way(monkeypatch):
         plan = fusedrnn.explain(
             fusedrnn.LSTM(3, 140, bidirectional=True, dtype=F64), torch.randn(3, 2, 3, dtype=F64)
         ).plan
-    assert plan.count("exchanging through L2, in parts") == 2
+    assert plan.count("exchanging through L2, in chunks") == 2
     shape = cuda.Shape(3, 2, 3, 140, 140, 2, 8, "ieee")
     forward = cuda.plan_for("forward", shape, torch.device(DEVICE))
     assert forward.blocks * forward.tiles * 8 < 140
@@ -375,8 +375,8 @@ def test_a_layer_that_fits_in_no_other_way(monkeypatch):
 
 
 @pytest.mark.parametrize("proj", [0, 9], ids=["", "projected"])
-def test_gradcheck_in_parts(proj, monkeypatch):
-    plans_of({"tiles": 1, "part_blocks": 1, "exchange": "parts"}, monkeypatch)
+def test_gradcheck_in_chunks(proj, monkeypatch):
+    plans_of({"tiles": 1, "chunk_blocks": 1, "exchange": "chunked"}, monkeypatch)
     lstm = fusedrnn.LSTM(2, 17, proj_size=proj, dtype=F64, device=DEVICE)
     x = torch.randn(3, 2, 2, dtype=F64, device=DEVICE, requires_grad=True)
     given = {"lengths": torch.tensor([3, 1]), "reset": torch.tensor([[False, True], [True, False], [False, False]])}
@@ -670,7 +670,7 @@ def test_a_plan_that_the_device_has_no_room_for_gives_way_to_the_next(monkeypatc
     rooms = []
 
     class Crowded:
-        def cuda_room(self, *arguments):
+        def cuda_occupancy(self, *arguments):
             rooms.append(arguments)
             return 0, 0 if arguments[-1][0] == first.fields[0] else 100
 
@@ -679,7 +679,7 @@ def test_a_plan_that_the_device_has_no_room_for_gives_way_to_the_next(monkeypatc
     other = cuda._plan("forward", shape, device)
     assert other.exchange != first.exchange
     assert len(rooms) > 1
-    monkeypatch.setattr(Crowded, "cuda_room", lambda *_: (0, 0))
+    monkeypatch.setattr(Crowded, "cuda_occupancy", lambda *_: (0, 0))
     cuda._plan.cache_clear()
     with pytest.raises(ValueError, match=r"H = 64, P = 64 does not fit .*: it has no room for a block"):
         cuda._plan("forward", shape, device)
@@ -728,8 +728,8 @@ def test_operators_of_the_library_pass_opcheck():
     given += (None, None)
     made = (t(3, 2, 8), t(1, 3, 2, 32), t(1, 3, 2, 32), None, None, t(1, 2, 8), t(1, 2, 8))
     torch.library.opcheck(op.cuda_launch_backward, (plan, *given, *made), test_utils="test_schema")
-    room = (0, 0, [3, 2, 8, 8, 1, 0, 5], launch.plan)
-    for name, arguments in (("room", room), ("obstacle", (0,)), ("device_type", ())):
+    occupancy = (0, 0, [3, 2, 8, 8, 1, 0, 5], launch.plan)
+    for name, arguments in (("occupancy", occupancy), ("obstacle", (0,)), ("device_type", ())):
         torch.library.opcheck(getattr(op, f"cuda_{name}").default, arguments, test_utils="test_schema")
 
 
@@ -755,7 +755,7 @@ def test_the_library_checks_what_memory_safety_needs():
         ({"plan": [7, *launch.plan[1:]]}, "a plan of an unknown kind"),
         ({"plan": [4, *launch.plan[1:]]}, "a plan of an unknown kind"),
         ({"plan": [3, *launch.plan[1:]]}, "only the backward without a projection scatters"),
-        ({"plan": [2, *launch.plan[1:]]}, "the plan is invalid: part_blocks must be 1"),
+        ({"plan": [2, *launch.plan[1:]]}, "the plan is invalid: chunk_blocks must be 1"),
         ({"plan": [*launch.plan[:2], 0, *launch.plan[3:]]}, "the plan is invalid: counts must be positive"),
         ({"xg": None}, "the plan takes xg, and no x"),
         ({"x": t(3, 2, 5)}, "the plan takes xg, and no x"),

@@ -147,7 +147,7 @@ def test_more_k_blocks_than_registers(layer, host, kit, exchange, math, rows, sh
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_groups_take_slices_one_after_another(layer, kit, exchange, math, groups):
-    """A group goes from the last step of a slice to the first of the next without meeting the others in between."""
+    """A group goes from the last step of a slice to the first of the next without waiting for the others."""
     problem = kit.Problem(3, 4 * rows_of(math) - 5, 19, D=2, lengths=True, reset=True)
     layer(problem, kit.Plan(exchange, math, rows=rows_of(math), groups=groups)).check()
     layer(problem, kit.Plan(exchange, math, rows=rows_of(math), groups=groups, inputs=True)).check()
@@ -161,60 +161,62 @@ def test_idle_blocks(layer, kit, math):
     layer(kit.Problem(4, 3, 40, proj=20), kit.Plan("cluster", math, blocks=8)).check()
 
 
-def in_parts(kit, math, proj=0, **options):
+def chunked(kit, math, proj=0, **options):
     """Of 8 rows, for layers with a projection, or as many as there can be."""
-    return kit.Plan("parts", math, **{"rows": 8 if proj else rows_of(math), "blocks": 1, "part_blocks": 1, **options})
+    return kit.Plan(
+        "chunked", math, **{"rows": 8 if proj else rows_of(math), "blocks": 1, "chunk_blocks": 1, **options}
+    )
 
 
-# (plan, H, P): one tile after another and all at once, parts of one K block, of several and of all, and splits of K
+# (plan, H, P): one tile after another and all at once, chunks of one K block, of several and of all, and splits of K
 # that have different numbers of K blocks, or none.
-PARTS = {
+CHUNKED = {
     "one-warp": ({}, 40, 0),
     "one-block-of-several": ({"blocks": 2, "tiles": 2}, 90, 0),
-    "splits": ({"splits": 3, "part_blocks": 2}, 70, 0),
+    "splits": ({"splits": 3, "chunk_blocks": 2}, 70, 0),
     "more-splits-than-k-blocks": ({"splits": 8}, 5, 0),
-    "one-part": ({"blocks": 2, "part_blocks": 100}, 40, 0),
+    "one-chunk": ({"blocks": 2, "chunk_blocks": 100}, 40, 0),
     "one-turn": ({"blocks": 5, "tiles": 2, "splits": 2}, 70, 0),
     "projected": ({"tiles": 2}, 70, 40),
-    "projected-to-few": ({"blocks": 3, "splits": 2, "part_blocks": 2}, 70, 3),
+    "projected-to-few": ({"blocks": 3, "splits": 2, "chunk_blocks": 2}, 70, 3),
 }
 
 
-@pytest.mark.parametrize(("options", "H", "proj"), PARTS.values(), ids=PARTS.keys())
-def test_parts(layer, kit, math, options, H, proj):
+@pytest.mark.parametrize(("options", "H", "proj"), CHUNKED.values(), ids=CHUNKED.keys())
+def test_chunks(layer, kit, math, options, H, proj):
     for inputs in ({}, {"I": 3}, {"I": 90}):
-        problem, plan = kit.Problem(3, 2, H, D=2, proj=proj, **inputs), in_parts(kit, math, proj, **options)
+        problem, plan = kit.Problem(3, 2, H, D=2, proj=proj, **inputs), chunked(kit, math, proj, **options)
         layer(problem, kit.replace(plan, inputs=bool(inputs))).check()
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_sizes_in_parts(layer, kit, math, size):
-    layer(kit.Problem(*size), in_parts(kit, math)).check()
-    layer(kit.Problem(*size, I=9), in_parts(kit, math, inputs=True)).check()
+def test_sizes_in_chunks(layer, kit, math, size):
+    layer(kit.Problem(*size), chunked(kit, math)).check()
+    layer(kit.Problem(*size, I=9), chunked(kit, math, inputs=True)).check()
 
 
 @pytest.mark.parametrize("inputs", [False, True], ids=["", "inputs"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_options_in_parts(layer, kit, math, options, inputs):
-    plan = in_parts(kit, math, options.get("proj", 0), groups=1, inputs=inputs)
+def test_options_in_chunks(layer, kit, math, options, inputs):
+    plan = chunked(kit, math, options.get("proj", 0), groups=1, inputs=inputs)
     layer(kit.Problem(4, 5, 19, **options), plan).check()
 
 
 @pytest.mark.parametrize("aligned", [False, True], ids=["", "aligned"])
 @pytest.mark.parametrize("I", [1, 8, 35, 200])
-def test_input_sizes_in_parts(layer, kit, math, I, aligned):
-    """Fewer parts than of h, as many, and more; each with a batch that does not fill the last slice."""
+def test_input_sizes_in_chunks(layer, kit, math, I, aligned):
+    """Fewer chunks than of h, as many, and more; each with a batch that does not fill the last slice."""
     problem = kit.Problem(3, rows_of(math) + 1, 70, I=I, aligned=aligned, D=2)
-    layer(problem, in_parts(kit, math, inputs=True, tiles=2, splits=2, groups=1)).check()
+    layer(problem, chunked(kit, math, inputs=True, tiles=2, splits=2, groups=1)).check()
 
 
 @pytest.mark.parametrize("biases", ["", "ih", "hh"])
-def test_biases_in_parts(layer, kit, math, biases):
-    layer(kit.Problem(2, 3, 19, D=2, biases=biases), in_parts(kit, math, inputs=True)).check()
+def test_biases_in_chunks(layer, kit, math, biases):
+    layer(kit.Problem(2, 3, 19, D=2, biases=biases), chunked(kit, math, inputs=True)).check()
 
 
 @pytest.mark.parametrize("proj", [0, 37], ids=["", "projected"])
-def test_parts_give_the_same_bits(layer, kit, math, proj):
+def test_chunks_give_the_same_bits(layer, kit, math, proj):
     """As a plan that has the whole operand in shared memory, and a warp for every tile, with the same splits of K."""
     for inputs in (False, True):
         problem = kit.Problem(3, 3, 70, D=2, proj=proj, lengths=True, reset=True, I=90)
@@ -222,8 +224,8 @@ def test_parts_give_the_same_bits(layer, kit, math, proj):
             layer(problem, kit.replace(plan, inputs=inputs)).all()
             for plan in (
                 kit.Plan("grid", math, splits=2),
-                in_parts(kit, math, proj, splits=2),
-                in_parts(kit, math, proj, splits=2, part_blocks=3, blocks=2, tiles=2),
+                chunked(kit, math, proj, splits=2),
+                chunked(kit, math, proj, splits=2, chunk_blocks=3, blocks=2, tiles=2),
             )
         )
         for other in others:
@@ -273,7 +275,7 @@ RACE = {"T": 3, "B": 9, "H": 20, "lengths": True, "reset": True, "aligned": True
 
 
 # Two turns of the backward, three of the forward.
-RACE_IN_PARTS = {"splits": 2, "groups": 1}
+CHUNKED_RACE = {"splits": 2, "groups": 1}
 
 
 def race_plan(kit, exchange, math, **options):
@@ -297,9 +299,9 @@ def test_every_schedule_gives_the_same_bits(layer, kit, exchange, math, variant,
 @pytest.mark.slow
 @pytest.mark.parametrize("inputs", [{}, {"I": 37}], ids=["", "inputs"])
 @pytest.mark.parametrize("proj", [0, 17], ids=["", "projected"])
-def test_every_schedule_in_parts_gives_the_same_bits(layer, kit, math, proj, inputs):
+def test_every_schedule_in_chunks_gives_the_same_bits(layer, kit, math, proj, inputs):
     problem = kit.Problem(**{**RACE, "T": 2, "B": rows_of(math) + 1}, proj=proj, **inputs)
-    same_in_every_schedule(layer(problem, in_parts(kit, math, proj, **RACE_IN_PARTS, inputs=bool(inputs))))
+    same_in_every_schedule(layer(problem, chunked(kit, math, proj, **CHUNKED_RACE, inputs=bool(inputs))))
 
 
 def same_in_every_schedule(one):
@@ -388,7 +390,7 @@ def test_no_synchronisation_of_scatter_can_be_left_out(layer, kit):
 
 
 # Of the other cells: (plan, problem), each with and without x in the launch. One block, clusters with idle blocks,
-# splits with weights in registers, in shared memory and streamed, 16 rows, slices, parts of one turn and of several.
+# splits with weights in registers, in shared memory and streamed, 16 rows, slices, chunks of one turn and of several.
 OTHER_CELLS = {
     "one-block": ({"exchange": "grid", "math": "fp32", "tiles": 5}, {"T": 4, "B": 3, "H": 40}),
     "one-unit": ({"exchange": "cluster", "math": "bf16"}, {"T": 1, "B": 1, "H": 1}),
@@ -409,12 +411,12 @@ OTHER_CELLS = {
         {"exchange": "grid", "math": "fp64", "tiles": 2, "splits": 3, "groups": 1},
         {"T": 3, "B": 9, "H": 37, **EVERYTHING},
     ),
-    "parts": (
-        {"exchange": "parts", "math": "bf16", "blocks": 2, "tiles": 2, "splits": 2, "part_blocks": 1, "rows": 16},
+    "chunked": (
+        {"exchange": "chunked", "math": "bf16", "blocks": 2, "tiles": 2, "splits": 2, "chunk_blocks": 1, "rows": 16},
         {"T": 4, "B": 17, "H": 150, "I": 90, **EVERYTHING},
     ),
-    "parts-of-one-turn": (
-        {"exchange": "parts", "math": "fp32", "blocks": 5, "tiles": 2, "part_blocks": 2},
+    "chunks-of-one-turn": (
+        {"exchange": "chunked", "math": "fp32", "blocks": 5, "tiles": 2, "chunk_blocks": 2},
         {"T": 3, "B": 2, "H": 70},
     ),
 }
@@ -509,14 +511,14 @@ LSTM_VARIANTS = {
         {"T": 4, "B": 9, "H": 19, "cell_states": True, **EVERYTHING},
     ),
     "projected": ("lstm_peephole+r", {"exchange": "cluster", "math": "bf16"}, {"T": 3, "B": 3, "H": 40, "proj": 21}),
-    "projected-parts": (
+    "projected-chunks": (
         "lstm_peephole_coupled+g",
-        {"exchange": "parts", "math": "tf32", "blocks": 2, "part_blocks": 2},
+        {"exchange": "chunked", "math": "tf32", "blocks": 2, "chunk_blocks": 2},
         {"T": 3, "B": 9, "H": 70, "proj": 33, **EVERYTHING},
     ),
-    "parts": (
+    "chunked": (
         "lstm_peephole+hcr",
-        {"exchange": "parts", "math": "bf16", "blocks": 2, "splits": 2, "part_blocks": 1, "rows": 16, "groups": 1},
+        {"exchange": "chunked", "math": "bf16", "blocks": 2, "splits": 2, "chunk_blocks": 1, "rows": 16, "groups": 1},
         {"T": 4, "B": 17, "H": 70, "cell_states": True, **EVERYTHING},
     ),
 }
@@ -580,19 +582,19 @@ def test_no_synchronisation_can_be_left_out(layer, kit, exchange, direction, inp
 @pytest.mark.parametrize(
     ("direction", "inputs"), [("forward", False), ("forward", True), ("backward", False)], ids=lambda part: str(part)
 )
-def test_no_synchronisation_in_parts_can_be_left_out(layer, kit, direction, inputs, proj):
+def test_no_synchronisation_in_chunks_can_be_left_out(layer, kit, direction, inputs, proj):
     problem = kit.Problem(**{**RACE, "B": 20, "H": 70}, proj=proj, I=90)
     plans = [
-        in_parts(kit, "bf16", proj, groups=1, inputs=inputs, **options)
+        chunked(kit, "bf16", proj, groups=1, inputs=inputs, **options)
         for options in ({"blocks": 2, "splits": 2}, {"tiles": 2})
     ]
     # More K blocks of weights in a part than are on their way when it has come.
     long = kit.replace(problem, T=2, B=2, H=200, proj=proj and 170)
     layers = [layer(problem, plan) for plan in plans]
-    layers.append(layer(long, in_parts(kit, "bf16", proj, blocks=4, part_blocks=8, inputs=inputs)))
+    layers.append(layer(long, chunked(kit, "bf16", proj, blocks=4, chunk_blocks=8, inputs=inputs)))
     names = every_removal_is_caught(layers, direction)
-    assert {"the part is copied", "the thread's copies of the part", "the thread's copies of weights"} <= names
-    assert ("the part of the input is copied" in names) == inputs
+    assert {"the chunk is copied", "the thread's copies of the chunk", "the thread's copies of weights"} <= names
+    assert ("the chunk of the input is copied" in names) == inputs
 
 
 def every_removal_is_caught(layers, direction):
@@ -640,18 +642,18 @@ def test_a_deadlock_is_reported_with_who_waits_where(host, kit):
         ({}, {"inputs": True}, "I must be 1 to 2^20"),
         ({"I": 5}, {"inputs": 2}, "inputs must be 0 or 1"),
         ({"I": 5}, {"shared_input_blocks": 2}, "shared_input_blocks without inputs"),
-        ({"H": 1 << 21, "P": 1 << 21}, {"exchange": "parts", "part_blocks": 1}, "H at most 2^20"),
-        ({}, {"exchange": "parts", "rows": 16}, "part_blocks must be 1 to 2^12"),
-        ({}, {"exchange": "parts", "rows": 16, "part_blocks": 1 << 13}, "part_blocks must be 1 to 2^12"),
-        ({}, {"exchange": "parts", "rows": 16, "part_blocks": -1}, "counts must be positive"),
-        ({}, {"exchange": "parts", "part_blocks": 1}, "as many as can be"),
-        ({}, {"exchange": "parts", "rows": 16, "part_blocks": 1, "shared_blocks": 1}, "all weights are streamed"),
+        ({"H": 1 << 21, "P": 1 << 21}, {"exchange": "chunked", "chunk_blocks": 1}, "H at most 2^20"),
+        ({}, {"exchange": "chunked", "rows": 16}, "chunk_blocks must be 1 to 2^12"),
+        ({}, {"exchange": "chunked", "rows": 16, "chunk_blocks": 1 << 13}, "chunk_blocks must be 1 to 2^12"),
+        ({}, {"exchange": "chunked", "rows": 16, "chunk_blocks": -1}, "counts must be positive"),
+        ({}, {"exchange": "chunked", "chunk_blocks": 1}, "as many as can be"),
+        ({}, {"exchange": "chunked", "rows": 16, "chunk_blocks": 1, "shared_blocks": 1}, "all weights are streamed"),
         (
             {"I": 5},
-            {"exchange": "parts", "rows": 16, "part_blocks": 1, "inputs": True, "shared_input_blocks": 1},
+            {"exchange": "chunked", "rows": 16, "chunk_blocks": 1, "inputs": True, "shared_input_blocks": 1},
             "all weights are streamed",
         ),
-        ({}, {"part_blocks": 1}, "part_blocks without parts"),
+        ({}, {"chunk_blocks": 1}, "chunk_blocks without chunks"),
         ({}, {"exchange": "scatter", "tiles": 2}, "only the backward"),
         ({"H": 20000, "P": 20000}, {"blocks": 16, "tiles": 160, "exchange": "cluster"}, "too many threads"),
     ],
@@ -717,10 +719,12 @@ def test_needs_of_inputs(host, kit):
     assert host.needs(kit.BACKWARD, sizes, plan)[1] == "the backward takes no inputs"
 
 
-def test_needs_in_parts(host, kit):
-    """bfloat16 and H 20,000, 100 blocks of 8 tiles in 4 turns, 16 rows, parts of 40 K blocks, two directions."""
+def test_needs_in_chunks(host, kit):
+    """bfloat16 and H 20,000, 100 blocks of 8 tiles in 4 turns, 16 rows, chunks of 40 K blocks, two directions."""
     sizes = kit.Sizes(T=9, B=16, H=20000, P=20000, D=2)
-    plan = host.struct(kit.Plan("parts", "bf16", blocks=100, tiles=8, rows=16, part_blocks=40), kit.FORWARD, 20000, 16)
+    plan = host.struct(
+        kit.Plan("chunked", "bf16", blocks=100, tiles=8, rows=16, chunk_blocks=40), kit.FORWARD, 20000, 16
+    )
     needs, why = host.needs(kit.FORWARD, sizes, plan)
     assert why is None
     assert list(needs.streamed) == [625, 0, 0]
@@ -764,7 +768,7 @@ def test_under_sanitizers(host):
     if not all(Path(path.strip()).is_absolute() for path in preload):
         pytest.skip(f"{compiler} has no AddressSanitizer")
     chosen = "test_sizes or test_options and everything or test_plans and not many or test_groups or test_idle"
-    chosen += " or test_input_sizes or test_parts"
+    chosen += " or test_input_sizes or test_chunks"
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen],
         env={

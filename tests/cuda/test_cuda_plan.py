@@ -42,15 +42,15 @@ def fits_whole(kernel, shape, device):
 @pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
 @pytest.mark.parametrize("pass_", planner.PASSES)
 def test_every_plan_fits(pass_, device):
-    in_parts = 0
+    chunked = 0
     for shape in shapes():
         plan = planner.plan(pass_, shape, device)
-        parts = plan.exchange == "parts"
-        in_parts += parts
-        assert not (parts and fits_whole(pass_, shape, device)), shape
+        is_chunked = plan.exchange == "chunked"
+        chunked += is_chunked
+        assert not (is_chunked and fits_whole(pass_, shape, device)), shape
         units = 8 if pass_ == "forward" else 16
-        assert parts or plan.blocks * plan.tiles * units >= shape.H
-        assert parts == (plan.part_blocks > 0)
+        assert is_chunked or plan.blocks * plan.tiles * units >= shape.H
+        assert is_chunked == (plan.chunk_blocks > 0)
         assert plan.threads <= 256
         assert plan.rows == 8 or (plan.math in ("bf16", "tf32") and not shape.projected)
         assert plan.groups <= cdiv(shape.B, plan.rows)
@@ -65,7 +65,7 @@ def test_every_plan_fits(pass_, device):
             assert shape.D * plan.groups * plan.blocks <= each * device.multiprocessors
         assert 0 < plan.step < (5000 if shape.H <= 2048 else 1e9)
         assert plan.launch >= shape.T * plan.step
-    assert in_parts > 50
+    assert chunked > 50
 
 
 def test_devices_without_clusters_never_get_one():
@@ -151,9 +151,9 @@ def variants(plan, pass_, projected):
     for math in MATHS:
         for exchange, splits, rows in itertools.product(EXCHANGES, (1, 2, 3), (8, 16)):
             kept = {"shared_blocks": 3, "shared_projection_blocks": 2}
-            kept |= {"inputs": False, "shared_input_blocks": 0, "part_blocks": 0}
-            if exchange == "parts":
-                kept |= {"shared_blocks": 0, "shared_projection_blocks": 0, "part_blocks": 5}
+            kept |= {"inputs": False, "shared_input_blocks": 0, "chunk_blocks": 0}
+            if exchange == "chunked":
+                kept |= {"shared_blocks": 0, "shared_projection_blocks": 0, "chunk_blocks": 5}
             bare = dataclasses.replace(plan, exchange=exchange, math=math, splits=splits, rows=rows, groups=2, **kept)
             if exchange == "scatter":
                 if pass_ == "backward" and not projected and splits <= planner.most_scatter_tiles(math, rows):
@@ -162,7 +162,7 @@ def variants(plan, pass_, projected):
                 continue
             yield bare
             if pass_ == "forward":
-                yield dataclasses.replace(bare, inputs=True, shared_input_blocks=0 if exchange == "parts" else 4)
+                yield dataclasses.replace(bare, inputs=True, shared_input_blocks=0 if exchange == "chunked" else 4)
 
 
 @pytest.mark.parametrize("pass_", planner.PASSES)
@@ -189,9 +189,9 @@ def test_needs_are_those_of_the_kernels(pass_, cuda_host):
 def test_every_plan_is_valid(device, cuda_host):
     host = cuda_host.Host(cuda_host.built("plain", cuda_host.FLAGS))
     for kernel, shape in itertools.product(planner.PASSES, itertools.islice(shapes(), 0, None, 7)):
-        found = [planner.whole(kernel, shape, device), planner.in_parts(kernel, shape, device)]
+        found = [planner.whole(kernel, shape, device), planner.chunked(kernel, shape, device)]
         if kernel == "forward":
-            found.append(planner.in_parts(kernel, shape, device, inputs=True))
+            found.append(planner.chunked(kernel, shape, device, inputs=True))
         for plan in itertools.chain(*found):
             _, why = host.needs(planner.PASSES.index(kernel), *mirrored(cuda_host, shape, plan))
             assert why is None, (why, shape, plan)
@@ -206,8 +206,8 @@ def test_every_plan_is_valid(device, cuda_host):
         (256, 64, 4, "tf32", "cluster", "scatter"),
         (1024, 1, 2, "tf32", "grid", "grid"),
         (2048, 256, 2, "tf32", "grid, streamed", "grid, streamed"),
-        (4096, 64, 2, "tf32", "grid, streamed", "parts, streamed"),
-        (9000, 64, 2, "tf32", "parts, streamed", "parts, streamed"),
+        (4096, 64, 2, "tf32", "grid, streamed", "chunked, streamed"),
+        (9000, 64, 2, "tf32", "chunked, streamed", "chunked, streamed"),
     ],
 )
 def test_regimes_on_an_h200(H, B, itemsize, precision, forward, backward):
@@ -245,22 +245,22 @@ def test_x_comes_after_the_recurrent_weights_on_the_chip():
     assert not any(p.inputs for p in planner.plans("backward", shape, H200))
     wide = Shape(128, 8, 100_000, 512, 512, 1, 2, "tf32")
     assert not any(p.inputs for p in planner.plans("forward", wide, H200))
-    # But for a single step, for which there are plans in parts.
+    # But for a single step, for which there are plans in chunks.
     single = list(planner.plans("forward", wide._replace(T=1), H200))
-    assert {p.inputs for p in single if p.exchange != "parts"} == {False}
-    assert {p.inputs for p in single if p.exchange == "parts"} == {True}
+    assert {p.inputs for p in single if p.exchange != "chunked"} == {False}
+    assert {p.inputs for p in single if p.exchange == "chunked"} == {True}
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
-def test_x_in_parts_where_that_saves_time(device):
+def test_x_in_chunks_where_that_saves_time(device):
     """In layers that fit in no other way, where w_ih is small beside w_hh."""
 
     def chosen(T, I):
         plan = planner.plan("forward", Shape(T, 1, I, 10_000, 10_000, 1, 2, "tf32"), device)
-        assert plan.exchange == "parts"
+        assert plan.exchange == "chunked"
         return plan.inputs
 
-    roomy = device.shared > 128 << 10  # with less, the ring of w_ih and parts of x make the parts of h smaller
+    roomy = device.shared > 128 << 10  # with less, the ring of w_ih and chunks of x make the chunks of h smaller
     assert chosen(1, 64) == roomy
     assert chosen(4, 64) == roomy
     assert not chosen(1, 10_000)
@@ -350,7 +350,7 @@ def test_text():
     assert "x in the launch" not in str(planner.plan("forward", wide, H200))
     assert "x in the launch" in str(planner.plan("forward", single, H200))
     large = planner.plan("backward", Shape(8, 8, 512, 8192, 8192, 1, 2, "tf32"), H200)
-    assert "blocks, exchanging through L2, in parts, 16 rows" in str(large)
+    assert "blocks, exchanging through L2, in chunks, 16 rows" in str(large)
 
 
 def test_the_predictions_in_the_documentation_are_the_models():
@@ -359,7 +359,7 @@ def test_the_predictions_in_the_documentation_are_the_models():
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
-def test_where_plans_in_parts_begin_is_what_the_readme_states(device):
+def test_where_chunked_plans_begin_is_what_the_readme_states(device):
     """Of both directions, forward and backward, in 16 bits, float32 and float64."""
     text = (Path(__file__).parents[2] / "docs" / "limits.md").read_text()
     name = next(n for n in ("A100", "H100", "H200", "B200", "RTX 4090") if n in device.name)
@@ -372,4 +372,4 @@ def test_where_plans_in_parts_begin_is_what_the_readme_states(device):
             shape = Shape(128, 16, limit, limit, limit, 2, itemsize, precision)
             assert next(planner.whole(kernel, shape, device), None) is not None, (kernel, shape)
             beyond = shape._replace(H=limit + 1, P=limit + 1)
-            assert planner.plan(kernel, beyond, device).regime == "parts, streamed", (kernel, shape)
+            assert planner.plan(kernel, beyond, device).regime == "chunked, streamed", (kernel, shape)

@@ -709,8 +709,18 @@ def test_opcheck_of_what_computes_no_tensor():
         for way in ("forward", "backward")
         for overload in ("", ".list")
     }
-    library = {f"cuda_{name}" for name in ("launch_forward", "launch_backward", "room", "obstacle", "device_type")}
+    library = {f"cuda_{name}" for name in ("launch_forward", "launch_backward", "occupancy", "obstacle", "device_type")}
     for name, schema in ops._SCHEMAS.items():  # of the library, or of Python where there is none
         assert str(getattr(torch.ops.fusedrnn, name).default._schema) == f"fusedrnn::{name}{schema}"
     # What is new has to be checked: here, triton's and cuda's in test_triton.py and test_cuda.py.
-    assert names == {*pairs, "layer", "cpu_infer", "cpu_isa", "cpu_keep", "cpu_plan", "cpu_poison", *library}
+    assert names == {
+        *pairs,
+        "layer",
+        "cpu_infer",
+        "cpu_isa",
+        "cpu_masks",
+        "cpu_keep",
+        "cpu_plan",
+        "cpu_poison",
+        *library,
+    }

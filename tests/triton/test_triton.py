@@ -2,7 +2,7 @@
 
 On a GPU they run as they are. Elsewhere they run in Triton's interpreter, one program after another, which tests them
 in two forms of launch: all steps in one launch where a program has all units, and one step, or one phase of it, for
-each launch where programs would meet. The tolerance is that of fusedrnn/testing.py; outputs are poisoned with NaN.
+each launch where there is a barrier. The tolerance is that of fusedrnn/testing.py; outputs are poisoned with NaN.
 """
 
 import dataclasses
@@ -235,7 +235,7 @@ PLAIN, PROJECTED = {}, {**EVERYTHING, "proj_size": 32}
 
 @pytest.fixture
 def force(launch, planner, monkeypatch):
-    """Makes the planner choose the fewest programs of a regime that meet; what it chose, by kernel, is returned."""
+    """Makes the planner choose the fewest programs of a regime with a barrier; returns what it chose, by kernel."""
     if ON_GPU:
         pytest.skip("plans the interpreter's device: a GPU has one of its own")
     monkeypatch.setenv("FUSEDRNN_FP32", "tf32")  # which the interpreter multiplies as float32
@@ -489,7 +489,7 @@ class Spy:
 
 @pytest.mark.parametrize("H", [16, 200])
 def test_what_a_launch_on_a_gpu_is_given(H, launch, planner, monkeypatch):
-    """One launch over all steps, with counters that are zero where programs meet, and what the plan decides."""
+    """One launch over all steps, with counters of the barriers that are zero, and what the plan decides."""
     spies = {kernel: Spy(function) for kernel, function in launch._KERNELS.items()}
     monkeypatch.setattr(launch, "_KERNELS", spies)
     monkeypatch.setattr(launch, "INTERPRETED", False)
@@ -506,7 +506,7 @@ def test_what_a_launch_on_a_gpu_is_given(H, launch, planner, monkeypatch):
         ((grid, given, options),) = spy.launched
         assert grid == (plan.groups * plan.programs,)
         assert options == plan.options
-        expected = {**plan.constants(kernel), "D": 2, "PHASE": 0, "MEET": plan.programs > 1, "carry": None}
+        expected = {**plan.constants(kernel), "D": 2, "PHASE": 0, "GRID_SYNC": plan.programs > 1, "carry": None}
         expected |= {"T": T, "B": B, "H": H, "P": H, "begin": 0, "end": T if plan.carried else T + 1}
         expected |= {"I": I if plan.inputs else 0, "end": T} if kernel == "forward" else {}
         assert {name: given[name] for name in expected} == expected

@@ -240,8 +240,8 @@ struct Layer {
   Tensor empty_rows(int64_t size, ScalarType dtype) const {
     return is_packed() ? empty({sizes.N, size}, dtype) : empty({sizes.T, sizes.B, size}, dtype);
   }
-  Tensor recycled_rows(int64_t size, ScalarType dtype) const {
-    return is_packed() ? recycled({sizes.N, size}, dtype) : recycled({sizes.T, sizes.B, size}, dtype);
+  Tensor pooled_rows(int64_t size, ScalarType dtype) const {
+    return is_packed() ? pooled({sizes.N, size}, dtype) : pooled({sizes.T, sizes.B, size}, dtype);
   }
   void check_rows(const char* name, const OptionalTensor& tensor, int64_t size) const {
     if (!tensor.has_value()) return;
@@ -253,11 +253,11 @@ struct Layer {
   }
 
   // What is saved, [D, T, B, S*H], or [D, N, S*H].
-  Tensor recycled_saved() const {
+  Tensor pooled_saved() const {
     const Sizes& s = sizes;
     const ScalarType dtype = x.scalar_type();
     const int64_t row = spec.saved * s.H;
-    return is_packed() ? recycled({s.D, s.N, row}, dtype) : recycled({s.D, s.T, s.B, row}, dtype);
+    return is_packed() ? pooled({s.D, s.N, row}, dtype) : pooled({s.D, s.T, s.B, row}, dtype);
   }
   void check_saved(const Tensor& saved) const {
     const Sizes& s = sizes;

@@ -150,8 +150,8 @@ void forward_sequence(const Layer& layer, ForwardParams& params, const OptionalT
   }
   const Biases biases(layer, params, layer.spec.input.begin, layer.spec.input.end, !in_place);
   const int64_t steps = in_place ? s.T : steps_at_a_time(layer), most_rows = std::min(steps * s.B, s.N);
-  const Packing packing = input_packing(layer, in_place);
-  const int64_t columns = in_place ? layer.spec.gates * s.H : packing.panels * 4 * kernels.lanes;
+  const PanelLayout layout = input_layout(layer, in_place);
+  const int64_t columns = in_place ? layer.spec.gates * s.H : layout.panels * 4 * kernels.lanes;
   OptionalScratch xg;
   if (!in_place) xg.emplace(s.D * most_rows * columns, layer.compute);
   for (int64_t begin = 0; begin < s.T; begin += steps) {
@@ -162,10 +162,10 @@ void forward_sequence(const Layer& layer, ForwardParams& params, const OptionalT
       void* const out = in_place ? at(*saved, own) : xg->at(own);
       gemm(kernels, {.M = rows,
                      .N = columns,
-                     .K = packing.inputs,
+                     .K = layout.inputs,
                      .a = at(x, first * x_stride),
                      .a_stride = x_stride,
-                     .panels = panels->w_ih->at(d * packing.numbers(kernels)),
+                     .panels = panels->w_ih->at(d * layout.numbers(kernels)),
                      .c = out,
                      .c_in_blocks = !in_place,
                      .by_columns = params.team.split == Team::Split::kUnits,
@@ -249,9 +249,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_forward(
   Outputs out(layer);
   if (cell_states || reserve) {
     const int64_t row = s.D * layer.C();
-    out.c = cell_states ? layer.empty_rows(row, dtype) : layer.recycled_rows(row, dtype);
+    out.c = cell_states ? layer.empty_rows(row, dtype) : layer.pooled_rows(row, dtype);
   }
-  if (reserve) out.saved = layer.recycled_saved();
+  if (reserve) out.saved = layer.pooled_saved();
   forward(layer, out);
   const auto or_empty = [&](const OptionalTensor& tensor) { return tensor.has_value() ? *tensor : empty({0}, dtype); };
   return {out.y, out.hn, out.cn, or_empty(out.c), or_empty(out.saved)};
@@ -326,16 +326,16 @@ struct StepGradients {
 template <class F>
 Scratch packed_for_maps(const Layer& layer, const MapInputs& inputs, int64_t columns, const F& matrix) {
   const Kernels& kernels = layer.kernels;
-  const Packing packing = inputs_of(kernels, columns, inputs.numbers);
-  const int64_t numbers = packing.numbers(kernels);
+  const PanelLayout layout = inputs_of(kernels, columns, inputs.numbers);
+  const int64_t numbers = layout.numbers(kernels);
   Scratch panels(layer.sizes.D * numbers, layer.compute);
-  for_each_part(kernels, packing, layer.sizes.D, [&](int64_t d, int64_t begin, int64_t end) {
+  for_each_part(kernels, layout, layer.sizes.D, [&](int64_t d, int64_t begin, int64_t end) {
     const Tensor& w = matrix(d);
     const auto row = [&](int64_t k) -> const void* {
       const int64_t weight = inputs.weight(k);
       return weight < 0 ? nullptr : at(w, weight * columns);
     };
-    pack_inputs(kernels, packing, row, columns, panels.at(d * numbers), begin, end);
+    pack_inputs(kernels, layout, row, columns, panels.at(d * numbers), begin, end);
   });
   return panels;
 }
@@ -385,7 +385,7 @@ StepGradients backward_sequence(const Layer& layer, BackwardParams& params, bool
   const Lines lines(params.team, s, kernels);
   launch(params.team, [&](int worker) { layer.cell.backward(params, worker); });
   if (needs_w_hh) {
-    const Packing states = inputs_of(kernels, s.P, N);
+    const PanelLayout states = inputs_of(kernels, s.P, N);
     steps.h_in.emplace(make(states.numbers(kernels)));
     params.h_in = pointer(steps.h_in);
     for_each_part(kernels, states, s.D, [&](int64_t d, int64_t begin, int64_t end) {
@@ -400,9 +400,9 @@ Tensor input_gradient(const Layer& layer, const StepGradients& steps) {
   const Sizes& s = layer.sizes;
   const Kernels& kernels = layer.kernels;
   const bool is_narrow = kernels.operands == Operands::kTiles && s.D == 1;
-  Tensor dx = layer.recycled_rows(s.I, is_narrow ? layer.x.scalar_type() : layer.compute);
+  Tensor dx = layer.pooled_rows(s.I, is_narrow ? layer.x.scalar_type() : layer.compute);
   const MapInputs of_input(kernels, layer.spec.input, s.H);
-  const Packing w_ih = inputs_of(kernels, s.I, of_input.numbers);
+  const PanelLayout w_ih = inputs_of(kernels, s.I, of_input.numbers);
   const Scratch panels = packed_for_maps(layer, of_input, s.I, [&](int64_t d) { return layer.weights.w_ih(d); });
   for (int64_t d = 0; d < s.D; ++d) {
     gemm(kernels, {.M = s.N,
@@ -421,7 +421,7 @@ Tensor input_gradient(const Layer& layer, const StepGradients& steps) {
 // The panels of x, its steps being the inputs; zero at steps that do not exist.
 Scratch packed_steps(const Layer& layer) {
   const Sizes& s = layer.sizes;
-  const Packing steps = inputs_of(layer.kernels, s.I, s.N);
+  const PanelLayout steps = inputs_of(layer.kernels, s.I, s.N);
   Scratch panels(steps.numbers(layer.kernels), layer.compute);
   for_each_part(layer.kernels, steps, 1, [&](int64_t, int64_t begin, int64_t end) {
     const auto row = [&](int64_t k) { return k < s.N && layer.exists(k) ? at(layer.x, k * s.I) : nullptr; };
@@ -523,8 +523,8 @@ Tensors weight_gradients(const Layer& layer, StepGradients& steps, const Needs& 
       dweights.push_back(needed ? as(gradient(), layer.x.scalar_type()) : empty({0}, layer.x.scalar_type()));
     };
     const int64_t rows = layer.spec.gates * s.H;
-    Tensor dw_ih = recycled({needs_weight(d, 0) ? rows : 0, s.I}, out_type);
-    Tensor dw_hh = recycled({needs_weight(d, 1) ? rows : 0, s.P}, out_type);
+    Tensor dw_ih = pooled({needs_weight(d, 0) ? rows : 0, s.I}, out_type);
+    Tensor dw_hh = pooled({needs_weight(d, 1) ? rows : 0, s.P}, out_type);
     if (needs_weight(d, 0) && !x.has_value()) x.emplace(packed_steps(layer));
     for (const MapRun& run : runs_of(layer.spec)) {
       const void* const da = steps.da.at(d * N * steps.da_stride + run.begin * s.H);
@@ -555,12 +555,12 @@ Tensors weight_gradients(const Layer& layer, StepGradients& steps, const Needs& 
     if (s.projected) {
       append(layer.weights.index_of_w_hr(), [&] {
         const Kernels& kernels = kernels_of(layer.compute);  // m is not of the dtype of x
-        const Packing columns = columns_of(kernels, s.H, N);
+        const PanelLayout columns = columns_of(kernels, s.H, N);
         const Scratch m(columns.numbers(kernels), layer.compute);
         for_each_part(kernels, columns, 1, [&](int64_t, int64_t begin, int64_t end) {
           kernels.pack_columns(steps.m->at(d * N * s.H), N, s.H, m.begin(), begin, end);
         });
-        Tensor dw_hr = recycled({s.P, s.H}, layer.compute);
+        Tensor dw_hr = pooled({s.P, s.H}, layer.compute);
         gemm(kernels, product(kernels, steps.dh_out->at(d * N * s.P), s.P, dw_hr, 0, s.P, m.begin()));
         return dw_hr;
       });
@@ -700,7 +700,8 @@ std::string cpu_plan(std::string cell, int64_t T, int64_t B, int64_t I, int64_t 
   if (T == 1 && is_short(s, kernels, false)) return name + "one step, weights read as they lie";
   const Team team = plan_team(s, spec, kernels, float64, torch::stable::get_num_threads());
   return name + std::to_string(team.workers) + (team.workers == 1 ? " thread" : " threads") + " by " +
-         (team.split == Team::Split::kRows ? "batch rows, no synchronisation" : "hidden units, meeting at every step");
+         (team.split == Team::Split::kRows ? "batch rows, no synchronisation"
+                                           : "hidden units, with a barrier at every step");
 }
 
 // Sets how many bytes of packed weights may be kept, and as many of memory, or leaves that as it is. Returns it, and

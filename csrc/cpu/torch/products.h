@@ -11,7 +11,7 @@ namespace fusedrnn {
 namespace {
 
 // Panels (panel.h): how many of how many inputs, and which of the two are counted where packing is shared.
-struct Packing {
+struct PanelLayout {
   int64_t panels, inputs;
   bool by_panels;
   Pack Kernels::* pack = nullptr;   // or null: Kernels::pack_input, input by input
@@ -20,27 +20,27 @@ struct Packing {
   int64_t numbers(const Kernels& kernels) const { return panels * inputs * 4 * kernels.lanes; }
 };
 // Of the maps of a product by hidden units, and of weights or steps by inputs: as the kernels' operands are.
-Packing maps_of(const Kernels& kernels, const MapWindow& maps, int64_t H, int64_t inputs) {
+PanelLayout maps_of(const Kernels& kernels, const MapWindow& maps, int64_t H, int64_t inputs) {
   const int64_t count = maps.end - maps.begin, blocks = chunk_blocks(count);
   const int64_t panels = blocks_of(blocks_of(H, kernels.lanes), blocks) * count * blocks / 4;
   return {panels, kernels.inputs(inputs), true, nullptr, &maps};
 }
-Packing inputs_of(const Kernels& kernels, int64_t outputs, int64_t inputs) {
+PanelLayout inputs_of(const Kernels& kernels, int64_t outputs, int64_t inputs) {
   return {blocks_of(outputs, 4 * kernels.lanes), kernels.inputs(inputs), false};
 }
 // The same of numbers, whatever the operands are.
-Packing rows_of(const Kernels& kernels, int64_t outputs, int64_t inputs) {
+PanelLayout rows_of(const Kernels& kernels, int64_t outputs, int64_t inputs) {
   return {blocks_of(outputs, 4 * kernels.lanes), inputs, true, &Kernels::pack_rows};
 }
-Packing columns_of(const Kernels& kernels, int64_t outputs, int64_t inputs) {
+PanelLayout columns_of(const Kernels& kernels, int64_t outputs, int64_t inputs) {
   return {blocks_of(outputs, 4 * kernels.lanes), inputs, false, &Kernels::pack_columns};
 }
 
 // Runs f(d, begin, end) for parts of the panels, or inputs, of D matrices.
 template <class F>
-void for_each_part(const Kernels& kernels, const Packing& packing, int64_t D, const F& f) {
-  const int64_t count = packing.by_panels ? packing.panels : packing.inputs;
-  const int64_t grain = std::max<int64_t>(1, 16384 * count / std::max<int64_t>(1, packing.numbers(kernels)));
+void for_each_part(const Kernels& kernels, const PanelLayout& layout, int64_t D, const F& f) {
+  const int64_t count = layout.by_panels ? layout.panels : layout.inputs;
+  const int64_t grain = std::max<int64_t>(1, 16384 * count / std::max<int64_t>(1, layout.numbers(kernels)));
   torch::stable::parallel_for(0, D * count, grain, [&](int64_t begin, int64_t end) {
     for (int64_t d = 0; d < D; ++d) {
       const int64_t first = std::max(begin - d * count, int64_t{0}), last = std::min(end - d * count, count);
@@ -51,31 +51,31 @@ void for_each_part(const Kernels& kernels, const Packing& packing, int64_t D, co
 
 // Inputs [begin, end) of panels of them, of so many columns; row(k) is row k of the matrix, or null for zeros.
 template <class Row>
-void pack_inputs(const Kernels& kernels, const Packing& packing, const Row& row, int64_t columns, void* panels,
+void pack_inputs(const Kernels& kernels, const PanelLayout& layout, const Row& row, int64_t columns, void* panels,
                  int64_t begin, int64_t end) {
   const int64_t rows = kernels.take_pairs() ? 2 : 1;
   for (int64_t k = begin; k < end; ++k) {
-    kernels.pack_input(row(rows * k), rows == 2 ? row(2 * k + 1) : nullptr, columns, panels, packing.inputs, k);
+    kernels.pack_input(row(rows * k), rows == 2 ? row(2 * k + 1) : nullptr, columns, panels, layout.inputs, k);
   }
 }
 
 // The panels of matrix(d) for each direction, one after the other.
 template <class F>
-Scratch packed(const Layer& layer, const Packing& packing, const F& matrix) {
+Scratch packed(const Layer& layer, const PanelLayout& layout, const F& matrix) {
   const Kernels& kernels = layer.kernels;
-  const int64_t numbers = packing.numbers(kernels);
+  const int64_t numbers = layout.numbers(kernels);
   Scratch panels(layer.sizes.D * numbers, layer.compute);
-  for_each_part(kernels, packing, layer.sizes.D, [&](int64_t d, int64_t begin, int64_t end) {
+  for_each_part(kernels, layout, layer.sizes.D, [&](int64_t d, int64_t begin, int64_t end) {
     const Tensor& w = matrix(d);
     void* const own = panels.at(d * numbers);
-    if (packing.maps != nullptr) {
-      return kernels.pack_maps(w.const_data_ptr(), *packing.maps, layer.sizes.H, w.size(1), own, begin, end);
+    if (layout.maps != nullptr) {
+      return kernels.pack_maps(w.const_data_ptr(), *layout.maps, layer.sizes.H, w.size(1), own, begin, end);
     }
-    if (packing.pack != nullptr) {
-      return (kernels.*packing.pack)(w.const_data_ptr(), w.size(0), w.size(1), own, begin, end);
+    if (layout.pack != nullptr) {
+      return (kernels.*layout.pack)(w.const_data_ptr(), w.size(0), w.size(1), own, begin, end);
     }
     const auto row = [&](int64_t k) { return k < w.size(0) ? at(w, k * w.size(1)) : nullptr; };
-    pack_inputs(kernels, packing, row, w.size(1), own, begin, end);
+    pack_inputs(kernels, layout, row, w.size(1), own, begin, end);
   });
   return panels;
 }

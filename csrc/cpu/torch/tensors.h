@@ -21,7 +21,7 @@
 #include <utility>
 #include <vector>
 
-#include "../kept.h"
+#include "../cache.h"
 
 // torch's from 2.11 on, and null with 2.10. A tensor of somebody else's memory, who learns when it is let go of.
 extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
@@ -210,7 +210,7 @@ class MemoryPool : public ByteLru<Block> {
 // As `empty`, of what only backward reads, and of gradients: their memory comes from the pool, and goes back to it when
 // nobody holds them any more. torch cannot resize such a tensor, as it can what it has allocated itself. With
 // torch 2.10, which has no way to tell when a tensor is let go of, it is `empty`.
-Tensor recycled(std::initializer_list<int64_t> size, ScalarType dtype) {
+Tensor pooled(std::initializer_list<int64_t> size, ScalarType dtype) {
   const Contiguous layout(size);
   if (torch_from_blob == nullptr || layout.numbers * bytes_of(dtype) < MemoryPool::kSmall) return empty(size, dtype);
   const int64_t most = layout.numbers + layout.numbers / 8;  // who keeps it keeps all of it

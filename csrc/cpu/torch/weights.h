@@ -11,7 +11,7 @@
 #include <utility>
 #include <vector>
 
-#include "../kept.h"
+#include "../cache.h"
 #include "products.h"
 
 namespace fusedrnn {
@@ -24,33 +24,33 @@ struct Panels {
 using SharedPanels = std::shared_ptr<const Panels>;
 
 // The input's maps that take the place of saved values come out in SavedOrder, others panel after panel.
-Packing input_packing(const Layer& layer, bool in_place) {
+PanelLayout input_layout(const Layer& layer, bool in_place) {
   const Sizes& s = layer.sizes;
   return in_place && !saved_in_blocks(s.H, layer.spec.saved, layer.kernels.lanes)
              ? rows_of(layer.kernels, layer.spec.gates * s.H, s.I)
              : maps_of(layer.kernels, layer.spec.input, s.H, s.I);
 }
-Packing recurrent_packing(const Layer& layer) {
+PanelLayout recurrent_layout(const Layer& layer) {
   return maps_of(layer.kernels, layer.spec.recurrent, layer.sizes.H, layer.sizes.P);
 }
-Packing projection_packing(const Layer& layer) { return rows_of(layer.kernels, layer.sizes.P, layer.sizes.H); }
+PanelLayout projection_layout(const Layer& layer) { return rows_of(layer.kernels, layer.sizes.P, layer.sizes.H); }
 
 OptionalScratch packed_projection(const Layer& layer) {
   if (!layer.sizes.projected) return std::nullopt;
-  return packed(layer, projection_packing(layer), [&](int64_t d) { return layer.weights.w_hr(d); });
+  return packed(layer, projection_layout(layer), [&](int64_t d) { return layer.weights.w_hr(d); });
 }
 
 SharedPanels packed_weights(const Layer& layer, bool in_place = false) {
   return std::make_shared<Panels>(
-      Panels{packed(layer, input_packing(layer, in_place), [&](int64_t d) { return layer.weights.w_ih(d); }),
-             packed(layer, recurrent_packing(layer), [&](int64_t d) { return layer.weights.w_hh(d); }),
+      Panels{packed(layer, input_layout(layer, in_place), [&](int64_t d) { return layer.weights.w_ih(d); }),
+             packed(layer, recurrent_layout(layer), [&](int64_t d) { return layer.weights.w_hh(d); }),
              packed_projection(layer)});
 }
 
 int64_t panel_bytes(const Layer& layer) {
   const Kernels& kernels = layer.kernels;
-  const int64_t numbers = input_packing(layer, false).numbers(kernels) + recurrent_packing(layer).numbers(kernels) +
-                          (layer.sizes.projected ? projection_packing(layer).numbers(kernels) : 0);
+  const int64_t numbers = input_layout(layer, false).numbers(kernels) + recurrent_layout(layer).numbers(kernels) +
+                          (layer.sizes.projected ? projection_layout(layer).numbers(kernels) : 0);
   return layer.sizes.D * numbers * layer.compute_bytes();
 }
 

@@ -36,15 +36,15 @@ void add(Instances& to, Exchange exchange, int variant) {
 template <Math kMath, class C, class Channel>
 void add(Instances& to, Exchange exchange) {
   add<kMath, C, Channel, 1, false>(to, exchange, 0);
-  if constexpr (max_rows(kMath) > kColumns) add<kMath, C, Channel, 2, false>(to, exchange, 1);
+  if constexpr (max_rows(kMath) > kMmaN) add<kMath, C, Channel, 2, false>(to, exchange, 1);
   if constexpr (projects(C::kSpec, kMath)) add<kMath, C, Channel, 1, true>(to, exchange, 2);
 }
 
 template <Math kMath, class C>
-void add_in_parts(Instances& to) {
-  constexpr int kColumnTiles = max_rows(kMath) / kColumns;
-  add<kMath, C, PartsExchange, kColumnTiles, false>(to, Exchange::kParts, kColumnTiles - 1);
-  if constexpr (projects(C::kSpec, kMath)) add<kMath, C, PartsExchange, 1, true>(to, Exchange::kParts, 2);
+void add_chunked(Instances& to) {
+  constexpr int kColumnTiles = max_rows(kMath) / kMmaN;
+  add<kMath, C, ChunkedExchange, kColumnTiles, false>(to, Exchange::kChunked, kColumnTiles - 1);
+  if constexpr (projects(C::kSpec, kMath)) add<kMath, C, ChunkedExchange, 1, true>(to, Exchange::kChunked, 2);
 }
 
 template <Math kMath, class C, int kColumnTiles>
@@ -59,9 +59,9 @@ Instances instances() {
   Instances all{};
   add<kMath, C, GridExchange>(all, Exchange::kGrid);
   add<kMath, C, ClusterExchange>(all, Exchange::kCluster);
-  add_in_parts<kMath, C>(all);
+  add_chunked<kMath, C>(all);
   add_scatter<kMath, C, 1>(all);
-  if constexpr (max_rows(kMath) > kColumns) add_scatter<kMath, C, 2>(all);
+  if constexpr (max_rows(kMath) > kMmaN) add_scatter<kMath, C, 2>(all);
   return all;
 }
 

@@ -83,7 +83,7 @@ Plan plan_of(const Integers& fields) {
   plan.shared_projection_blocks = field(8);
   plan.inputs = field(9);
   plan.shared_input_blocks = field(10);
-  plan.part_blocks = field(11);
+  plan.chunk_blocks = field(11);
   plan.cell = static_cast<CellKind>(field(12));
   return plan;
 }
@@ -342,15 +342,15 @@ void cuda_launch_backward(Integers fields, OptionalTensor dy, OptionalTensor dhn
   layer.run(params, launch_backward);
 }
 
-// Shared memory that a block may have, and how many groups of a plan can run at the same time: `Room` of launch.h.
+// Shared memory that a block may have, and how many groups of a plan can run at the same time: `Occupancy` of launch.h.
 // sizes: T, B, H, P, D, projected, I.
-std::tuple<int64_t, int64_t> cuda_room(int64_t device, int64_t pass, Integers sizes, Integers plan) {
+std::tuple<int64_t, int64_t> cuda_occupancy(int64_t device, int64_t pass, Integers sizes, Integers plan) {
   STD_TORCH_CHECK(sizes.size() == 7, "sizes must be T, B, H, P, D, projected and I");
   STD_TORCH_CHECK(pass == 0 || pass == 1, "pass must be 0 or 1");
   const OnDevice here(static_cast<int32_t>(device));
-  Room found{};
+  Occupancy found{};
   const Sizes of{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6]};
-  check(room(static_cast<Pass>(pass), of, plan_of(plan), &found));
+  check(occupancy(static_cast<Pass>(pass), of, plan_of(plan), &found));
   return {found.shared_bytes, found.groups};
 }
 
@@ -370,7 +370,7 @@ STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CUDA, library) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CompositeExplicitAutograd, library) {
-  library.impl("cuda_room", TORCH_BOX(&cuda_room));
+  library.impl("cuda_occupancy", TORCH_BOX(&cuda_occupancy));
   library.impl("cuda_obstacle", TORCH_BOX(&cuda_obstacle));
   library.impl("cuda_device_type", TORCH_BOX(&cuda_device_type));
 }

@@ -21,7 +21,7 @@ Body body_of(const Sizes& sizes, const Plan& plan) {
     if (sizes.projected != 0) return body<Kernel<kMath, C, Channel, 1, true>, Params>;
   }
   if constexpr (uses_matrix_unit(kMath)) {
-    if (plan.rows == 2 * kColumns) return body<Kernel<kMath, C, Channel, 2, false>, Params>;
+    if (plan.rows == 2 * kMmaN) return body<Kernel<kMath, C, Channel, 2, false>, Params>;
   }
   return body<Kernel<kMath, C, Channel, 1, false>, Params>;
 }
@@ -31,17 +31,17 @@ Body body_of(const Sizes& sizes, const Plan& plan) {
   if constexpr (std::is_same_v<Params, BackwardParams>) {
     if (plan.exchange == Exchange::kScatter) {
       if constexpr (uses_matrix_unit(kMath)) {
-        if (plan.rows == 2 * kColumns) return body<BackwardScatter<kMath, C, 2>, Params>;
+        if (plan.rows == 2 * kMmaN) return body<BackwardScatter<kMath, C, 2>, Params>;
       }
       return body<BackwardScatter<kMath, C, 1>, Params>;
     }
   }
-  if (plan.exchange == Exchange::kParts) {
-    constexpr int kColumnTiles = max_rows(kMath) / kColumns;
+  if (plan.exchange == Exchange::kChunked) {
+    constexpr int kColumnTiles = max_rows(kMath) / kMmaN;
     if constexpr (projects(C::kSpec, kMath)) {
-      if (sizes.projected != 0) return body<Kernel<kMath, C, PartsExchange, 1, true>, Params>;
+      if (sizes.projected != 0) return body<Kernel<kMath, C, ChunkedExchange, 1, true>, Params>;
     }
-    return body<Kernel<kMath, C, PartsExchange, kColumnTiles, false>, Params>;
+    return body<Kernel<kMath, C, ChunkedExchange, kColumnTiles, false>, Params>;
   }
   if (plan.exchange == Exchange::kGrid) return body_of<Kernel, Params, kMath, C, GridExchange>(sizes, plan);
   if constexpr (std::is_same_v<Params, ForwardParams>) {

@@ -51,10 +51,10 @@ std::string launch_forward(const ForwardParams& params, void*) { return launch(f
 
 std::string launch_backward(const BackwardParams& params, void*) { return launch(fusedrnn_host_backward, params); }
 
-std::string room(Pass pass, const Sizes& sizes, const Plan& plan, Room* room) {
+std::string occupancy(Pass pass, const Sizes& sizes, const Plan& plan, Occupancy* found) {
   if (const char* why = invalid(pass, sizes, plan)) return std::string("the plan is invalid: ") + why;
   const bool fits = shared_bytes(pass, sizes, plan) <= kSharedBytes;
-  *room = {kSharedBytes, fits ? kMultiprocessors / plan.blocks : 0};
+  *found = {kSharedBytes, fits ? kMultiprocessors / plan.blocks : 0};
   return {};
 }
 

@@ -369,9 +369,9 @@ std::string Machine::deadlock() const {
   return text;
 }
 
-void meet(Barrier& barrier, int count, const char* name) {
+void barrier_wait(Barrier& barrier, int count, const char* name) {
   if (barrier.arrived == 0) barrier.count = count;
-  if (barrier.count != count) fail(std::string("threads disagree how many meet at '") + name + "'");
+  if (barrier.count != count) fail(std::string("threads disagree how many wait at '") + name + "'");
   if (++barrier.arrived < count) {
     barrier.waiting.push_back(machine->current_);
     machine->park(name);
@@ -407,16 +407,16 @@ void barrier(int id, int count, const char* name) {
   }
   // Only a barrier of the whole block is taken to order the stores of a thread before another thread's release.
   if (count == machine->launch_.threads) mark_synced(own_block(), machine->current_->index, 1);
-  meet(own_block().barriers[id], count, name);
+  barrier_wait(own_block().barriers[id], count, name);
 }
 
 void cluster_barrier(const char* name) {
   if (!present(name)) return;
   const int cluster = machine->launch_.cluster;
-  meet(machine->clusters_[machine->current_->block / cluster], cluster * machine->launch_.threads, name);
+  barrier_wait(machine->clusters_[machine->current_->block / cluster], cluster * machine->launch_.threads, name);
 }
 
-void meet_warp(WarpOperation operation, const void* in, void* out, const char* name) {
+void warp_collective(WarpOperation operation, const void* in, void* out, const char* name) {
   if (!present(name)) return;
   Thread* self = machine->current_;
   Warp& warp = own_block().warps[self->index / kWarp];

@@ -56,7 +56,7 @@ void cluster_barrier(const char* name);
 
 // Meets the other lanes of the warp: in[lane] of all of them is handed to `operation` once, which fills out[lane].
 using WarpOperation = void (*)(const void* const* in, void* const* out);
-void meet_warp(WarpOperation operation, const void* in, void* out, const char* name);
+void warp_collective(WarpOperation operation, const void* in, void* out, const char* name);
 
 // Waits until ready(argument), which must not wait.
 void wait_until(bool (*ready)(void*), void* argument, const char* name);

@@ -12,10 +12,10 @@ namespace fusedrnn::cuda {
 
 // kNumbers: that a thread keeps of a tile.
 template <class A, int kNumbers>
-class Turns {
+class TileLoop {
  public:
-  FUSEDRNN_DEVICE Turns(const CellSpec& cell, const Sizes& sizes, const Plan& plan, Pass pass,
-                        const Workspace& workspace)
+  FUSEDRNN_DEVICE TileLoop(const CellSpec& cell, const Sizes& sizes, const Plan& plan, Pass pass,
+                           const Workspace& workspace)
       : plan_(plan),
         first_(
             reinterpret_cast<A*>(static_cast<char*>(workspace.exchanged) + exchanged_bytes(cell, pass, sizes, plan)) +
