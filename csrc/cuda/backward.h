@@ -267,7 +267,7 @@ class Backward {
         if (has_units_ && role_.owns(n)) stores_[n].store(da[n]);
       }
     }
-    // The step's own place is free: everybody had read it when the warp met to send.
+    // The step's own place is free: all lanes had read it at the warp's barrier before the send.
     copy(step >= kStepsAhead, slot_);
     slot_ = next_slot;
     look_at(step - 1);

@@ -200,7 +200,7 @@ FUSEDRNN_DEVICE void store_exchanged(void* address, const Quad& quad) {
 }
 
 // "Release and Acquire Patterns": what this thread wrote, and what others of its block wrote before a barrier that it
-// has passed since, is seen by who reads the value and then acts, or meets at a barrier with who acts.
+// has passed since, is visible to a thread that reads the value, and to those behind a barrier with it.
 FUSEDRNN_DEVICE void release_flag(uint32_t* flag, uint32_t value, const char*) {
   asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(flag)), "r"(value) : "memory");
 }

@@ -1,17 +1,16 @@
-// How the operand of a product gets from the warps that compute it to all blocks that need it: once per step.
+// Sends the operand of a product from the warps that compute it to all blocks that need it, once per step.
 //
-// Every warp that owns results sends them, every block that has a tile of the product receives all. The protocol, with
+// Every warp sends its results; every block with a tile of the product receives all of them. The protocol, with
 // operands counted 0, 1, 2, ... over all steps and slices of the launch:
 //
 //   send operand k  (after the product with operand k - 1)      announce      receive operand k      product with it
 //
-// Operand k lies in buffer k % 2, and this needs no second synchronisation: a block sends operand k only when it has
+// Operand k is in buffer k % 2, and no second synchronisation is needed: a block sends operand k only after it has
 // received all of operand k - 1, which every tile of every block sent after its product with operand k - 2, the last
-// use of that buffer. With a projection, two such exchanges take turns. A block then sends operand k of the one when it
-// has received all of operand k of the other, which every tile sent after its product with operand k - 1 of the first:
-// the same, with a step to spare.
-// Every operand that is announced is received by every block that has a tile, before it ends: so nothing is ever sent
-// to a block that has ended.
+// use of that buffer. With a projection two such exchanges alternate. A block then sends operand k of one after it has
+// received all of operand k of the other, which every tile sent after its product with operand k - 1 of the first: the
+// same argument, with a step to spare. Every block with a tile receives every announced operand before it ends: nothing
+// is sent to a block that has ended.
 //
 // The policies have the same interface: start() once by all threads, and then started(), once for all exchanges;
 // send() by a warp, announce() and receive() by all threads that take part. kIdleWarpsTakePart says whether those are
@@ -194,7 +193,7 @@ class ClusterExchange {
     const int buffer = static_cast<int>(sent_ & 1);
     char* operand = operand_ + buffer * buffer_bytes_;
     const auto push_to = [&](int receiver, const Quad& quad, int at) {
-      int rank = first_receiver_ + receiver;  // everybody begins with a different one
+      int rank = first_receiver_ + receiver;  // each begins with a different one
       if (rank >= receivers_) rank -= receivers_;
       push(operand + at, barriers_ + buffer, rank, quad);
     };

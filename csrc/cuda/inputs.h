@@ -8,7 +8,7 @@
 namespace fusedrnn::cuda {
 
 // The rows of a slice at one time step, in quads. Behind a row come zeros to the end of the K block; rows outside of
-// the batch are left as they are, and nobody reads their results.
+// the batch are left as they are; their results are not read.
 template <class M>
 class InputRows {
  public:
@@ -67,7 +67,7 @@ class InputRows {
 //
 //   receive operand k, the only barrier      begin to copy operand k + 1      product with operand k
 //
-// Operand k + 1 takes the buffer of operand k - 1, with which everybody has multiplied before that barrier.
+// Operand k + 1 takes the buffer of operand k - 1, which all warps have multiplied with before that barrier.
 // kRows: of a slice.
 template <class M, class C, int kRows>
 class Inputs {

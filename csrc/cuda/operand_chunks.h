@@ -1,10 +1,10 @@
-// An operand in chunks: a block copies one chunk of it after the other into one of two buffers in shared memory, all of
-// them once for every turn. With the chunks of all turns of the launch counted 0, 1, 2, ...:
+// An operand in chunks of K: a block copies the chunks one after another into two buffers in shared memory, all of them
+// once per turn of its tiles. With the chunks of all turns of the launch counted 0, 1, 2, ...:
 //
-//   chunk k is copied, the only barrier      begin to copy chunk k + 1     product with chunk k
+//   wait for chunk k, the only barrier      start to copy chunk k + 1      product with chunk k
 //
-// Part k + 1 takes the buffer of chunk k - 1, with which everybody has multiplied before that barrier. The first chunk
-// of a turn is copied on its own: the last product of the turn before it was with the other buffer.
+// Chunk k + 1 overwrites chunk k - 1, which all warps have multiplied with before that barrier. The first chunk of a
+// turn is not prefetched; the last product of the previous turn used the other buffer.
 #pragma once
 
 #include "product.h"
@@ -13,7 +13,7 @@ namespace fusedrnn::cuda {
 
 class OperandChunks {
  public:
-  // shared: two buffers of so many rows of chunk_stride(). All threads of the block come to all of this.
+  // shared: two buffers [rows][chunk_stride()]. All threads of the block take part in every call.
   FUSEDRNN_DEVICE OperandChunks(const Role& role, const Plan& plan, const Operand& operand, int rows, char* shared)
       : role_(role),
         blocks_(operand.blocks()),
@@ -24,9 +24,9 @@ class OperandChunks {
         warps_(plan.tiles * plan.splits),
         shared_(shared) {}
 
-  // use(chunk, operand) for every chunk, which lies in shared memory meanwhile. source.fetch(row, k, to) begins to
-  // bring quad k of a row, or zeros behind the row's end, which meet weights that are zero; once it has come and where
-  // Source::kRounds, it is replaced by Source::rounded() of it. kCopies and kCopied name what is waited for.
+  // Calls use(chunk, operand) for every chunk while it is in shared memory. source.fetch(row, k, to) starts the copy of
+  // quad k of a row, or writes zeros beyond the row's end, where the weights are zero. With Source::kRounds a copied
+  // quad is replaced by Source::rounded() of it. kCopies and kCopied name the waits.
   template <class Source, class F>
   FUSEDRNN_DEVICE void for_each(const Source& source, const F& use) {
     const auto fetch = [&](int row, int k, Quad& to) { source.fetch(row, k, to); };

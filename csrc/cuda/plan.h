@@ -1,15 +1,15 @@
-// How a launch is cut into groups, blocks and warps, and what lies where. A kernel is given a plan and checks nothing;
-// who chooses one asks invalid() first. All of it is arithmetic on sizes, usable on the host and inside of kernels.
+// The layout of a launch: groups, blocks, warps, and the contents of shared memory. Kernels do not check their plan;
+// call invalid() before a launch. All of this is arithmetic on sizes, for the host and for kernels.
 //
 // A group of blocks owns one direction and takes slices of batch rows, one after another. Inside of a group, a warp has
 // a tile of output rows of the recurrent product (hidden units with their maps in the forward, units in the backward)
 // and a part of its inner dimension K. The operand of the product, h or da of all units for the rows of the slice, is
-// what the blocks exchange at every step. With a projection there is a second product in every step, with an operand of
-// its own: m or dh. Its tiles are spread over the same warps. Where the launch takes the inputs, the forward has a
-// product with w_ih before the recurrent one, of the same tiles: its operand is x, which nobody has to exchange.
+// exchanged between the blocks at every step. A projection adds a second product per step, with an operand of its own,
+// m or dh, whose tiles are spread over the same warps. A launch that takes the inputs has a product with w_ih before
+// the recurrent one in the forward, with the same tiles; its operand is x, which is not exchanged.
 //
-// Where an operand is larger than shared memory, or there are more tiles than warps, a plan is one in chunks: operands
-// come to shared memory one chunk after another, and a warp has several tiles, which take turns in every step.
+// If an operand exceeds shared memory, or there are more tiles than warps, the plan is chunked: operands come to shared
+// memory one chunk of K after another, and a warp computes several tiles in turn in every step.
 //
 // K counts in bytes: 64 bytes of an operand's row are one K block, which is two matrix instructions in any dtype.
 #pragma once
@@ -65,7 +65,7 @@ constexpr int kMostBlocks = 16;   // of a cluster
 constexpr int kMaxThreads = 256;  // kernels are compiled for it: 255 registers a thread
 constexpr int kMmaN = 8;          // batch rows of one matrix instruction
 constexpr int kBlockBytes = 64;   // of a K block in a row of the operand
-// K blocks of weights that are on their way to a warp where they are streamed, and that its ring has room for.
+// Streamed weights: K blocks in flight to a warp, and slots of its ring.
 constexpr int kStreamAhead = 3, kStreamSlots = 4;
 
 FUSEDRNN_BOTH constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

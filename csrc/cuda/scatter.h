@@ -3,9 +3,10 @@
 //   da_t, dc_{t-1} from dh_t + dy_t, dc_t, what the cell saved and c: csrc/cells
 //   dh_{t-1} = sum over blocks of da_t @ w_hh
 //
-// A block owns 16 * plan.tiles hidden units. It multiplies da of its own units, which nobody else needs, with its own
-// rows of w_hh, and has a part of the sum for dh of every unit; each block is sent the parts of its units, H numbers of
-// the compute dtype for a batch row in the place of the GH of the storage dtype that gathering da of G gates takes.
+// A block owns 16 * plan.tiles hidden units. It multiplies da of its own units, which no other block needs, with its
+// own rows of w_hh, and has a part of the sum for dh of every unit; each block is sent the parts of its units, H
+// numbers of the compute dtype for a batch row in the place of the GH of the storage dtype that gathering da of G gates
+// takes.
 //
 // Grid and groups: as in forward.h. The warps of a block take turns with the tiles of 16 units of dh, all of K = da of
 // the block each, and share out the cells, one or a few to a thread. Registers: weights of the first tiles, dh and dc
@@ -18,9 +19,9 @@
 //
 // A buffer of parts is used again two steps later. Who pushes into it has received all of the step between, to which
 // every warp here has pushed, or with which it has passed the barrier, after it had read that buffer. da is staged in
-// the buffer of two steps before, which everybody has read before the barrier between. Step n's copies take the place
-// of those of step n + 4, whose cells are before the barrier of that step. Limits: no projection; 1 to 4 tiles, in
-// float64 and in TF32 with 16 rows 1 or 2; a cluster of at least two blocks.
+// the buffer of two steps before, which all threads have read before the barrier between. Step n's copies take the
+// place of those of step n + 4, whose cells are before the barrier of that step. Limits: no projection; 1 to 4 tiles,
+// in float64 and in TF32 with 16 rows 1 or 2; a cluster of at least two blocks.
 #pragma once
 
 #include "backward_inputs.h"
@@ -63,7 +64,7 @@ class ScatterTiles {
   }
 
   FUSEDRNN_DEVICE void run() {
-    // OperandChunks that nobody sends, of blocks without units, are zeros in every sum.
+    // Parts that are not sent, of blocks without units, are zeros in every sum.
     for (int k = thread_; k < 2 * p_.plan.blocks * kNumbers; k += kThreads) chunks_[k] = 0;
     if constexpr (kHasGap) {
       constexpr int kQuads = 2 * kStaged / static_cast<int>(sizeof(Quad));
@@ -429,7 +430,7 @@ class ScatterTiles {
     return chunks_ + (buffer * p_.plan.blocks + sender) * kNumbers;
   }
 
-  // dh of the state that entered the step: the sum of everybody's parts, in the order of the blocks.
+  // dh of the state that entered the step: the sum of all parts, in the order of the blocks.
   FUSEDRNN_DEVICE void receive() {
     const int buffer = static_cast<int>(received_ & 1);
     const uint32_t parity = received_ >> 1 & 1;

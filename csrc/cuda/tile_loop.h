@@ -1,8 +1,8 @@
-// Tiles that take turns: where there are more tiles than warps in a group, a warp has several of the same index modulo
-// the group's warps, and does the step of one after the other.
+// Several tiles per warp: with more tiles than warps in a group, a warp owns those of the same index modulo the number
+// of warps, and computes a step of one after another, a turn each.
 //
-// What a thread keeps of a tile from one step to the next, the carry and h or their gradients, lies in global memory
-// between its turns, behind the exchanges. Only the thread itself reads it.
+// The state of a tile between steps, the carry and h or their gradients, is in global memory, behind the exchanges.
+// Only the thread that wrote it reads it.
 #pragma once
 
 #include "params.h"
@@ -10,7 +10,7 @@
 
 namespace fusedrnn::cuda {
 
-// kNumbers: that a thread keeps of a tile.
+// kNumbers: size of a thread's state of a tile.
 template <class A, int kNumbers>
 class TileLoop {
  public:
@@ -22,7 +22,7 @@ class TileLoop {
             block_index() * int64_t{turns(ceil_div(sizes.H, tile_units(pass)), plan)} * each() +
             thread_index() * kNumbers) {}
 
-  // f() for every turn that there is with so many tiles, with the warp's tile of that turn in `role`.
+  // Calls f() for every turn, with the warp's tile of that turn in `role`.
   template <class F>
   FUSEDRNN_DEVICE void for_each(int64_t tiles, Role& role, const F& f) {
     FUSEDRNN_NO_UNROLL for (turn_ = 0; turn_ < turns(tiles, plan_); ++turn_) {
@@ -31,10 +31,10 @@ class TileLoop {
     }
   }
 
-  // Whether it is the first turn.
+  // Whether this is the first turn.
   FUSEDRNN_DEVICE bool is_first() const { return turn_ == 0; }
 
-  // One of the numbers that the thread keeps of the tile whose turn it is.
+  // One number of the thread's state of the current tile.
   FUSEDRNN_DEVICE A& operator[](int k) const { return first_[turn_ * each() + k]; }
 
  private:
