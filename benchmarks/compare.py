@@ -55,8 +55,8 @@ def _spread(row: Row | None, rows: dict[tuple[str, ...], Row], relative: bool) -
     times = row.p20_ms, row.median_ms, row.p80_ms
     if not relative:
         return times
-    baseline = (rows.get((*row.key[:-1], name)) for name in dict.fromkeys(TORCHS.values()))
-    base = _spread(next((row for row in baseline if row is not None), None), rows, relative=False)
+    baselines = (rows.get((*row.key[:-1], name)) for name in dict.fromkeys(TORCHS.values()))
+    base = _spread(next((row for row in baselines if row is not None), None), rows, relative=False)
     return (times[0] / base[2], times[1] / base[1], times[2] / base[0]) if base else None
 
 

@@ -108,7 +108,7 @@ class Plan:
     shared_projection_blocks: int
     inputs: bool = False  # whether the launch multiplies x with w_ih; otherwise a GEMM comes before
     shared_input_blocks: int = 0
-    chunk_blocks: int = 0  # K blocks of each warp in a part of the operand, where it comes in chunks
+    chunk_blocks: int = 0  # K blocks of each warp in a chunk of the operand, where it comes in chunks
     cell: str = "lstm"
     streamed: int = 0  # K blocks of weights that a warp loads again at every step, of all matrices together
     shared: int = 0  # bytes of shared memory of a block

@@ -238,6 +238,12 @@ def _masks_fake(seed: Tensor, numbers: int, p: Sequence[float], values: Sequence
     return seed.new_empty((len(p), numbers), dtype=torch.float64 if float64 else torch.float32)
 
 
+def _masks_batched(_: Any, in_dims: Sequence[int | None], seeds: Tensor, *arguments: Any) -> tuple[Tensor, int]:
+    """The rule of vmap: the seeds of samples differ with randomness="different"."""
+    assert in_dims[0] is not None
+    return torch.stack([cpu_masks(seed, *arguments) for seed in seeds.unbind(in_dims[0])]), 0
+
+
 _define("reference")
 _library.impl("reference_forward", _reference_forward, "CompositeExplicitAutograd")
 _library.impl("reference_backward", _reference_backward, "CompositeExplicitAutograd")
@@ -447,6 +453,7 @@ for _name, _schema in _SCHEMAS.items():
     if not hasattr(_ops, _name):
         _library.define(_name + _schema)
 torch.library.register_fake(f"{NAMESPACE}::cpu_masks", _masks_fake, lib=_library)
+torch.library.register_vmap(f"{NAMESPACE}::cpu_masks", _masks_batched, lib=_library)
 _cuda_unloaded = _load("cuda")
 
 BACKENDS = ("reference", "cuda", "triton", "cpu")

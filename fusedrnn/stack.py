@@ -32,19 +32,10 @@ def run(
     layer, for a cell with noise.
     """
     name = cell.name
+    noise: Callable[[], Tensor | None] = (lambda: None) if draw is None else draw
     if num_layers == 1:
         y, hn, cn, c = autograd.layer(
-            backend,
-            name,
-            x,
-            weights,
-            bidirectional,
-            h0,
-            c0,
-            lengths,
-            reset,
-            cell_states,
-            None if draw is None else draw(),
+            backend, name, x, weights, bidirectional, h0, c0, lengths, reset, cell_states, noise()
         )
         return y, hn, cn, [y], [c]
     count, D = len(weights) // num_layers, 2 if bidirectional else 1
@@ -55,17 +46,7 @@ def run(
             y = torch.nn.functional.dropout(y, dropout)
         own = weights[k * count : (k + 1) * count]
         y, hn, cn, c = autograd.layer(
-            backend,
-            name,
-            y,
-            own,
-            bidirectional,
-            h0s[k],
-            c0s[k],
-            lengths,
-            reset,
-            cell_states,
-            None if draw is None else draw(),
+            backend, name, y, own, bidirectional, h0s[k], c0s[k], lengths, reset, cell_states, noise()
         )
         hns.append(hn)
         cns.append(cn)

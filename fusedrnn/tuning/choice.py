@@ -89,7 +89,9 @@ class Table:
     def verdict(self, name: str, dtype: str, cell: str = "lstm") -> tuple[bool, str | None]:
         """Whether there is a verdict on a backend in a dtype, and its failure or None."""
         verdict = self._verdicts.get((cell, dtype), {})
-        if cell in VARIANTS and name not in verdict:
+        if (
+            cell in VARIANTS and name not in verdict
+        ):  # of the same kernels; those of an RNN with relu differ from tanh's
             verdict = self._verdicts.get((stand_in(cell), dtype), {})
         return name in verdict, verdict.get(name)
 

@@ -18,8 +18,9 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
 import fusedrnn
-from fusedrnn import autograd, cells, cli, dispatch, layout, reference, testing
+from fusedrnn import autograd, cells, cli, dispatch, layout, ops, reference, testing
 from fusedrnn.noise import Noise
+from fusedrnn.sequence import Form
 
 F64 = torch.float64
 T, B, I, H = 5, 3, 4, 6
@@ -371,7 +372,10 @@ def test_onnx_has_no_masks():
         )
 
 
-def test_masks_have_their_probabilities(drawn):
+@pytest.mark.parametrize("native", [True, False])
+def test_masks_have_their_probabilities(drawn, native, monkeypatch):
+    if not native:
+        monkeypatch.setattr(ops, "cpu_unavailable", "not here")
     module = fusedrnn.LSTM(2, 500, zoneout=(0.25, 0.1), recurrent_dropout=0.4)
     with torch.no_grad():
         module(torch.randn(20, 10, 2))
@@ -383,12 +387,32 @@ def test_masks_have_their_probabilities(drawn):
         assert not torch.equal(mask[0], mask[1])
 
 
+@pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize(
     ("zoneout", "dropout", "ones"), [(1.0, 1.0, (1, 1, 0)), (1e-9, 0.0, (0, 0)), ((1.0, 1e-9), 0.0, (1, 0))]
 )
-def test_masks_of_extreme_probabilities(drawn, zoneout, dropout, ones):
+def test_masks_of_extreme_probabilities(drawn, zoneout, dropout, ones, native, monkeypatch):
+    if not native:
+        monkeypatch.setattr(ops, "cpu_unavailable", "not here")
     fusedrnn.LSTM(2, 5, zoneout=zoneout, recurrent_dropout=dropout)(torch.randn(3, 3, 2))
     assert [mask.unique().tolist() for mask in drawn[0].values()] == [[value] for value in ones]
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_masks_inside_vmap(native, monkeypatch, capfd):
+    if not native:
+        monkeypatch.setattr(ops, "cpu_unavailable", "not here")
+    noise = Noise(0.5, 0.0, 0.0, "candidate")
+    cell = noise.cell(cells.LSTM, True)
+
+    def draw(x):
+        return noise.draw(cell, True, Form(3, 4), 1, (64, 64), x)
+
+    different = torch.vmap(draw, randomness="different")(torch.zeros(2, 3, 4, 1))
+    assert different.shape == (2, 1, 3, 4, 64)
+    assert not torch.equal(*different)
+    assert torch.vmap(draw, randomness="same", out_dims=None)(torch.zeros(2, 3, 4, 1)).shape == (1, 3, 4, 64)
+    assert "performance drop" not in capfd.readouterr().err
 
 
 def test_one_mask_a_sequence(drawn):
