@@ -74,7 +74,7 @@ class Noise(NamedTuple):
 def _masks(p: list[float], values: list[float], shape: Sequence[int], options: dict[str, Any]) -> Tensor:
     """[K, *shape]: values[k] with probability p[k], exact to 2^-16, otherwise 0.
 
-    On a CPU drawing by torch's generator takes up to a fifth of a training step: there it only gives our operator a seed.
+    On a CPU drawing by torch's generator takes up to a fifth of a training step: there it only seeds our operator.
     """
     numbers = math.prod(shape)
     if options["device"].type == "cpu" and ops.cpu_unavailable is None:
