@@ -260,11 +260,11 @@ def register_blocks(plan: Plan, kernel: str, stage: int, projected: bool) -> int
     if forward:
         cell = named(plan.cell)
         if variant:
-            return 1 if wide else len(cell.maps) + 1
+            return 1 if wide else 6 if len(cell.maps) == 3 else 5
         of_four = 2 if wide else 5 if math == "tf32" else 6
         of_tile = _filled(cell.recurrent)
         if len(cell.maps) > of_tile:
-            return of_four - 1
+            return of_four - 1 if wide else of_four + 1
         return min(4 if wide else 8, of_four * 4 // of_tile)
     return 10 if not wide else 1 if math == "tf32" or variant else 3
 

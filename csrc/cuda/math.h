@@ -6,7 +6,9 @@
 // of the operand with one 16-byte load is the B fragments for the same inner indices. So weights are packed the same
 // way for every dtype, and no fragment is ever shuffled.
 //
-// Of an odd number of segments, the last instruction has zeros for the rows of one more.
+// Of an odd number of segments, the last one has an instruction for itself: its inner indices of the first half in rows
+// 0 to 7, those of the second half in rows 8 to 15. Of the two instructions with the two halves of the operand, one has
+// the sums of the first half in its rows 0 to 7, the other those of the second half in its rows 8 to 15.
 //
 // Results: lane 4 r + q ends with row r of every segment at columns 2 q and 2 q + 1. In the forward the segments are
 // maps of the cell, and a lane has those of one unit for two batch rows.
@@ -20,18 +22,22 @@ namespace fusedrnn::cuda {
 // bfloat16 and float16 (m16n8k16) and TensorFloat-32 (m16n8k8) on the matrix unit, accumulated in float.
 template <Operands kOperands, class S>
 struct MatrixUnit {
-  // kChains: 2 to sum either half of the K blocks apart, so that one has not to wait for the other.
+  // kChains: 2 to sum either half of the K blocks apart, so that one has not to wait for the other. last: of a segment
+  // without another, the halves in rows 0 to 7 of the first sum and 8 to 15 of the second.
   template <int kSegments, int kChains = 1>
   struct Accumulator {
-    float sum[kChains][(kSegments + 1) / 2][4];
+    static constexpr int kPairs = kSegments / 2;
+    float sum[kChains][kPairs > 0 ? kPairs : 1][4];
+    float last[2][4];
   };
 
   template <int kSegments, int kChains>
   static FUSEDRNN_DEVICE void clear(Accumulator<kSegments, kChains>& into) {
-    FUSEDRNN_UNROLL for (int c = 0; c < kChains; ++c) {
-      FUSEDRNN_UNROLL for (int m = 0; m < (kSegments + 1) / 2; ++m) {
-        FUSEDRNN_UNROLL for (int k = 0; k < 4; ++k) into.sum[c][m][k] = 0;
+    FUSEDRNN_UNROLL for (int k = 0; k < 4; ++k) {
+      FUSEDRNN_UNROLL for (int c = 0; c < kChains; ++c) {
+        FUSEDRNN_UNROLL for (int m = 0; m < kSegments / 2; ++m) into.sum[c][m][k] = 0;
       }
+      FUSEDRNN_UNROLL for (int half = 0; half < 2; ++half) into.last[half][k] = 0;
     }
   }
 
@@ -47,11 +53,15 @@ struct MatrixUnit {
     const Quad b = *reinterpret_cast<const Quad*>(rows);
     FUSEDRNN_UNROLL for (int half = 0; half < 2; ++half) {
       const int low = 2 * half, high = low + 1;
-      FUSEDRNN_UNROLL for (int m = 0; m < (kSegments + 1) / 2; ++m) {
-        const bool is_pair = 2 * m + 1 < kSegments;
-        const Quad &upper = w[2 * m], &lower = w[is_pair ? 2 * m + 1 : 2 * m];
-        mma<kOperands>(into.sum[half % kChains][m], upper.word[low], is_pair ? lower.word[low] : 0, upper.word[high],
-                       is_pair ? lower.word[high] : 0, b.word[low], b.word[high]);
+      FUSEDRNN_UNROLL for (int m = 0; m < kSegments / 2; ++m) {
+        const Quad &upper = w[2 * m], &lower = w[2 * m + 1];
+        mma<kOperands>(into.sum[half % kChains][m], upper.word[low], lower.word[low], upper.word[high],
+                       lower.word[high], b.word[low], b.word[high]);
+      }
+      if constexpr (kSegments % 2 != 0) {
+        const Quad& both = w[kSegments - 1];
+        mma<kOperands>(into.last[half], both.word[0], both.word[2], both.word[1], both.word[3], b.word[low],
+                       b.word[high]);
       }
     }
   }
@@ -61,6 +71,10 @@ struct MatrixUnit {
   static FUSEDRNN_DEVICE void finish(const Accumulator<kSegments, kChains>& from, float (&z)[kRoom][2], int) {
     FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) {
       FUSEDRNN_UNROLL for (int j = 0; j < 2; ++j) {
+        if (s % 2 == 0 && s + 1 == kSegments) {
+          z[s][j] = from.last[0][j] + from.last[1][2 + j];
+          continue;
+        }
         z[s][j] = from.sum[0][s / 2][s % 2 * 2 + j];
         if constexpr (kChains == 2) z[s][j] += from.sum[1][s / 2][s % 2 * 2 + j];
       }

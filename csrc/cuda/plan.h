@@ -114,9 +114,10 @@ FUSEDRNN_BOTH constexpr int register_blocks(const CellSpec& cell, Exchange excha
   const bool tf32 = math == Math::kTf32;
   if (projected) return !forward ? 8 : variant && !tf32 ? 4 : 5;
   if (!forward) return narrow ? 10 : tf32 || variant ? 1 : 3;
-  if (variant) return narrow ? cell.maps + 1 : 1;
+  if (variant) return !narrow ? 1 : cell.maps == 3 ? 6 : 5;
   const int of_four = !narrow ? 2 : tf32 ? 5 : 6, of_tile = segments(cell, pass, stage);
-  if (cell.maps > of_tile) return of_four - 1;  // maps of one product alone take registers as well
+  // Maps of one product alone take registers as well.
+  if (cell.maps > of_tile) return narrow ? of_four + 1 : of_four - 1;
   const int blocks = of_four * 4 / of_tile, most = narrow ? 8 : 4;
   return blocks < most ? blocks : most;
 }

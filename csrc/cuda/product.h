@@ -78,6 +78,7 @@ class WarpProduct {
     for (int k = 0; k < in_shared(); ++k) {
       Quad w[kSegments];
       load(w, from + k * kFragment);
+      interleave(w);
       FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) shared_[k * kFragment + s * kWarp] = w[s];
     }
     streamed_ = from + in_shared() * kFragment;
@@ -154,6 +155,33 @@ class WarpProduct {
     FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) w[s] = load_streamed(from + s * kWarp);
   }
 
+  // In shared memory the words are in the order of an instruction's registers: so that a load fills these, and nothing
+  // is moved. And back, which only names registers.
+  static FUSEDRNN_DEVICE void interleave(Quad (&w)[kSegments]) {
+    FUSEDRNN_UNROLL for (int s = 0; s < kSegments; s += 2) {
+      const Quad a = w[s];
+      if (s + 1 == kSegments) {
+        w[s] = Quad{{a.word[0], a.word[2], a.word[1], a.word[3]}};
+      } else {
+        const Quad b = w[s + 1];
+        w[s] = Quad{{a.word[0], b.word[0], a.word[1], b.word[1]}};
+        w[s + 1] = Quad{{a.word[2], b.word[2], a.word[3], b.word[3]}};
+      }
+    }
+  }
+  static FUSEDRNN_DEVICE void separate(Quad (&w)[kSegments]) {
+    FUSEDRNN_UNROLL for (int s = 0; s < kSegments; s += 2) {
+      const Quad a = w[s];
+      if (s + 1 == kSegments) {
+        w[s] = Quad{{a.word[0], a.word[2], a.word[1], a.word[3]}};
+      } else {
+        const Quad b = w[s + 1];
+        w[s] = Quad{{a.word[0], a.word[2], b.word[0], b.word[2]}};
+        w[s + 1] = Quad{{a.word[1], a.word[3], b.word[1], b.word[3]}};
+      }
+    }
+  }
+
   FUSEDRNN_DEVICE void begin_stream() { FUSEDRNN_UNROLL for (int k = 0; k < kStreamAhead; ++k) copy_next(); }
   // In chunks the product ends with the last K block; elsewhere the next step begins with the first one again.
   FUSEDRNN_DEVICE void copy_next() {
@@ -179,6 +207,7 @@ class WarpProduct {
     FUSEDRNN_NO_UNROLL for (int k = 0; k < in_shared; ++k, rows += kBlockBytes) {
       Quad w[kSegments];
       FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) w[s] = shared_[k * kFragment + s * kWarp];
+      separate(w);
       add(sums, w, rows);
     }
     if (streamed > 0) add_streamed(sums, rows, streamed);
