@@ -207,7 +207,7 @@ class Backward {
 
   // ---- The same of what is copied ahead, each column tile by the warp that owns it.
 
-  // From the last step of a slice on.
+  // Sets up the copies and stores of a slice, from its last step on.
   FUSEDRNN_DEVICE void start_runs(int64_t first_row) {
     const int64_t unit = has_units_ ? role_.tile * kUnits : p_.sizes.H;
     // A variant has no registers to keep what follows from the lane from slice to slice.
@@ -320,7 +320,7 @@ class Backward {
     }
   }
 
-  // The same of several tiles, in turns.
+  // The same where a warp has several tiles.
   FUSEDRNN_DEVICE void slices_in_turns(char* shared, const SharedLayout& layout) {
     Kept kept(spec_of<C>(), p_.sizes, p_.plan, kPass, p_.workspace);
     const auto in_turns = [&](int64_t tiles, const auto& f) {
@@ -396,7 +396,7 @@ class Backward {
     });
   }
 
-  // Nothing of a turn goes on to the next but what is kept: so it takes no registers in between.
+  // Clears what does not pass from one turn to the next, so that it takes no registers in between.
   FUSEDRNN_DEVICE void forget() {
     exists_ = reset_ = exists_next_ = reset_next_ = ColumnMask();
     FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
@@ -414,7 +414,7 @@ class Backward {
     }
   }
 
-  // The gradients of a tile's state between its turns, and back.
+  // Saves the gradients of a tile's state between its turns; recall() loads them.
   FUSEDRNN_DEVICE void keep_dc(const Kept& kept) {
     for_each_cell([&](int n, int s, int j) { kept[(n * kSegments + s) * 2 + j] = dc_[n][s][j]; });
   }
@@ -475,23 +475,25 @@ class Backward {
     }
   }
 
-  // Of a variant: what a number of h was multiplied with where it entered the product.
+  // The multiplier of a number of h in the recurrent product, of a variant.
   FUSEDRNN_DEVICE A of_state(int n, int s, int j) const {
     if constexpr (!kProjected) return extra_.of_state(multipliers_[n][s][j]);
     if constexpr (Extra::kKeeps) return of_state_[n][s][j];
     return extra_.of_state(is_output(n, s, j), row(n, j), unit_of(s));
   }
-  // Those of the n-th step, of a variant.
+  // Loads the multipliers of the n-th step, of a variant.
   FUSEDRNN_DEVICE void load_multipliers([[maybe_unused]] int64_t step) {
     if constexpr (kVariant) {
-      const auto [first, stride] = extra_.place(direction_.at(step), first_row_, first_unit_);
+      if (!extra_.has_noise()) return;
+      const int64_t first = extra_.place(direction_.at(step), first_row_, first_unit_);
       for_each_cell([&](int n, int s, int j) {
-        extra_.load(multipliers_[n][s][j], is_unit(n, s, j), first + (n * kMmaN + j) * stride + s * kMmaN);
+        extra_.load(multipliers_[n][s][j], is_unit(n, s, j),
+                    first + (n * kMmaN + j) * extra_.to_next_row() + s * kMmaN);
       });
     }
   }
 
-  // Which of the lane's columns there are in the n-th step.
+  // Marks the lane's columns that exist in the n-th step, and those whose entering state was reset.
   FUSEDRNN_DEVICE void look_at(int64_t step) {
     const int64_t t = direction_.at(step);
     for_each_column([&](int n, int j) {
@@ -500,7 +502,7 @@ class Backward {
     });
   }
 
-  // What the n-th step needs and no other block computes.
+  // Loads what the n-th step needs and no other block computes.
   FUSEDRNN_DEVICE void load(int64_t step) {
     const int64_t t = direction_.at(step), H = p_.sizes.H;
     look_at(step);

@@ -10,14 +10,14 @@
 //   shuffle_xor(value, mask)
 //   kept(value)                                      the value, which the compiler keeps instead of computing it again;
 //                                                    all lanes of a warp come here
-//   fresh(value)                                     the value, of which the compiler knows nothing: so it does not
-//   keep
-//                                                    in registers what could be computed from it before a loop
+//   fresh(value)                                     the value, of which the compiler knows nothing: it computes
+//                                                    nothing from it before a loop, to be kept in registers
 //   mma(c, a, b0, b1, kind)                          m16n8k16 of bfloat16 or float16, m16n8k8 of TensorFloat-32
 //   load_streamed(address)                           16 bytes that are read once and by one thread
 //   copy_async(shared, global) wait_copies(name)     16 bytes at a time, past the first-level cache; copy_async_if(c,
 //   ..) commit_copies() wait_copies_but<n>(name)         groups of copies: waits for all but the last n groups
 //   store_global_if(c, address, quad)                16 bytes, for later launches
+//   load_global_if(c, address, value)                a number that nobody writes, or the old value; no branch
 //   store_exchanged(address, quad)                   16 bytes that other blocks read through the second-level cache
 //   release_flag(flag, value, name) flag(flag)       release and acquire at the scope of the device
 //   init_mbarrier expect_bytes mbarrier_passed       sm_90: a barrier in shared memory that counts bytes

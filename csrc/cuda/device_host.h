@@ -181,6 +181,10 @@ inline void wait_copies_but(const char* name) {
 inline void store_global_if(bool condition, void* address, const Quad& quad) {
   if (condition) std::memcpy(address, &quad, sizeof(quad));
 }
+template <class A>
+void load_global_if(bool condition, const A* address, A& value) {
+  if (condition) value = *address;
+}
 inline void store_exchanged(void* address, const Quad& quad) { host::store_late(address, &quad, sizeof(quad)); }
 // Removed, the flag is still set, but nothing is released.
 inline void release_flag(uint32_t* flag, uint32_t value, const char* name) {

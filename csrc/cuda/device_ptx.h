@@ -193,6 +193,25 @@ FUSEDRNN_DEVICE void store_global_if(bool condition, void* address, const Quad& 
       : "memory");
 }
 
+FUSEDRNN_DEVICE void load_global_if(bool condition, const float* address, float& value) {
+  asm("{\n\t"
+      ".reg .pred p;\n\t"
+      "setp.ne.u32 p, %2, 0;\n\t"
+      "@p ld.global.nc.f32 %0, [%1];\n\t"
+      "}"
+      : "+f"(value)
+      : "l"(__cvta_generic_to_global(address)), "r"(static_cast<uint32_t>(condition)));
+}
+FUSEDRNN_DEVICE void load_global_if(bool condition, const double* address, double& value) {
+  asm("{\n\t"
+      ".reg .pred p;\n\t"
+      "setp.ne.u32 p, %2, 0;\n\t"
+      "@p ld.global.nc.f64 %0, [%1];\n\t"
+      "}"
+      : "+d"(value)
+      : "l"(__cvta_generic_to_global(address)), "r"(static_cast<uint32_t>(condition)));
+}
+
 FUSEDRNN_DEVICE void store_exchanged(void* address, const Quad& quad) {
   asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(__cvta_generic_to_global(address)), "r"(quad.word[0]),
                "r"(quad.word[1]), "r"(quad.word[2]), "r"(quad.word[3])

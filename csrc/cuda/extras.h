@@ -55,10 +55,10 @@ class CellExtras<M, C, Params, kProjected, true> {
         H_(p.sizes.H),
         direction_(direction),
         has_peepholes_(extras_.w_p[direction] != nullptr),
-        has_h_(!kProjected && of(Noise::kH) != nullptr),
-        has_c_(!kProjected && of(Noise::kC) != nullptr),
-        has_g_(of(Noise::kG) != nullptr),
-        has_r_(of(Noise::kR) != nullptr) {}
+        has_h_(!kProjected && given(Noise::kH)),
+        has_c_(!kProjected && given(Noise::kC)),
+        has_g_(given(Noise::kG)),
+        has_r_(given(Noise::kR)) {}
 
   // Whether a thread keeps what is the same at all steps in registers, and does not load it where it is used: of
   // float64 there is no room.
@@ -78,28 +78,42 @@ class CellExtras<M, C, Params, kProjected, true> {
       load(p, fresh(unit));
     }
   }
-  // Where the multipliers of a step lie: those of a row and a unit, and how far it is to the next row.
-  struct Place {
-    int64_t at, row;
-  };
-  FUSEDRNN_DEVICE Place place(int64_t t, int64_t b, int64_t unit) const {
+  // Whether there are multipliers to load at every step. With a projection, those of r are not of a unit.
+  FUSEDRNN_DEVICE bool has_noise() const { return kProjected ? has_g_ : extras_.noise_strides.b != 0; }
+  // Where those of a step, a row and a unit lie.
+  FUSEDRNN_DEVICE int64_t place(int64_t t, int64_t b, int64_t unit) const {
     const Strides& strides = extras_.noise_strides;  // which are of 32 bits, and so are t and b
-    const int64_t row = fresh(strides.b);
-    const int64_t of_row = int64_t{static_cast<int>(b)} * static_cast<int>(row),
+    const int64_t of_row = int64_t{static_cast<int>(b)} * static_cast<int>(strides.b),
                   of_step = int64_t{static_cast<int>(t)} * static_cast<int>(strides.t);
-    return {of_step + of_row + (unit + (direction_ == 1 ? strides.d : 0)), row};
+    return of_step + of_row + (unit + (direction_ == 1 ? strides.d : 0));
   }
+  // The same of the nearest unit that exists.
+  FUSEDRNN_DEVICE int64_t place_of_nearest(int64_t t, int64_t b, int64_t unit) const {
+    const int64_t units = extras_.noise_strides.d;
+    return place(t, b, unit < units ? unit : units > 0 ? units - 1 : 0);
+  }
+  FUSEDRNN_DEVICE int to_next_row() const { return static_cast<int>(extras_.noise_strides.b); }
+  FUSEDRNN_DEVICE int to_next_step() const { return static_cast<int>(extras_.noise_strides.t); }
+  // Those of a place. Of kinds that are not given, numbers that are not used.
+  FUSEDRNN_DEVICE void load(Multipliers& v, int64_t at) const {
+    if constexpr (!kProjected) {
+      v.h = noise(0)[at];
+      v.c = noise(1)[at];
+    }
+    v.dropped = noise(2)[at];
+  }
+  // The same where they exist.
   FUSEDRNN_DEVICE void load(Multipliers& v, bool exist, int64_t at) const {
     if constexpr (!kProjected) {
-      v.h = number(of(Noise::kH), exist, at);
-      v.c = number(of(Noise::kC), exist, at);
+      load_global_if(exist, noise(0) + at, v.h);
+      load_global_if(exist, noise(1) + at, v.c);
     }
-    v.dropped = number(of(has_g_ ? Noise::kG : Noise::kR), exist, at);
+    load_global_if(exist, noise(2) + at, v.dropped);
   }
   // Of a number of the hidden state in the product with w_hh; with a projection it is not of a unit.
   FUSEDRNN_DEVICE A of_state(const Multipliers& v) const { return has_r_ ? v.dropped : A(1); }
   FUSEDRNN_DEVICE A of_state(bool exists, int64_t b, int64_t output) const {
-    return number(of(Noise::kR), exists, place(0, b, output).at);
+    return exists && has_r_ ? noise(2)[place(0, b, output)] : A(1);
   }
 
   FUSEDRNN_DEVICE Operands operands(const Peepholes& p, const Multipliers& v) const {
@@ -114,11 +128,8 @@ class CellExtras<M, C, Params, kProjected, true> {
   FUSEDRNN_DEVICE A passed(const Multipliers& v, A dh) const { return has_h_ ? v.h * dh : A(0); }
 
  private:
-  FUSEDRNN_DEVICE const A* of(Noise kind) const { return static_cast<const A*>(extras_.noise[static_cast<int>(kind)]); }
-  // One where there is no such noise. In this form it is a load with a predicate, and no branch.
-  static FUSEDRNN_DEVICE A number(const A* from, bool exists, int64_t at) {
-    return exists && from != nullptr ? from[at] : A(1);
-  }
+  FUSEDRNN_DEVICE bool given(Noise kind) const { return extras_.given[static_cast<int>(kind)] != 0; }
+  FUSEDRNN_DEVICE const A* noise(int k) const { return static_cast<const A*>(extras_.noise[k]); }
 
   const Extras& extras_;
   const int64_t& H_;

@@ -113,7 +113,7 @@ class Forward {
     return kProjected ? ceil_div(p_.sizes.P, kTileOutputs) : unit_tiles();
   }
 
-  // Makes the tile of the role the one that all of this is about.
+  // Switches to the role's current tile.
   FUSEDRNN_DEVICE void take_tile() {
     unit_ = role_.tile * kUnits + role_.lane / 4;
     has_units_ = role_.tile < unit_tiles();
@@ -154,7 +154,7 @@ class Forward {
     }
   }
 
-  // Of the tile that the role has now.
+  // The products of the role's current tile.
   FUSEDRNN_DEVICE Recurrent recurrent_product(char* shared, const SharedLayout& layout) const {
     return Recurrent(role_, p_.plan, product_of(p_, Stage::kRecurrent), p_.w_hh, p_.plan.shared_blocks,
                      shared + layout.weights[0], shared + layout.rings[0], shared + layout.partial[0]);
@@ -213,7 +213,7 @@ class Forward {
         if (n + 1 < T) {
           send_h();
           announce_h();
-          if constexpr (kInRuns) load_multipliers(n + 1);  // which are there by the end of the stores
+          if constexpr (kInRuns) load_multipliers();  // which are there by the end of the stores
         }
         if constexpr (kInRuns) {
           store_step(a);
@@ -229,7 +229,7 @@ class Forward {
     });
   }
 
-  // The same of several tiles, in turns. With a projection every step has two rounds of them: one to m, and one to h.
+  // The same where a warp has several tiles. With a projection a step loops over them twice: to m, then to h.
   FUSEDRNN_DEVICE void slices_in_turns(char* shared, const SharedLayout& layout) {
     const int64_t T = p_.sizes.T;
     Kept kept(spec_of<C>(), p_.sizes, p_.plan, kPass, p_.workspace);
@@ -297,7 +297,7 @@ class Forward {
 
   // ---- xg, copied ahead, and the outputs of a step, 16 bytes at a time.
 
-  // From the first step of a slice on.
+  // Sets up the copies and stores of a slice, from its first step on.
   FUSEDRNN_DEVICE void start_runs(int64_t first_row) {
     const int64_t H = p_.sizes.H, t = direction_.at(0), forwards = role_.direction == 1 ? -1 : 1;
     // A variant has no registers to keep what follows from the lane from slice to slice.
@@ -378,7 +378,7 @@ class Forward {
     }
   }
 
-  // xg of the step that comes, or the biases; zero in column tiles that another warp owns.
+  // Reads xg of the step that comes, or the biases; zeros in column tiles that another warp owns.
   FUSEDRNN_DEVICE void take_xg() {
     FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
       FUSEDRNN_UNROLL for (int v = 0; v < 2 * kMaps; ++v) xg_[n][v / 2][v % 2] = 0;
@@ -412,7 +412,7 @@ class Forward {
     });
   }
 
-  // In the place of xg, each lane for itself.
+  // The biases are kept in shared memory in the place of xg; each lane has its own copy.
   FUSEDRNN_DEVICE A* biases(int n) const { return reinterpret_cast<A*>(xg_of(n, 0)) + role_.lane * kMaps; }
   FUSEDRNN_DEVICE void keep_biases() {
     for_each_column([&](int n, int) {
@@ -452,14 +452,14 @@ class Forward {
     FUSEDRNN_UNROLL for (int m = 0; m < kStoreRuns; ++m) runs[m].template store<kRagged>(quads[m]);
   }
 
-  // From the n-th step to the next, of h.
+  // Sends h to the next step, and stores that of the n-th.
   FUSEDRNN_DEVICE void next(int64_t n) {
     reset_ = reset_next_;
     if (n + 1 < p_.sizes.T) send_h();
     store_h(direction_.at(n));
   }
 
-  // The state of a tile between its turns, and back before the n-th step.
+  // Saves the state of a tile between its turns; recall() loads it before the n-th step.
   FUSEDRNN_DEVICE void keep(const Kept& kept) {
     for_each_column([&](int n, int j) { kept[2 * n + j] = carry_[n][j]; });
     for_each_output([&](int n, int j, int k) { kept[kKeptOfCarry + (n * kOutputs + k) * 2 + j] = h_[n][k][j]; });
@@ -513,7 +513,8 @@ class Forward {
         h_[n][k][j] = to_compute(static_cast<const S*>(p_.h0)[direction_.state(row(n, j), p_.sizes.P) + output(k)]);
       }
     });
-    load_multipliers(0);
+    find_multipliers(0);
+    load_multipliers();
   }
 
   FUSEDRNN_DEVICE void find_rows(int64_t first_row) {
@@ -525,18 +526,31 @@ class Forward {
     }
   }
 
-  // Of a variant: what a number of h is multiplied with where it enters the product.
+  // The multiplier of a number of h in the recurrent product, of a variant.
   FUSEDRNN_DEVICE A of_state(int n, int j, int k) const {
     if constexpr (!kProjected) return extra_.of_state(multipliers_[n][j]);
     if constexpr (Extra::kKeeps) return of_state_[n][k][j];
     return extra_.of_state(is_output(n, j, k), row(n, j), output(k));
   }
-  // Those of the n-th step, of a variant.
-  FUSEDRNN_DEVICE void load_multipliers([[maybe_unused]] int64_t step) {
+  // The multipliers of a variant: finds those of the n-th step, and loads those of the step that comes. Of rows and
+  // units that do not exist they are those of others, and not used: so that no load has a condition.
+  FUSEDRNN_DEVICE void find_multipliers([[maybe_unused]] int64_t step) {
     if constexpr (kVariant) {
-      const auto [first, stride] = extra_.place(direction_.at(step), first_row_, unit_);
-      for_each_column(
-          [&](int n, int j) { extra_.load(multipliers_[n][j], is_unit(n, j), first + (n * kMmaN + j) * stride); });
+      const auto existing = [&](int n, int j) { return row(n, j) < p_.sizes.B ? row(n, j) : p_.sizes.B - 1; };
+      const int64_t first = existing(0, 0);
+      multipliers_at_ = extra_.place_of_nearest(direction_.at(step), first, unit_);
+      for_each_column([&](int n, int j) {
+        to_multipliers_[n][j] = static_cast<int>(existing(n, j) - first) * extra_.to_next_row();
+      });
+      multipliers_step_ = kept(role_.direction == 1 ? -extra_.to_next_step() : extra_.to_next_step());
+    }
+  }
+  FUSEDRNN_DEVICE void load_multipliers() {
+    if constexpr (kVariant) {
+      for_each_column([&](int n, int j) {
+        extra_.load(multipliers_[n][j], n + j == 0 ? multipliers_at_ : multipliers_at_ + to_multipliers_[n][j]);
+      });
+      multipliers_at_ += multipliers_step_;
     }
   }
 
@@ -550,17 +564,18 @@ class Forward {
     return mask;
   }
 
-  // Which of the lane's columns there are in the n-th step, and behind it.
+  // Marks the lane's columns that exist in the n-th step, and those that are reset before the next.
   FUSEDRNN_DEVICE void look_at(int64_t step) {
     for_each_column([&](int n, int j) { exists_.set(n, j, Direction::exists(direction_.at(step), lengths_[n][j])); });
     reset_next_ = resets(step + 1);
   }
 
-  // What the n-th step needs and no other block computes.
+  // Loads what the n-th step needs and no other block computes.
   FUSEDRNN_DEVICE void load(int64_t step) {
     const int64_t t = direction_.at(step);
     look_at(step);
-    load_multipliers(step);
+    find_multipliers(step);
+    load_multipliers();
     FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
       FUSEDRNN_UNROLL for (int v = 0; v < 2 * kMaps; ++v) xg_[n][v / 2][v % 2] = 0;
     }
@@ -580,7 +595,7 @@ class Forward {
     if (has_inputs()) load_biases();
   }
 
-  // What the products are added to where xg is not given.
+  // The biases, to which the products are added where xg is not given.
   FUSEDRNN_DEVICE void load_biases() {
     if (unit_ >= p_.sizes.H) return;
     FUSEDRNN_UNROLL for (int map = 0; map < kMaps; ++map) {
@@ -663,7 +678,7 @@ class Forward {
     h_[n][k][j] = exists_(n, j) ? to_compute(to_storage<S>(h)) : h_[n][k][j];
   }
 
-  // The second exchange and product of a step: from m to h.
+  // The second exchange and product of a step, from m to h.
   FUSEDRNN_DEVICE void project(Projection& projection) {
     send_m();
     m_channel_.announce();
@@ -773,6 +788,9 @@ class Forward {
   // Of a variant: multipliers of the step that comes and, with a projection, those of h in the product with w_hh.
   typename Extra::Peepholes peepholes_;
   typename Extra::Multipliers multipliers_[kColumnTiles][2];
+  int64_t multipliers_at_;               // of the step that comes and the lane's first column
+  int to_multipliers_[kColumnTiles][2];  // from there to those of each column
+  int multipliers_step_;                 // and to the next step
   A of_state_[kColumnTiles][kOutputs][2];
   ColumnMask exists_;              // whether that step does
   ColumnMask reset_, reset_next_;  // whether the state that enters it, or the next, is zero

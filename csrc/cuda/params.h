@@ -41,9 +41,13 @@ constexpr int kNoises = 4;
 
 // Of a variant of the LSTM.
 struct Extras {
-  const void* w_p[2];          // S [K * H], one for each direction; both null without peepholes
-  const void* noise[kNoises];  // A, the multipliers of each; or null
-  Strides noise_strides;       // of all; t may be 0. Those of kR are the same at all steps
+  const void* w_p[2];  // S [K * H], one for each direction; both null without peepholes
+  // A, the multipliers of h, of c, and of g or r, which no variant has both. The kernels read all three, at the same
+  // places: the address of one that is not given is that of another, or without any that of some number.
+  const void* noise[3];
+  int32_t given[kNoises];  // whether there is that kind
+  // Of all that are given; t may be 0. Those of kR are the same at all steps. All 0 without noise.
+  Strides noise_strides;
 };
 
 struct ForwardParams {

@@ -196,7 +196,7 @@ class ScatterTiles {
     return copies_ + static_cast<int>(n & (kStepsCopied - 1)) * Inputs::kStep;
   }
 
-  // Which of the thread's cells there are in the n-th step, and whether the state that enters it is reset.
+  // Marks the thread's cells whose entering state in the n-th step is reset.
   FUSEDRNN_DEVICE void look_at(int64_t n) {
     reset_next_ = 0;
     if (!has_resets_) return;
@@ -207,14 +207,15 @@ class ScatterTiles {
     }
   }
 
-  // Those of the n-th step, of a variant.
+  // Loads the multipliers of the n-th step, of a variant.
   FUSEDRNN_DEVICE void load_multipliers([[maybe_unused]] int64_t n) {
     if constexpr (kVariant) {
-      const auto [first, stride] = extra_.place(direction_.at(n), first_row_, first_unit_);
+      if (!extra_.has_noise()) return;
+      const int64_t first = extra_.place(direction_.at(n), first_row_, first_unit_);
       FUSEDRNN_UNROLL for (int k = 0; k < kCells; ++k) {
         const Cell c = cell(k);
         const bool is_there = first_row_ + c.row < p_.sizes.B && first_unit_ + c.unit < p_.sizes.H;
-        extra_.load(multipliers_[k], is_there, first + c.row * stride + c.unit);
+        extra_.load(multipliers_[k], is_there, first + c.row * extra_.to_next_row() + c.unit);
       }
     }
   }

@@ -101,7 +101,7 @@ Sequence = mirror("Sequence", lengths=P, reset=P)
 Workspace = mirror("Workspace", exchanged=P, flags=P)
 Needs = mirror("Needs", shared=I64, exchanged=I64, flags=I64, packed=I64 * 3, blocks=I64, streamed=I64 * 3)
 Outcome = mirror("Outcome", error=P, names=P, bytes=I32, switches=ctypes.c_uint64)
-Extras = mirror("Extras", w_p=P * 2, noise=P * 4, noise_strides=Strides)
+Extras = mirror("Extras", w_p=P * 2, noise=P * 3, given=I32 * 4, noise_strides=Strides)
 PlanStruct = mirror(
     "Plan",
     exchange=I32,
@@ -161,6 +161,21 @@ BackwardParams = mirror(
     m=P,
     extras=Extras,
 )
+
+
+def extras(w_p: list[int], noise: dict[str, int], other: int, strides: Any = None) -> Any:
+    """What a variant of the LSTM takes: addresses of peepholes for each direction, of each kind of noise, and of a number
+    in the place of noise where there is none."""
+    default = next(iter(noise.values()), other)
+    g_or_r = noise.get("g", noise.get("r", default))
+    return Extras(
+        w_p=(P * 2)(*w_p),
+        noise=(P * 3)(noise.get("h", default), noise.get("c", default), g_or_r),
+        given=(I32 * 4)(*[kind in noise for kind in NOISE]),
+        noise_strides=strides,
+    )
+
+
 PackParams = mirror(
     "PackParams",
     sizes=Sizes,
@@ -506,17 +521,16 @@ class Layer:
         strides = Strides(d=0, t=self.x.stride(0), b=self.x.stride(1))
         return {"x": self.x, "x_strides": strides, "b_ih": pointers("ih"), "b_hh": pointers("hh")}
 
-    def extras(self) -> Any:
-        """What either pass takes of a variant of the LSTM."""
+    def extras(self, other: Tensor) -> Any:
+        """What either pass takes of a variant of the LSTM. other: of a number."""
         noise = self.given["noise"]
         w_p = [w.w_p.data_ptr() for w in self.weights if w.w_p is not None]
         if noise is None:
-            return Extras(w_p=(P * 2)(*w_p))
+            return extras(w_p, {}, other.data_ptr())
         _, steps, B, width = noise.shape
         given = dict(zip(self.problem.kind.noise, noise, strict=True))
         strides = Strides(d=width // self.problem.D, t=B * width * (steps > 1), b=width)
-        pointers = [given[kind].data_ptr() if kind in given else None for kind in NOISE]
-        return Extras(w_p=(P * 2)(*w_p), noise=(P * 4)(*pointers), noise_strides=strides)
+        return extras(w_p, {kind: one.data_ptr() for kind, one in given.items()}, other.data_ptr(), strides)
 
     def carry(self, h: Tensor | None, c: Tensor | None) -> Tensor | None:
         """Of a hidden state and a cell state, what the cell carries."""
@@ -546,7 +560,7 @@ class Layer:
             c0=self.carry(given["h0"], given["c0"]),
             y_strides=self.strides(made["y"], p.P),
             c_strides=self.strides(made.get("c"), p.H),
-            extras=self.extras(),
+            extras=self.extras(prepared["fields"]["w_hh"]),
             **made,
         )
         return made, self.host.launch("fusedrnn_host_forward", params, seed, remove)
@@ -576,7 +590,7 @@ class Layer:
             c_strides=self.strides(carry, p.H),
             c0=self.carry(given["h0"], given["c0"]),
             saved=made["saved"],
-            extras=self.extras(),
+            extras=self.extras(prepared["fields"]["w_hh"]),
             **back,
         )
         return back, self.host.launch("fusedrnn_host_backward", params, seed, remove)

@@ -503,6 +503,11 @@ LSTM_VARIANTS = {
         {"exchange": "cluster", "math": "bf16", "tiles": 4, "rows": 16},
         {"T": 4, "B": 19, "H": 70, **EVERYTHING},
     ),
+    # Of one kind of noise alone, the others' addresses are its own.
+    "zoneout-h": ("lstm+h", {"exchange": "cluster", "math": "bf16"}, {"T": 3, "B": 3, "H": 40, **EVERYTHING}),
+    "zoneout-c": ("lstm_peephole+c", {"math": "bf16", "splits": 2}, {"T": 3, "B": 9, "H": 37, **EVERYTHING}),
+    "candidate": ("lstm_coupled+g", {"math": "bf16", "rows": 16}, {"T": 3, "B": 17, "H": 37, **EVERYTHING}),
+    "state": ("lstm_peephole+r", {"exchange": "cluster", "math": "bf16"}, {"T": 3, "B": 3, "H": 37, **EVERYTHING}),
     "evaluation": ("lstm+hc", {"math": "fp64", "groups": 1}, {"T": 3, "B": 9, "H": 19, "fixed_noise": True}),
     "coupled": ("lstm_coupled", {"exchange": "cluster", "math": "bf16"}, {"T": 5, "B": 3, "H": 40, "states": False}),
     "coupled-everything": (

@@ -10,8 +10,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <array>
 #include <initializer_list>
+#include <iterator>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -178,7 +180,9 @@ class Layer {
     const ScalarType compute = plan.math == Math::kFloat64 ? ScalarType::Double : ScalarType::Float;
     const auto& [h, c, g, r] = noise;
     STD_TORCH_CHECK(!(h || c) || sizes.projected == 0, "there is no zoneout with a projection");
+    STD_TORCH_CHECK(!(g && r), "there is recurrent dropout of the candidate or of the state, not both");
     int64_t steps = 0;
+    const void* any = nullptr;
     for (size_t k = 0; k < noise.size(); ++k) {
       if (!noise[k].has_value()) continue;
       const int64_t W = static_cast<Noise>(k) == Noise::kR ? sizes.P : sizes.H;
@@ -187,9 +191,12 @@ class Layer {
                       "noise must be of all time steps or of one");
       STD_TORCH_CHECK(sizes.B * sizes.D * W <= INT32_MAX, "noise of a step must have less than 2^31 numbers");
       steps = noise[k]->size(0);
-      extras.noise[k] = address("noise", *noise[k], {steps, sizes.B, sizes.D * W}, compute);
+      const size_t place = std::min(k, std::size(extras.noise) - 1);
+      extras.noise[place] = any = address("noise", *noise[k], {steps, sizes.B, sizes.D * W}, compute);
+      extras.given[k] = 1;
       extras.noise_strides = {W, steps == 1 ? 0 : sizes.B * sizes.D * W, sizes.D * W};
     }
+    for (const void*& one : extras.noise) one = one == nullptr ? any : one;
     return extras;
   }
 
@@ -205,6 +212,7 @@ class Layer {
     params.plan = plan;
     const Tensor w_hh = packed(Stage::kRecurrent, w_hh_, sizes.P, here.stream());
     params.w_hh = w_hh.const_data_ptr();
+    for (const void*& noise : params.extras.noise) noise = noise == nullptr ? params.w_hh : noise;
     OptionalTensor w_hr;
     if (sizes.projected != 0) {
       w_hr = packed(Stage::kProjection, w_hr_, sizes.H, here.stream());
