@@ -31,7 +31,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from fusedrnn.cells import NOISE, named
+from fusedrnn.cells import named
 
 LATENCY = {"LDS": 30, "LDC": 45, "MUFU": 22, "LDG": 280, "SHFL": 25, "S2R": 25, "S2UR": 25, "LDSM": 33, "ATOMS": 60}
 LATENCY |= {"F2F": 22, "F2I": 22, "I2F": 22, "R2UR": 12, "SYNCS": 25, "DMMA": 30, "DADD": 16, "DMUL": 16, "DFMA": 16}
@@ -335,7 +335,11 @@ class Warp:
     def _mov(self, o: list[str], parts: list[str]) -> None:
         self.set(o[0], self.value(o[1]))
 
-    _r2ur = _mov
+    def _r2ur(self, o: list[str], parts: list[str]) -> None:
+        """A predicate in front says which lanes have another value than the one that was taken: not this one."""
+        if re.fullmatch(r"P\d", o[0]):
+            self.set_pred(o[0], False)
+        self._mov(o[-2:], parts)
 
     def _cs2r(self, o: list[str], parts: list[str]) -> None:
         self.set(o[0], int(self.now))
@@ -778,10 +782,6 @@ def _parameters(structs: Any, pass_: str, shape: Any, plan: Any, T: int) -> Any:
     if shape.projected:
         pointers += ["w_hr", *(["dh_out", "m"] if pass_ == "backward" else [])]
     given |= {name: next(address) for name in pointers}
-    pointer = structs.P
-    given["extras"] = structs.Extras(
-        w_p=(pointer * 2)(*[next(address) if cell.parameters else None for _ in range(2)]),
-        noise=(pointer * 4)(*[next(address) if kind in cell.noise else None for kind in NOISE]),
-        noise_strides=strides(H),
-    )
+    w_p = [next(address) for _ in range(D)] if cell.parameters else []
+    given["extras"] = structs.extras(w_p, {kind: next(address) for kind in cell.noise}, 0, strides(H))
     return (structs.ForwardParams if pass_ == "forward" else structs.BackwardParams)(**given)

@@ -121,6 +121,23 @@ def test_a_constant_of_two_halves_is_the_number_that_its_bits_are():
     assert sass._float(warp.reg("R2")) == 1.0
 
 
+def test_a_loop_over_the_values_of_a_warp_ends_with_the_only_one():
+    """The predicate of R2UR: lanes whose value is another one."""
+    warp = launched("""
+        MOV R20, 0x30
+        PLOP3.LUT P2, PT, PT, PT, PT, 0x80, 0x0
+        .L_loop:
+        VIADD R3, R3, 0x1
+        PLOP3.LUT P1, PT, P1, P2, PT, 0xa2, 0x0
+        @P2 R2UR P1, UR8, R20
+        @P2 PLOP3.LUT P2, PT, P1, PT, PT, 0x80, 0x0
+        @P2 BRA.U.ANY `(.L_loop)
+        EXIT
+    """)
+    assert warp.reg("R3") == 1
+    assert warp.reg("UR8") == 0x30
+
+
 def test_code_that_does_not_end_is_told():
     with pytest.raises(RuntimeError, match="_Zmain does not end"):
         launched("""
