@@ -260,7 +260,7 @@ def register_blocks(plan: Plan, kernel: str, stage: int, projected: bool) -> int
     if forward:
         cell = named(plan.cell)
         if variant:
-            return 1 if wide else 6 if len(cell.maps) == 3 else 5
+            return 1 if wide else 6 if len(cell.maps) == 3 else 4
         of_four = 2 if wide else 5 if math == "tf32" else 6
         of_tile = _filled(cell.recurrent)
         if len(cell.maps) > of_tile:

@@ -83,7 +83,7 @@ class CellExtras<M, C, Params, kProjected, true> {
   // Where those of a step, a row and a unit lie.
   FUSEDRNN_DEVICE int64_t place(int64_t t, int64_t b, int64_t unit) const {
     const Strides& strides = extras_.noise_strides;  // which are of 32 bits, and so are t and b
-    const int64_t of_row = int64_t{static_cast<int>(b)} * static_cast<int>(strides.b),
+    const int64_t of_row = int64_t{static_cast<int>(b)} * to_next_row(),
                   of_step = int64_t{static_cast<int>(t)} * static_cast<int>(strides.t);
     return of_step + of_row + (unit + (direction_ == 1 ? strides.d : 0));
   }
@@ -92,7 +92,7 @@ class CellExtras<M, C, Params, kProjected, true> {
     const int64_t units = extras_.noise_strides.d;
     return place(t, b, unit < units ? unit : units > 0 ? units - 1 : 0);
   }
-  FUSEDRNN_DEVICE int to_next_row() const { return static_cast<int>(extras_.noise_strides.b); }
+  FUSEDRNN_DEVICE int to_next_row() const { return static_cast<int>(fresh(extras_.noise_strides.b)); }
   FUSEDRNN_DEVICE int to_next_step() const { return static_cast<int>(extras_.noise_strides.t); }
   // Those of a place. Of kinds that are not given, numbers that are not used.
   FUSEDRNN_DEVICE void load(Multipliers& v, int64_t at) const {

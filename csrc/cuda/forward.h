@@ -513,8 +513,12 @@ class Forward {
         h_[n][k][j] = to_compute(static_cast<const S*>(p_.h0)[direction_.state(row(n, j), p_.sizes.P) + output(k)]);
       }
     });
-    find_multipliers(0);
-    load_multipliers();
+    if constexpr (kInRuns) {
+      find_multipliers();
+      load_multipliers();
+    } else {
+      load_multipliers(0);
+    }
   }
 
   FUSEDRNN_DEVICE void find_rows(int64_t first_row) {
@@ -532,13 +536,13 @@ class Forward {
     if constexpr (Extra::kKeeps) return of_state_[n][k][j];
     return extra_.of_state(is_output(n, j, k), row(n, j), output(k));
   }
-  // The multipliers of a variant: finds those of the n-th step, and loads those of the step that comes. Of rows and
-  // units that do not exist they are those of others, and not used: so that no load has a condition.
-  FUSEDRNN_DEVICE void find_multipliers([[maybe_unused]] int64_t step) {
+  // The multipliers of a variant. In runs: finds those of the first step, and loads those of the step that comes. Of
+  // rows and units that do not exist they are those of others, and not used: so that no load has a condition.
+  FUSEDRNN_DEVICE void find_multipliers() {
     if constexpr (kVariant) {
       const auto existing = [&](int n, int j) { return row(n, j) < p_.sizes.B ? row(n, j) : p_.sizes.B - 1; };
       const int64_t first = existing(0, 0);
-      multipliers_at_ = extra_.place_of_nearest(direction_.at(step), first, unit_);
+      multipliers_at_ = extra_.place_of_nearest(direction_.at(0), first, unit_);
       for_each_column([&](int n, int j) {
         to_multipliers_[n][j] = static_cast<int>(existing(n, j) - first) * extra_.to_next_row();
       });
@@ -551,6 +555,16 @@ class Forward {
         extra_.load(multipliers_[n][j], n + j == 0 ? multipliers_at_ : multipliers_at_ + to_multipliers_[n][j]);
       });
       multipliers_at_ += multipliers_step_;
+    }
+  }
+  // Elsewhere: loads those of the n-th step.
+  FUSEDRNN_DEVICE void load_multipliers([[maybe_unused]] int64_t step) {
+    if constexpr (kVariant) {
+      if (!extra_.has_noise()) return;
+      const int64_t first = extra_.place(direction_.at(step), first_row_, unit_);
+      for_each_column([&](int n, int j) {
+        extra_.load(multipliers_[n][j], is_unit(n, j), first + (n * kMmaN + j) * extra_.to_next_row());
+      });
     }
   }
 
@@ -574,8 +588,7 @@ class Forward {
   FUSEDRNN_DEVICE void load(int64_t step) {
     const int64_t t = direction_.at(step);
     look_at(step);
-    find_multipliers(step);
-    load_multipliers();
+    load_multipliers(step);
     FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
       FUSEDRNN_UNROLL for (int v = 0; v < 2 * kMaps; ++v) xg_[n][v / 2][v % 2] = 0;
     }

@@ -114,7 +114,7 @@ FUSEDRNN_BOTH constexpr int register_blocks(const CellSpec& cell, Exchange excha
   const bool tf32 = math == Math::kTf32;
   if (projected) return !forward ? 8 : variant && !tf32 ? 4 : 5;
   if (!forward) return narrow ? 10 : tf32 || variant ? 1 : 3;
-  if (variant) return !narrow ? 1 : cell.maps == 3 ? 6 : 5;
+  if (variant) return !narrow ? 1 : cell.maps == 3 ? 6 : 4;
   const int of_four = !narrow ? 2 : tf32 ? 5 : 6, of_tile = segments(cell, pass, stage);
   // Maps of one product alone take registers as well.
   if (cell.maps > of_tile) return narrow ? of_four + 1 : of_four - 1;

@@ -78,7 +78,7 @@ class WarpProduct {
     for (int k = 0; k < in_shared(); ++k) {
       Quad w[kSegments];
       load(w, from + k * kFragment);
-      interleave(w);
+      if constexpr (kInterleaves) interleave(w);
       FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) shared_[k * kFragment + s * kWarp] = w[s];
     }
     streamed_ = from + in_shared() * kFragment;
@@ -156,7 +156,8 @@ class WarpProduct {
   }
 
   // In shared memory the words are in the order of an instruction's registers: so that a load fills these, and nothing
-  // is moved. And back, which only names registers.
+  // is moved. And back, which only names registers. With a projection there are none for it on sm_100.
+  static constexpr bool kInterleaves = kChains > 1;
   static FUSEDRNN_DEVICE void interleave(Quad (&w)[kSegments]) {
     FUSEDRNN_UNROLL for (int s = 0; s < kSegments; s += 2) {
       const Quad a = w[s];
@@ -207,7 +208,7 @@ class WarpProduct {
     FUSEDRNN_NO_UNROLL for (int k = 0; k < in_shared; ++k, rows += kBlockBytes) {
       Quad w[kSegments];
       FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) w[s] = shared_[k * kFragment + s * kWarp];
-      separate(w);
+      if constexpr (kInterleaves) separate(w);
       add(sums, w, rows);
     }
     if (streamed > 0) add_streamed(sums, rows, streamed);
