@@ -17,7 +17,7 @@ import torch
 
 import fusedrnn
 
-from . import arguments, cases, timing
+from . import arguments, cases, provenance, timing
 from .timing import Lane
 
 # Of an LSTM, by name.
@@ -85,4 +85,5 @@ def _measure(given: argparse.Namespace, _: argparse.ArgumentParser) -> tuple[int
                 rows.append(dict(zip(_COLUMNS, (*shape[:4], mode, name, step, middle, low, high), strict=True)))
                 figures = (f"{step:.1f}", *(f"{ratio:.2f}" for ratio in (middle, low, high)))
                 print(f"| {' | '.join((*map(str, shape[:4]), mode, name, *figures))} |", flush=True)
-    return 0, {"dtype": given.dtype, "backend": given.backend, "variants": rows}
+    facts = {name: value for name, value in provenance.collect("cpu").items() if value}
+    return 0, {"provenance": facts, "dtype": given.dtype, "backend": given.backend, "variants": rows}

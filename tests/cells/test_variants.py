@@ -663,6 +663,7 @@ def test_bench_of_variants_as_json(capsys):
     assert cli.main(["bench", "variants", "--shape", "3,2,4,4", "--mode", "infer", "--rounds", "2", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["backend"], found["dtype"]) == ("cpu", "float32")
+    assert found["provenance"]["torch"] == torch.__version__
     rows = {row["variant"]: row for row in found["variants"]}
     assert len(rows) == 7
     assert rows["plain"]["times plain"] == 1

@@ -164,8 +164,8 @@ BackwardParams = mirror(
 
 
 def extras(w_p: list[int], noise: dict[str, int], other: int, strides: Any = None) -> Any:
-    """What a variant of the LSTM takes: addresses of peepholes for each direction, of each kind of noise, and of a number
-    in the place of noise where there is none."""
+    """What a variant of the LSTM takes: addresses of the peepholes of each direction, of each kind of noise, and of a
+    number for where there is no noise."""
     default = next(iter(noise.values()), other)
     g_or_r = noise.get("g", noise.get("r", default))
     return Extras(

@@ -237,7 +237,7 @@ def test_steps(machine_code, cuda_host, capsys):
     with capsys.disabled():
         print("\n\n" + "\n".join(lines))
     variants = [key for key in clocks if key[0] in COUNTED_VARIANTS]
-    ratios = {key: clocks[key] / clocks["lstm", *key[1:]] for key in variants}
+    ratios = {key: clocks[key] / clocks[("lstm", *key[1:])] for key in variants}
     assert len(ratios) == 12
     assert max(ratios.values()) <= 1.1, ratios
 
