@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +37,17 @@ _NUDGES, _NUDGES_AT_A_KINK = 3, 16
 def devices() -> list[str]:
     """The devices to test on: "cpu", and "cuda" if available."""
     return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+@cache
+def nn_lstm_autocasts() -> bool:
+    """Whether nn.LSTM computes under CPU autocast to bfloat16. On processors without instructions for bfloat16 torch
+    calls oneDNN all the same, which refuses."""
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            return nn.LSTM(1, 1)(torch.zeros(1, 1, 1))[0].dtype == torch.bfloat16
+    except RuntimeError:
+        return False
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fusedrnn
-from fusedrnn import functional
+from fusedrnn import functional, testing
 from fusedrnn.module import BASES
 
 T, B, I, H = 4, 3, 3, 5
@@ -530,16 +530,12 @@ def dtypes(outputs):
     return [t.dtype for t in (first, *(rest if isinstance(rest, tuple) else (rest,)))]
 
 
-def torch_can_autocast_lstm():
-    """On processors without instructions for bfloat16 torch hands it to oneDNN all the same, which refuses."""
-    try:
-        with torch.autocast("cpu", torch.bfloat16):
-            return nn.LSTM(I, H)(torch.randn(T, B, I))[0].dtype == torch.bfloat16
-    except RuntimeError:
-        return False
+needs_autocast_of_nn_lstm = pytest.mark.skipif(
+    not testing.nn_lstm_autocasts(), reason="nn.LSTM itself fails under autocast on this processor"
+)
 
 
-@pytest.mark.skipif(not torch_can_autocast_lstm(), reason="nn.LSTM itself fails under autocast on this processor")
+@needs_autocast_of_nn_lstm
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("x", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("hx", [None, torch.float32, torch.bfloat16])
@@ -552,7 +548,7 @@ def test_autocast_dtypes_of_lstm(place, weights, x, hx):
     assert ours == theirs
 
 
-@pytest.mark.skipif(not torch_can_autocast_lstm(), reason="nn.LSTM itself fails under autocast on this processor")
+@needs_autocast_of_nn_lstm
 @pytest.mark.parametrize(("pack", "proj_size"), [(True, 0), (True, 2), (False, 2)], ids=["packed", "both", "projected"])
 @pytest.mark.parametrize("equal", [True, False], ids=["equal lengths", "other lengths"])
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
