@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> common.Result:
     parser.whole("--steps", 1000, "of training", 10)
     parser.whole("--hidden", 10, "H, the hidden units", 1, 1024)
     parser.add_argument("--forget-bias", type=float, default=4.0, help="of the LSTM as it starts (%(default)s)")
-    options = common.parse(parser, argv, level="easy", steps=140)
+    options = common.parse(parser, argv, level="easy", steps=220)
 
     runs = {
         "LSTM, lengths": learn("lstm", options, False, "LSTM, lengths"),
