@@ -212,6 +212,7 @@ class Layer {
     params.plan = plan;
     const Tensor w_hh = packed(Stage::kRecurrent, w_hh_, sizes.P, here.stream());
     params.w_hh = w_hh.const_data_ptr();
+    // Where there is no noise, a number that can be read: see Extras.
     for (const void*& noise : params.extras.noise) noise = noise == nullptr ? params.w_hh : noise;
     OptionalTensor w_hr;
     if (sizes.projected != 0) {
