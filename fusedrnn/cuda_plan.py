@@ -391,14 +391,12 @@ def math_of(shape: Shape) -> str:
     """What a shape is computed in; bfloat16 stands for float16 as well.
 
     Raises:
-        ValueError: float32 is to be multiplied in three passes; or a variant of the LSTM has a projection in float64.
+        ValueError: float32 is to be multiplied in three passes.
     """
     if shape.itemsize == 4:
         if shape.precision == "tf32x3":
             raise ValueError('the C++ kernels multiply float32 as "ieee" or "tf32", not as "tf32x3"')
         return "tf32" if shape.precision == "tf32" else "fp32"
-    if shape.itemsize == 8 and shape.projected and shape.cell not in CELLS:
-        raise ValueError("the C++ kernels have no projection of variants of the LSTM in float64")
     return {2: "bf16", 8: "fp64"}[shape.itemsize]
 
 

@@ -60,6 +60,8 @@ class Backward {
   static_assert(kSaved <= kMaps);
   static constexpr bool kVariant = is_variant(kCell);
   using Extra = CellExtras<M, C, BackwardParams, kProjected>;
+  // Whether a lane keeps what is the same at all steps of a row, and does not load it where it is used.
+  static constexpr bool kKeepsRows = !(kVariant && kProjected) || Extra::kKeeps;
   static constexpr int kStepBytes = step_bytes(kCell, kPass, kMath);
   template <Stage kStage>
   using Multiplier = WarpProduct<M, kSegments, kColumnTiles,
@@ -97,8 +99,8 @@ class Backward {
     in_outputs_ = Channel::kIdleWarpsTakePart ? role.rank < blocks_with(output_tiles(), p.plan) : has_outputs_;
   }
 
-  FUSEDRNN_DEVICE int64_t unit_tiles() const { return ceil_div(p_.sizes.H, kUnits); }
-  FUSEDRNN_DEVICE int64_t output_tiles() const { return ceil_div(p_.sizes.P, kTileOutputs); }
+  FUSEDRNN_DEVICE int unit_tiles() const { return static_cast<int>(ceil_div(p_.sizes.H, kUnits)); }
+  FUSEDRNN_DEVICE int output_tiles() const { return static_cast<int>(ceil_div(p_.sizes.P, kTileOutputs)); }
 
   // Makes the tile of the role the one that all of this is about.
   FUSEDRNN_DEVICE void take_tile() {
@@ -110,8 +112,7 @@ class Backward {
 
   // Of a variant.
   FUSEDRNN_DEVICE void load_peepholes() {
-    if constexpr (kVariant) {
-      if constexpr (!Extra::kKeeps) return;
+    if constexpr (kVariant && Extra::kKeeps) {
       FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) extra_.load(peepholes_[s], unit_of(s));
     }
   }
@@ -158,10 +159,8 @@ class Backward {
   // f(b) for the first batch row of every slice of the group.
   template <class F>
   FUSEDRNN_DEVICE void for_each_slice(const F& f) {
-    for (int64_t b = static_cast<int64_t>(role_.first_slice) * p_.plan.rows; b < p_.sizes.B;
-         b += static_cast<int64_t>(p_.plan.groups) * p_.plan.rows) {
-      f(b);
-    }
+    const int slices = static_cast<int>(ceil_div(p_.sizes.B, p_.plan.rows));
+    for (int k = role_.first_slice; k < slices; k += p_.plan.groups) f(int64_t{k} * p_.plan.rows);
   }
 
   FUSEDRNN_DEVICE void slices(Recurrent& recurrent, Projection* projection) {
@@ -210,8 +209,7 @@ class Backward {
   // Sets up the copies and stores of a slice, from its last step on.
   FUSEDRNN_DEVICE void start_runs(int64_t first_row) {
     const int64_t unit = has_units_ ? role_.tile * kUnits : p_.sizes.H;
-    // A variant has no registers to keep what follows from the lane from slice to slice.
-    const int lane = kVariant ? static_cast<int>(fresh(role_.lane)) & (kWarp - 1) : role_.lane;
+    const int lane = this->lane();
     FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
       const int64_t row = role_.owns(n) ? first_row + n * kMmaN : p_.sizes.B;
       inputs_[n].template start<kStepsAhead>(p_, direction_, lane, row, unit, role_.direction == 1, copied(n, 0));
@@ -282,7 +280,7 @@ class Backward {
     FUSEDRNN_UNROLL for (int k = 0; k < kMaps; ++k) a[k] = k < kSaved ? copied(now, k) : A(0);
     const bool exists = exists_(n, j) && unit_of(s) < p_.sizes.H, is_reset = reset_(n, j);
     const A last = Inputs::carry(before, row, unit),
-            entered = direction_.is_first(t, lengths_[n][j]) ? c0_[n][s][j] : last;
+            entered = direction_.is_first(t, length(n, j)) ? c0_[n][s][j] : last;
     A dm = dh_[n][s][j] + copied(now, Inputs::kDy), dc = dc_[n][s][j] + Inputs::dcarry(now, row, unit);
     pass_dh(n, s, j, exists, dm);
     backward_cell(n, s, j, a, is_reset ? A(0) : entered, Inputs::carry(now, row, unit), dm, dc);
@@ -465,10 +463,16 @@ class Backward {
     });
   }
 
+  // A variant has no registers to keep what follows from the lane from slice to slice.
+  FUSEDRNN_DEVICE int lane() const {
+    return kVariant ? static_cast<int>(fresh(role_.lane)) & (kWarp - 1) : role_.lane;
+  }
+
   FUSEDRNN_DEVICE void find_rows(int64_t first_row) {
-    first_row_ = first_row + role_.lane % 4 * 2;
+    first_row_ = first_row + lane() % 4 * 2;
+    if constexpr (!kKeepsRows) return;
     for_each_column([&](int n, int j) { lengths_[n][j] = direction_.length(row(n, j)); });
-    if constexpr (kVariant && kProjected && Extra::kKeeps) {
+    if constexpr (kVariant && kProjected) {
       for_each_cell([&](int n, int s, int j) {
         of_state_[n][s][j] = extra_.of_state(is_output(n, s, j), row(n, j), unit_of(s));
       });
@@ -493,11 +497,16 @@ class Backward {
     }
   }
 
+  FUSEDRNN_DEVICE int length(int n, int j) const {
+    if constexpr (kKeepsRows) return lengths_[n][j];
+    return direction_.length(row(n, j));
+  }
+
   // Marks the lane's columns that exist in the n-th step, and those whose entering state was reset.
   FUSEDRNN_DEVICE void look_at(int64_t step) {
     const int64_t t = direction_.at(step);
     for_each_column([&](int n, int j) {
-      exists_next_.set(n, j, Direction::exists(t, lengths_[n][j]));
+      exists_next_.set(n, j, Direction::exists(t, length(n, j)));
       reset_next_.set(n, j, exists_next_(n, j) && direction_.is_reset(t, row(n, j)));
     });
   }
@@ -515,7 +524,7 @@ class Backward {
       FUSEDRNN_UNROLL for (int k = 0; k < kSaved; ++k) loaded.a[k] = number(p_.saved, saved + k * H);
       if constexpr (kCarries) loaded.c = number(p_.c, direction_.offset(p_.c_strides, t, b) + unit_of(s));
       if (kCarries && !reset_next_(n, j)) {
-        if (!direction_.is_first(t, lengths_[n][j])) {
+        if (!direction_.is_first(t, length(n, j))) {
           loaded.c_in = number(p_.c, direction_.offset(p_.c_strides, direction_.before(t), b) + unit_of(s));
         } else if (p_.c0 != nullptr) {
           loaded.c_in = number(p_.c0, direction_.state(b, H) + unit_of(s));

@@ -79,11 +79,6 @@ FUSEDRNN_BOTH constexpr bool uses_matrix_unit(Math math) {
 }
 FUSEDRNN_BOTH constexpr int max_rows(Math math) { return uses_matrix_unit(math) ? 2 * kMmaN : kMmaN; }
 
-// Whether there are kernels with a projection: those of a variant in float64 would not fit into the registers.
-FUSEDRNN_BOTH constexpr bool projects(const CellSpec& cell, Math math) {
-  return cell.projects && !(is_variant(cell) && math == Math::kFloat64);
-}
-
 // Hidden units of a tile: 8 with their maps in the forward, 16 in the backward.
 FUSEDRNN_BOTH constexpr int tile_units(Pass pass) { return pass == Pass::kForward ? 8 : 16; }
 constexpr int kTileOutputs = 16;  // of the projection, in the forward, and of h in its backward
@@ -441,7 +436,7 @@ FUSEDRNN_BOTH constexpr const char* invalid(Pass pass, const Sizes& sizes, const
   if (sizes.projected == 0 && sizes.P != sizes.H) return "P must be H without a projection";
   if (sizes.P < 1 || sizes.P > sizes.H) return "P must be 1 to H";
   const CellSpec cell = spec_of(plan.cell);
-  if (sizes.projected != 0 && !projects(cell, plan.math)) return "the cell has no projection";
+  if (sizes.projected != 0 && !cell.projects) return "the cell has no projection";
   if (plan.blocks < 1 || plan.tiles < 1 || plan.splits < 1 || plan.groups < 1 || plan.shared_blocks < 0 ||
       plan.shared_projection_blocks < 0 || plan.shared_input_blocks < 0 || plan.chunk_blocks < 0) {
     return "counts must be positive";

@@ -180,6 +180,7 @@ LSTM_VARIANTS = {
         "gates",
     ),
     "projected": ({"peephole": True, "proj_size": 5, **STATE}, BF16, "ragged", "gates"),
+    "projected-float64": ({"peephole": True, "proj_size": 5, **STATE}, F64, "ragged", "gates"),
     "recomputed": ({"coupled": True, "zoneout": 0.3, **STATE}, F64, "ragged", "recompute"),
     "evaluation": ({"zoneout": (0.4, 0.2), "bias": False}, F64, "evaluation", "gates"),
 }
@@ -657,8 +658,6 @@ def test_what_it_cannot_do_is_a_reason_and_an_error(monkeypatch):
         assert "not torch.complex64" in dispatch.supports("cuda", problem(dtype=torch.complex64))
         monkeypatch.setenv("FUSEDRNN_FP32", "tf32x3")
         assert "tf32x3" in dispatch.supports("cuda", problem())
-        projected = problem(dtype=F64, P=2, cell="lstm_peephole")
-        assert "no projection of variants of the LSTM in float64" in dispatch.supports("cuda", projected)
         with pytest.raises(RuntimeError, match=r"'cuda' was asked for and cannot run: .*tf32x3"):
             fusedrnn.LSTM(3, 4, device=DEVICE)(torch.randn(2, 2, 3, device=DEVICE))
 

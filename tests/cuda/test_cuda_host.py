@@ -516,6 +516,22 @@ LSTM_VARIANTS = {
         {"T": 4, "B": 9, "H": 19, "cell_states": True, **EVERYTHING},
     ),
     "projected": ("lstm_peephole+r", {"exchange": "cluster", "math": "bf16"}, {"T": 3, "B": 3, "H": 40, "proj": 21}),
+    # In float64 what is the same at all steps is loaded where it is used.
+    "projected-float64": (
+        "lstm_peephole+r",
+        {"exchange": "grid", "math": "fp64", "groups": 1},
+        {"T": 4, "B": 9, "H": 40, "proj": 21, **EVERYTHING},
+    ),
+    "projected-float64-coupled": (
+        "lstm_peephole_coupled+g",
+        {"exchange": "cluster", "math": "fp64"},
+        {"T": 4, "B": 3, "H": 40, "proj": 21, **EVERYTHING},
+    ),
+    "projected-float64-chunks": (
+        "lstm_peephole+r",
+        {"exchange": "chunked", "math": "fp64", "blocks": 2, "chunk_blocks": 2},
+        {"T": 3, "B": 9, "H": 70, "proj": 33, **EVERYTHING},
+    ),
     "projected-chunks": (
         "lstm_peephole_coupled+g",
         {"exchange": "chunked", "math": "tf32", "blocks": 2, "chunk_blocks": 2},

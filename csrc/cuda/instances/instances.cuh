@@ -37,14 +37,14 @@ template <Math kMath, class C, class Channel>
 void add(Instances& to, Exchange exchange) {
   add<kMath, C, Channel, 1, false>(to, exchange, 0);
   if constexpr (max_rows(kMath) > kMmaN) add<kMath, C, Channel, 2, false>(to, exchange, 1);
-  if constexpr (projects(C::kSpec, kMath)) add<kMath, C, Channel, 1, true>(to, exchange, 2);
+  if constexpr (C::kSpec.projects) add<kMath, C, Channel, 1, true>(to, exchange, 2);
 }
 
 template <Math kMath, class C>
 void add_chunked(Instances& to) {
   constexpr int kColumnTiles = max_rows(kMath) / kMmaN;
   add<kMath, C, ChunkedExchange, kColumnTiles, false>(to, Exchange::kChunked, kColumnTiles - 1);
-  if constexpr (projects(C::kSpec, kMath)) add<kMath, C, ChunkedExchange, 1, true>(to, Exchange::kChunked, 2);
+  if constexpr (C::kSpec.projects) add<kMath, C, ChunkedExchange, 1, true>(to, Exchange::kChunked, 2);
 }
 
 template <Math kMath, class C, int kColumnTiles>

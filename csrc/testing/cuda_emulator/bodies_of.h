@@ -17,7 +17,7 @@ void body(const void* p, char* shared) {
 
 template <template <Math, class, class, int, bool> class Kernel, class Params, Math kMath, class C, class Channel>
 Body body_of(const Sizes& sizes, const Plan& plan) {
-  if constexpr (projects(C::kSpec, kMath)) {
+  if constexpr (C::kSpec.projects) {
     if (sizes.projected != 0) return body<Kernel<kMath, C, Channel, 1, true>, Params>;
   }
   if constexpr (uses_matrix_unit(kMath)) {
@@ -38,7 +38,7 @@ Body body_of(const Sizes& sizes, const Plan& plan) {
   }
   if (plan.exchange == Exchange::kChunked) {
     constexpr int kColumnTiles = max_rows(kMath) / kMmaN;
-    if constexpr (projects(C::kSpec, kMath)) {
+    if constexpr (C::kSpec.projects) {
       if (sizes.projected != 0) return body<Kernel<kMath, C, ChunkedExchange, 1, true>, Params>;
     }
     return body<Kernel<kMath, C, ChunkedExchange, kColumnTiles, false>, Params>;
@@ -46,7 +46,7 @@ Body body_of(const Sizes& sizes, const Plan& plan) {
   if (plan.exchange == Exchange::kGrid) return body_of<Kernel, Params, kMath, C, GridExchange>(sizes, plan);
   if constexpr (std::is_same_v<Params, ForwardParams>) {
     return body_of<Kernel, Params, kMath, C, ClusterExchange>(sizes, plan);
-  } else if constexpr (projects(C::kSpec, kMath)) {
+  } else if constexpr (C::kSpec.projects) {
     return body<Kernel<kMath, C, ClusterExchange, 1, true>, Params>;  // others scatter
   }
   return nullptr;
