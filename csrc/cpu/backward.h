@@ -80,15 +80,6 @@ class EnteringStates {
   const Sizes& s_;
 };
 
-// The derivative of a variant's pointwise function; see forward_of_variant. dp: the gradients of the peepholes.
-template <class Cell, class A>
-__attribute__((noinline)) Vec<A> backward_of_variant(Vec<A> (&a)[Cell::kSpec.maps], Vec<A> entered, Vec<A> left,
-                                                     Vec<A> dm, Vec<A>& dleft,
-                                                     const typename Cell::template Operands<VectorMath<A>>& operands,
-                                                     Vec<A> (&dp)[Cell::kSpec.parameters]) {
-  return Cell::template backward<VectorMath<A>>(a, entered, left, dm, dleft, operands, dp);
-}
-
 // With operands that are pairs da is stored in S.
 template <class Cell, class S, Operands kOperands = Operands::kNumbers>
 class Backward {
@@ -235,8 +226,8 @@ class Backward {
     FUSEDRNN_INLINE void gradients(int v, int64_t begin, int64_t end, const V (*sum)[4]) const {
       const int64_t output = block * kWide<A> + v * kUnits<A>, count = backward->s_.P - output;
       if (count <= 0) return;
-      if (!kVariant && count >= kUnits<A> && !direction.ragged()) {  // known when compiled: nothing to test per row
-        if constexpr (!kVariant) backward->output_gradients<false>(*this, output, kUnits<A>, begin, end, sum, v);
+      if (count >= kUnits<A> && !direction.ragged()) {  // known when compiled: nothing to test per row
+        backward->output_gradients<false>(*this, output, kUnits<A>, begin, end, sum, v);
       } else {
         backward->output_gradients<true>(*this, output, count, begin, end, sum, v);
       }
@@ -453,6 +444,9 @@ class Backward {
         for (int k = 0; k < kParameters; ++k) p[0][k] = load(extra.weights + k * H, count);
         operands.p = p;
       }
+      for (const A* const noise : {extra.g, extra.c, extra.h}) {
+        if (noise != nullptr) __builtin_prefetch(noise + (r + kAhead) * carry_step);
+      }
       if (extra.g != nullptr) of_g = load(extra.g + r * carry_step, count), operands.g = &of_g;
       if (extra.c != nullptr) of_c = load(extra.c + r * carry_step, count), operands.c = &of_c;
       if (extra.h != nullptr) {
@@ -460,7 +454,7 @@ class Backward {
         store(extra.dh_kept + r * H, kept, count);
         dm -= kept;
       }
-      const V out = backward_of_variant<Cell, A>(a, entered, left, dm, dleft, operands, own);
+      const V out = Cell::template backward<VectorMath<A>>(a, entered, left, dm, dleft, operands, own);
       for (int k = 0; extra.weights != nullptr && k < kParameters; ++k) {
         A* const sum = extra.dp + (r * kParameters + k) * H;
         store(sum, load(sum, count) + own[k], count);

@@ -576,9 +576,7 @@ class Forward {
     // Computes and stores the cells [begin, end) from the sums of the recurrent product, or of all maps if the input
     // projection is fused. Compile-time flags avoid tests per row.
     FUSEDRNN_INLINE void all(int64_t begin, int64_t end, int64_t count, Sums sums) const {
-      if constexpr (kVariant) {
-        each_of_variant(begin, end, count, sums);
-      } else if (count < kUnits<A> || outputs.direction.ragged()) {
+      if (count < kUnits<A> || outputs.direction.ragged()) {
         each<true>(begin, end, count, sums);
       } else {
         each<false>(begin, end, kUnits<A>, sums);
@@ -588,17 +586,23 @@ class Forward {
    private:
     template <bool kRagged>
     void each(int64_t begin, int64_t end, int64_t count, Sums sums) const {
-      for (int64_t r = begin; r < end; r += kTogether) {
-        with_rows<kTogether>(end - r < kTogether ? end - r : kTogether,
-                             [&](auto R) { some<kRagged, R.kCount>(r, count, sums); });
+      if constexpr (kVariant) {
+        each_of_variant<kRagged>(begin, end, count, sums);
+      } else {
+        for (int64_t r = begin; r < end; r += kTogether) {
+          with_rows<kTogether>(end - r < kTogether ? end - r : kTogether,
+                               [&](auto R) { some<kRagged, R.kCount>(r, count, sums); });
+        }
       }
     }
 
     // Not inlined: fewer copies, each of which takes long to compile.
+    template <bool kRagged>
     __attribute__((noinline, noclone)) void each_of_variant(int64_t begin, int64_t end, int64_t count,
                                                             Sums sums) const {
-      for (; begin + kTogether <= end; begin += kTogether) some<true, kTogether>(begin, count, sums);
-      for (; begin < end; ++begin) some<true, 1>(begin, count, sums);
+      if constexpr (!kRagged) count = kUnits<A>;
+      for (; begin + kTogether <= end; begin += kTogether) some<kRagged, kTogether>(begin, count, sums);
+      for (; begin < end; ++begin) some<kRagged, 1>(begin, count, sums);
     }
 
     // R cells from the first-th on.
@@ -657,7 +661,11 @@ class Forward {
       }
       const auto take = [&](const A* from, V(&to)[R]) {
 #pragma GCC unroll 1
-        for (int r = 0; r < R; ++r) to[r] = load(from + (first + r) * extra.noise_step, count);
+        for (int r = 0; r < R; ++r) {
+          const A* const own = from + (first + r) * extra.noise_step;
+          to[r] = load(own, count);
+          __builtin_prefetch(own + kTogether * extra.noise_step);
+        }
         return to;
       };
       if (extra.g != nullptr) operands.g = take(extra.g, of_g);
@@ -670,6 +678,7 @@ class Forward {
         const int64_t at = first + r, row = outputs.b + at * outputs.row_step;
         if (kRagged && !direction.exists(outputs.t, row)) continue;
         const V kept = load(extra.h + at * extra.noise_step, count);
+        __builtin_prefetch(extra.h + (at + kTogether) * extra.noise_step);
         const bool is_reset = kRagged && direction.is_reset(outputs.t, row);
         const V old = is_reset ? V{} : extra.entered(at, direction.is_first(outputs.t, row), count);
         m[r] = kept * old + (A(1) - kept) * m[r];
