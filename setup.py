@@ -103,7 +103,7 @@ def output_of(*command):
 
 
 def architectures(nvcc):
-    """What to compile for, as ("90a", with PTX or not): what TORCH_CUDA_ARCH_LIST names and the kernels can run on."""
+    """The architectures to compile for, as ("90a", with PTX or not): supported ones of TORCH_CUDA_ARCH_LIST."""
     named = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
     if not named:
         known = output_of(nvcc, "--list-gpu-arch").split()
@@ -130,12 +130,12 @@ def code_flags(architectures):
 
 
 def jobs():
-    """How many sources to compile at the same time."""
+    """The number of parallel compilations."""
     return int(os.environ.get("MAX_JOBS", 0)) or os.cpu_count() or 1
 
 
 def library_folders(nvcc):
-    """Where nvcc would have the linker look for its libraries."""
+    """The library folder of nvcc's toolkit."""
     line = re.search(r"LIBRARIES=(.*)", output_of(nvcc, "-dryrun", "-x", "cu", "-o", os.devnull, os.devnull))
     return [flag.removeprefix("-L") for flag in shlex.split(line.group(1)) if not flag.endswith("stubs")]
 

@@ -1,4 +1,4 @@
-"""What the commands share: arguments and their errors, where results go, and how a run that was interrupted ends."""
+"""Shared by the commands: arguments and their errors, output paths, and the end of an interrupted run."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def process() -> Iterator[Callable[[], AbstractContextManager[None]]]:
     """Starts it, bound to the first core that may be used here; it computes inside of the context that is yielded.
 
     Raises:
-        OSError: it cannot be started or bound, or somebody else has ended it.
+        OSError: it cannot be started or bound, or another process ended it.
     """
     command = [sys.executable, "-IS", __file__]
     with subprocess.Popen(command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as started:

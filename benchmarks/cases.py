@@ -1,4 +1,4 @@
-"""What is measured: a problem, a mode, a device; the suites of them; and what each owes in arithmetic and bytes."""
+"""Benchmark cases: a problem, a mode and a device; suites of cases; arithmetic and bytes of each."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class BenchmarkCase:
 
     @cached_property
     def steps(self) -> int:
-        """How many steps of a sequence there are to compute, over the whole batch."""
+        """Steps to compute, summed over the sequences of the batch."""
         if self.variant not in ("packed", "lengths"):
             return self.case.T * self.case.B
         lengths = self.case.inputs().lengths
@@ -83,12 +83,12 @@ class BenchmarkCase:
 
     @property
     def gates(self) -> int:
-        """How many rows of the weights there are for each hidden unit."""
+        """Rows of the weights per hidden unit."""
         return len(CELLS[self.case.cell].gates)
 
     @property
     def flops(self) -> float:
-        """Of the matrix products; a backward has two for each of the forward."""
+        """Floating-point operations of the matrix products; a backward has two for each of the forward."""
         case, inputs = self.case, [self.case.I, *[self.D * self.case.H] * (self.case.layers - 1)]
         forward = sum(2 * self.steps * self.D * self.gates * case.H * (I + case.H) for I in inputs)
         return forward * (3 if self.mode == "train" else 1)

@@ -1,4 +1,4 @@
-"""What the machine can do at most, measured in the same run: multiply matrices, and move bytes."""
+"""Ceilings of the machine, measured in the same run: matrix products and memory bandwidth."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Limit(NamedTuple):
 class Ceilings:
     """Measures a ceiling when it is first asked for, and on a CPU again for every cell: the best so far is the ceiling.
 
-    A machine that others work on as well can be at two thirds of what it could do for seconds on end.
+    A shared machine can be at two thirds of its speed for seconds.
     """
 
     def __init__(self, clock: Clock) -> None:

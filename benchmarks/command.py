@@ -111,8 +111,8 @@ def _parser() -> argparse.ArgumentParser:
         "--memory",
         choices=tuple(memory.FREED),
         default="kept",
-        help="what becomes of memory that is freed, on the CPU: the process keeps it and nobody pays for new pages, or "
-        "it is returned to the system at once and all do (%(default)s)",
+        help="what becomes of memory that is freed, on the CPU: the process keeps it, without new page faults, or "
+        "it is returned to the system at once (%(default)s)",
     )
     add("--steps", type=arguments.whole(2), default=10, help="over which losses of a model are compared (%(default)s)")
     add("--time-wrong", action="store_true", help="time also what was found wrong; it stays marked as such")
@@ -163,7 +163,7 @@ def _cells(options: argparse.Namespace, device: str) -> list[tuple[str, Benchmar
 
 
 def _cells_of(kind: str, options: argparse.Namespace, device: str) -> list[tuple[str, BenchmarkCase]]:
-    """Those of a cell's layers."""
+    """The cases of one cell."""
     found = []
     suites = options.suite or ([] if options.shape else ["quick"])
     for name in suites:

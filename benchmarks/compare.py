@@ -19,7 +19,7 @@ WORDS = ("slower", "faster", "same", "lost", "gained", "only in A", "only in B")
 
 @dataclass(frozen=True)
 class Change:
-    """What became of one row."""
+    """The comparison of one row."""
 
     row: Row  # of B, or of A where B has none
     word: str  # one of WORDS; lost: it had a time and was tried and has none now
@@ -28,7 +28,7 @@ class Change:
 
     @property
     def regression(self) -> bool:
-        """It is fusedrnn that became slower, or gives no right result any longer."""
+        """Whether fusedrnn became slower, or its result wrong."""
         return self.row.ours and self.word in ("slower", "lost")
 
 
@@ -69,7 +69,7 @@ def _verdict(a: tuple[float, float, float], b: tuple[float, float, float], thres
 
 
 def lines(changes: Sequence[Change], relative: bool) -> list[str]:
-    """What changed, the worst first, and how many did not."""
+    """The changed rows, the worst first, and the number of unchanged ones."""
     unit = "" if relative else " ms"
 
     def text(change: Change) -> str:

@@ -1,4 +1,4 @@
-"""What a contender is: a class with the constructor, parameters and forward of torch's own layer, so that one rule
+"""A contender: a class with the constructor, parameters and forward of torch's own layer, so that one rule
 checks them all.
 
 It may be unavailable here, or unable to do what a cell asks for: both are reasons to be told, never silence.

@@ -1,4 +1,4 @@
-"""Who is measured: torch's own layer, also compiled, a loop over LSTMCell, the peers, and the backends of fusedrnn."""
+"""The contenders: torch's own layer, also compiled, a loop over LSTMCell, the peers, and the backends of fusedrnn."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .contender import BASELINE, OURS, TORCHS, Contender
 
 
 class _AsWritten(nn.RNNBase):
-    """What a user has to write around torch's own layer for `lengths` and `reset`."""
+    """The code a user writes around torch's own layer for `lengths` and `reset`."""
 
     def forward(  # type: ignore[override]
         self,
@@ -77,7 +77,7 @@ class CompiledLSTM(nn.LSTM):
 
 
 class CellLoop(nn.LSTM):
-    """What a loop over nn.LSTMCell computes, by the function behind it and with the parameters of an nn.LSTM."""
+    """A loop over the function of nn.LSTMCell, with the parameters of an nn.LSTM."""
 
     def forward(  # type: ignore[override]
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None, *, reset: Tensor | None = None

@@ -105,7 +105,7 @@ def _entry(host: bool) -> Path:
 
 
 def _target(host: bool) -> Path:
-    """Where the program of these sources is, or would be."""
+    """The path of the program built from these sources."""
     entry = _entry(host)
     inputs = [*sorted(SOURCES.glob("*.h")), DEVICE / "device.h", DEVICE / f"device_{'host' if host else 'ptx'}.h"]
     inputs += sorted(EMULATOR.glob("[rf]*")) if host else []  # runtime.h, runtime.cpp and fiber.h
@@ -150,7 +150,7 @@ class Measurement:
 
     @property
     def unit(self) -> str:
-        """Of `values`: microseconds, or a rate of the whole device."""
+        """The unit of `values`: microseconds, or a rate of the whole device."""
         return {"latency": "us", "bytes": "GB/s", "multiply-adds": "GFMA/s"}[self.quantity]
 
     @property
@@ -179,7 +179,7 @@ class Measurement:
         return median(self.cycles) / median(self.ns) if self.cycles else None
 
     def row(self) -> dict[str, Any]:
-        """A line of the CSV file; "" for what there is not."""
+        """A line of the CSV file; "" for missing values."""
         row: dict[str, Any] = {name: getattr(self, name) for name in _IDENTITY}
         row |= {"unit": self.unit, "samples": len(self.ns), "status": self.status, "reason": self.error or self.skipped}
         row |= dict.fromkeys(("min", "p20", "median", "p80", "clocks", "ghz"), "")
@@ -219,7 +219,7 @@ def run(executable: Path, names: Sequence[str], samples: int, seconds: float | N
 
 
 def _lines(command: list[str], seconds: float) -> tuple[list[dict[str, Any]], str | None]:
-    """What a program printed, and what it said or what became of it if it failed."""
+    """The output of a program, and its error."""
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             output, complaint = process.communicate(timeout=seconds)
@@ -318,7 +318,7 @@ def _of(name: str, variant: str = "") -> Callable[[list[Measurement]], list[Meas
 
 
 def _latency(name: str, variant: str = "") -> Callable[[list[Measurement]], float]:
-    """Of the largest group."""
+    """The latency of the largest group."""
     return lambda all: max(_of(name, variant)(all), key=lambda m: m.group).median
 
 
@@ -430,7 +430,7 @@ def device_row(device: dict[str, Any], measurements: list[Measurement]) -> str |
 
 
 def _planned(device: dict[str, Any]) -> planner.Device:
-    """What the planner takes a device for; one of the host's for an H200."""
+    """The planner's description of a device; the host build stands for an H200."""
     if "capability" not in device:
         return planner.H200
     major, minor = divmod(device["capability"], 10)

@@ -205,7 +205,7 @@ def _tagged_lines(text: str, B: int, vocabulary: int, index: dict[str, int]) -> 
 
 
 def _episodes(T: int, B: int, count: int) -> list[tuple[Tensor, ...]]:
-    """What a uniformly random player saw, did and earned in `count` chunks of the task of memory."""
+    """Observations, actions and rewards of a uniformly random player in `count` chunks of the memory task."""
     random, A = torch.Generator().manual_seed(0), Policy.ACTIONS
     cues, batches = torch.zeros(B, dtype=torch.int64), list[tuple[Tensor, ...]]()
     for chunk in range(count):

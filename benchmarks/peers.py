@@ -34,7 +34,7 @@ def _version(package: str) -> str:
 
 
 class _Operator(NamedTuple):
-    """What ONNX has for a cell."""
+    """The ONNX operator of a cell."""
 
     name: str
     gates: tuple[int, ...]  # torch's, in its order
@@ -87,7 +87,7 @@ class _Session(nn.RNNBase):
         return y, tuple(last) if len(last) == 2 else last[0]
 
     def feeds(self, input: Tensor, hx: Any, lengths: Tensor | None) -> dict[str, Any]:
-        """What the session is run on; makes the session if there is none yet."""
+        """The inputs of the session, which is created on first use."""
         if self.session is None:
             self.session = _session(self, states=hx is not None, lengths=lengths is not None)
         feeds = {"x": input.numpy()}
@@ -99,15 +99,15 @@ class _Session(nn.RNNBase):
 
 
 class OnnxRuntimeLSTM(_Session, nn.LSTM):
-    """Of LSTM operators."""
+    """ONNX Runtime's LSTM operators."""
 
 
 class OnnxRuntimeGRU(_Session, nn.GRU):
-    """Of GRU operators."""
+    """ONNX Runtime's GRU operators."""
 
 
 class OnnxRuntimeRNN(_Session, nn.RNN):
-    """Of RNN operators."""
+    """ONNX Runtime's RNN operators."""
 
 
 def _states(hx: Any) -> tuple[Tensor, ...]:

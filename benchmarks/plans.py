@@ -48,12 +48,12 @@ class Trial:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What makes a row of results the outcome of this trial: its contender, case and `ran`."""
+        """Identifies a row of results as the outcome of this trial: its contender, case and `ran`."""
         return OURS + self.backend, self.cell.id, self.plan
 
 
 def trials(backend: str, device: str, shrink: int = 1) -> list[Trial]:
-    """Those of the plans that are chosen, coarse grid first, then the others.
+    """The trials: chosen plans first, in a coarse grid, then the others.
 
     Args:
         backend: a name from `fusedrnn.backends()`, available here.
@@ -110,7 +110,7 @@ def _triton_trials(chosen: list[Trial], device: str) -> Iterator[Trial]:
 
 
 def _cuda_trials(chosen: list[Trial], device: str) -> Iterator[Trial]:
-    """The same of the C++ kernels, which take most of a plan at run time: every way through them once."""
+    """Trials of the C++ kernels, which take most of a plan at run time: every code path once."""
     there = cuda.device_for(torch.device(device))
 
     def way(kernel: str, plan: cuda.Plan) -> tuple[Any, ...]:
@@ -239,5 +239,5 @@ def run(todo: list[Trial], jobs: int) -> Iterator[tuple[Trial, Row]]:
 
 
 def processes(device: str) -> int:
-    """How many share a device."""
+    """The number of processes that share a device."""
     return min(8, max(1, (os.cpu_count() or 1) // 2)) if device == "cuda" else 1

@@ -1,4 +1,4 @@
-"""What a planner's cost model predicts next to what was measured, for every row of results that has a time."""
+"""Predictions of a planner's cost model next to measured times, for every row of results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is measured at the moment: a bar on a terminal, a line for each item elsewhere."""
+"""Progress: a bar on a terminal, otherwise a line for each item."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a result was measured with. Nothing in it names the machine's owner, its network or its folders."""
+"""The provenance of a result. Nothing in it names the machine's owner, its network or its folders."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PACKAGES = ("torch", "triton", "onnxruntime", "flashrnn", "haste_pytorch")
 
 
 def collect(device: str) -> dict[str, str]:
-    """Names and values, "" for what there is not here."""
+    """Names and values; "" for missing ones."""
     commit, changes = _checkout()
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -75,7 +75,7 @@ def _from_git() -> tuple[str, str]:
 
 
 def _digest() -> str:
-    """Of all sources of the package."""
+    """A digest of all sources of the package."""
     digest = hashlib.sha256()
     for folder in ("fusedrnn", "kernels", "benchmarks", "csrc"):
         for path in sorted((_ROOT / folder).rglob("*")):
@@ -108,13 +108,13 @@ def _instruction_set() -> str:
 
 
 def _nvidia_smi(query: str) -> str:
-    """What the driver tells of the first GPU."""
+    """Facts about the first GPU, from the driver."""
     found = _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
     return found.splitlines()[0] if found else ""
 
 
 def _output(*command: str, folder: Path | None = None) -> str | None:
-    """What a program prints, or None if it is not here or fails."""
+    """The output of a program, or None if it is missing or fails."""
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):

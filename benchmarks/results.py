@@ -57,12 +57,12 @@ class Row:
 
     @property
     def ours(self) -> bool:
-        """It is a backend of fusedrnn."""
+        """Whether the contender is a backend of fusedrnn."""
         return self.contender.startswith(OURS)
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What makes a row the same one in another file."""
+        """Identifies a row across files."""
         return self.case, self.mode, self.device, self.contender
 
 
@@ -147,7 +147,7 @@ def read(path: Path) -> tuple[list[Row], dict[str, str]]:
 
 
 def as_json(rows: Sequence[Row], provenance: dict[str, str]) -> str:
-    """The same as JSON."""
+    """The rows as JSON."""
     return json.dumps({"provenance": provenance, "rows": [asdict(row) for row in rows]}, indent=1)
 
 
@@ -183,12 +183,12 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def tried(rows: Sequence[Row]) -> list[Row]:
-    """Those that can have a time: not of what is unavailable, or cannot do what the case asks for."""
+    """The rows that can have a time: without unavailable contenders and unsupported cases."""
     return [row for row in rows if row.status not in ("unavailable", "unsupported")]
 
 
 def untried(rows: Sequence[Row]) -> list[str]:
-    """Who has no row in the table, and why; for the whole run, or for how many cells."""
+    """Contenders without a row in the table, with reasons; for the whole run, or for some cells."""
     lines = [f"{row.contender}: {row.reason}" for row in rows if row.status == "unavailable"]
     reasons = Counter((row.contender, row.reason) for row in rows if row.status == "unsupported")
     return lines + [f"{name}, {count} of the cells: {reason}" for (name, reason), count in reasons.items()]
@@ -294,7 +294,7 @@ def rates(rows: Sequence[Row]) -> list[tuple[Row, str]]:
 
 
 def summary(rows: Sequence[Row]) -> list[str]:
-    """What follows the table: rates of models, means, losing cells, the busy process, and who was not measured."""
+    """The text after the table: rates of models, means, losing cells, the busy process, contenders not measured."""
     lines = []
     if models := rates(rows):
         lines += ["", "whole models:"]

@@ -53,14 +53,14 @@ class Part:
     command: tuple[str, ...] = ()  # of `python -m`, or of a program by its path
     skip: str = ""  # why it is not done here
     environment: dict[str, str] = field(default_factory=dict)
-    last: bool = False  # after all others, every time, with time kept for it
-    needs: Path | None = None  # that another part leaves
+    last: bool = False  # runs after all others, with reserved time
+    needs: Path | None = None  # an output of another part
     smoke: bool = False  # whether it is of the smoke test
 
 
 @dataclass
 class Outcome:
-    """What became of a part."""
+    """The outcome of a part."""
 
     name: str
     status: str = "not reached"  # one of STATUSES
@@ -71,7 +71,7 @@ class Outcome:
 
 # ------------------------------------------------------------------------------------------------ the parts
 
-# What compute-sanitizer watches: both passes, with everything that a layer can have.
+# The case for compute-sanitizer: both passes, with every option of a layer.
 _SMALL = """
 import sys, torch, fusedrnn
 from fusedrnn import testing
@@ -113,7 +113,7 @@ def parts(folder: Path, dry: bool) -> list[Part]:
 
 
 def _smoke_test(folder: Path, backends: dict[str, tuple[str, dict[str, str]]], dry: bool) -> list[Part]:
-    """What takes 200 seconds, and says whether the rest is worth its time."""
+    """The parts of the first 200 seconds, which decide whether the rest is run."""
     device = ("--device", "cpu" if dry else "cuda")
     program = ("-m", "fusedrnn.benchmarks.smoke")
     info = ("-m", "fusedrnn", "info", "--json")
@@ -206,7 +206,7 @@ def _profile(folder: Path, backends: dict[str, tuple[str, dict[str, str]]], dry:
     return Part("profile", "a profile by which `auto` chooses on such a GPU", 90, tuple(command), skip)
 
 
-# What some tests need beside pytest; the others are run without it.
+# Needed by some tests beside pytest; without it the others run.
 _NEEDED = {
     "tests/api/test_torch_samples.py": "expecttest",
     "tests/api/test_hypothesis.py": "hypothesis",
@@ -317,7 +317,7 @@ class Session:
             for part in (*fresh, *begun):
                 if only or self.outcomes[part.name].status in (*_UNFINISHED, "skipped"):
                     self._do(part, end - reserve - time.monotonic())
-            # What is left goes to what did not end, as long as it gets on.
+            # The remaining time goes to unfinished parts, as long as they make progress.
             while not only and (stopped := self._to_go_on(ordinary)) and end - reserve - time.monotonic() > 4 * _LEAST:
                 self._do(stopped, end - reserve - time.monotonic())
         finally:
@@ -383,7 +383,7 @@ class Session:
         return next((line.strip()[:200] for line in self._last_lines(part.name, 1)), "")
 
     def digest(self) -> str:
-        """What to read first, in at most DIGEST characters: failures, then what steps take, then what was assumed."""
+        """A digest in at most DIGEST characters: failures, times of steps, then assumptions."""
         told = [f"STALE LIBRARY: {why}" for why in self._stale]
         wrong = [o for o in self.outcomes.values() if o.status in ("failed", "timed out", "cut off")]
         for outcome in wrong:

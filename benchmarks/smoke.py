@@ -1,4 +1,4 @@
-"""What one wants to know of a GPU first, each a process of `bench gpu` (session.py), a line for each result:
+"""The first questions to a GPU, each a process of `bench gpu` (session.py), a line for each result:
 
     python -m fusedrnn.benchmarks.smoke exchange BACKEND KIND   small layers by plans of one kind of exchange
     python -m fusedrnn.benchmarks.smoke steps --out FOLDER      microseconds of a step: measured, predicted, and cuDNN's
@@ -140,7 +140,7 @@ def _worst(backend: str, case: Case, device: str) -> float:
 
 @contextmanager
 def _precision(wanted: str) -> Iterator[None]:
-    """What float32 is multiplied in, by nn.LSTM and by ours."""
+    """The precision of float32 products, of nn.LSTM and of ours."""
     rnn: Any = torch.backends.cudnn.rnn
     before, rnn.fp32_precision = rnn.fp32_precision, wanted
     try:

@@ -1,4 +1,4 @@
-"""What the variants of the LSTM cost over the plain one: both of this package, in turns, in one process.
+"""The cost of the variants of the LSTM over the plain one: both of this package, interleaved in one process.
 
     python -m fusedrnn bench variants [--shape T,B,I,H] [--mode train] [--dtype float32] [--backend cpu]
 
@@ -20,7 +20,7 @@ import fusedrnn
 from . import arguments, cases, provenance, timing
 from .timing import Lane
 
-# Of an LSTM, by name.
+# Options of an LSTM, by name.
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "peephole": {"peephole": True},

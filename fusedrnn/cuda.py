@@ -112,7 +112,7 @@ def _extras(w_p: Sequence[Tensor | None], noise: dict[str, Tensor] | None) -> tu
 
 
 def _both(of_directions: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
-    """Of either direction; None for one that is not there."""
+    """One entry per direction; None for a missing one."""
     return of_directions[0], of_directions[1] if len(of_directions) == 2 else None
 
 
@@ -127,9 +127,9 @@ def _fields(plan: Plan, like: Tensor) -> list[int]:
 
 
 def plan_for(kernel: str, shape: Shape, device: torch.device) -> Plan:
-    """The plan of "forward" or "backward" on a device: the best one that the device says it has room for.
+    """The best plan of "forward" or "backward" that fits a device.
 
-    T and B are rounded up to powers of 2 first, so that few plans are ever looked for.
+    T and B are rounded up to powers of 2 first, so that few plans are searched for.
 
     Raises:
         ValueError: no plan fits, or the kernels do not have this arithmetic.
@@ -138,7 +138,7 @@ def plan_for(kernel: str, shape: Shape, device: torch.device) -> Plan:
     return _plan(kernel, shape, device_for(device))
 
 
-# What the host build of the kernels is planned for: few multiprocessors, since it runs one thread at a time.
+# The device of the host build: few multiprocessors, since it runs one thread at a time.
 HOST = H200._replace(name="the host build of the C++ kernels", multiprocessors=16)
 
 
@@ -161,8 +161,8 @@ def _plan(kernel: str, shape: Shape, device: tuple[int, Device]) -> Plan:
 
 
 def fitting(kernel: str, shape: Shape, device: tuple[int, Device]) -> list[Plan]:
-    """The plans that the device says it has room for, the one with the least predicted time first. How many groups run
-    at the same time is what the device says as well.
+    """The plans that fit a device, the one with the least predicted time first. The driver reports how many groups run
+    concurrently.
 
     Raises:
         ValueError: no plan fits, or the kernels do not have this arithmetic.

@@ -1,37 +1,35 @@
-"""Lays a layer out on a GPU for the kernels of csrc/cuda: who exchanges how, which warps have what, and where the
-weights lie; by a cost model, not by trying.
+"""The planner of the CUDA kernels: how blocks exchange states, the tiles of each warp, and where the weights reside,
+by a cost model without autotuning.
 
-Pure arithmetic: no GPU, and no library. What a plan is stands in csrc/cuda/plan.h, and so does what it needs, of which
-`needs` is a copy that tests/cuda/test_cuda_plan.py holds to the original. Times are microseconds, sizes bytes.
+Pure arithmetic: no GPU and no library. csrc/cuda/plan.h defines a plan and its resources; `needs` repeats that
+arithmetic, and tests/cuda/test_cuda_plan.py compares the two. Times are in microseconds, sizes in bytes.
 
-    python -m fusedrnn.cuda_plan               what is predicted for an H200, as a table; --device NAME for another
+    python -m fusedrnn.cuda_plan               the predictions for an H200, as a table; --device NAME for another
 
 The model of one step of one block:
 
     step = before + max(exchange, after) + max(operand, weights, arithmetic, latency) + partial
 
-    before       everything elementwise, and sending: clocks of a warp, counted in the machine code (PATHS)
-    after        stores and loads between the last that is sent and the wait: the same
-    exchange     from the last block's results to the operand in everybody's shared memory: through distributed shared
-                 memory (cluster, scatter), or through L2 and flags (grid), and the bytes of the operand
-    operand      read from shared memory by every warp, with the weights that lie there
-    weights      streamed ones, out of L2, which all blocks share
+    before       elementwise operations and the send: clocks of a warp, counted in the machine code (PATHS)
+    after        stores and loads between the send and the wait: likewise
+    exchange     from the last block's results to the operand in the shared memory of every block: through distributed
+                 shared memory (cluster, scatter), or through L2 and flags (grid), and the bytes of the operand
+    operand      every warp reads it, and the resident weights, from shared memory
+    weights      streamed from L2, whose bandwidth all blocks share
     arithmetic   multiply-adds of all warps
     latency      of the dependent matrix instructions of one warp, counted
     partial      the sum over the warps that split K
 
-How many maps a product fills, and what a step copies and stores, follows from the cell; the clocks of PATHS are the
-LSTM's.
+The cell determines the maps of a product, and what a step copies and stores; the clocks of PATHS are the LSTM's.
 
-With a projection a step has all but the cell twice. A plan in chunks has the product and the cell as often as tiles
-take turns, reads the operand as often, and waits for its first chunk alone; its weights count as if the second-level
-cache held them all. A launch takes steps * rounds of them, where a round is as many slices of the batch as there are
-groups at a time, and has the weights to pack, and those that stay on the chip to load, first.
+With a projection a step has two of each, except the cell. In a chunked plan a step has one product, one cell and one
+read of the operand for each of a warp's tiles, and waits for the first chunk only; its weights count as if L2 held all
+of them. A launch takes steps * rounds of these steps, where a round is as many slices of the batch as there are
+concurrent groups. Before the first step the weights are packed, and the resident ones loaded.
 
-What the input adds to the gates comes from a GEMM before the launch, which takes its own time and that of reading w_ih
-and of writing and reading xg; or, in a plan with inputs, from a product of every step with w_ih. Nobody
-has to wait for x: that product comes before the wait for h, and is free as far as h is on its way longer than the
-stores of the step before take. So the GEMM is saved where there are few steps.
+The input projection is a GEMM before the launch, which also reads w_ih and writes xg, which the launch reads; or, in a
+plan with inputs, a product with w_ih in every step. That product precedes the wait for h, and is free if the exchange
+takes longer than the stores of the previous step. So the GEMM is saved where there are few steps.
 """
 
 from __future__ import annotations
@@ -53,20 +51,20 @@ MATHS = ("bf16", "fp16", "tf32", "fp32", "fp64")
 
 
 class Costs(NamedTuple):
-    """What the model needs to know of a device beside `Device`. Rates are per clock and multiprocessor."""
+    """Costs of a device beside those in `Device`. Rates are per clock and multiprocessor."""
 
     grid: float  # microseconds of an exchange through L2 and flags, without its bytes
-    cluster: float  # the same through distributed shared memory; without meaning before sm_90
-    gpcs: int  # groups of multiprocessors that a cluster has to fit into
-    widest: int  # blocks of a cluster: 16 where the device allows what is not portable, 0 before sm_90
+    cluster: float  # of one through distributed shared memory; unused before sm_90
+    gpcs: int  # groups of multiprocessors; a cluster fits into one
+    widest: int  # most blocks of a cluster: 16 where the device allows non-portable sizes, 0 before sm_90
     half: float  # multiply-adds of the matrix instruction in 16 bits; TensorFloat-32 has half of that
     single: float  # multiply-adds in float32
     double: float  # and in float64
     measured: bool = False  # whether grid and cluster were measured on this device
 
 
-# grid and cluster are estimates: three, and one, of the latencies that arXiv 2402.13499 has for L2 and for distributed
-# shared memory on an H100; of L2 with the barriers of a block beside them.
+# grid and cluster are estimates from the latencies of an H100 in arXiv 2402.13499: three of L2 and the barriers of a
+# block, and one of distributed shared memory.
 COSTS = {
     A100.name: Costs(1.5, 0.0, 7, 0, 1024, 64, 32),
     H100.name: Costs(1.3, 0.12, 8, 16, 1024, 128, 64),
@@ -78,7 +76,7 @@ COSTS = {
 
 @lru_cache
 def costs_of(device: Device) -> Costs:
-    """The costs of a device, or those of the most alike; a cluster of 16 is for the generations where it is known."""
+    """The costs of a device, or of the most similar one; clusters of 16 only in generations known to have them."""
     known = COSTS.get(device.name)
     if known is not None:
         return known
@@ -95,7 +93,7 @@ def kind_of(name: str) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """How one kernel is launched: `Plan` of csrc/cuda/plan.h, and what it takes."""
+    """The launch of one kernel: the fields of `Plan` in csrc/cuda/plan.h, and the resources and predictions."""
 
     exchange: str
     math: str
@@ -110,16 +108,16 @@ class Plan:
     shared_input_blocks: int = 0
     chunk_blocks: int = 0  # K blocks of each warp in a chunk of the operand, where it comes in chunks
     cell: str = "lstm"
-    streamed: int = 0  # K blocks of weights that a warp loads again at every step, of all matrices together
+    streamed: int = 0  # K blocks of weights, of all matrices, that a warp loads in every step
     shared: int = 0  # bytes of shared memory of a block
-    at_once: int = 0  # groups, of all directions, that run at the same time
+    at_once: int = 0  # concurrent groups, over all directions
     step: float = 0.0  # predicted
     launch: float = 0.0  # predicted, for all steps
-    costs: str = ""  # which the prediction is from
+    costs: str = ""  # the source of the prediction
 
     @property
     def fields(self) -> list[int]:
-        """As the library takes it."""
+        """The plan as the library's operators take it."""
         kinds = [EXCHANGES.index(self.exchange), MATHS.index(self.math)]
         counts = [self.blocks, self.tiles, self.splits, self.rows, self.groups]
         kept = [*self.kept[:2], int(self.inputs), self.shared_input_blocks]
@@ -132,7 +130,7 @@ class Plan:
 
     @property
     def threads(self) -> int:
-        """Of a block."""
+        """Threads of a block."""
         return 32 * self.tiles * self.splits
 
     @property
@@ -201,13 +199,13 @@ class Product(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """What a plan takes; the last two for each stage."""
+    """Resources of a plan; the last two for each stage."""
 
     shared: int  # bytes of a block
-    exchanged: int  # bytes of all blocks, through L2, and what they keep of tiles that take turns
+    exchanged: int  # bytes of workspace: operands through L2, and the state of tiles that share a warp
     flags: int
     packed: tuple[int, ...]  # bytes of the packed weights, all directions
-    streamed: tuple[int, ...]  # K blocks that a warp loads again at every step
+    streamed: tuple[int, ...]  # K blocks that a warp loads in every step
 
 
 def _filled(blocks: tuple[int | None, ...]) -> int:
@@ -222,7 +220,7 @@ def _unit_tiles(kernel: str, shape: Shape) -> int:
 
 @lru_cache(maxsize=1024)
 def products(kernel: str, shape: Shape, math: str, inputs: bool = False) -> dict[int, Product]:
-    """The product of each stage that there is."""
+    """The products of a step, by stage."""
     size, forward, cell = _STORAGE[math], kernel == "forward", named(shape.cell)
     of_state, of_input = _filled(cell.recurrent), _filled(cell.input)
     units, outputs = _unit_tiles(kernel, shape), cdiv(shape.P, _OUTPUTS)
@@ -269,11 +267,11 @@ def register_blocks(plan: Plan, kernel: str, stage: int, projected: bool) -> int
     return 10 if not wide else 1 if math == "tf32" or variant else 3
 
 
-# Of "scatter".
+# Plans with "scatter".
 
 
 def most_scatter_tiles(math: str, rows: int) -> int:
-    """That a block may have."""
+    """The most tiles of a block."""
     return 2 if math == "fp64" or (math == "tf32" and rows > _COLUMNS) else 4
 
 
@@ -322,22 +320,22 @@ def _ring(plan: Plan, p: Product) -> int:
 
 
 def turns(tiles: int, plan: Plan) -> int:
-    """Of so many tiles, those of one warp."""
+    """Tiles of one warp."""
     return cdiv(tiles, plan.blocks * plan.tiles)
 
 
 def _copied_arrays(cell: Cell) -> int:
-    """Of the backward: what the cell saved and carried, dy, and dc."""
+    """Arrays that a backward step reads: saved values, carry, dy, and dc."""
     return len(cell.saved) + (cell.carry is not None) + 1 + cell.has_cell_state
 
 
 def _copied_row(units: int, plan: Plan) -> int:
-    """Of the backward: bytes of what a step takes of so many units and a row."""
+    """Bytes that a backward step reads for some units of a row."""
     return _copied_arrays(named(plan.cell)) * units * _STORAGE[plan.math] + _QUAD
 
 
 def _step_bytes(kernel: str, plan: Plan) -> int:
-    """Of a tile and eight rows: three steps of xg, and one of what is stored; or three of what the backward takes."""
+    """Bytes for a tile and eight rows: three steps of xg and one of results, or three of the backward's inputs."""
     if kernel == "backward":
         return _COLUMNS * 3 * _copied_row(16, plan)
     cell = named(plan.cell)
@@ -346,7 +344,7 @@ def _step_bytes(kernel: str, plan: Plan) -> int:
 
 
 def needs(kernel: str, shape: Shape, plan: Plan) -> Needs:
-    """What a plan takes of a launch."""
+    """The resources of a launch."""
     if plan.exchange == "scatter":
         return _needs_of_scatter(shape, plan)
     stages, warps = products(kernel, shape, plan.math, plan.inputs), plan.tiles * plan.splits
@@ -379,7 +377,7 @@ def needs(kernel: str, shape: Shape, plan: Plan) -> Needs:
     return Needs(shared, exchanged, flags, tuple(packed), tuple(streamed))
 
 
-# What can be chosen.
+# Candidates.
 
 _RESERVED_SHARED = 1024  # bytes that the driver takes beside each block's
 _REGISTERS = 65536  # of a multiprocessor; a thread has 256 of them, at the most
@@ -388,10 +386,10 @@ _MOST_INPUTS = 1 << 20  # numbers of x
 
 
 def math_of(shape: Shape) -> str:
-    """What a shape is computed in; bfloat16 stands for float16 as well.
+    """The arithmetic of a shape; bfloat16 stands for float16 as well.
 
     Raises:
-        ValueError: float32 is to be multiplied in three passes.
+        ValueError: the precision of float32 is "tf32x3", which these kernels lack.
     """
     if shape.itemsize == 4:
         if shape.precision == "tf32x3":
@@ -401,7 +399,7 @@ def math_of(shape: Shape) -> str:
 
 
 def at_a_time(plan: Plan, device: Device) -> int:
-    """Groups, of all directions, that run at the same time: an estimate, for who has no device to ask."""
+    """An estimate of the concurrent groups, over all directions, where there is no device to ask."""
     by_shared = (device.shared + _RESERVED_SHARED) // (plan.shared + _RESERVED_SHARED)
     resident = min(by_shared, _REGISTERS // (256 * plan.threads))
     if plan.exchange not in _IN_CLUSTERS:
@@ -410,7 +408,7 @@ def at_a_time(plan: Plan, device: Device) -> int:
     return gpcs * (resident * (device.multiprocessors // gpcs) // plan.blocks)
 
 
-# How many groups of a plan, of all directions, the device says that it runs at the same time.
+# The concurrent groups of a plan, over all directions, as the driver reports them.
 Occupancy = Callable[[Plan], int]
 
 
@@ -421,10 +419,10 @@ def plan(kernel: str, shape: Shape, device: Device, occupancy: Occupancy | None 
         kernel: "forward" or "backward".
         shape: the problem.
         device: the GPU.
-        occupancy: what the device says of a plan; estimated by `at_a_time` if None.
+        occupancy: the concurrent groups of a plan on the device; estimated by `at_a_time` if None.
 
     Raises:
-        ValueError: no plan fits the device, or the kernels do not have this arithmetic.
+        ValueError: no plan fits the device, or the kernels lack this arithmetic.
     """
     return ranked(kernel, shape, device, occupancy)[0]
 
@@ -444,8 +442,8 @@ def ranked(kernel: str, shape: Shape, device: Device, occupancy: Occupancy | Non
 
 
 def plans(kernel: str, shape: Shape, device: Device, occupancy: Occupancy | None = None) -> Iterator[Plan]:
-    """Every plan that fits the device, with its prediction: in chunks where no other does. Of a single step, of which
-    nothing is kept anyway, also where no other takes x."""
+    """Every plan that fits the device, with its prediction. Chunked plans only where no other fits; for a single step,
+    which reuses no weights, also where no other plan takes x."""
     found = list(whole(kernel, shape, device, occupancy))
     yield from found
     for inputs in _with_inputs(kernel, shape):
@@ -454,12 +452,12 @@ def plans(kernel: str, shape: Shape, device: Device, occupancy: Occupancy | None
 
 
 def _with_inputs(kernel: str, shape: Shape) -> tuple[bool, ...]:
-    """Whether the launch may take x: what there is to try."""
+    """Candidate values of `Plan.inputs`."""
     return (False, True) if kernel == "forward" and 0 < shape.I <= _MOST_INPUTS else (False,)
 
 
 def whole(kernel: str, shape: Shape, device: Device, occupancy: Occupancy | None = None) -> Iterator[Plan]:
-    """Every plan with the whole operand in shared memory and one tile to a warp."""
+    """Every plan with the whole operand in shared memory and one tile per warp."""
     math = math_of(shape)
     wide = math in _ON_MATRIX_UNIT and not shape.projected and shape.B > _COLUMNS
     tiles_of_units = _unit_tiles(kernel, shape)
@@ -483,7 +481,7 @@ def whole(kernel: str, shape: Shape, device: Device, occupancy: Occupancy | None
 
 
 def _scattering(shape: Shape, device: Device, occupancy: Occupancy | None) -> Iterator[Plan]:
-    """Every plan of the backward whose blocks exchange partial sums of dh."""
+    """Every backward plan whose blocks exchange partial sums of dh."""
     math = math_of(shape)
     for tiles in range(1, 5):
         blocks = max(2, power_of_2(cdiv(_unit_tiles("backward", shape), tiles)))
@@ -501,7 +499,7 @@ def _scattering(shape: Shape, device: Device, occupancy: Occupancy | None) -> It
 def chunked(
     kernel: str, shape: Shape, device: Device, inputs: bool = False, occupancy: Occupancy | None = None
 ) -> Iterator[Plan]:
-    """Every plan in chunks, of as few turns as the multiprocessors allow and as large chunks as fit."""
+    """Every chunked plan, with as few tiles per warp as the multiprocessors allow and the largest chunks that fit."""
     math, most_blocks = math_of(shape), device.multiprocessors // shape.D
     rows, tiles_of_units = 16 if math in _ON_MATRIX_UNIT and not shape.projected else 8, _unit_tiles(kernel, shape)
     stages = products(kernel, shape, math, inputs).values()
@@ -521,11 +519,11 @@ def chunked(
 
 
 def _fitted(kernel: str, shape: Shape, device: Device, bare: Plan, occupancy: Occupancy | None) -> Plan | None:
-    """A plan with as many weights in shared memory and as many groups as fit, or None."""
+    """`bare` with as many weights in shared memory and as many groups as fit, or None."""
     stages, alone = products(kernel, shape, bare.math, bare.inputs), needs(kernel, shape, bare)
     if bare.exchange == "cluster" and any(bare.rows * p.row >= _MOST_COUNTED for k, p in stages.items() if k != INPUT):
         return None
-    # What is not streamed needs no ring: first without, for all weights, then with what is left beside the rings.
+    # Weights that are not streamed need no ring: try all of them without rings first, then what fits beside the rings.
     rings = {k: _ring(bare, p) if alone.streamed[k] else 0 for k, p in stages.items()}
     free = device.shared - alone.shared + sum(rings.values())
     kept = [0, 0, 0]
@@ -547,26 +545,26 @@ def _fitted(kernel: str, shape: Shape, device: Device, bare: Plan, occupancy: Oc
     plan = replace(plan, shared=taken.shared, streamed=sum(taken.streamed))
     at_once = at_a_time(plan, device) if occupancy is None else occupancy(plan)
     groups = at_once // shape.D
-    if plan.exchange in _IN_CLUSTERS:  # those that do not fit wait for others to end
+    if plan.exchange in _IN_CLUSTERS:  # further clusters start as others end
         groups = max(groups, min(1, at_once))
     groups = min(groups, cdiv(shape.B, plan.rows))
     return replace(plan, groups=groups, at_once=at_once) if groups > 0 else None
 
 
-# What it will take.
+# Predictions.
 
 _L2_PER_CLOCK, _SHARED_PER_CLOCK = 64, 128  # bytes, per multiprocessor
 _PEER_PER_CLOCK = 14  # the same, from blocks of the cluster: arXiv 2402.13499, of an H100
 
 
 class Path(NamedTuple):
-    """Clocks of a step of a warp with 8 rows, as tests/cuda/sass.py counts them in the machine code; no GPU ran it."""
+    """Clocks of a step of a warp with 8 rows, counted in the machine code by tests/cuda/sass.py, not measured."""
 
-    before: float  # from what was received to the last that is sent, without the product
-    after: float  # from there to the wait for what others send
-    block: float  # of the product, for a K block whose weights lie in registers
-    shared_block: float  # for one whose weights lie in shared memory
-    streamed_block: float  # and for one whose weights are streamed, with copying another one
+    before: float  # from the receive to the send, without the product
+    after: float  # from the send to the next receive
+    block: float  # of the product, for a K block with weights in registers
+    shared_block: float  # with weights in shared memory
+    streamed_block: float  # with streamed weights, including the copy of a later block
     instructions: float
 
 
@@ -576,16 +574,16 @@ PATHS = {
     "backward, loaded": Path(2400, 3000, 60, 113, 130, 1700),  # in float64, with a projection and in chunks
     "scatter": Path(610, 230, 20, 150, 200, 300),
 }
-_L2_LATENCY = 280  # clocks until a copy out of L2 is there, where nobody else takes its bandwidth
-_PROJECTED = 800  # more clocks behind what is sent, with a projection
+_L2_LATENCY = 280  # clocks of a copy from L2, without contention
+_PROJECTED = 800  # more clocks after the send, with a projection
 _COPIED_ROW = 35  # clocks to copy 32 quads of a row of the operand out of L2
 _ROW_OF_X, _X = 230, 350  # clocks to copy as many quads of a row of x, and to wait for x
-_TWO_PARTS, _PART = 130, 60  # clocks of a sum of two parts of K, and for each of more
-_PACK, _GEMM = 3.0, 6.0  # microseconds of a launch before the launch: for one kind of weights, and for one direction
+_TWO_PARTS, _PART = 130, 60  # clocks of the sum over two splits of K, and for each of more
+_PACK, _GEMM = 3.0, 6.0  # microseconds of the launches before: packing a kind of weights, and a direction's GEMM
 
 
 def _path(kernel: str, shape: Shape, p: Plan) -> str:
-    """Which of PATHS is that of a plan."""
+    """The entry of PATHS for a plan."""
     if kernel == "forward":
         return kernel
     loaded = shape.projected or p.exchange == "chunked" or p.math == "fp64"
@@ -593,11 +591,11 @@ def _path(kernel: str, shape: Shape, p: Plan) -> str:
 
 
 def _predicted(kernel: str, shape: Shape, device: Device, p: Plan) -> Plan:
-    """The plan with the time of a step and of the launch."""
+    """The plan with its predicted times of a step and of the launch."""
     costs, clocks = costs_of(device), device.clock * 1e3  # per microsecond
     taken, warps = needs(kernel, shape, p), p.tiles * p.splits
     running = min(shape.D * p.groups, p.at_once)
-    crowd = cdiv(running * p.blocks, device.multiprocessors)  # blocks that share a multiprocessor
+    crowd = cdiv(running * p.blocks, device.multiprocessors)  # blocks per multiprocessor
     l2 = min(_L2_PER_CLOCK * clocks, device.l2 / min(running * p.blocks, device.multiprocessors))
     columns, path = p.rows // _COLUMNS, PATHS[_path(kernel, shape, p)]
     rate = {"fp32": costs.single, "fp64": costs.double, "tf32": costs.half / 2}.get(p.math, costs.half)
@@ -610,7 +608,7 @@ def _predicted(kernel: str, shape: Shape, device: Device, p: Plan) -> Plan:
         return cdiv(stages[k].blocks, p.splits)
 
     def multiplying(k: int) -> float:
-        """The product of a stage; x comes out of L2 as well, and so do parts."""
+        """The product of a stage; x and chunks are read from L2 as well."""
         of = stages[k]
         block = blocks(k)
         operands = scatter_blocks(p) if p.exchange == "scatter" else block
@@ -662,11 +660,11 @@ def _predicted(kernel: str, shape: Shape, device: Device, p: Plan) -> Plan:
     step = max(step, n_turns * crowd * path.instructions * columns * warps / 4 / clocks)
     rounds = cdiv(cdiv(shape.B, p.rows), p.groups) * cdiv(shape.D * p.groups, running)
     launch = _PACK * len(stages) + 2 * sum(taken.packed) / device.l2 + shape.T * rounds * step
-    for k in stages:  # what stays on the chip
+    for k in stages:  # loading the resident weights
         launch += p.groups * taken.packed[k] * (1 - taken.streamed[k] / blocks(k)) / device.l2
     if kernel == "forward" and not p.inputs:
         gates = len(named(shape.cell).gates)
-        numbers = shape.D * shape.T * shape.B * gates * shape.H  # of xg, which are written and read
+        numbers = shape.D * shape.T * shape.B * gates * shape.H  # of xg, written and read
         everywhere = rate * clocks * device.multiprocessors
         weights = shape.D * gates * shape.H * shape.I
         launch += _GEMM * shape.D + (2 * numbers + weights) * shape.itemsize / device.l2
@@ -676,17 +674,17 @@ def _predicted(kernel: str, shape: Shape, device: Device, p: Plan) -> Plan:
 
 @lru_cache
 def _described(device: Device) -> str:
-    """Where the costs of a device are from."""
+    """The source of the costs of a device."""
     like = device.name if device.name in COSTS else most_alike(device.capability).name
     return f"costs {'measured' if COSTS[like].measured else 'estimated'} for {like}"
 
 
-_TWO_LAUNCHES = 5.0  # microseconds of a GEMM and a pointwise kernel, beside the arithmetic
+_TWO_LAUNCHES = 5.0  # microseconds of a GEMM and a pointwise kernel, without the arithmetic
 
 
 def gemm_step(shape: Shape, device: Device) -> float:
-    """Microseconds of a step of the whole batch, of one pass, by a GEMM and a pointwise kernel: an estimate of what
-    torch does where its kernels do not stay on the device. The matrix unit has twice the rate of "mma" there."""
+    """An estimate of torch's microseconds for a step of the whole batch, of one pass, by a GEMM and a pointwise kernel.
+    The matrix unit has twice the rate of "mma" there."""
     rate = 2 * costs_of(device).half / (1 if shape.itemsize == 2 else 2)
     multiplied = shape.D * shape.B * len(named(shape.cell).gates) * shape.H * shape.P
     return _TWO_LAUNCHES + multiplied / (rate * device.clock * 1e3 * device.multiprocessors)

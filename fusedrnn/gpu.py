@@ -56,7 +56,7 @@ def fp32_precision() -> str:
 
 
 def reserve() -> str:
-    """What a forward keeps for its backward, beside its input, its output and c, in the environment's FUSEDRNN_RESERVE.
+    """FUSEDRNN_RESERVE: what a forward saves for its backward beside its input, its output and c.
 
     "gates", where it is not set: what the cell saves, S*H numbers a step and direction. "recompute": none; the backward
     computes them again, by one GEMM over all steps. A backward takes what its forward left, whatever the variable says
@@ -261,7 +261,7 @@ def _contiguous(*tensors: Tensor | None) -> list[Any]:
 
 
 def _multipliers(cell: Cell, noise: Tensor) -> dict[str, Tensor]:
-    """Those of each kind, [T, B, D*W] or [1, B, D*W], by name."""
+    """The multipliers of each kind, [T, B, D*W] or [1, B, D*W], by name."""
     return dict(zip(cell.noise, noise.contiguous().unbind(0), strict=True))
 
 

@@ -34,7 +34,7 @@ class _Node(NamedTuple):
     name: str
     gates: tuple[int, ...]  # ours, in its order
     activation: str | None = None  # of each direction
-    attributes: dict[str, int] = {}  # noqa: RUF012 - nobody changes it
+    attributes: dict[str, int] = {}  # noqa: RUF012 - never modified
     negated: int | None = None  # place of a gate that is 1 - that gate of ours: sigmoid of the negated affine map
     peepholes: tuple[int, ...] = ()  # our parameters in its order; `negated` is a place among these, too
 

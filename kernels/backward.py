@@ -93,7 +93,7 @@ def layer_backward(
     PRECISION: tl.constexpr,
 ):
     dtype: tl.constexpr = da.dtype.element_ty
-    # What this program finds of dh: a tile of the projection's outputs, or of the units themselves.
+    # This program's tile of dh: outputs of the projection, or the units themselves.
     OUTPUTS: tl.constexpr = COLUMNS if COLUMNS else UNITS
     group = tl.program_id(0) // PROGRAMS
     member = tl.program_id(0) % PROGRAMS
@@ -207,7 +207,7 @@ def layer_backward(
                 else:
                     m_after = passes[:, None] & m_p[None, :]
                     b_v_r = load_multipliers(v_r, after, b0, B, d, P, o_y, m_after, D, ONCE)
-            if PHASE != STATE:  # what waits for nobody is on its way first
+            if PHASE != STATE:  # loads that do not depend on the exchange come first
                 b_saved = ()
                 p_saved = ((d * T + t) * B + b0) * (SAVED * H) + o_saved
                 for k in tl.static_range(SAVED):
@@ -281,7 +281,7 @@ def layer_backward(
                 else:
                     da_exact, dc_in = STEP(b_saved, c_in, b_c, b_dm, dc_t)
                 b_da = ()
-                # Of units that do not exist, too: the product with their zero weights is not 0 if they are not finite.
+                # Also of units that do not exist: times their zero weights, values that are not finite would be NaN.
                 for k in tl.static_range(MAPS):
                     b_da = b_da + (tl.where(m_tile, da_exact[k], 0.0).to(dtype),)
                 m_store = in_time[:, None] & m_u[None, :]

@@ -366,7 +366,7 @@ def layer_forward(
                 if not CARRIED:
                     arrive(counter, GRID_SYNC)
                     arrivals += PROGRAMS
-                # From here on, what only this program, or nobody before the end of the launch, reads.
+                # From here on, stores that no other program reads during the launch.
                 if not COLUMNS:
                     tl.store(hn + p_h, b_m, mask=m_h & leaves)
                 if cn is not None:

@@ -1,4 +1,4 @@
-"""What a unit of a cell takes beside its maps: its parameters, and the multipliers of noise (fusedrnn/cells/spec.py).
+"""Operands of a unit beside its maps: its parameters, and the multipliers of noise (fusedrnn/cells/spec.py).
 
 Multipliers are [T, B, D*W] in float32, or with ONCE [1, B, D*W], the same at all steps; W is H, or P where they are
 about the hidden state of a projection. Nobody waits for them: they are on their way before the states are.
@@ -22,7 +22,7 @@ def load_parameters(w, o_u, m_u, H, COUNT: tl.constexpr):
 
 @triton.jit
 def load_multipliers(v, t, b0, B, d, W, offsets, mask, D: tl.constexpr, ONCE: tl.constexpr):
-    """Those of step t, of rows from b0 on, and of one direction; offsets are those of a tile in [B, D*W]."""
+    """The multipliers of step t, rows from b0 on, and one direction; offsets are those of a tile in [B, D*W]."""
     row = b0
     if not ONCE:
         row = t * B + b0

@@ -69,7 +69,7 @@ class Shape(_Shape):
 
     @property
     def extras(self) -> int:
-        """What a unit has beside its maps, which takes registers: parameters, as two, and kinds of noise."""
+        """Registers of a unit beside its maps: two for parameters, one for each kind of noise."""
         cell = named(self.cell)
         return 2 * bool(cell.parameters) + len(cell.noise)
 
@@ -139,7 +139,7 @@ class Plan:
 
     @cached_property
     def keywords(self) -> dict[str, dict[str, int | bool | str]]:
-        """Of each kernel, the arguments of a launch on a GPU that the plan decides, by name."""
+        """For each kernel, the launch arguments that the plan determines, by name."""
         sync = {"PHASE": 0, "GRID_SYNC": self.programs > 1}
         return {kernel: {**self.constants(kernel), **sync, **self.options} for kernel in ("forward", "backward")}
 

@@ -88,7 +88,7 @@ class Kind(NamedTuple):
     cell: str  # a name in cells.CELLS
     ours: Any
     step: Any  # of one time step
-    options: dict[str, str] = {}  # noqa: RUF012 - nobody changes it
+    options: dict[str, str] = {}  # noqa: RUF012 - never modified
 
 
 KINDS = [

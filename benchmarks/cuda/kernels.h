@@ -189,7 +189,7 @@ struct FlagPingPong {
   }
 };
 
-// The same with data that is polled itself: sixteen bytes that were all ones, in another place at every turn.
+// The same, polling the data: 16 bytes that were all ones, at a new address in every iteration.
 struct SentinelPingPong {
   static constexpr bool kClustered = false;
   static FUSEDRNN_BOTH uint32_t expected(const Params& p, int block) {
@@ -372,9 +372,9 @@ struct PushPingPong {
   }
 };
 
-// A thread pushes to every receiver it will hear from, after it has used what they sent before: so nobody is two pushes
-// ahead of another, which is what two barriers and two buffers have room for. Where a warp shares the receivers out
-// among its lanes, they wait for each other first; a warp that has nothing to push stays out.
+// A thread pushes to every peer that it receives from, after it has used their previous data. So no thread gets two
+// pushes ahead, and two barriers and two buffers suffice. Where a warp shares the receivers among its lanes, the lanes
+// synchronise first; a warp with nothing to push does not take part.
 template <bool kPairs>
 struct Push {
   static constexpr bool kClustered = true;
@@ -480,7 +480,7 @@ struct Read {
   }
 };
 
-// One load after another, each at a place that depends on what the one before found. p.bytes is a power of 2.
+// Dependent loads: each yields the address of the next. p.bytes is a power of 2.
 struct L2Latency {
   static constexpr bool kClustered = false;
   static FUSEDRNN_BOTH uint32_t expected(const Params& p, int block) { return block == 0 ? p.iterations : 0; }

@@ -38,7 +38,7 @@ struct Case {
   int64_t bytes = 0;   // Params.bytes
   int64_t data = 0;    // bytes of Params.data that each group has, or all blocks together
   int64_t shared = 0;  // bytes of each block
-  bool pairs = false;  // block 0 plays with one partner after another
+  bool pairs = false;  // block 0 exchanges with each partner in turn
   int word = 0;
 };
 

@@ -1,9 +1,7 @@
-// A fingerprint of memory: as many bits as a vector has, which are the same for the same bytes, and for others with a
-// chance of some 2^-64.
+// A hash of memory, as wide as a vector: equal for equal bytes, and for different ones with a probability of 2^-64.
 //
 // Each lane takes 64 bits at a time: state ^= bits, then one step of a multiply-with-carry generator (G. Marsaglia,
-// 1994), state = lower half * kFactor + upper half. It is to notice that weights were changed, not to resist somebody
-// who looks for two matrices with the same fingerprint.
+// 1994), state = lower half * kFactor + upper half. It detects modified weights; it is not cryptographic.
 #pragma once
 
 #include "simd.h"

@@ -17,7 +17,7 @@
 //   copy_async(shared, global) wait_copies(name)     16 bytes at a time, past the first-level cache; copy_async_if(c,
 //   ..) commit_copies() wait_copies_but<n>(name)         groups of copies: waits for all but the last n groups
 //   store_global_if(c, address, quad)                16 bytes, for later launches
-//   load_global_if(c, address, value)                a number that nobody writes, or the old value; no branch
+//   load_global_if(c, address, value)                a read-only number, or the old value; no branch
 //   store_exchanged(address, quad)                   16 bytes that other blocks read through the second-level cache
 //   release_flag(flag, value, name) flag(flag)       release and acquire at the scope of the device
 //   init_mbarrier expect_bytes mbarrier_passed       sm_90: a barrier in shared memory that counts bytes

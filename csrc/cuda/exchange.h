@@ -158,10 +158,10 @@ class ChunkedExchange : public GridExchange {
   OperandChunks chunks_;
 };
 
-// Through distributed shared memory. Sixteen bytes at a time go to every block of the cluster, the own one included,
-// and count down the mbarrier of the buffer there; whoever needs the operand waits for that mbarrier. Warps without a
-// tile stay out: nothing they do would keep the others from running ahead of them by two phases of an mbarrier, and
-// then its parity means nothing. Blocks without a tile are not sent to, for the same reason.
+// Through distributed shared memory. Each 16 bytes are pushed to every block of the cluster, the own one included, and
+// counted by the mbarrier of the buffer there, on which the receivers wait. Warps without a tile do not take part: the
+// others could get two mbarrier phases ahead of them, where the parity is ambiguous. Blocks without a tile are not sent
+// to, for the same reason.
 class ClusterExchange {
  public:
   static constexpr Exchange kExchange = Exchange::kCluster;
@@ -238,8 +238,8 @@ class ClusterExchange {
 };
 
 // Sends what the lanes of a warp put into `staging`, [8][kChunkBytes], as column tile n of the warp's part of the
-// operand; rows are kPitch bytes apart. Before the warp stages another column tile it has to meet; before it stages
-// another operand it has received one that these numbers are a part of, or that depends on them.
+// operand; rows are kPitch bytes apart. The warp synchronises before it stages another column tile; before it stages
+// another operand it has received one that contains these numbers, or depends on them.
 template <int kChunkBytes, int kPitch = kChunkBytes, class Channel>
 FUSEDRNN_DEVICE void send_staged(Channel& channel, const Role& role, const char* staging, int n) {
   constexpr int kQuads = kChunkBytes / static_cast<int>(sizeof(Quad));

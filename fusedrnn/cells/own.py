@@ -19,7 +19,7 @@ _UNITS, _ROWS = 3, 2  # of the inputs that a function is checked with
 
 
 class OwnCell:
-    """What `cell` makes of a function. Calling it calls the function.
+    """The result of `cell`. Calling it calls the function.
 
     Attributes:
         definition: the `Cell`.
@@ -124,7 +124,7 @@ def _definition(
     K, read = len(parameters), [k for k, of in enumerate(maps) if of not in unread]
 
     def of_read(values: Tensor) -> Tensor:
-        """What is saved of the maps."""
+        """The maps that the forward saves."""
         if not unread:
             return values
         each = values.chunk(len(maps), dim=-1)

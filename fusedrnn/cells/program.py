@@ -1,4 +1,4 @@
-"""A pointwise function and its derivative as straight-line code, for whoever writes it in another language.
+"""A pointwise function and its derivative as straight-line code, for code generators.
 
 `record` runs a function of tensors, and the backward that autograd makes of it, and notes every operator of torch that
 they call. What is noted is a `Program`: lines of a small vocabulary (`OPERATIONS`) on numbers of one unit each.
@@ -125,12 +125,12 @@ class _Recorder(TorchDispatchMode):
         return self.named(tensor, name)
 
     def operand(self, value: Any) -> Operand:
-        """Of a tensor or a number, as a number."""
+        """A tensor or a number as a number."""
         found = self._operand(value)
         return self.line("where", found, 1.0, 0.0) if found in self._truths else found
 
     def truth(self, value: Any) -> Operand:
-        """Of a tensor or a number, as a truth value."""
+        """A tensor or a number as a truth value."""
         found = self._operand(value)
         return found if found in self._truths else self.line("not", self.line("equal", found, 0.0))
 
@@ -216,7 +216,7 @@ class _Recorder(TorchDispatchMode):
 
 
 _IGNORED = ("dtype", "layout", "device", "pin_memory", "non_blocking", "memory_format")
-# What makes memory, what makes constants, and what gives the same numbers again.
+# Operators that allocate, that make constants, and that return their argument.
 _UNSET = frozenset(("empty", "empty_like", "new_empty"))
 _LITERALS = frozenset(f"{how}{what}" for how in ("new_", "") for what in ("full", "zeros", "ones"))
 _LITERALS |= {"full_like", "zeros_like", "ones_like", "scalar_tensor", "lift_fresh"}

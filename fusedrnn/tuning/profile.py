@@ -62,7 +62,7 @@ class Key(NamedTuple):
 
 
 def baseline(cell: str) -> str:
-    """What backends are compared with: torch's own layer, or the reference for a cell that torch lacks."""
+    """The baseline: torch's own layer, or the reference for a cell that torch lacks."""
     return BASELINE if cell in CELLS else "reference"
 
 

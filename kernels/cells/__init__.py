@@ -42,7 +42,7 @@ CELLS = {
 
 
 class Names:
-    """Of the cells above, and of those of one's own that code is generated for."""
+    """The built-in cells, and custom cells with generated code."""
 
     def __contains__(self, name: object) -> bool:
         return name in CELLS or (name in OWN and obstacle(OWN[str(name)]) is None)
@@ -66,7 +66,7 @@ def constants(kernel: str, name: str) -> dict[str, Any]:
     step, step_backward, operands = functions(name)
     gates, maps = len(cell.gates), len(cell.maps)
     filled = [k for k, gate in enumerate(cell.recurrent) if gate is not None]
-    # What the kernels take for granted: backward has one product with h.
+    # Assumed by the kernels: the backward has one product with h.
     assert filled == [*range(filled[0], filled[0] + gates)]
     both = {
         "GATES": gates,

@@ -94,7 +94,7 @@ def source(cell: Cell) -> str:
 
 
 def _lines(lines: Sequence[Line], results: Sequence[Operand], names: dict[str, str]) -> list[str]:
-    """Those that the results need."""
+    """The operations that the results need."""
     needed, kept = {*results}, []
     for line in reversed(lines):
         if line.result in needed:

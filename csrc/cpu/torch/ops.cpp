@@ -682,8 +682,8 @@ Tensor cpu_masks(Tensor seed, int64_t numbers, std::vector<double> p, std::vecto
   return masks;
 }
 
-// ---------------------------------------------------------------------------------------------- what there is, and
-// what is kept
+// ---------------------------------------------------------------------------------------------- introspection and
+// caches
 
 // Selects an instruction set by name ("" for the best one), or only tells which is in use.
 std::string cpu_isa(std::optional<std::string> select) {

@@ -23,7 +23,7 @@
 
 #include "../cache.h"
 
-// torch's from 2.11 on, and null with 2.10. A tensor of somebody else's memory, who learns when it is let go of.
+// Wraps external memory in a tensor; calls `deleter` when the memory is freed. In torch from 2.11 on, null with 2.10.
 extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
     void* data, int64_t ndim, const int64_t* sizes, const int64_t* strides, int64_t storage_offset, int32_t dtype,
     int32_t device_type, int32_t device_index, AtenTensorHandle* tensor, int32_t layout, const uint8_t* opaque_metadata,
@@ -61,8 +61,8 @@ int32_t dtype_code(ScalarType dtype) {
 
 int64_t bytes_of(ScalarType dtype) { return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2; }
 
-// Where the kernel grants large pages to who asks for them, asks for large tensors, as NumPy does: the first touch of
-// each of 4 KiB costs a microsecond, of which training with a large batch would have tens of thousands.
+// madvise(MADV_HUGEPAGE) for tensors from 16 MiB on, as NumPy does: the first touch of a page of 4 KiB costs a
+// microsecond, and training with a large batch has tens of thousands of them.
 void advise(Tensor& tensor) {
 #if defined(__linux__)
   constexpr uintptr_t kAskFrom = 16 << 20, kPage = 2 << 20;
@@ -207,13 +207,12 @@ class MemoryPool : public ByteLru<Block> {
   }
 };
 
-// As `empty`, of what only backward reads, and of gradients: their memory comes from the pool, and goes back to it when
-// nobody holds them any more. torch cannot resize such a tensor, as it can what it has allocated itself. With
-// torch 2.10, which has no way to tell when a tensor is let go of, it is `empty`.
+// As `empty`, but with memory from the pool, which takes it back when the tensor is freed: for gradients and for what
+// only the backward reads. Pooled tensors cannot be resized. With torch 2.10, which has no deleter, this is `empty`.
 Tensor pooled(std::initializer_list<int64_t> size, ScalarType dtype) {
   const Contiguous layout(size);
   if (torch_from_blob == nullptr || layout.numbers * bytes_of(dtype) < MemoryPool::kSmall) return empty(size, dtype);
-  const int64_t most = layout.numbers + layout.numbers / 8;  // who keeps it keeps all of it
+  const int64_t most = layout.numbers + layout.numbers / 8;  // a tensor holds the whole block
   auto block = std::make_unique<Tensor>(MemoryPool::instance().take(layout.numbers, most, dtype));
   const auto give = [](void*, void* memory) {
     const std::unique_ptr<Tensor> block(static_cast<Tensor*>(memory));

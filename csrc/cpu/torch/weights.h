@@ -84,7 +84,7 @@ class HeldForFork {
   }
 
  private:
-  static inline bool held = false;  // by who forks
+  static inline bool held = false;  // by the thread that forks
 };
 #if !defined(_WIN32)
 [[maybe_unused]] const int held_for_fork = pthread_atfork(HeldForFork::before, HeldForFork::after, HeldForFork::after);

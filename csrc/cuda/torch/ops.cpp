@@ -204,7 +204,7 @@ class Layer {
   Strides strides(int64_t N) const { return {N, sizes.B * sizes.D * N, sizes.D * N}; }
 
   // Fills what the params of both passes have in common, packs the weights and runs `launch`, on the current stream.
-  // All memory is torch's, which gives it to nobody else before the launch on that stream has ended.
+  // torch allocates all memory, and does not reuse it before the launch on that stream has ended.
   template <class Params, class Launch>
   void run(Params& params, const Launch& launch) {
     const OnDevice here(device_);

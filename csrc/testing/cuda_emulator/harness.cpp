@@ -77,7 +77,7 @@ FUSEDRNN_EXPORT void fusedrnn_host_pack(const PackParams* p) {
   for (int64_t thread = 0; thread < p->threads; ++thread) pack(*p, thread);
 }
 
-// The sizes of the structs as C++ has them, for who mirrors them.
+// The sizes of the C++ structs, which the tests compare with their ctypes copies.
 FUSEDRNN_EXPORT int64_t fusedrnn_host_sizeof(int which) {
   const size_t sizes[] = {sizeof(ForwardParams), sizeof(BackwardParams), sizeof(PackParams), sizeof(Plan)};
   return static_cast<int64_t>(sizes[which]);

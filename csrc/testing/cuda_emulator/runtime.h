@@ -6,7 +6,7 @@
 // memory and a store that others read through the L2 cache happen at a moment that the generator picks, at the latest
 // when something that the program does makes them visible. In every fourth schedule one block begins when no other can
 // go on. A wait that is missing shows as a NaN: shared memory begins as NaNs. If no fiber can run, the launch ends with
-// a report of who waits where.
+// a report of where each thread waits.
 //
 // Every synchronisation has a name. `remove` takes all those of one name out of the program: the tests of the tests
 // remove each in turn, and expect it to be noticed.
@@ -62,7 +62,7 @@ void warp_collective(WarpOperation operation, const void* in, void* out, const c
 void wait_until(bool (*ready)(void*), void* argument, const char* name);
 
 // A copy that this thread may not rely on before finish_copies: it happens there, or at once, as the generator picks,
-// so that both who reads too early and who writes too early are found out. Both addresses are multiples of its bytes, a
+// so that both premature reads and premature writes are detected. Both addresses are multiples of its bytes, a
 // power of two.
 void copy_later(void* to, const void* from, size_t bytes);
 // Copies since the last call become a group; all groups but the last so many are finished, and copies in no group if
