@@ -117,7 +117,7 @@ FUSEDRNN_INLINE void apply(Vec<A> (&x)[sizeof...(F)]) {
   ((x[k] = F::result(scale[k], r[k], p[k]), ++k), ...);
 }
 
-// What the cells in csrc/cells take for F: of vectors, up to four of which a nonlinearity takes in turns.
+// The F of the cells in csrc/cells, for vectors; nonlinearities interleave up to four of them.
 template <class A>
 struct VectorMath {
   using Number = A;

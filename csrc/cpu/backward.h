@@ -56,7 +56,7 @@ class EnteringStates {
  private:
   using A = Compute<S>;
 
-  // That state as the operand of the product with w_hh, in `to`.
+  // The state h as the operand of the product with w_hh: times its multipliers, in `to`.
   const S* dropped(const Direction& direction, int64_t d, int64_t row, const S* h, S* to) const {
     const int64_t t = direction.step_of(row), b = row - direction.row(t, 0);
     const A* const v = noise_at<A>(s_, p_.noise, Noise::kR, direction, t, d, b, 0);
@@ -238,8 +238,8 @@ class Backward {
     int64_t n = 0, d = 0, b = 0, block = 0, rows = 0;
   };
 
-  // The same for some rows by tiles, interleaved with the gradients of the previous product. The worker's rows begin at
-  // row_begin; those up to next_end have a next step.
+  // As outputs, for some rows by tiles, interleaved with the gradients of the previous product. The worker's rows begin
+  // at row_begin; those up to next_end have a next step.
   void tiled_outputs(Pipeline& pipeline, const Block& own, const E* panel, int64_t inputs, int64_t row_begin,
                      int64_t next_end) const {
     V(*const sums)[4] = pipeline.sums()[0];
@@ -436,7 +436,7 @@ class Backward {
       if constexpr (kHasCarry) store(dcarry + r * H, is_reset ? V{} : dleft, count);
     }
 
-    // The same for a variant, with its additional operands.
+    // The derivative of a variant, with its additional operands.
     FUSEDRNN_INLINE V variant(V (&a)[kMaps], V entered, V left, V dm, V& dleft, int64_t r, int64_t count) const {
       V p[1][kParameters], of_g, of_c, own[kParameters] = {};
       typename Cell::template Operands<VectorMath<A>> operands;

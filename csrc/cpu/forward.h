@@ -333,8 +333,8 @@ class Forward {
     }
   }
 
-  // The same for rows [b, b + rows), at most kTileChunk, of a worker's rows from row_begin on: the recurrent product by
-  // tiles, also the input projection if fused, interleaved with the cells of the previous chunk.
+  // As units, for rows [b, b + rows), at most kTileChunk, of a worker's rows from row_begin on: the recurrent product
+  // by tiles, also the input projection if fused, interleaved with the cells of the previous chunk.
   void tiled_units(Pipeline& pipeline, const Direction& direction, int64_t n, int64_t d, int64_t chunk,
                    int64_t row_begin, int64_t b, int64_t rows) const {
     const int64_t t = direction.at(n), end = b + rows;

@@ -65,7 +65,7 @@ class Gemm {
     }
   }
 
-  // Of kVectors vectors from the n-th half panel on.
+  // Rows [m, m_end) of kVectors vectors of c from the n-th half panel on.
   template <int kVectors>
   void part(int64_t m, int64_t m_end, int64_t n, int64_t k, int64_t depth, const A* slivers) const {
     const E* const panel = static_cast<const E*>(p_.panels) + n / 2 * p_.K * kWide<A> + in_panel<A>(p_.K, k, n % 2 * 2);
@@ -170,7 +170,7 @@ class Gemm {
     }
   }
 
-  // The same of pairs: of two rows of a each, where the last one may be missing.
+  // As columns_to_slivers, for pairs from two rows of a; the last row may be missing.
   void paired_columns_to_slivers(int64_t m, int64_t m_end, int64_t k, int64_t depth, A* to) const {
     for (int64_t i = 0; i < depth; ++i) {
       const BFloat16* first = static_cast<const BFloat16*>(p_.a) + 2 * (k + i) * p_.a_stride;
@@ -186,7 +186,7 @@ class Gemm {
     }
   }
 
-  // Of the last sliver, which may be wider than what is left.
+  // The rows of a from `row` on; the last sliver may be wider.
   int64_t rows_from(int64_t row) const { return row < p_.M ? p_.M - row : 0; }
 
   static constexpr A kZeros[4 * kUnits<A>] = {};

@@ -17,7 +17,7 @@
 
 namespace fusedrnn::FUSEDRNN_ISA {
 
-// How the products of a dtype take their operands, and what computes those around a launch.
+// The operands of a dtype's products, and the GEMM around a launch.
 #if defined(FUSEDRNN_TILES)
 template <class S>
 constexpr Operands kOperands = std::is_same_v<S, BFloat16> ? Operands::kTiles : Operands::kNumbers;

@@ -278,7 +278,7 @@ FUSEDRNN_INLINE void transpose_into(const S* w, int64_t units, int64_t K, Comput
   }
 }
 
-// The same of pairs: to[k * 2 * lanes + lane] = w[lane][2k], w[lane][2k + 1] for k in [0, inputs).
+// As transpose_into, for pairs: to[k * 2 * lanes + lane] = w[lane][2k], w[lane][2k + 1] for k in [0, inputs).
 FUSEDRNN_INLINE void transpose_pairs_into(const BFloat16* w, int64_t units, int64_t K, int64_t inputs, float* to) {
   constexpr int64_t kPairs = kUnits<float>;
   for (int64_t k = 0; k < inputs; k += kPairs) {
@@ -354,7 +354,7 @@ FUSEDRNN_INLINE void pack_input(const S* row, int64_t N, Compute<S>* panels, int
   }
 }
 
-// The same of two rows of 16-bit numbers, of which an input is a pair; either may be null.
+// As pack_input above, for pairs from two rows of 16-bit numbers; either row may be null.
 template <class S>
 FUSEDRNN_INLINE void pack_input(const S* first, const S* second, int64_t N, float* panels, int64_t K, int64_t k) {
   for (int64_t block = 0; block < blocks_of(N, kWide<float>); ++block) {

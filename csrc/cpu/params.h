@@ -76,7 +76,7 @@ struct NoiseParams {
   bool by_sequence;
 };
 
-// How workers, which may or may not run at the same time, share the work of one launch.
+// The division of a launch's work among workers, which may or may not run concurrently.
 struct Team {
   enum class Split : int {
     kRows,   // each worker owns batch rows and runs the whole sequence without synchronisation
@@ -144,8 +144,8 @@ struct BackwardParams {
   const void* w_p[2];    // S [parameters * H] for each direction, or null
   NoiseParams noise;     // of a cell with parameters
   const void* saved;     // S [D][N][saved * H], each row in SavedOrder
-  // What was carried, rounded: that before the first step, and that of each. They are h0 and y where h is the carry,
-  // and only where there is one.
+  // The carry, rounded: before the first step, and of each step. If h is the carry, these are h0 and y. Only for cells
+  // with a carry.
   const void* carry0;  // S [D][B][H] or null
   const void* carry;   // S [N][D][H]
   // Gradients of the maps, map after map: A [D][N][maps * H]; or, of Operands that are pairs, S [D][N][da_stride],

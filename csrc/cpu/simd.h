@@ -111,7 +111,7 @@ FUSEDRNN_INLINE Vec<float> widen(NarrowVec narrow, BFloat16) {
   return bit_cast<Vec<float>>(__builtin_convertvector(narrow, WordVec) << 16);
 }
 
-// What each lane of two vectors was narrow, as a pair.
+// Pairs of bfloat16 numbers from two vectors that were widened from them.
 FUSEDRNN_INLINE Vec<float> paired(Vec<float> first, Vec<float> second) {
   return bit_cast<Vec<float>>((bit_cast<WordVec>(first) >> 16) | (bit_cast<WordVec>(second) & 0xffff0000u));
 }
@@ -249,7 +249,7 @@ FUSEDRNN_INLINE Compute<S> to_compute(S value) {
   }
 }
 
-// What a number becomes by being stored.
+// The value after rounding to S, the storage type.
 template <class S>
 FUSEDRNN_INLINE Vec<Compute<S>> rounded(Vec<Compute<S>> value) {
   if constexpr (sizeof(S) == 2) {

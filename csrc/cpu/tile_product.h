@@ -27,8 +27,7 @@ struct TileOperand {
   int64_t begin, blocks;  // blocks of 16 pairs, from this one on
 };
 
-// What the sums begin with: 64 numbers for each row, the next `stride` bytes further, 0 where all have the same; or
-// null for zeros.
+// Initial values of the sums: 64 numbers for each row, rows `stride` bytes apart (0: the same for all); null for zeros.
 struct TileStart {
   const float* first;
   const float* second;

@@ -50,8 +50,8 @@ Dtype dtype_of(ScalarType dtype) {
 
 const Kernels& kernels_of(ScalarType dtype) { return (*isa().kernels)[static_cast<size_t>(dtype_of(dtype))]; }
 
-// What the name of a cell says: its kernels, whether its units have parameters, and what noise there is, by the letters
-// of Noise; see lstm_variant in Python.
+// The parts of a cell's name: its kernels, whether its units have parameters, and its noise, by the letters of Noise;
+// see lstm_variant in Python.
 struct CellName {
   CellKind kind;
   bool has_parameters = false;
@@ -226,7 +226,7 @@ struct Layer {
   bool has_parameters() const { return weights.parameters > 0; }
   bool has_cell() const { return spec.carry == Carry::kCell; }
   bool has_carry() const { return spec.carry != Carry::kNone; }
-  // How many numbers c has.
+  // The size of c.
   int64_t C() const { return has_cell() ? sizes.H : 0; }
   // Whether the input's maps are as many numbers as what is saved, so that the one may take the place of the other.
   bool saves_maps() const { return spec.input.end - spec.input.begin == spec.saved; }
@@ -236,7 +236,7 @@ struct Layer {
   bool is_packed() const { return x.dim() == 2 && lengths.has_value(); }
   bool is_cell() const { return x.dim() == 2 && !lengths.has_value(); }
 
-  // Of a tensor with `size` numbers for each row: [T, B, size], or [N, size].
+  // A tensor with `size` numbers per row: [T, B, size], or [N, size].
   Tensor empty_rows(int64_t size, ScalarType dtype) const {
     return is_packed() ? empty({sizes.N, size}, dtype) : empty({sizes.T, sizes.B, size}, dtype);
   }
@@ -252,7 +252,7 @@ struct Layer {
     }
   }
 
-  // What is saved, [D, T, B, S*H], or [D, N, S*H].
+  // The saved values, [D, T, B, S*H], or [D, N, S*H].
   Tensor pooled_saved() const {
     const Sizes& s = sizes;
     const ScalarType dtype = x.scalar_type();
@@ -269,7 +269,7 @@ struct Layer {
     }
   }
 
-  // Of a tensor [layers * D, B, N], what belongs to this one.
+  // The offset of this layer in a tensor [layers * D, B, N].
   int64_t own(int64_t N) const { return index * sizes.D * sizes.B * N; }
 
   Sequence sequence() const {

@@ -97,7 +97,7 @@ class Biases {
     if (!layer.weights.biased() || begin == end) return;
     const Sizes& s = layer.sizes;
     const int64_t lanes = layer.kernels.lanes, blocks = chunk_blocks(layer.spec.gates);
-    // Of each map whole chunks, and at the end a whole panel.
+    // Whole chunks of each map, rounded up to a whole panel.
     of_direction_ =
         blocks_of((end - begin) * blocks_of(s.H, blocks * lanes) * blocks, 4) * 4 * lanes * layer.compute_bytes();
     storage_.emplace(s.D * of_direction_);
@@ -119,7 +119,7 @@ void forward_sequence(const Layer& layer, ForwardParams& params, const OptionalT
   const Sizes& s = layer.sizes;
   const Kernels& kernels = layer.kernels;
   const bool unpacked = is_short(s, kernels, saved.has_value());
-  // What is saved takes the place of the input's maps where both are kept, in one dtype.
+  // Saved values replace the input's maps in place if both have the same dtype.
   const bool in_place = saved.has_value() && layer.saves_maps() && layer.x.scalar_type() == layer.compute;
   const SharedPanels panels =
       unpacked            ? std::make_shared<Panels>(Panels{std::nullopt, std::nullopt, packed_projection(layer)})
@@ -184,7 +184,7 @@ Tensor empty_state(const Layer& layer, int64_t N) {
                          : empty({layer.layers * s.D, s.B, N}, layer.x.scalar_type());
 }
 
-// What a forward writes: y; hn and cn, of all layers; and c and what is saved, where they are wanted.
+// Outputs of a forward: y; hn and cn of all layers; c and the saved values if requested.
 struct Outputs {
   explicit Outputs(const Layer& layer)
       : y(empty_y(layer)), hn(empty_state(layer, layer.sizes.P)), cn(empty_state(layer, layer.C())) {}
@@ -312,8 +312,8 @@ struct MapInputs {
   int64_t H;
 };
 
-// What the launch leaves for the matrix products, of each direction: in the compute dtype, but for da, which is in the
-// layer's where its products take pairs.
+// Results of the launch for the matrix products, by direction: in the compute dtype; da in the layer's dtype if its
+// products take pairs.
 struct StepGradients {
   Scratch da;  // [N][da_stride]: the gradients of all maps, [N][M*H], and zeros
   int64_t da_stride;
@@ -450,14 +450,14 @@ Tensor bias_gradients(const Layer& layer, StepGradients& steps, int64_t d) {
     rows = torch::stable::narrow(rows, 1, 0, maps);
     return torch::stable::sum(rows, std::array<int64_t, 1>{0});
   }
-  // Of a few rows the sum takes less than the way to torch's.
+  // A sum of few rows is faster than a call of torch's operator.
   Tensor sum = empty({maps}, layer.compute);
   const auto of = layer.compute == ScalarType::Double ? sum_rows<double> : sum_rows<float>;
   of(steps.da.at(d * N * maps), N, maps, pointer(sum));
   return sum;
 }
 
-// Of gradients of all maps those of a product, in torch's order; in memory of their own.
+// The gradients of a product's maps, in torch's order, in a new tensor.
 Tensor rows_of_maps(const Layer& layer, const MapWindow& maps, const Tensor& gradients) {
   const int64_t H = layer.sizes.H, bytes = H * static_cast<int64_t>(gradients.element_size());
   Tensor rows = empty({layer.spec.gates * H}, gradients.scalar_type());

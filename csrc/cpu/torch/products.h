@@ -19,7 +19,7 @@ struct PanelLayout {
 
   int64_t numbers(const Kernels& kernels) const { return panels * inputs * 4 * kernels.lanes; }
 };
-// Of the maps of a product by hidden units, and of weights or steps by inputs: as the kernels' operands are.
+// Panels of the maps of a product, by hidden units, and of weights or steps, by inputs, in the kernels' operand type.
 PanelLayout maps_of(const Kernels& kernels, const MapWindow& maps, int64_t H, int64_t inputs) {
   const int64_t count = maps.end - maps.begin, blocks = chunk_blocks(count);
   const int64_t panels = blocks_of(blocks_of(H, kernels.lanes), blocks) * count * blocks / 4;
@@ -28,7 +28,7 @@ PanelLayout maps_of(const Kernels& kernels, const MapWindow& maps, int64_t H, in
 PanelLayout inputs_of(const Kernels& kernels, int64_t outputs, int64_t inputs) {
   return {blocks_of(outputs, 4 * kernels.lanes), kernels.inputs(inputs), false};
 }
-// The same of numbers, whatever the operands are.
+// Panels of plain numbers, for any operand type.
 PanelLayout rows_of(const Kernels& kernels, int64_t outputs, int64_t inputs) {
   return {blocks_of(outputs, 4 * kernels.lanes), inputs, true, &Kernels::pack_rows};
 }

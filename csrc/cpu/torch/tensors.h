@@ -1,4 +1,4 @@
-// What the CPU operators need of torch's tensors: to allocate them, to look into them, and memory to work in.
+// Tensors for the CPU operators: allocation, access, and scratch memory.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

@@ -62,8 +62,8 @@ Cache<SharedPanels>& panel_cache() {
   return *kept;
 }
 
-// What is kept, held while a process forks, so that the child finds it whole and unlocked. Throwing panels away gives
-// memory back to the pool: that order of locks is the one here.
+// Locks the caches while a process forks, so that the child finds them consistent and unlocked. Evicted panels return
+// their memory to the pool, so the panel cache is locked first.
 class HeldForFork {
  public:
   static void before() noexcept {
