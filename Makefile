@@ -94,7 +94,7 @@ sanitize: $(VENV)/.test
 	  $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize/lib FUSEDRNN_EXPECT_SANITIZED=1 \
-	  $(BIN)/pytest -m "not compiles" tests/cpu/test_kernels.py
+	  $(BIN)/pytest -n $(JOBS) --dist worksteal -m "not compiles" tests/cpu/test_kernels.py
 
 # make docs   the documentation, in docs/_build/html, with warnings as errors; make docs-serve shows it on port 8000
 docs: $(VENV)/.docs
