@@ -464,9 +464,7 @@ class Backward {
   }
 
   // A variant has no registers to keep what follows from the lane from slice to slice.
-  FUSEDRNN_DEVICE int lane() const {
-    return kVariant ? static_cast<int>(fresh(role_.lane)) & (kWarp - 1) : role_.lane;
-  }
+  FUSEDRNN_DEVICE int lane() const { return kVariant ? static_cast<int>(fresh(role_.lane)) & (kWarp - 1) : role_.lane; }
 
   FUSEDRNN_DEVICE void find_rows(int64_t first_row) {
     first_row_ = first_row + lane() % 4 * 2;
