@@ -159,10 +159,8 @@ class Backward {
   // f(b) for the first batch row of every slice of the group.
   template <class F>
   FUSEDRNN_DEVICE void for_each_slice(const F& f) {
-    for (int64_t b = static_cast<int64_t>(role_.first_slice) * p_.plan.rows; b < p_.sizes.B;
-         b += static_cast<int64_t>(p_.plan.groups) * p_.plan.rows) {
-      f(b);
-    }
+    const int slices = static_cast<int>(ceil_div(p_.sizes.B, p_.plan.rows));
+    for (int k = role_.first_slice; k < slices; k += p_.plan.groups) f(int64_t{k} * p_.plan.rows);
   }
 
   FUSEDRNN_DEVICE void slices(Recurrent& recurrent, Projection* projection) {
@@ -482,7 +480,7 @@ class Backward {
   // The multiplier of a number of h in the recurrent product, of a variant.
   FUSEDRNN_DEVICE A of_state(int n, int s, int j) const {
     if constexpr (!kProjected) return extra_.of_state(multipliers_[n][s][j]);
-    if constexpr (kKeepsRows) return of_state_[n][s][j];
+    if constexpr (Extra::kKeeps) return of_state_[n][s][j];
     return extra_.of_state(is_output(n, s, j), row(n, j), unit_of(s));
   }
   // Loads the multipliers of the n-th step, of a variant.
