@@ -1,10 +1,10 @@
 // The large matrix products around a launch: the input's affine map before it, the gradients of x and of the weights
 // after it. c = start + a @ b, or c += a @ b, where b is packed in panels (panel.h) and a may be transposed.
 //
-// A worker computes kGemmRows rows of c at a time, in blocks of kGemmDepth along K: half a panel of that depth stays in
-// the L1 cache for all rows, the rows in the L2 cache, and a tile of sums in registers, as in panel.h. Rows are packed
-// into slivers of kSliverRows rows, [K][rows]: transposed rows always, because each element is in another page,
-// contiguous ones if there are enough rows and columns.
+// A worker computes at most kGemmRows rows of c at a time, in blocks of kGemmDepth along K. The rows of a block stay in the
+// L2 cache; so does the part of a panel that a tile needs, with AVX2 half a panel in the L1 cache. A tile of sums stays in
+// registers, as in panel.h. Rows are packed into slivers of kSliverRows rows, [K][rows]: transposed rows always, because
+// each element is in another page, contiguous ones if there are enough rows and columns.
 //
 // The order of the sum over K does not depend on the tiles, so results do not depend on the number of threads.
 #pragma once
@@ -13,7 +13,9 @@
 
 namespace fusedrnn::FUSEDRNN_ISA {
 
-constexpr int64_t kGemmDepth = kNarrow ? 384 : 128;  // along K
+// Along K. With AVX-512 a tile reads 21 bytes of a panel a cycle, which the L2 cache delivers; a depth of 128, for which
+// the panel's part stays in the L1 cache, costs more in loads and stores of c.
+constexpr int64_t kGemmDepth = kNarrow ? 384 : 512;
 
 template <class E>
 class Gemm {
@@ -96,25 +98,32 @@ class Gemm {
       for (int v = 0; v < kVectors; ++v) __builtin_prefetch(c + r * c_stride + v * kUnits<A>, 1);
     }
     const A* const start = k == 0 && p_.start != nullptr ? static_cast<const A*>(p_.start) + column : kZeros;
-    V sums[R][kVectors];
-    product<R, kVectors>(left, panel, p_.K, depth, start, sums);
+    if (columns >= kVectors * kUnits<A>) {
+      return add ? product<R, kVectors, true>(left, panel, p_.K, depth, start, c, c_stride)
+                 : product<R, kVectors, false>(left, panel, p_.K, depth, start, c, c_stride);
+    }
+    A sums[R][kVectors * kUnits<A>];
+    product<R, kVectors, false>(left, panel, p_.K, depth, start, sums[0], kVectors * kUnits<A>);
     for (int r = 0; r < R; ++r) {
-      for (int v = 0; v < kVectors; ++v) {
-        const int64_t count = columns - v * kUnits<A>;
-        if (count <= 0) break;
-        A* to = c + r * c_stride + v * kUnits<A>;
-        store(to, add ? sums[r][v] + load(to, count) : sums[r][v], count);
+      for (int64_t n = 0; n < columns; n += kUnits<A>) {
+        A* const to = c + r * c_stride + n;
+        const V sum = load(sums[r] + n);
+        store(to, add ? sum + load(to, columns - n) : sum, columns - n);
       }
     }
   }
 
-  // A function of its own: inlined into what calls it, the compiler spills sums in every round of its loop.
-  template <int R, int kVectors, class Left>
+  // A tile of c, or what is added to it. A function of its own: inlined into what calls it, the compiler spills sums in
+  // every round of its loop.
+  template <int R, int kVectors, bool kAdd, class Left>
   static __attribute__((noinline)) void product(const Left& left, const E* panel, int64_t K, int64_t depth,
-                                                const A* start, V (*sums)[kVectors]) {
+                                                const A* start, A* c, int64_t c_stride) {
     accumulate<E, R, kVectors>(
         left, panel, K, depth, [&](int, int v) { return load(start + v * kUnits<A>); },
-        [&](int r, int v, V value) { sums[r][v] = value; });
+        [&](int r, int v, V sum) {
+          A* const to = c + r * c_stride + v * kUnits<A>;
+          store(to, kAdd ? sum + load(to) : sum);
+        });
   }
 
   // With few rows a sliver would be more memory than it is time.

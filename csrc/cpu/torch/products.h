@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <utility>
 
 #include "../plan.h"
@@ -98,7 +99,11 @@ OptionalTensor padded_rows(const Kernels& kernels, const Tensor& rows) {
   return padded;
 }
 
-// c = start + a @ b or c += a @ b, see params.h.
+constexpr int64_t kPartsOfThread = 4;  // of a product, at least
+constexpr int64_t kLeastRows = 48;     // of a part, unless there are enough parts
+
+// c = start + a @ b or c += a @ b, see params.h. Each worker takes the next part when it is done with one: a slow core,
+// which another process uses too, delays the product by at most one part.
 void gemm(const Kernels& kernels, GemmParams params) {
   const int64_t tiles = blocks_of(params.M, kernels.tile_rows), halves = blocks_of(params.N, 2 * kernels.lanes);
   const int64_t blocks = blocks_of(halves, 2);
@@ -108,16 +113,18 @@ void gemm(const Kernels& kernels, GemmParams params) {
   // Rows are shared, unless there are so few that a worker would hardly use what it reads of b.
   int64_t row_parts = blocks_of(params.M, kGemmRows), column_parts = 1;
   if (tiles >= 4 * threads && !params.by_columns) {
+    row_parts = std::max(row_parts, std::min(kPartsOfThread * threads, blocks_of(params.M, kLeastRows)));
     row_parts = blocks_of(row_parts, threads) * threads;
   } else {
     if (params.also != nullptr) gemm(kernels, *std::exchange(params.also, nullptr));
     column_parts = std::min(threads, blocks);
   }
   const int64_t own_bytes = kernels.gemm_scratch(params);
-  torch::stable::parallel_for(0, row_parts * column_parts, 1, [&](int64_t begin, int64_t end) {
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     OptionalScratch own;
     if (own_bytes > 0) own.emplace(blocks_of(own_bytes, sizeof(float)), ScalarType::Float);
-    for (int64_t part = begin; part < end; ++part) {
+    for (int64_t part; (part = next.fetch_add(1, std::memory_order_relaxed)) < row_parts * column_parts;) {
       const int64_t row = part / column_parts, column = part % column_parts;
       const int64_t m = row * tiles / row_parts * kernels.tile_rows;
       const int64_t m_end = std::min((row + 1) * tiles / row_parts * kernels.tile_rows, params.M);
