@@ -50,14 +50,14 @@ def forward(
 ) -> None:
     """Launches the forward; shapes stand in `ForwardParams` of csrc/cuda/params.h. Weights: one of each direction.
 
-    x, w_ih and the biases are read if plan.inputs, xg and what it lacks of b_hh otherwise; it may be saved. All tensors
-    are contiguous. noise: multipliers [T, B, D*W] or [1, B, D*W] by name, as `cells.NOISE` has them.
+    x, w_ih and the biases are read if plan.fuse_input, xg and what it lacks of b_hh otherwise; it may be saved. All
+    tensors are contiguous. noise: multipliers [T, B, D*W] or [1, B, D*W] by name, as `cells.NOISE` has them.
 
     Raises:
         RuntimeError: a CUDA call failed; the message has its name.
     """
-    of_state = _both(b_hh) if plan.inputs or None in named(plan.cell).input else (None, None)
-    of_input = (x, None, *_both(w_ih), *_both(b_ih)) if plan.inputs else (None, xg, *[None] * 4)
+    of_state = _both(b_hh) if plan.fuse_input or None in named(plan.cell).input else (None, None)
+    of_input = (x, None, *_both(w_ih), *_both(b_ih)) if plan.fuse_input else (None, xg, *[None] * 4)
     _ops.cuda_launch_forward(
         _fields(plan, y),
         *(*of_input, *of_state),

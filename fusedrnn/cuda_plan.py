@@ -28,8 +28,8 @@ of them. A launch takes steps * rounds of these steps, where a round is as many 
 concurrent groups. Before the first step the weights are packed, and the resident ones loaded.
 
 The input projection is a GEMM before the launch, which also reads w_ih and writes xg, which the launch reads; or, in a
-plan with inputs, a product with w_ih in every step. That product precedes the wait for h, and is free if the exchange
-takes longer than the stores of the previous step. So the GEMM is saved where there are few steps.
+plan with fuse_input, a product with w_ih in every step. That product precedes the wait for h, and is free if the
+exchange takes longer than the stores of the previous step. So the GEMM is saved where there are few steps.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Plan:
     groups: int  # of each direction
     shared_blocks: int
     shared_projection_blocks: int
-    inputs: bool = False  # whether the launch multiplies x with w_ih; otherwise a GEMM comes before
+    fuse_input: bool = False  # whether the launch multiplies x with w_ih; otherwise a GEMM comes before
     shared_input_blocks: int = 0
     chunk_blocks: int = 0  # K blocks of each warp in a chunk of the operand, where it comes in chunks
     cell: str = "lstm"
@@ -120,11 +120,11 @@ class Plan:
         """The plan as the library's operators take it."""
         kinds = [EXCHANGES.index(self.exchange), MATHS.index(self.math)]
         counts = [self.blocks, self.tiles, self.splits, self.rows, self.groups]
-        kept = [*self.kept[:2], int(self.inputs), self.shared_input_blocks]
-        return [*kinds, *counts, *kept, self.chunk_blocks, kind_of(self.cell)]
+        weights = [*self.shared_weights[:2], int(self.fuse_input), self.shared_input_blocks]
+        return [*kinds, *counts, *weights, self.chunk_blocks, kind_of(self.cell)]
 
     @property
-    def kept(self) -> tuple[int, int, int]:
+    def shared_weights(self) -> tuple[int, int, int]:
         """K blocks of each stage's weights that lie in shared memory."""
         return self.shared_blocks, self.shared_projection_blocks, self.shared_input_blocks
 
@@ -135,7 +135,7 @@ class Plan:
 
     @property
     def regime(self) -> str:
-        return self.exchange + (", with x" if self.inputs else "") + (", streamed" if self.streamed else "")
+        return self.exchange + (", with x" if self.fuse_input else "") + (", streamed" if self.streamed else "")
 
     def __str__(self) -> str:
         how = {
@@ -144,8 +144,8 @@ class Plan:
             "chunked": "exchanging through L2, in chunks",
             "scatter": "a cluster each, summing dh in shared memory",
         }[self.exchange]
-        where = "in part streamed from L2" if self.streamed else "kept on the chip"
-        where += ", x in the launch" if self.inputs else ""
+        where = "in part streamed from L2" if self.streamed else "resident on the chip"
+        where += ", x in the launch" if self.fuse_input else ""
         return (
             f"{self.groups} groups of {self.blocks} blocks, {how}, {self.rows} rows, {self.tiles} x {self.splits} "
             f"warps, weights {where}, {self.shared // 1024} KiB, {self.step:.2f} us a step predicted from {self.costs}"
@@ -219,7 +219,7 @@ def _unit_tiles(kernel: str, shape: Shape) -> int:
 
 
 @lru_cache(maxsize=1024)
-def products(kernel: str, shape: Shape, math: str, inputs: bool = False) -> dict[int, Product]:
+def products(kernel: str, shape: Shape, math: str, fuse_input: bool = False) -> dict[int, Product]:
     """The products of a step, by stage."""
     size, forward, cell = _STORAGE[math], kernel == "forward", named(shape.cell)
     of_state, of_input = _filled(cell.recurrent), _filled(cell.input)
@@ -231,7 +231,7 @@ def products(kernel: str, shape: Shape, math: str, inputs: bool = False) -> dict
         found = {RECURRENT: Product(units, of_state, *h), PROJECTION: Product(outputs, 2, *own)}
     else:
         found = {RECURRENT: Product(outputs, 2, *own), PROJECTION: Product(units, 2, *h)}
-    if inputs:
+    if fuse_input:
         found[INPUT] = Product(units, of_input, cdiv(shape.I * size, _QUAD), _QUAD)
     return found
 
@@ -347,7 +347,7 @@ def needs(kernel: str, shape: Shape, plan: Plan) -> Needs:
     """The resources of a launch."""
     if plan.exchange == "scatter":
         return _needs_of_scatter(shape, plan)
-    stages, warps = products(kernel, shape, plan.math, plan.inputs), plan.tiles * plan.splits
+    stages, warps = products(kernel, shape, plan.math, plan.fuse_input), plan.tiles * plan.splits
     exchanges = 2 if shape.projected else 1
     compute = 8 if plan.math == "fp64" else 4
     cell, backward = named(plan.cell), kernel == "backward"
@@ -359,14 +359,14 @@ def needs(kernel: str, shape: Shape, plan: Plan) -> Needs:
     for k, p in stages.items():
         buffers = 2 if plan.exchange != "grid" or k == INPUT else 1
         stride = _stride(plan.splits * plan.chunk_blocks) if plan.exchange == "chunked" else p.stride
-        shared += warps * plan.kept[k] * p.fragment + buffers * plan.rows * stride
+        shared += warps * plan.shared_weights[k] * p.fragment + buffers * plan.rows * stride
         if plan.splits > 1 and k != INPUT:
             summed = len(cell.maps) if k == RECURRENT and not backward else p.segments
             shared += warps * (plan.rows // _COLUMNS) * summed * 2 * 32 * compute
         if plan.exchange != "cluster" and k != INPUT:
             exchanged += shape.D * plan.groups * 2 * plan.rows * p.row
         packed[k] = shape.D * p.tiles * p.blocks * p.fragment
-        resident = register_blocks(plan, kernel, k, shape.projected) + plan.kept[k]
+        resident = register_blocks(plan, kernel, k, shape.projected) + plan.shared_weights[k]
         streamed[k] = max(0, cdiv(p.blocks, plan.splits) - resident)
         shared += _ring(plan, p) if streamed[k] else 0
     launched = shape.D * plan.groups * plan.blocks
@@ -446,13 +446,13 @@ def plans(kernel: str, shape: Shape, device: Device, occupancy: Occupancy | None
     which reuses no weights, also where no other plan takes x."""
     found = list(whole(kernel, shape, device, occupancy))
     yield from found
-    for inputs in _with_inputs(kernel, shape):
-        if not found or (shape.T == 1 and not any(p.inputs >= inputs for p in found)):
-            yield from chunked(kernel, shape, device, inputs, occupancy)
+    for fuse_input in _fuse_input_candidates(kernel, shape):
+        if not found or (shape.T == 1 and not any(p.fuse_input >= fuse_input for p in found)):
+            yield from chunked(kernel, shape, device, fuse_input, occupancy)
 
 
-def _with_inputs(kernel: str, shape: Shape) -> tuple[bool, ...]:
-    """Candidate values of `Plan.inputs`."""
+def _fuse_input_candidates(kernel: str, shape: Shape) -> tuple[bool, ...]:
+    """Candidate values of `Plan.fuse_input`."""
     return (False, True) if kernel == "forward" and 0 < shape.I <= _MOST_INPUTS else (False,)
 
 
@@ -473,8 +473,8 @@ def whole(kernel: str, shape: Shape, device: Device, occupancy: Occupancy | None
                 if blocks > costs_of(device).widest:
                     continue
             for splits in range(1, _MOST_WARPS // tiles + 1):
-                for rows, inputs in product((8, 16) if wide else (8,), _with_inputs(kernel, shape)):
-                    bare = Plan(exchange, math, blocks, tiles, splits, rows, 1, 0, 0, inputs, cell=shape.cell)
+                for rows, fuse_input in product((8, 16) if wide else (8,), _fuse_input_candidates(kernel, shape)):
+                    bare = Plan(exchange, math, blocks, tiles, splits, rows, 1, 0, 0, fuse_input, cell=shape.cell)
                     fitted = _fitted(kernel, shape, device, bare, occupancy)
                     if fitted is not None:
                         yield _predicted(kernel, shape, device, fitted)
@@ -497,17 +497,17 @@ def _scattering(shape: Shape, device: Device, occupancy: Occupancy | None) -> It
 
 
 def chunked(
-    kernel: str, shape: Shape, device: Device, inputs: bool = False, occupancy: Occupancy | None = None
+    kernel: str, shape: Shape, device: Device, fuse_input: bool = False, occupancy: Occupancy | None = None
 ) -> Iterator[Plan]:
     """Every chunked plan, with as few tiles per warp as the multiprocessors allow and the largest chunks that fit."""
     math, most_blocks = math_of(shape), device.multiprocessors // shape.D
     rows, tiles_of_units = 16 if math in _ON_MATRIX_UNIT and not shape.projected else 8, _unit_tiles(kernel, shape)
-    stages = products(kernel, shape, math, inputs).values()
+    stages = products(kernel, shape, math, fuse_input).values()
     longest = max(p.blocks for p in stages)
     for tiles in range(1, _MOST_WARPS + 1) if most_blocks else ():
         blocks = cdiv(tiles_of_units, tiles * cdiv(tiles_of_units, tiles * most_blocks))
         for splits in range(1, _MOST_WARPS // tiles + 1):
-            bare = Plan("chunked", math, blocks, tiles, splits, rows, 1, 0, 0, inputs, cell=shape.cell)
+            bare = Plan("chunked", math, blocks, tiles, splits, rows, 1, 0, 0, fuse_input, cell=shape.cell)
             bytes_of_one = len(stages) * 2 * rows * splits * _K_BLOCK
             fit, all_blocks = (device.shared - needs(kernel, shape, bare).shared) // bytes_of_one, cdiv(longest, splits)
             if fit < 1:
@@ -520,27 +520,27 @@ def chunked(
 
 def _fitted(kernel: str, shape: Shape, device: Device, bare: Plan, occupancy: Occupancy | None) -> Plan | None:
     """`bare` with as many weights in shared memory and as many groups as fit, or None."""
-    stages, alone = products(kernel, shape, bare.math, bare.inputs), needs(kernel, shape, bare)
+    stages, alone = products(kernel, shape, bare.math, bare.fuse_input), needs(kernel, shape, bare)
     if bare.exchange == "cluster" and any(bare.rows * p.row >= _MOST_COUNTED for k, p in stages.items() if k != INPUT):
         return None
     # Weights that are not streamed need no ring: try all of them without rings first, then what fits beside the rings.
     rings = {k: _ring(bare, p) if alone.streamed[k] else 0 for k, p in stages.items()}
     free = device.shared - alone.shared + sum(rings.values())
-    kept = [0, 0, 0]
+    fitting = [0, 0, 0]
     for k, p in stages.items():
         bytes_of_one = bare.tiles * bare.splits * p.fragment
         step = scatter_blocks(bare) if bare.exchange == "scatter" else 1  # K blocks, of whole tiles
         later = sum(ring for j, ring in rings.items() if j > k)
         wanted = cdiv(alone.streamed[k], step) * step if bare.exchange != "chunked" else 0
         if wanted and wanted * bytes_of_one + later <= free:
-            kept[k] = wanted
+            fitting[k] = wanted
         else:
             free -= rings[k]
-            kept[k] = min(wanted, max(0, free - later) // bytes_of_one) // step * step
-        free -= kept[k] * bytes_of_one
+            fitting[k] = min(wanted, max(0, free - later) // bytes_of_one) // step * step
+        free -= fitting[k] * bytes_of_one
     if free < 0:
         return None
-    plan = replace(bare, shared_blocks=kept[0], shared_projection_blocks=kept[1], shared_input_blocks=kept[2])
+    plan = replace(bare, shared_blocks=fitting[0], shared_projection_blocks=fitting[1], shared_input_blocks=fitting[2])
     taken = needs(kernel, shape, plan)
     plan = replace(plan, shared=taken.shared, streamed=sum(taken.streamed))
     at_once = at_a_time(plan, device) if occupancy is None else occupancy(plan)
@@ -599,7 +599,7 @@ def _predicted(kernel: str, shape: Shape, device: Device, p: Plan) -> Plan:
     l2 = min(_L2_PER_CLOCK * clocks, device.l2 / min(running * p.blocks, device.multiprocessors))
     columns, path = p.rows // _COLUMNS, PATHS[_path(kernel, shape, p)]
     rate = {"fp32": costs.single, "fp64": costs.double, "tf32": costs.half / 2}.get(p.math, costs.half)
-    stages = products(kernel, shape, p.math, p.inputs)
+    stages = products(kernel, shape, p.math, p.fuse_input)
 
     def blocks(k: int) -> int:
         """K blocks of one warp."""
@@ -612,10 +612,10 @@ def _predicted(kernel: str, shape: Shape, device: Device, p: Plan) -> Plan:
         of = stages[k]
         block = blocks(k)
         operands = scatter_blocks(p) if p.exchange == "scatter" else block
-        from_shared = warps * (operands * p.rows * _K_BLOCK + min(p.kept[k], block) * of.fragment)
+        from_shared = warps * (operands * p.rows * _K_BLOCK + min(p.shared_weights[k], block) * of.fragment)
         from_l2 = warps * taken.streamed[k] * of.fragment
         from_l2 += p.rows * of.row if k == INPUT or p.exchange == "chunked" else 0
-        in_shared, streamed = min(p.kept[k], block), taken.streamed[k]
+        in_shared, streamed = min(p.shared_weights[k], block), taken.streamed[k]
         latency = (block - in_shared - streamed) * path.block + in_shared * path.shared_block
         latency += streamed * max(path.streamed_block, _L2_LATENCY / _STREAM_AHEAD)
         other = max(
@@ -647,7 +647,7 @@ def _predicted(kernel: str, shape: Shape, device: Device, p: Plan) -> Plan:
 
     n_turns, parts_of_k = turns(_unit_tiles(kernel, shape), p), 2 if shape.projected else 1
     after = (path.after + (_PROJECTED if shape.projected else 0)) * columns / clocks
-    of_x = multiplying(INPUT) + copying(INPUT, _ROW_OF_X) + _X / clocks if p.inputs else 0.0
+    of_x = multiplying(INPUT) + copying(INPUT, _ROW_OF_X) + _X / clocks if p.fuse_input else 0.0
     step = n_turns * path.before * (1 + columns) / 2 / clocks
     step += max(exchanging(RECURRENT), after + of_x / n_turns) + (n_turns - 1) * (after + of_x / n_turns)
     step += multiplying(RECURRENT)
@@ -662,7 +662,7 @@ def _predicted(kernel: str, shape: Shape, device: Device, p: Plan) -> Plan:
     launch = _PACK * len(stages) + 2 * sum(taken.packed) / device.l2 + shape.T * rounds * step
     for k in stages:  # loading the resident weights
         launch += p.groups * taken.packed[k] * (1 - taken.streamed[k] / blocks(k)) / device.l2
-    if kernel == "forward" and not p.inputs:
+    if kernel == "forward" and not p.fuse_input:
         gates = len(named(shape.cell).gates)
         numbers = shape.D * shape.T * shape.B * gates * shape.H  # of xg, written and read
         everywhere = rate * clocks * device.multiprocessors

@@ -140,7 +140,7 @@ def forward(
     shape = _shape(launch, kind, x, directions, lengths is not None or reset is not None)
     plan = launch.plan_for("forward", shape, x.device)
     xg = None
-    if not plan.inputs:
+    if not plan.fuse_input:
         with _gemms_in(shape.precision, x):
             xg = _input_affine(kind, where_exists(x, existing(T, lengths)), directions)
     # If xg has as many columns, saved reuses its memory: the kernel reads a tile before it writes the same tile.

@@ -129,14 +129,14 @@ def layer_backward(
             b_p = load_parameters(w_p, o_u, m_u, H, PARAMETERS)
 
         if CARRIED:
-            kept_hh = ()
+            resident_hh = ()
             for k in tl.static_range(GATES):
-                kept_hh = kept_hh + load_weights(
+                resident_hh = resident_hh + load_weights(
                     w_hh + tl.cast(k * H, tl.int64) * P, o_p.to(tl.int64), m_p, P, H, 1, CHUNK, 1, PRECISION
                 )
         else:
-            kept_hh = load_weights(w_hh, o_p.to(tl.int64), m_p, P, GATES * H, RESIDENT, CHUNK, SPLIT, PRECISION)
-        kept_hr = load_weights(w_hr, o_u.to(tl.int64), m_u, H, P, RESIDENT_HR, CHUNK, SPLIT, PRECISION)
+            resident_hh = load_weights(w_hh, o_p.to(tl.int64), m_p, P, GATES * H, RESIDENT, CHUNK, SPLIT, PRECISION)
+        resident_hr = load_weights(w_hr, o_u.to(tl.int64), m_u, H, P, RESIDENT_HR, CHUNK, SPLIT, PRECISION)
 
         # 64-bit: where the item's rows begin in [B, ...] and in [D, B, ...]; what is added to that is small.
         b0 = tl.cast(item // D, tl.int64) * BATCH
@@ -184,11 +184,11 @@ def layer_backward(
             before = t + t - after
             in_time = m_b & (zero + t >= 0) & (zero + t < T)
             exists = in_time & (zero + t < length)
-            kept = exists
+            not_reset = exists
             finds = m_b & (zero + after == first) & (zero + length > 0)  # the row's dh0
             passes = (exists & (zero + t != last)) | finds  # its gradient comes from step `after`
             if reset is not None:
-                kept = exists & (tl.load(reset + t * B + b0 + o_b, mask=exists, other=1) == 0)
+                not_reset = exists & (tl.load(reset + t * B + b0 + o_b, mask=exists, other=1) == 0)
                 passes = passes & (tl.load(reset + after * B + b0 + o_b, mask=passes, other=1) == 0)
             m_tile = exists[:, None] & m_u[None, :]
             p_da = ((d * T + t) * B + b0) * (MAPS * H) + o_da
@@ -219,10 +219,10 @@ def layer_backward(
                     p_t = ((t * B + b0) * D + d) * H + o_c
                     b_c = tl.load(c + p_t, mask=m_tile, other=0.0).to(tl.float32)
                     p_before = ((before * B + b0) * D + d) * H + o_c
-                    m_before = (kept & (zero + t != first))[:, None] & m_u[None, :]
+                    m_before = (not_reset & (zero + t != first))[:, None] & m_u[None, :]
                     c_in = tl.load(c + p_before, mask=m_before, other=0.0).to(tl.float32)
                     if c0 is not None:
-                        m_first = (kept & (zero + t == first))[:, None] & m_u[None, :]
+                        m_first = (not_reset & (zero + t == first))[:, None] & m_u[None, :]
                         c_in += tl.load(c0 + p_c, mask=m_first, other=0.0).to(tl.float32)
                     if dc is not None:
                         dc_t += tl.load(dc + p_t, mask=m_tile, other=0.0).to(tl.float32)
@@ -237,7 +237,7 @@ def layer_backward(
                     wait(counter, arrivals, GRID_SYNC)
                     b_dm = multiply(
                         da + ((d * T + after) * B + b0) * (MAPS * H) + FIRST * H + o_b * (MAPS * H), passes, None, None,
-                        GATES * H, kept_hh, w_hh, o_p.to(tl.int64), m_p, P,
+                        GATES * H, resident_hh, w_hh, o_p.to(tl.int64), m_p, P,
                         BATCH, OUTPUTS, RESIDENT, STREAMED, CHUNK, SPLIT, AHEAD, PRECISION,
                     )  # fmt: skip
                     if v_r is not None:
@@ -266,7 +266,7 @@ def layer_backward(
                     wait(counter, arrivals, GRID_SYNC)
                     b_dm = multiply(
                         dh_out + ((d * T + t) * B + b0) * P + o_b * P, exists, None, None, P,
-                        kept_hr, w_hr, o_u.to(tl.int64), m_u, H,
+                        resident_hr, w_hr, o_u.to(tl.int64), m_u, H,
                         BATCH, UNITS, RESIDENT_HR, STREAMED, CHUNK, SPLIT, AHEAD, PRECISION,
                     )  # fmt: skip
                 if PARAMETERS:
@@ -291,17 +291,17 @@ def layer_backward(
                     dh_in = tl.zeros((BATCH, UNITS), tl.float32)
                     for k in tl.static_range(GATES):
                         operand = round_to_tf32(b_da[FIRST + k], PRECISION)
-                        dh_in = tl.dot(operand, kept_hh[k], dh_in, input_precision=PRECISION)
+                        dh_in = tl.dot(operand, resident_hh[k], dh_in, input_precision=PRECISION)
                     if v_r is not None:
                         dh_in *= b_v_r
                     if v_h is not None:
                         dh_in += b_kept
-                    b_dh = tl.where(exists[:, None], tl.where(kept[:, None], dh_in, 0.0), b_dh)
+                    b_dh = tl.where(exists[:, None], tl.where(not_reset[:, None], dh_in, 0.0), b_dh)
                 else:
                     arrive(counter, GRID_SYNC)
                     arrivals += PROGRAMS
                 if CARRY is not None:
-                    b_dc = tl.where(exists[:, None], tl.where(kept[:, None], dc_in, 0.0), b_dc)
+                    b_dc = tl.where(exists[:, None], tl.where(not_reset[:, None], dc_in, 0.0), b_dc)
 
         if CARRIED and dh0 is not None:
             if CARRY == "hidden":

@@ -65,7 +65,7 @@ class Variant(NamedTuple):
         size = f"{p.batch} x {p.units}" + (f" x {p.columns}" if p.columns else "")
         weights = f"{p.resident} chunks of {p.chunk}" if p.resident else f"chunks of {p.chunk}"
         weights += f", {p.resident_hr} of w_hr" if p.resident_hr else ""
-        weights += f", {p.inputs} of w_ih" if p.inputs else ""
+        weights += f", {p.resident_ih} of w_ih" if p.resident_ih else ""
         name = self.kernel if p.cell == "lstm" else f"{self.kernel} {p.cell}"
         return (
             f"{name:8} sm_{self.capability:<3} {self.dtype} {p.precision if self.dtype == 'fp32' else '':6} "
@@ -98,8 +98,8 @@ def compile(variant: Variant) -> Resources:
     absent = {"carry"}
     if not projected:
         absent |= {"w_hr0", "w_hr1", "m", "dh_out"}
-    absent |= {"xg"} if plan.inputs else {"x", "w_ih0", "w_ih1", "b_ih0", "b_ih1"}
-    absent |= set() if plan.inputs or cells.adds_bias(plan.cell) else {"b_hh0", "b_hh1"}
+    absent |= {"xg"} if plan.fuse_input else {"x", "w_ih0", "w_ih1", "b_ih0", "b_ih1"}
+    absent |= set() if plan.fuse_input or cells.adds_bias(plan.cell) else {"b_hh0", "b_hh1"}
     absent |= set() if cell.parameters else {"w_p0", "w_p1", "dp"}
     absent |= {f"v_{name}" for name in NOISE if name not in cell.noise}
     absent |= {"fed", "fed0"} if plan.carried or "r" not in cell.noise else set()
@@ -155,7 +155,7 @@ def variants(devices: Sequence[Device], problems: Sequence[Problem]) -> Iterator
         alike = replace(plan, programs=min(plan.programs, 2), groups=0, step=0.0, launch=0.0)
         dtype, aligned = (
             "bf16" if shape.itemsize == 2 else "fp32",
-            shape.aligned and (not plan.inputs or shape.I % 16 == 0),
+            shape.aligned and (not plan.fuse_input or shape.I % 16 == 0),
         )
         variant = Variant(
             kernel, device.capability, dtype, shape.D, shape.projected, shape.ragged, states, aligned, plan

@@ -1,6 +1,6 @@
 """Forward of one layer, both directions, over all time steps, in one launch.
 
-    a = xg[t] + h_{t-1} @ w_hh^T      xg = x @ w_ih^T + b_ih + b_hh, by a GEMM before, or here (INPUTS > 0)
+    a = xg[t] + h_{t-1} @ w_hh^T      xg = x @ w_ih^T + b_ih + b_hh, by a GEMM before, or here (RESIDENT_IH > 0)
     m_t, c_t = step(a, c_{t-1})       cells/; c is the carry of the cell
     h_t = m_t @ w_hr^T                with a projection; without one h_t = m_t
 
@@ -70,14 +70,14 @@ def split_maps(acc, BATCH: tl.constexpr, UNITS: tl.constexpr, MAPS: tl.constexpr
 
 @triton.jit(do_not_specialize=["T", "B", "begin", "end"])
 def layer_forward(
-    x,  # [T, B, I], read if INPUTS; so the next four
+    x,  # [T, B, I], read if RESIDENT_IH; so the next four
     w_ih0,  # [G*H, I] of the one direction and of the other
     w_ih1,
     b_ih0,  # [G*H], or None
     b_ih1,
     b_hh0,  # the same; read as well where a map has no input
     b_hh1,
-    xg,  # [D, T, B, G*H], read unless INPUTS; may be the memory of saved where S = G
+    xg,  # [D, T, B, G*H], read unless RESIDENT_IH; may be the memory of saved where S = G
     w_hh0,  # [G*H, P]
     w_hh1,
     w_hr0,  # [P, H], or None
@@ -125,10 +125,10 @@ def layer_forward(
     CHUNK: tl.constexpr,
     SPLIT: tl.constexpr,
     AHEAD: tl.constexpr,
-    INPUTS: tl.constexpr,
     RESIDENT: tl.constexpr,
     STREAMED: tl.constexpr,
     RESIDENT_HR: tl.constexpr,
+    RESIDENT_IH: tl.constexpr,
     PROGRAMS: tl.constexpr,
     CARRIED: tl.constexpr,
     PHASE: tl.constexpr,
@@ -173,7 +173,7 @@ def layer_forward(
             w_hh = tl.where(d == 0, w_hh0, w_hh1)
             if COLUMNS:
                 w_hr = tl.where(d == 0, w_hr0, w_hr1)
-            if INPUTS:
+            if RESIDENT_IH:
                 w_ih = tl.where(d == 0, w_ih0, w_ih1)
             if b_ih0 is not None:
                 b_ih = tl.where(d == 0, b_ih0, b_ih1)
@@ -187,22 +187,22 @@ def layer_forward(
             b_p = load_parameters(w_p, o_u, m_u, H, PARAMETERS)
 
         if CARRIED:
-            kept_hh = ()
+            resident_hh = ()
             for k in tl.static_range(GATES):
-                kept_hh = kept_hh + load_weights(
+                resident_hh = resident_hh + load_weights(
                     w_hh, (k * H + o_u).to(tl.int64) * P, m_u, 1, P, 1, CHUNK, 1, PRECISION
                 )
         else:
-            kept_hh = load_weights(w_hh, o_hh.to(tl.int64) * P, m_hh, 1, P, RESIDENT, CHUNK, SPLIT, PRECISION)
-        kept_ih = load_weights(w_ih, o_ih.to(tl.int64) * I, m_ih, 1, I, INPUTS, CHUNK, SPLIT, PRECISION)
-        kept_hr = load_weights(w_hr, o_p.to(tl.int64) * H, m_p, 1, H, RESIDENT_HR, CHUNK, SPLIT, PRECISION)
+            resident_hh = load_weights(w_hh, o_hh.to(tl.int64) * P, m_hh, 1, P, RESIDENT, CHUNK, SPLIT, PRECISION)
+        resident_ih = load_weights(w_ih, o_ih.to(tl.int64) * I, m_ih, 1, I, RESIDENT_IH, CHUNK, SPLIT, PRECISION)
+        resident_hr = load_weights(w_hr, o_p.to(tl.int64) * H, m_p, 1, H, RESIDENT_HR, CHUNK, SPLIT, PRECISION)
         bias = tl.zeros((N,), tl.float32)
-        if INPUTS and b_ih0 is not None:
+        if RESIDENT_IH and b_ih0 is not None:
             bias = tl.load(b_ih + o_ih, mask=m_ih, other=0.0).to(tl.float32)
             bias += tl.load(b_hh + o_hh, mask=m_hh, other=0.0).to(tl.float32)
         biases = ()  # of each map: b_hh, where it is not in xg
         for k in tl.static_range(MAPS):
-            if INPUTS or INPUT[k] is not None:
+            if RESIDENT_IH or INPUT[k] is not None:
                 biases = biases + (0,)  # not used
             elif b_hh0 is None or RECURRENT[k] is None:
                 biases = biases + (tl.zeros((BATCH, UNITS), tl.float32),)
@@ -281,10 +281,10 @@ def layer_forward(
                     b_v_r = load_multipliers(v_r, next, b0, B, d, P, o_y, m_next, D, ONCE)
 
             if PHASE != PROJECTION:
-                if INPUTS:
+                if RESIDENT_IH:
                     acc = multiply(
-                        x + (t * B + b0) * I + o_b * I, exists, None, None, I, kept_ih, w_ih, o_ih, m_ih, 1,
-                        BATCH, N, INPUTS, False, CHUNK, SPLIT, AHEAD, PRECISION,
+                        x + (t * B + b0) * I + o_b * I, exists, None, None, I, resident_ih, w_ih, o_ih, m_ih, 1,
+                        BATCH, N, RESIDENT_IH, False, CHUNK, SPLIT, AHEAD, PRECISION,
                     )  # fmt: skip
                     for k in tl.static_range(MAPS):
                         if INPUT[k] is None:  # 0 * inf is NaN
@@ -309,7 +309,9 @@ def layer_forward(
                         if RECURRENT[k] is None:
                             with_h = with_h + (a[k],)
                         else:
-                            with_h = with_h + (tl.dot(h_in, kept_hh[RECURRENT[k]], a[k], input_precision=PRECISION),)
+                            with_h = with_h + (
+                                tl.dot(h_in, resident_hh[RECURRENT[k]], a[k], input_precision=PRECISION),
+                            )
                 else:
                     wait(counter, arrivals, GRID_SYNC)
                     exchanged = y
@@ -331,7 +333,7 @@ def layer_forward(
                         p_others = exchanged0 + row0 * P + o_b * P
                         m_others = zero + t == first
                     acc = multiply(
-                        p_rows, m_rows, p_others, m_others, P, kept_hh, w_hh, o_hh.to(tl.int64) * P, m_hh, 1,
+                        p_rows, m_rows, p_others, m_others, P, resident_hh, w_hh, o_hh.to(tl.int64) * P, m_hh, 1,
                         BATCH, N, RESIDENT, STREAMED, CHUNK, SPLIT, AHEAD, PRECISION,
                     )  # fmt: skip
                     of_h = split_maps(acc, BATCH, UNITS, MAPS)
@@ -382,7 +384,7 @@ def layer_forward(
             if COLUMNS and PHASE != CELL:
                 wait(counter, arrivals, GRID_SYNC)
                 acc = multiply(
-                    m + row0 * H + o_b * H, exists, None, None, H, kept_hr, w_hr, o_p.to(tl.int64) * H, m_p, 1,
+                    m + row0 * H + o_b * H, exists, None, None, H, resident_hr, w_hr, o_p.to(tl.int64) * H, m_p, 1,
                     BATCH, COLUMNS, RESIDENT_HR, STREAMED, CHUNK, SPLIT, AHEAD, PRECISION,
                 )  # fmt: skip
                 tl.store(y + ((t * B + b0) * D + d) * P + o_y, acc, mask=m_h)

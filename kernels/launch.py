@@ -57,13 +57,13 @@ def forward(
 ) -> None:
     """Launches `layer_forward`, which documents shapes and outputs. Weights are sequences over the directions.
 
-    x, w_ih and the biases are read if plan.inputs, xg otherwise, and b_hh if the cell has it apart. noise: multipliers
-    by name. All tensors are contiguous.
+    x, w_ih and the biases are read if plan.fuse_input, xg otherwise, and b_hh if the cell has it apart. noise:
+    multipliers by name. All tensors are contiguous.
     """
     T, B, _ = y.shape
     D, (P, H) = len(w_hh), _sizes(w_hh, w_hr)
     m = y.new_empty(D, B, H) if plan.columns else None
-    if plan.inputs:
+    if plan.fuse_input:
         inputs, I = (x, *_both(w_ih), *_both(b_ih), *_both(b_hh)), x.shape[2]  # type: ignore[union-attr]
     else:
         inputs, I = (*_NO_INPUTS, *(_both(b_hh) if cells.adds_bias(plan.cell) else (None, None))), 0

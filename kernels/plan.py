@@ -83,7 +83,7 @@ class Shape(_Shape):
         return _RATES["16" if self.itemsize == 2 else self.precision]
 
     @property
-    def kept(self) -> int:
+    def weight_itemsize(self) -> int:
         """Bytes that an element of a weight takes in shared memory: two TF32 numbers for the 3-pass form."""
         return self.itemsize * (2 if self.itemsize == 4 and self.precision == "tf32x3" else 1)
 
@@ -99,10 +99,10 @@ class Plan:
     chunk: int
     split: int
     ahead: int
-    inputs: int
     resident: int
     streamed: bool
     resident_hr: int
+    resident_ih: int
     programs: int
     carried: bool
     precision: str
@@ -111,6 +111,11 @@ class Plan:
     shared: int  # upper bound of the bytes of shared memory
     step: float  # predicted
     launch: float  # predicted, for all steps
+
+    @property
+    def fuse_input(self) -> bool:
+        """Whether the launch multiplies x with w_ih; otherwise a GEMM comes before."""
+        return self.resident_ih > 0
 
     @property
     def regime(self) -> str:
@@ -123,7 +128,7 @@ class Plan:
         names = "batch units columns chunk split ahead resident streamed resident_hr programs carried"
         constants = {name.upper(): getattr(self, name) for name in names.split()}
         if kernel == "forward":
-            constants["INPUTS"] = self.inputs
+            constants["RESIDENT_IH"] = self.resident_ih
         return {**constants, "PRECISION": self.precision}
 
     @property
@@ -149,7 +154,7 @@ class Plan:
             "resident": "weights stay in shared memory",
             "streamed": "weights come from L2 at every step",
         }[self.regime]
-        inputs = ", x in the launch" if self.inputs else ""
+        inputs = ", x in the launch" if self.fuse_input else ""
         return (
             f"{self.groups} x {self.programs} programs, {self.batch} rows x {self.units} units, {self.regime} "
             f"({explained}){inputs}, {self.shared // 1024} KiB, {self.step:.2f} us a step predicted"
@@ -174,14 +179,14 @@ def _tiles(kernel: str, shape: Shape, device: Device) -> Iterator[_Tile]:
     resident weights all loads of states are in flight together: at most `held` bytes, fewer with separate maps.
     """
     plain = shape.itemsize == 4 and shape.precision == "ieee"  # no tensor cores: takes the most registers
-    masks = ((3 if shape.apart else 2) if shape.ragged or plain else 1) * (shape.kept // shape.itemsize)
+    masks = ((3 if shape.apart else 2) if shape.ragged or plain else 1) * (shape.weight_itemsize // shape.itemsize)
     longest = max(shape.P, shape.H if shape.projected else 0) if kernel == "forward" else shape.gates * shape.H
     sums = kernel == "backward" and bool(named(shape.cell).parameters)  # of their gradients, for each element
     widths = (8, 16, 32) if shape.aligned and not (shape.projected or sums) else (8, 16)
     for batch, split, chunk in ((16, 8, 128), (32, 4, 64)):
         for units in widths if shape.extras <= 2 else (8,):
             held = _most_held(shape, device, batch, units) * 1024 // masks if shape.aligned else 8 * 1024
-            if batch * cdiv(longest, chunk) * chunk * shape.kept <= held:
+            if batch * cdiv(longest, chunk) * chunk * shape.weight_itemsize <= held:
                 yield _Tile(batch, units, split, chunk, 3, 1)
     batches, widest, elements = ((16, 32, 64), 128, 2048) if shape.aligned else ((16,), 32, 512)
     if shape.itemsize == 4:
@@ -191,7 +196,12 @@ def _tiles(kernel: str, shape: Shape, device: Device) -> Iterator[_Tile]:
     for batch in batches:
         for units in (8, 16, 32, 64, 128):
             if units <= widest and batch * units <= elements:
-                wide = shape.aligned and units <= 32 and not plain and not (sums and shape.kept > shape.itemsize)
+                wide = (
+                    shape.aligned
+                    and units <= 32
+                    and not plain
+                    and not (sums and shape.weight_itemsize > shape.itemsize)
+                )
                 chunk = (64 if shape.projected else 128) // shape.itemsize
                 yield _Tile(batch, units, 1, chunk if wide else 16, 0, 4)
 
@@ -255,11 +265,13 @@ def _carried(kernel: str, shape: Shape, device: Device) -> Iterator[Plan]:
         return
     weights = shape.gates * units * units
     groups = min(shape.D * cdiv(shape.B, _CARRIED), device.multiprocessors)
-    for inputs in _inputs(kernel, shape, units):
-        if inputs and units == _most_carried(shape):
+    for resident_ih in _resident_ih_candidates(kernel, shape, units):
+        if resident_ih and units == _most_carried(shape):
             continue
-        kept = weights + inputs * units * shape.maps * units
-        shared = kept * shape.kept + _staging(_Tile(_CARRIED, units, 1, units, 1, 1), shape.maps * units, shape)
+        resident = weights + resident_ih * units * shape.maps * units
+        shared = resident * shape.weight_itemsize + _staging(
+            _Tile(_CARRIED, units, 1, units, 1, 1), shape.maps * units, shape
+        )
         step = _Step(device, shape, _CARRIED, units, groups, barriers=0)
         yield _finish(
             Plan(
@@ -270,17 +282,17 @@ def _carried(kernel: str, shape: Shape, device: Device) -> Iterator[Plan]:
                 chunk=units,
                 split=1,
                 ahead=1,
-                inputs=inputs,
                 resident=1,
                 streamed=False,
                 resident_hr=0,
+                resident_ih=resident_ih,
                 programs=1,
                 carried=True,
                 precision=shape.precision,
                 stages=1,
                 groups=groups,
                 shared=shared,
-                step=step.time(states=0, resident=kept, streamed=0, products=kept),
+                step=step.time(states=0, resident=resident, streamed=0, products=resident),
                 launch=0.0,
             ),
             kernel,
@@ -306,8 +318,8 @@ def _shared(kernel: str, shape: Shape, device: Device, tile: _Tile) -> Iterator[
     widest = max(hh[0], hr[0] if columns else 0)
     groups = min(shape.D * cdiv(shape.B, tile.batch), device.multiprocessors // programs)
     alone = streamed or units > 8  # x in the launch takes the registers that a tile of more units has left
-    for inputs in (0,) if alone else _inputs(kernel, shape, tile.chunk):
-        kept = inputs * tile.chunk * shape.maps * units + (0 if streamed else weights)
+    for resident_ih in (0,) if alone else _resident_ih_candidates(kernel, shape, tile.chunk):
+        resident = resident_ih * tile.chunk * shape.maps * units + (0 if streamed else weights)
         step = _Step(device, shape, tile.batch, units, groups * programs, barriers=2 if columns else 1)
         yield _finish(
             Plan(
@@ -318,21 +330,21 @@ def _shared(kernel: str, shape: Shape, device: Device, tile: _Tile) -> Iterator[
                 chunk=tile.chunk,
                 split=tile.split,
                 ahead=min(tile.ahead, max(chunks, chunks_hr)),
-                inputs=inputs,
                 resident=0 if streamed else chunks,
                 resident_hr=0 if streamed else chunks_hr,
+                resident_ih=resident_ih,
                 streamed=streamed,
                 programs=programs,
                 carried=False,
                 precision=shape.precision,
                 stages=tile.stages,
                 groups=groups,
-                shared=kept * shape.kept + _staging(tile, widest, shape),
+                shared=resident * shape.weight_itemsize + _staging(tile, widest, shape),
                 step=step.time(
                     states=hh[1] + (hr[1] if columns else 0),
-                    resident=kept,
+                    resident=resident,
                     streamed=weights if streamed else 0,
-                    products=kept + (weights if streamed else 0),
+                    products=resident + (weights if streamed else 0),
                     pipeline=(chunks + chunks_hr) / (tile.stages - 1) if streamed else 0.0,
                 ),
                 launch=0.0,
@@ -343,12 +355,14 @@ def _shared(kernel: str, shape: Shape, device: Device, tile: _Tile) -> Iterator[
         )
 
 
-def _inputs(kernel: str, shape: Shape, chunk: int) -> Iterator[int]:
-    """Candidates for the number of resident chunks of w_ih: none, with a GEMM before, or all if they are few."""
+def _resident_ih_candidates(kernel: str, shape: Shape, chunk: int) -> Iterator[int]:
+    """Candidate values of `Plan.resident_ih`: none, with a GEMM before, or all if they are few."""
     yield 0
     aligned = shape.aligned and shape.I % 16 == 0
     most = 0 if shape.ragged or kernel == "backward" else 4 if aligned else 1
-    if ((shape.apart or shape.extras) and not (aligned and shape.kept == shape.itemsize)) or shape.extras > 2:
+    if (
+        (shape.apart or shape.extras) and not (aligned and shape.weight_itemsize == shape.itemsize)
+    ) or shape.extras > 2:
         most = 0
     if cdiv(shape.I, chunk) <= most:
         yield cdiv(shape.I, chunk)
@@ -356,7 +370,7 @@ def _inputs(kernel: str, shape: Shape, chunk: int) -> Iterator[int]:
 
 def _staging(tile: _Tile, widest: int, shape: Shape) -> int:
     """Shared memory besides the weights: operands in flight, and the exchange of parts and maps among warps."""
-    states = (tile.ahead + 1) * tile.batch * tile.chunk * shape.kept
+    states = (tile.ahead + 1) * tile.batch * tile.chunk * shape.weight_itemsize
     if tile.stages > 1:
         states += tile.stages * tile.chunk * (tile.batch + widest) * shape.itemsize
     return max(states, tile.split * tile.batch * widest * 4) + _RESERVED_SHARED
@@ -385,7 +399,7 @@ class _Step:
         device, clocks = self.device, self.device.clock * 1e3  # per microsecond
         barrier = self.barriers * (device.grid_barrier + _STATE_LATENCY) if states else 0.0
         l2 = min(_L2_PER_CLOCK * clocks, device.l2 / self.active)
-        weights = resident * self.shape.kept / (_SHARED_PER_CLOCK * clocks)
+        weights = resident * self.shape.weight_itemsize / (_SHARED_PER_CLOCK * clocks)
         loads = (streamed + states * self.batch) * self.shape.itemsize / l2
         arithmetic = max(16, self.batch) * products / (self.shape.rate * clocks)
         elements = self.batch * self.units
@@ -397,7 +411,7 @@ def _finish(p: Plan, kernel: str, shape: Shape, device: Device) -> Plan:
     """The plan with the time of the whole launch, including the GEMM before it."""
     rounds = cdiv(shape.D * cdiv(shape.B, p.batch), p.groups)
     launch = shape.T * rounds * p.step
-    if kernel == "forward" and not p.inputs:
+    if kernel == "forward" and not p.fuse_input:
         elements = shape.T * shape.B * shape.D * shape.gates * shape.H
         rate = 0.5 * shape.rate * device.multiprocessors * device.clock * 1e3
         launch += _GEMM + 2 * elements * shape.itemsize / device.l2 + elements * shape.I / rate

@@ -1,10 +1,10 @@
 // The large matrix products around a launch: the input's affine map before it, the gradients of x and of the weights
 // after it. c = start + a @ b, or c += a @ b, where b is packed in panels (panel.h) and a may be transposed.
 //
-// A worker computes at most kGemmRows rows of c at a time, in blocks of kGemmDepth along K. The rows of a block stay in the
-// L2 cache; so does the part of a panel that a tile needs, with AVX2 half a panel in the L1 cache. A tile of sums stays in
-// registers, as in panel.h. Rows are packed into slivers of kSliverRows rows, [K][rows]: transposed rows always, because
-// each element is in another page, contiguous ones if there are enough rows and columns.
+// A worker computes at most kGemmRows rows of c at a time, in blocks of kGemmDepth along K. The rows of a block stay in
+// the L2 cache; so does the part of a panel that a tile needs, with AVX2 half a panel in the L1 cache. A tile of sums
+// stays in registers, as in panel.h. Rows are packed into slivers of kSliverRows rows, [K][rows]: transposed rows
+// always, because each element is in another page, contiguous ones if there are enough rows and columns.
 //
 // The order of the sum over K does not depend on the tiles, so results do not depend on the number of threads.
 #pragma once
@@ -13,8 +13,8 @@
 
 namespace fusedrnn::FUSEDRNN_ISA {
 
-// Along K. With AVX-512 a tile reads 21 bytes of a panel a cycle, which the L2 cache delivers; a depth of 128, for which
-// the panel's part stays in the L1 cache, costs more in loads and stores of c.
+// Along K. With AVX-512 a tile reads 21 bytes of a panel a cycle, which the L2 cache delivers; a depth of 128, for
+// which the panel's part stays in the L1 cache, costs more in loads and stores of c.
 constexpr int64_t kGemmDepth = kNarrow ? 384 : 512;
 
 template <class E>

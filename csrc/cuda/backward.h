@@ -60,7 +60,7 @@ class Backward {
   static_assert(kSaved <= kMaps);
   static constexpr bool kVariant = is_variant(kCell);
   using Extra = CellExtras<M, C, BackwardParams, kProjected>;
-  // Whether a lane keeps what is the same at all steps of a row, and does not load it where it is used.
+  // Whether a lane holds values that are the same at all steps of a row in registers; else it loads them at each use.
   static constexpr bool kKeepsRows = !(kVariant && kProjected) || Extra::kKeeps;
   static constexpr int kStepBytes = step_bytes(kCell, kPass, kMath);
   template <Stage kStage>
@@ -69,9 +69,9 @@ class Backward {
                                  Channel::kIsChunked, kProjected ? 1 : 2>;
   using Recurrent = Multiplier<Stage::kRecurrent>;
   using Projection = Multiplier<Stage::kProjection>;
-  // Whether what a step needs is copied ahead, and da is stored 16 bytes at a time.
+  // Whether a step's inputs are prefetched, and da is stored 16 bytes at a time.
   static constexpr bool kInRuns = moves_in_runs(Channel::kExchange, kMath, kProjected);
-  // Of da of a tile and a row: bytes that are exchanged, and all.
+  // Bytes of a tile's row of da: those that are exchanged, and all.
   static constexpr int kChunkBytes = kUnits * kRecurrentMaps * static_cast<int>(sizeof(S));
   static constexpr int kStagedRow = staged_bytes(kCell, kMath, kUnits);
   using Staged = StagedGradients<M, C, kUnits, kChunkBytes>;
@@ -82,8 +82,8 @@ class Backward {
     A a[kMaps], c, c_in, dy, dc;
   };
   using Results = A[kColumnTiles][kSegments][2];
-  static constexpr int kKeptOfDh = kColumnTiles * kSegments * 2;
-  using Kept = TileLoop<A, kept_numbers(kPass, kRows, kProjected)>;
+  static constexpr int kFirstDh = kColumnTiles * kSegments * 2;
+  using Loop = TileLoop<A, state_numbers(kPass, kRows, kProjected)>;
 
   FUSEDRNN_DEVICE Backward(const BackwardParams& p, Role& role, char* shared, const SharedLayout& layout)
       : p_(p),
@@ -110,7 +110,7 @@ class Backward {
     if constexpr (!kInRuns) load_peepholes();
   }
 
-  // Of a variant.
+  // Does nothing unless the cell is a variant.
   FUSEDRNN_DEVICE void load_peepholes() {
     if constexpr (kVariant && Extra::kKeeps) {
       FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) extra_.load(peepholes_[s], unit_of(s));
@@ -146,7 +146,7 @@ class Backward {
     }
   }
 
-  // Of the tile that the role has now.
+  // The product of the role's current tile.
   FUSEDRNN_DEVICE Recurrent recurrent_product(char* shared, const SharedLayout& layout) const {
     return Recurrent(role_, p_.plan, product_of(p_, Stage::kRecurrent), p_.w_hh, p_.plan.shared_blocks,
                      shared + layout.weights[0], shared + layout.rings[0], shared + layout.partial[0]);
@@ -159,7 +159,7 @@ class Backward {
   // f(b) for the first batch row of every slice of the group.
   template <class F>
   FUSEDRNN_DEVICE void for_each_slice(const F& f) {
-    // Of 32 bits: a counter of 64 takes a register more, and variants in TF32 spill on sm_100.
+    // 32 bits: a 64-bit counter takes one register more, and variants in TF32 spill on sm_100.
     const int slices = static_cast<int>(ceil_div(p_.sizes.B, p_.plan.rows));
     for (int k = role_.first_slice; k < slices; k += p_.plan.groups) f(int64_t{k} * p_.plan.rows);
   }
@@ -286,7 +286,7 @@ class Backward {
     pass_dh(n, s, j, exists, dm);
     backward_cell(n, s, j, a, is_reset ? A(0) : entered, Inputs::carry(now, row, unit), dm, dc);
     if constexpr (kCarries) dc_[n][s][j] = !exists ? dc_[n][s][j] : is_reset ? A(0) : dc;
-    // What is staged may be rounded to the operand's precision, and then is not what is stored.
+    // The staged gradients may be rounded to the operand's precision; then the exact ones are stored here.
     S* exact = M::kRoundsOperands && is_unit(n, s, j)
                    ? static_cast<S*>(p_.da) + direction_.step(t, this->row(n, j), kMaps * p_.sizes.H) + unit_of(s)
                    : nullptr;
@@ -310,7 +310,7 @@ class Backward {
       return C::template backward<Math>(p_.plan.cell, a, c_in, c, dm, dc);
     }
   }
-  // Of a variant: what goes past the cell takes the place of dh until that of the step before is there.
+  // Variants: holds the gradient that bypasses the cell in dh_, until dh of the step before arrives.
   FUSEDRNN_DEVICE void pass_dh(int n, int s, int j, bool exists, A& dm) {
     if constexpr (kVariant && !kProjected) {
       const A passed = extra_.passed(multipliers_[n][s][j], dm);
@@ -319,11 +319,11 @@ class Backward {
     }
   }
 
-  // The same where a warp has several tiles.
+  // All slices, where a warp computes several tiles in turn.
   FUSEDRNN_DEVICE void slices_in_turns(char* shared, const SharedLayout& layout) {
-    Kept kept(spec_of<C>(), p_.sizes, p_.plan, kPass, p_.workspace);
+    Loop loop(spec_of<C>(), p_.sizes, p_.plan, kPass, p_.workspace);
     const auto in_turns = [&](int64_t tiles, const auto& f) {
-      kept.for_each(tiles, role_, [&] {
+      loop.for_each(tiles, role_, [&] {
         take_tile();
         forget();
         f();
@@ -338,7 +338,7 @@ class Backward {
         Results z;
         recurrent.multiply_part(da_channel_, z);
         recurrent.add_parts(z);
-        recall(kept, b);
+        load_state(loop, b);
         look_at(n);
         load_multipliers(n);
         next_step();
@@ -353,7 +353,7 @@ class Backward {
           if (in_outputs_) {
             in_turns(output_tiles(), [&] {
               begin(b, n + 1);
-              keep_dh(kept);
+              save_dh(loop);
               if (last) return;
               load(n);
               next_step();
@@ -375,7 +375,7 @@ class Backward {
             if (first) {
               start(b);
             } else {
-              recall(kept, b);
+              load_state(loop, b);
             }
           } else {
             begin(b, n + 1);
@@ -387,8 +387,8 @@ class Backward {
           cells(dm);
           send_da();
           store(n);
-          keep_dc(kept);
-          if constexpr (!kProjected) keep_dh(kept);
+          save_dc(loop);
+          if constexpr (!kProjected) save_dh(loop);
         });
         if (!last) da_channel_.announce();
       }
@@ -413,18 +413,18 @@ class Backward {
     }
   }
 
-  // Saves the gradients of a tile's state between its turns; recall() loads them.
-  FUSEDRNN_DEVICE void keep_dc(const Kept& kept) {
-    for_each_cell([&](int n, int s, int j) { kept[(n * kSegments + s) * 2 + j] = dc_[n][s][j]; });
+  // Saves the gradients of a tile's state between its turns; load_state() loads them.
+  FUSEDRNN_DEVICE void save_dc(const Loop& loop) {
+    for_each_cell([&](int n, int s, int j) { loop[(n * kSegments + s) * 2 + j] = dc_[n][s][j]; });
   }
-  FUSEDRNN_DEVICE void keep_dh(const Kept& kept) {
-    for_each_cell([&](int n, int s, int j) { kept[kKeptOfDh + (n * kSegments + s) * 2 + j] = dh_[n][s][j]; });
+  FUSEDRNN_DEVICE void save_dh(const Loop& loop) {
+    for_each_cell([&](int n, int s, int j) { loop[kFirstDh + (n * kSegments + s) * 2 + j] = dh_[n][s][j]; });
   }
-  FUSEDRNN_DEVICE void recall(const Kept& kept, int64_t first_row) {
+  FUSEDRNN_DEVICE void load_state(const Loop& loop, int64_t first_row) {
     find_rows(first_row);
     for_each_cell([&](int n, int s, int j) {
-      dc_[n][s][j] = kept[(n * kSegments + s) * 2 + j];
-      dh_[n][s][j] = kept[kKeptOfDh + (n * kSegments + s) * 2 + j];
+      dc_[n][s][j] = loop[(n * kSegments + s) * 2 + j];
+      dh_[n][s][j] = loop[kFirstDh + (n * kSegments + s) * 2 + j];
     });
   }
 
@@ -445,7 +445,7 @@ class Backward {
   FUSEDRNN_DEVICE int unit_of(int s) const { return first_unit_ + s * kMmaN; }
   FUSEDRNN_DEVICE int64_t row(int n, int j) const { return first_row_ + n * kMmaN + j; }
   FUSEDRNN_DEVICE bool is_unit(int n, int s, int j) const { return unit_of(s) < p_.sizes.H && row(n, j) < p_.sizes.B; }
-  // Whether there is a number of h of that index.
+  // Whether the row and the element of h exist.
   FUSEDRNN_DEVICE bool is_output(int n, int s, int j) const {
     return unit_of(s) < p_.sizes.P && row(n, j) < p_.sizes.B;
   }
@@ -464,7 +464,7 @@ class Backward {
     });
   }
 
-  // A variant has no registers to keep what follows from the lane from slice to slice.
+  // Variants have no registers for values that depend on the lane alone: `fresh` has them computed again.
   FUSEDRNN_DEVICE int lane() const { return kVariant ? static_cast<int>(fresh(role_.lane)) & (kWarp - 1) : role_.lane; }
 
   FUSEDRNN_DEVICE void find_rows(int64_t first_row) {
@@ -651,12 +651,12 @@ class Backward {
   bool has_units_, has_outputs_, in_units_, in_outputs_;
   int64_t first_row_;  // batch row of the first column
   int lengths_[kColumnTiles][2];
-  // Whether the last step exists and its state was reset, and the same of the step that comes.
+  // Whether the last step exists and whether its state was reset; the same for the next step.
   ColumnMask exists_, reset_, exists_next_, reset_next_;
   A dh_[kColumnTiles][kSegments][2];  // gradients of the state that leaves it
   A dc_[kColumnTiles][kSegments][2];
   Numbers loaded_[kColumnTiles][kSegments][2];
-  // Of a variant: multipliers of the step that comes and, with a projection, those of h in the product with w_hh.
+  // Variants: multipliers of the next step and, with a projection, those of h in the product with w_hh.
   typename Extra::Peepholes peepholes_[kSegments];
   typename Extra::Multipliers multipliers_[kColumnTiles][kSegments][2];
   A of_state_[kColumnTiles][kSegments][2];

@@ -1,4 +1,4 @@
-// What a step of the backward needs of the forward and of the caller: what the cell saved and carried, dy and dc.
+// The inputs of a step of the backward: the cell's saved values and its carry, dy and dc.
 //
 // Copied into shared memory a few steps ahead, 16 bytes at a time (runs.h), by the threads that work on these units and
 // rows: a row of a step is the arrays of its units, one after the other.
@@ -10,7 +10,7 @@
 
 namespace fusedrnn::cuda {
 
-// Of kUnits units and kRows batch rows; thread is 0 to kThreads - 1. C: of cell.h.
+// Prefetches the inputs of kUnits units and kRows batch rows; thread is 0 to kThreads - 1. C is a cell (cell.h).
 template <class M, class C, int kUnits, int kRows, int kThreads>
 class BackwardInputs {
  public:
@@ -21,8 +21,8 @@ class BackwardInputs {
   static constexpr int kC = kSaved, kDy = kSaved + (kCarries ? 1 : 0), kDc = kDy + 1;
   static constexpr int kRow = copied_row(C::kSpec, M::kMath, kUnits), kStep = kRows * kRow;  // bytes
 
-  // Of one slice, from the last step on. first_unit: kUnits of them may be behind the last one. steps: those in shared
-  // memory, kSteps of them, in which an array that is not given is zeros.
+  // Begins a slice at its last step. first_unit + kUnits may exceed H. steps: kSteps buffers in shared memory; arrays
+  // that are not given are zeros in them.
   template <int kSteps>
   FUSEDRNN_DEVICE void start(const BackwardParams& p, const Direction& direction, int thread, int64_t first_row,
                              int64_t first_unit, bool backwards, char* steps) {
@@ -84,7 +84,7 @@ class BackwardInputs {
     const int q = thread_ + m * kThreads;
     return {q / (kChunks * kRows), q / kChunks % kRows, q % kChunks};
   }
-  // Where it lies in a step.
+  // The m-th quad of this thread in the buffer of a step.
   FUSEDRNN_DEVICE Quad* quad(char* step, int m) const {
     return reinterpret_cast<Quad*>(step + at(m).row * kRow) + at(m).array * kChunks + at(m).chunk;
   }
@@ -94,15 +94,15 @@ class BackwardInputs {
   Run copies_[kCopies];
 };
 
-// Where the gradients of the maps of kUnits units are staged in a row of shared memory: in the order of K (backward.h),
-// and behind the maps that meet w_hh, from byte kOthers on, likewise the others.
+// Layout of a row of staged map gradients of kUnits units in shared memory: first the maps that are multiplied with
+// w_hh, in the order of K (backward.h); from byte kOthers on the others, in the same order.
 template <class M, class C, int kUnits, int kOthers>
 struct StagedGradients {
   static constexpr int kMaps = C::kSpec.maps, kFirst = C::kSpec.recurrent.begin;
   static constexpr int kRecurrentMaps = width(C::kSpec.recurrent), kNotMeeting = kMaps - kRecurrentMaps;
   static constexpr int kBytes = sizeof(typename M::Storage);
 
-  // Of unit 8 * group + unit.
+  // Offset of unit 8 * group + unit.
   static FUSEDRNN_DEVICE int byte_of(int map, int group, int unit) {
     if (map >= kFirst && map < kFirst + kRecurrentMaps)
       return ((group * kRecurrentMaps + map - kFirst) * 8 + unit) * kBytes;
@@ -113,7 +113,7 @@ struct StagedGradients {
   struct Place {
     int map, unit, byte;
   };
-  // Of the k-th number of a row.
+  // Map, unit and offset of the k-th number of a row.
   static FUSEDRNN_DEVICE Place place(int k) {
     if (kNotMeeting == 0 || k < kUnits * kRecurrentMaps) {
       return {kFirst + k / 8 % kRecurrentMaps, k / (8 * kRecurrentMaps) * 8 + k % 8, k * kBytes};
@@ -151,7 +151,7 @@ class GradientStores {
     }
   }
 
-  // What the thread stores of a step. at(row, byte): where that byte of a row lies.
+  // Reads the quads that this thread stores for a step. at(row, byte): address of that byte of a row.
   template <class At>
   FUSEDRNN_DEVICE void read(Quads& da, const At& at) const {
     FUSEDRNN_UNROLL for (int m = 0; m < kStores; ++m) {

@@ -98,7 +98,7 @@ struct HardwareTanh : FastMath {
   static FUSEDRNN_DEVICE float tanh(float x) { return rough_tangent(x); }
 };
 
-// What the cells take for F: of single numbers.
+// The math F that cells are instantiated with here: on single numbers.
 template <class A, class Nonlinear>
 struct NumberMath {
   using Number = A;

@@ -8,7 +8,7 @@
 //   sync_warp(name)
 //   sync_cluster(name)                               sm_90: barrier of the cluster; orders all of its shared memory
 //   shuffle_xor(value, mask)
-//   kept(value)                                      the value, which the compiler keeps instead of computing it again;
+//   kept(value)                                      the value, held in a register and not computed again;
 //                                                    all lanes of a warp come here
 //   fresh(value)                                     the value, of which the compiler knows nothing: it computes
 //                                                    nothing from it before a loop, to be kept in registers
@@ -46,7 +46,7 @@ namespace fusedrnn::cuda {
 
 constexpr int kWarp = 32;
 
-// What one thread moves at a time.
+// The unit of copies: 16 bytes by one thread.
 struct alignas(16) Quad {
   uint32_t word[4];
 };
@@ -59,7 +59,7 @@ struct Float16 {
   uint16_t bits;
 };
 
-// Of a matrix instruction.
+// Operand types of a matrix instruction.
 enum class Operands { kBFloat16, kFloat16, kTf32 };
 
 // Opaque, in shared memory.

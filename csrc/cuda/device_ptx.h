@@ -175,7 +175,7 @@ FUSEDRNN_DEVICE void copy_async_if(bool condition, void* shared, const void* glo
 }
 FUSEDRNN_DEVICE void wait_copies(const char*) { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// Those copies of this thread that are in no group yet become one, perhaps an empty one.
+// Commits this thread's copies that are in no group yet as one group, which may be empty.
 FUSEDRNN_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kGroups>
 FUSEDRNN_DEVICE void wait_copies_but(const char*) {

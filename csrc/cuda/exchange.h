@@ -123,7 +123,7 @@ class GridExchange {
   uint32_t sent_ = 0, received_ = 0;
 };
 
-// The same of operands of any size, which come to shared memory in chunks.
+// A grid exchange of operands of any size, which are copied to shared memory in chunks.
 class ChunkedExchange : public GridExchange {
  public:
   static constexpr Exchange kExchange = Exchange::kChunked;

@@ -1,4 +1,4 @@
-// What a variant of the LSTM takes beside its maps and its carry: peepholes, and the multipliers of noise.
+// The additional inputs of the LSTM's variants: peepholes, and the multipliers of noise.
 //
 // One kernel serves all variants of as many gates. Which of these a launch has is the same for all of its threads, and
 // asked at run time: what is not given is not computed with, but for factors of one, so that no infinity becomes a NaN.
@@ -40,8 +40,8 @@ class CellExtras<M, C, Params, kProjected, true> {
   using A = typename M::Compute;
   static constexpr int kPeepholes = C::kSpec.parameters;
   using Peepholes = A[kPeepholes];
-  // Of a unit, a batch row and a step. dropped: of the candidate, or of the state in the product with w_hh, which is
-  // the same at all steps: no variant has both.
+  // The multipliers of a unit, a batch row and a step. dropped: of the candidate, or of the state in the product with
+  // w_hh, which is the same at all steps. No variant has both.
   struct Multipliers {
     A h = 0, c = 0, dropped = 0;
   };
@@ -60,17 +60,17 @@ class CellExtras<M, C, Params, kProjected, true> {
         has_g_(given(Noise::kG)),
         has_r_(given(Noise::kR)) {}
 
-  // Whether a thread keeps what is the same at all steps in registers, and does not load it where it is used: of
+  // Whether a thread holds values that are the same at all steps in registers; else it loads them at each use: of
   // float64 there is no room.
   static constexpr bool kKeeps = sizeof(A) == sizeof(float);
 
-  // Of a unit; zeros where it does not exist.
+  // Loads the peepholes of a unit; zeros if unit >= H.
   FUSEDRNN_DEVICE void load(Peepholes& p, int64_t unit) const {
     const S* w_p = static_cast<const S*>(extras_.w_p[direction_]) + unit;
     const bool exist = has_peepholes_ && unit < H_;
     FUSEDRNN_UNROLL for (int k = 0; k < kPeepholes; ++k) p[k] = exist ? to_compute(w_p[k * H_]) : A(0);
   }
-  // Those of a unit that are kept, or loaded.
+  // p = the peepholes of a unit: those held in registers, or loaded.
   FUSEDRNN_DEVICE void take(Peepholes& p, const Peepholes& kept, int64_t unit) const {
     if constexpr (kKeeps) {
       FUSEDRNN_UNROLL for (int k = 0; k < kPeepholes; ++k) p[k] = kept[k];
@@ -80,21 +80,21 @@ class CellExtras<M, C, Params, kProjected, true> {
   }
   // Whether there are multipliers to load at every step. With a projection, those of r are not of a unit.
   FUSEDRNN_DEVICE bool has_noise() const { return kProjected ? has_g_ : extras_.noise_strides.b != 0; }
-  // Where those of a step, a row and a unit lie.
+  // Index of the multipliers of a step, a row and a unit.
   FUSEDRNN_DEVICE int64_t place(int64_t t, int64_t b, int64_t unit) const {
     const Strides& strides = extras_.noise_strides;  // which are of 32 bits, and so are t and b
     const int64_t of_row = int64_t{static_cast<int>(b)} * to_next_row(),
                   of_step = int64_t{static_cast<int>(t)} * static_cast<int>(strides.t);
     return of_step + of_row + (unit + (direction_ == 1 ? strides.d : 0));
   }
-  // The same of the nearest unit that exists.
+  // place() with the unit clamped to those that exist.
   FUSEDRNN_DEVICE int64_t place_of_nearest(int64_t t, int64_t b, int64_t unit) const {
     const int64_t units = extras_.noise_strides.d;
     return place(t, b, unit < units ? unit : units > 0 ? units - 1 : 0);
   }
   FUSEDRNN_DEVICE int to_next_row() const { return static_cast<int>(fresh(extras_.noise_strides.b)); }
   FUSEDRNN_DEVICE int to_next_step() const { return static_cast<int>(extras_.noise_strides.t); }
-  // Those of a place. Of kinds that are not given, numbers that are not used.
+  // Loads the multipliers at an index from place(). Kinds that are not given get values that are never used.
   FUSEDRNN_DEVICE void load(Multipliers& v, int64_t at) const {
     if constexpr (!kProjected) {
       v.h = noise(0)[at];
@@ -102,7 +102,7 @@ class CellExtras<M, C, Params, kProjected, true> {
     }
     v.dropped = noise(2)[at];
   }
-  // The same where they exist.
+  // As above, if `exist`.
   FUSEDRNN_DEVICE void load(Multipliers& v, bool exist, int64_t at) const {
     if constexpr (!kProjected) {
       load_global_if(exist, noise(0) + at, v.h);
@@ -110,7 +110,7 @@ class CellExtras<M, C, Params, kProjected, true> {
     }
     load_global_if(exist, noise(2) + at, v.dropped);
   }
-  // Of a number of the hidden state in the product with w_hh; with a projection it is not of a unit.
+  // The multiplier of an element of h in the product with w_hh. With a projection it belongs to an output, not a unit.
   FUSEDRNN_DEVICE A of_state(const Multipliers& v) const { return has_r_ ? v.dropped : A(1); }
   FUSEDRNN_DEVICE A of_state(bool exists, int64_t b, int64_t output) const {
     return exists && has_r_ ? noise(2)[place(0, b, output)] : A(1);
@@ -124,7 +124,7 @@ class CellExtras<M, C, Params, kProjected, true> {
   FUSEDRNN_DEVICE A zoned_out(const Multipliers& v, A h_in, A m) const {
     return has_h_ ? v.h * h_in + (A(1) - v.h) * m : m;
   }
-  // Of the gradient of h_t, what goes past the cell to the state that entered. The rest is that of m.
+  // The part of the gradient of h_t that bypasses the cell to h_{t-1}. The rest is the gradient of m.
   FUSEDRNN_DEVICE A passed(const Multipliers& v, A dh) const { return has_h_ ? v.h * dh : A(0); }
 
  private:

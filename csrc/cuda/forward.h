@@ -2,8 +2,8 @@
 //
 //   a_t from xg_t and h_{t-1} @ w_hh^T     m_t, the new carry from a_t and the carry     h_t = m_t  or  m_t @ w_hr^T
 //
-// Of the maps a that the cell reads (csrc/cells), each has a part of xg, of the product with w_hh, or both. A map with
-// no part of xg has b_hh. xg_t = x_t @ w_ih^T + b_ih + b_hh is given, without b_hh of those; or x is, and the launch
+// Each map a that the cell reads (csrc/cells) has a part of xg, of the product with w_hh, or both. A map with no part
+// of xg has b_hh. xg_t = x_t @ w_ih^T + b_ih + b_hh is given, without b_hh of those; or x is, and the launch
 // does that product as well. It does not depend on h, and comes before the wait for it: its sums take the place of what
 // would have been loaded.
 //
@@ -76,8 +76,8 @@ class Forward {
   using Input = Multiplier<Stage::kInput>;
   using Maps = A[kColumnTiles][kMaps][2];  // of every column tile, those of the lane's unit in its columns
   using Outputs = typename Projection::Results;
-  static constexpr int kKeptOfCarry = kColumnTiles * 2;
-  using Kept = TileLoop<A, kept_numbers(kPass, kRows, kProjected)>;
+  static constexpr int kFirstH = kColumnTiles * 2;
+  using Loop = TileLoop<A, state_numbers(kPass, kRows, kProjected)>;
   // Whether xg is copied, and the outputs are stored, 16 bytes at a time.
   static constexpr bool kInRuns = moves_in_runs(Channel::kExchange, kMath, kProjected);
   static constexpr int kXgRow = xg_row(kCell, kMath), kXgStep = kMmaN * kXgRow;
@@ -124,7 +124,7 @@ class Forward {
   }
 
   static FUSEDRNN_DEVICE Product product_of(const ForwardParams& p, Stage stage) {
-    if (stage == Stage::kInput && p.plan.inputs == 0) return {};
+    if (stage == Stage::kInput && p.plan.fuse_input == 0) return {};
     return product(spec_of<C>(), kPass, stage, p.sizes, kMath, kProjected);
   }
   static FUSEDRNN_DEVICE Channel channel(const ForwardParams& p, const Role& role, Stage stage, char* shared,
@@ -229,12 +229,13 @@ class Forward {
     });
   }
 
-  // The same where a warp has several tiles. With a projection a step loops over them twice: to m, then to h.
+  // All slices, where a warp computes several tiles in turn. With a projection a step loops over them twice: for m,
+  // then for h.
   FUSEDRNN_DEVICE void slices_in_turns(char* shared, const SharedLayout& layout) {
     const int64_t T = p_.sizes.T;
-    Kept kept(spec_of<C>(), p_.sizes, p_.plan, kPass, p_.workspace);
+    Loop loop(spec_of<C>(), p_.sizes, p_.plan, kPass, p_.workspace);
     const auto in_turns = [&](int64_t tiles, const auto& f) {
-      kept.for_each(tiles, role_, [&] {
+      loop.for_each(tiles, role_, [&] {
         take_tile();
         f();
       });
@@ -243,20 +244,20 @@ class Forward {
       in_turns(unit_tiles(), [&] {
         start(b);
         send_h();
-        keep(kept);
+        save_state(loop);
       });
       announce_h();
       FUSEDRNN_NO_UNROLL for (int64_t n = 0; n < T; ++n) {
         in_turns(unit_tiles(), [&] {
-          recall(kept, b, n);
+          load_state(loop, b, n);
           load(n);
           Maps a;
-          if (has_inputs()) {
+          if (fuses_input()) {
             x_.take(direction_.at(n), b);
             input_product(shared, layout).multiply_part(x_, a);
             add_input(a);
           }
-          if (kept.is_first()) h_channel_.await();
+          if (loop.is_first()) h_channel_.await();
           Recurrent recurrent = recurrent_product(shared, layout);
           recurrent.multiply_part(h_channel_, a);
           add_xg(a);
@@ -268,14 +269,14 @@ class Forward {
             next(n);
           }
           store_cells(direction_.at(n), a);
-          keep(kept);
+          save_state(loop);
         });
         if constexpr (kProjected) {
           m_channel_.announce();
           if (!in_outputs_) continue;
           m_channel_.await();
           in_turns(output_tiles(), [&] {
-            recall(kept, b, n);
+            load_state(loop, b, n);
             look_at(n);
             Projection projection = projection_product(shared, layout);
             Outputs z;
@@ -283,13 +284,13 @@ class Forward {
             projection.add_parts(z);
             take(z);
             next(n);
-            keep(kept);
+            save_state(loop);
           });
         }
         if (n + 1 < T) announce_h();
       }
       in_turns(unit_tiles(), [&] {
-        recall(kept, b, T - 1);
+        load_state(loop, b, T - 1);
         finish();
       });
     });
@@ -300,7 +301,7 @@ class Forward {
   // Sets up the copies and stores of a slice, from its first step on.
   FUSEDRNN_DEVICE void start_runs(int64_t first_row) {
     const int64_t H = p_.sizes.H, t = direction_.at(0), forwards = role_.direction == 1 ? -1 : 1;
-    // A variant has no registers to keep what follows from the lane from slice to slice.
+    // Variants have no registers for values that depend on the lane alone: `fresh` has them computed again.
     const int lane = kVariant ? static_cast<int>(fresh(role_.lane)) & (kWarp - 1) : role_.lane;
     FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
       const bool mine = has_units_ && role_.owns(n);
@@ -314,7 +315,7 @@ class Forward {
       FUSEDRNN_UNROLL for (int m = 0; m < kXgRuns; ++m) {
         const int q = lane + m * kWarp, array = q / quads % kGates;
         const int64_t b = row + q / quads / kGates;
-        const bool exists = !has_inputs() && q / quads < kGates * kMmaN;
+        const bool exists = !fuses_input() && q / quads < kGates * kMmaN;
         xg_runs_[n][m] = run(exists ? p_.xg : nullptr, bytes, direction_.offset(p_.xg_strides, t, b) + array * H,
                              p_.xg_strides.t, b, unit + q % quads * (16 / bytes));
         xg_to_[m] = kept(q / (quads * kGates) * kXgRow + q % (quads * kGates) * static_cast<int>(sizeof(Quad)));
@@ -337,7 +338,7 @@ class Forward {
       FUSEDRNN_UNROLL for (int m = 0; m < kXgRuns; ++m) ragged_ |= xg_runs_[n][m].is_ragged();
       FUSEDRNN_UNROLL for (int m = 0; m < kStoreRuns; ++m) ragged_ |= stores_[n][m].is_ragged();
     }
-    if (has_inputs()) {
+    if (fuses_input()) {
       keep_biases();
       return;
     }
@@ -364,7 +365,7 @@ class Forward {
   // Begins to copy xg of the next step that was not copied, if there is one.
   FUSEDRNN_DEVICE void copy_xg(bool exists, int slot) {
     static_assert(kStepsAhead == 3);
-    if (has_inputs()) return;
+    if (fuses_input()) return;
     if (exists) ragged_ ? copy_xg<true>(slot) : copy_xg<false>(slot);
     commit_copies();
   }
@@ -383,7 +384,7 @@ class Forward {
     FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
       FUSEDRNN_UNROLL for (int v = 0; v < 2 * kMaps; ++v) xg_[n][v / 2][v % 2] = 0;
     }
-    if (has_inputs()) {
+    if (fuses_input()) {
       for_each_column(
           [&](int n, int j) { FUSEDRNN_UNROLL for (int map = 0; map < kMaps; ++map) xg_[n][map][j] = biases(n)[map]; });
       return;
@@ -459,16 +460,16 @@ class Forward {
     store_h(direction_.at(n));
   }
 
-  // Saves the state of a tile between its turns; recall() loads it before the n-th step.
-  FUSEDRNN_DEVICE void keep(const Kept& kept) {
-    for_each_column([&](int n, int j) { kept[2 * n + j] = carry_[n][j]; });
-    for_each_output([&](int n, int j, int k) { kept[kKeptOfCarry + (n * kOutputs + k) * 2 + j] = h_[n][k][j]; });
+  // Saves the state of a tile between its turns; load_state() loads it before the n-th step.
+  FUSEDRNN_DEVICE void save_state(const Loop& loop) {
+    for_each_column([&](int n, int j) { loop[2 * n + j] = carry_[n][j]; });
+    for_each_output([&](int n, int j, int k) { loop[kFirstH + (n * kOutputs + k) * 2 + j] = h_[n][k][j]; });
   }
-  FUSEDRNN_DEVICE void recall(const Kept& kept, int64_t first_row, int64_t step) {
+  FUSEDRNN_DEVICE void load_state(const Loop& loop, int64_t first_row, int64_t step) {
     find_rows(first_row);
     reset_ = resets(step);
-    for_each_column([&](int n, int j) { carry_[n][j] = kept[2 * n + j]; });
-    for_each_output([&](int n, int j, int k) { h_[n][k][j] = kept[kKeptOfCarry + (n * kOutputs + k) * 2 + j]; });
+    for_each_column([&](int n, int j) { carry_[n][j] = loop[2 * n + j]; });
+    for_each_output([&](int n, int j, int k) { h_[n][k][j] = loop[kFirstH + (n * kOutputs + k) * 2 + j]; });
   }
 
   // f(n, j) for every column tile n that the warp owns and each of the lane's two columns j in it.
@@ -486,8 +487,8 @@ class Forward {
   }
 
   // Whether the warp has a product with w_ih.
-  FUSEDRNN_DEVICE bool takes_x() const { return has_inputs() && has_units_; }
-  FUSEDRNN_DEVICE bool has_inputs() const { return p_.plan.inputs != 0; }
+  FUSEDRNN_DEVICE bool takes_x() const { return fuses_input() && has_units_; }
+  FUSEDRNN_DEVICE bool fuses_input() const { return p_.plan.fuse_input != 0; }
 
   // The batch row of a column, and the index in h of one of the lane's numbers of it.
   FUSEDRNN_DEVICE int64_t row(int n, int j) const { return first_row_ + n * kMmaN + j; }
@@ -593,7 +594,7 @@ class Forward {
       FUSEDRNN_UNROLL for (int v = 0; v < 2 * kMaps; ++v) xg_[n][v / 2][v % 2] = 0;
     }
     for_each_column([&](int n, int j) {
-      if (!exists_(n, j) || has_inputs()) return;
+      if (!exists_(n, j) || fuses_input()) return;
       const int64_t at = direction_.offset(p_.xg_strides, t, row(n, j)) + unit_;
       FUSEDRNN_UNROLL for (int map = 0; map < kMaps; ++map) {
         if (!is_of_input(map)) {
@@ -605,7 +606,7 @@ class Forward {
             p_.xg_wide != 0 ? static_cast<const A*>(p_.xg)[k] : to_compute(static_cast<const S*>(p_.xg)[k]);
       }
     });
-    if (has_inputs()) load_biases();
+    if (fuses_input()) load_biases();
   }
 
   // The biases, to which the products are added where xg is not given.
@@ -616,7 +617,7 @@ class Forward {
       for_each_column([&](int n, int j) { xg_[n][map][j] = sum; });
     }
   }
-  // Of maps that have no part of xg.
+  // Biases of the maps that have no part of xg.
   FUSEDRNN_DEVICE void load_state_biases() {
     FUSEDRNN_UNROLL for (int map = 0; map < kMaps; ++map) {
       if (!is_of_input(map)) state_biases_[map] = unit_ < p_.sizes.H ? bias_of(map) : A(0);
@@ -786,11 +787,11 @@ class Forward {
   // Whether the warp has a tile of units, and of outputs; and whether the thread takes part in receiving h, and m.
   bool has_units_, has_outputs_, in_units_, in_outputs_;
   int64_t first_row_;  // batch row of the first column
-  // Of the lane's unit or its numbers of h, for each of its columns.
+  // For each of the lane's columns: the sequence's length and, for its unit or its elements of h, the state.
   int lengths_[kColumnTiles][2];
   A h_[kColumnTiles][kOutputs][2], carry_[kColumnTiles][2];  // the state
-  // Of the step that comes, of all maps: xg, or the biases and then x @ w_ih^T on top; zero in column tiles that
-  // another warp owns, but for the warp's part of that product.
+  // All maps of the next step: xg, or the biases plus x @ w_ih^T. Zero in column tiles that another warp owns, except
+  // for this warp's part of that product.
   Maps xg_;
   A state_biases_[kMaps];  // of maps that have no part of xg
   Run xg_runs_[kInRuns ? kColumnTiles : 1][kXgRuns], stores_[kInRuns ? kColumnTiles : 1][kStoreRuns];
@@ -798,7 +799,7 @@ class Forward {
   int xg_slot_ = 0;      // of the step that comes
   bool ragged_ = false;  // whether any of these is
   A m_[kColumnTiles][2];
-  // Of a variant: multipliers of the step that comes and, with a projection, those of h in the product with w_hh.
+  // Variants: multipliers of the next step and, with a projection, those of h in the product with w_hh.
   typename Extra::Peepholes peepholes_;
   typename Extra::Multipliers multipliers_[kColumnTiles][2];
   int64_t multipliers_at_;               // of the step that comes and the lane's first column

@@ -1,4 +1,4 @@
-// Where things lie, and the order of the time steps of a direction.
+// Addresses of tensor elements, and the order of the time steps of a direction.
 #pragma once
 
 #include "params.h"

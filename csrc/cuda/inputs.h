@@ -36,7 +36,7 @@ class InputRows {
     }
   }
 
-  // What has come, as an operand.
+  // A quad that was copied, converted to operands.
   static FUSEDRNN_DEVICE Quad rounded(const Quad& copied) { return M::operands(copied); }
 
  private:
@@ -95,7 +95,7 @@ class Inputs {
  private:
   static constexpr int kBarrier = 15;  // behind those of WarpProduct
 
-  // All of this is computed again where it is needed, while others wait, and takes no registers in between.
+  // The following are computed at each use, while other warps wait, instead of being held in registers.
   FUSEDRNN_DEVICE Product product() const {
     return cuda::product(spec_of<C>(), Pass::kForward, Stage::kInput, p_.sizes, M::kMath);
   }

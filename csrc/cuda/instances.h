@@ -10,10 +10,10 @@ struct Instances {
   const void* kernel[2][4][3];  // [pass][exchange][variant]; null where there is none
 };
 
-// Which of the kernels of one pass and exchange: 8 rows, 16 rows, or 8 with a projection.
+// Index of the kernel among those of one pass and exchange: 8 rows, 16 rows, 8 rows with a projection.
 constexpr int variant(const Sizes& sizes, const Plan& plan) { return sizes.projected != 0 ? 2 : plan.rows / kMmaN - 1; }
 
-// C: of cell.h.
+// C is a cell (cell.h).
 template <Math kMath, class C>
 Instances instances();
 

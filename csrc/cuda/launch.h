@@ -26,7 +26,7 @@ std::string launch_pack(const PackParams& params, void* stream);
 std::string launch_forward(const ForwardParams& params, void* stream);
 std::string launch_backward(const BackwardParams& params, void* stream);
 
-// What a plan meets on the current device.
+// The resources of the current device for a plan.
 struct Occupancy {
   int64_t shared_bytes;  // that a block may have
   int groups;            // that can run at the same time, of all directions; 0 if not even one fits

@@ -6,9 +6,9 @@
 // of the operand with one 16-byte load is the B fragments for the same inner indices. So weights are packed the same
 // way for every dtype, and no fragment is ever shuffled.
 //
-// Of an odd number of segments, the last one has an instruction for itself: its inner indices of the first half in rows
-// 0 to 7, those of the second half in rows 8 to 15. Of the two instructions with the two halves of the operand, one has
-// the sums of the first half in its rows 0 to 7, the other those of the second half in its rows 8 to 15.
+// If the number of segments is odd, the last one has an instruction of its own: rows 0 to 7 hold its inner indices of
+// the first half, rows 8 to 15 those of the second half. It runs twice, with either half of the operand. The sums of
+// the first half are then in rows 0 to 7 of one result, those of the second half in rows 8 to 15 of the other.
 //
 // Results: lane 4 r + q ends with row r of every segment at columns 2 q and 2 q + 1. In the forward the segments are
 // maps of the cell, and a lane has those of one unit for two batch rows.
@@ -41,7 +41,7 @@ struct MatrixUnit {
     }
   }
 
-  // Where a lane begins to read of an operand whose rows are `stride` bytes apart.
+  // Offset of a lane's first quad in an operand whose rows are `stride` bytes apart.
   static FUSEDRNN_DEVICE int first_byte(int stride, int lane) {
     return lane / 4 * stride + lane % 4 * static_cast<int>(sizeof(Quad));
   }
@@ -113,7 +113,8 @@ struct ScalarUnit {
     }
   }
 
-  // Of a pair of lanes, each keeps half of the columns and gives the other half away; twice.
+  // Two exchanges: in each, a lane of a pair sends the other lane half of its columns and adds what it receives to the
+  // rest.
   template <int kSegments, int kChains, int kRoom>
   static FUSEDRNN_DEVICE void finish(const Accumulator<kSegments, kChains>& from, A (&z)[kRoom][2], int lane) {
     const bool upper = (lane & 2) != 0, odd = (lane & 1) != 0;

@@ -99,8 +99,8 @@ class AlongRows {
   bool aligned_;
 };
 
-// The same where K runs along the columns: in the backward. A lane brings two columns of the matrix, of all rows of a
-// quad, which are two quads of other lanes.
+// Packs a matrix with K along its columns, for the backward. A lane loads two columns of all rows of a quad, which
+// become two quads of other lanes.
 template <Stage kStage, class Bits>
 class AlongColumns {
  public:

@@ -8,8 +8,8 @@
 // means zeros for an input and "not wanted" for an output. Outputs are written in full, and need not be initialised.
 //
 // A launch is the recurrence. What it takes of the input is the plan's choice: xg, the affine map of all steps, which
-// the caller computes before it as one matrix product; or, with plan.inputs, x and the weights and biases of that map.
-// After a backward launch dx, dw and db are the caller's, as matrix products with da.
+// the caller computes before it as one matrix product; or, with plan.fuse_input, x and the weights and biases of that
+// map. After a backward launch dx, dw and db are the caller's, as matrix products with da.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@
 
 namespace fusedrnn::cuda {
 
-// Of a tensor with dimensions t, b and a last one that is dense, for one direction d: in elements.
+// Strides, in elements, of a tensor with dimensions d (direction), t, b and a dense last one.
 struct Strides {
   int64_t d, t, b;
 };
@@ -29,24 +29,24 @@ struct Sequence {
   const uint8_t* reset;    // [T][B] or null
 };
 
-// What the blocks of a launch write to and read from each other through the second-level cache.
+// Memory through which the blocks of a launch exchange data, in the L2 cache.
 struct Workspace {
   void* exchanged;  // workspace_bytes() of plan.h, aligned to 128, uninitialised; null if that is 0
   uint32_t* flags;  // flags() of plan.h, zero at the start of every launch; null if that is 0
 };
 
-// What noise multiplies: see NOISE in fusedrnn/cells/spec.py.
+// The values that noise multiplies: see NOISE in fusedrnn/cells/spec.py.
 enum class Noise : int32_t { kH, kC, kG, kR };
 constexpr int kNoises = 4;
 
-// Of a variant of the LSTM.
+// The additional inputs of a variant of the LSTM.
 struct Extras {
   const void* w_p[2];  // S [K * H], one for each direction; both null without peepholes
   // A, the multipliers of h, of c, and of g or r, which no variant has both. The kernels read all three, at the same
   // places: the address of one that is not given is that of another, or without any that of some number.
   const void* noise[3];
   int32_t given[kNoises];  // whether there is that kind
-  // Of all that are given; t may be 0. Those of kR are the same at all steps. All 0 without noise.
+  // Strides of all multipliers that are given; t may be 0. Those of kR are the same at all steps. All 0 without noise.
   Strides noise_strides;
 };
 
@@ -61,7 +61,7 @@ struct ForwardParams {
   // of S otherwise, in which case a 16-bit dtype has rounded it: a matrix product that can write float saves that
   // rounding, one that cannot saves half the bytes. Any strides, so that [T][B][D][GH] and [D][T][B][GH] both do. Steps
   // that do not exist are not read.
-  const void* xg;  // [GH] dense: the gates in the order of the weights; not read with plan.inputs
+  const void* xg;  // [GH] dense: the gates in the order of the weights; not read with plan.fuse_input
   Strides xg_strides;
   int32_t xg_wide;
   const void* h0;  // S [D][B][P] or null
@@ -73,8 +73,8 @@ struct ForwardParams {
   void* hn;     // S [D][B][P]
   void* cn;     // S [D][B][H], of a cell that has c; or null
   void* saved;  // S [D][T][B][KH]: what the cell saves for the backward; zero where no step exists; or null
-  // In the place of xg, with plan.inputs. Any strides and alignment; rows that begin at multiples of 16 bytes, all of
-  // them, are copied asynchronously. Steps that do not exist may be read, and what is there does not matter.
+  // In the place of xg, with plan.fuse_input. Any strides and alignment; rows that begin at multiples of 16 bytes, all
+  // of them, are copied asynchronously. Steps that do not exist may be read, and what is there does not matter.
   const void* x;  // S [I] dense
   Strides x_strides;
   const void* w_ih;  // S, as pack.h packs it
@@ -104,7 +104,7 @@ struct BackwardParams {
   void* da;           // S [D][T][B][MH]: gradients of the maps; zero where no step exists
   void* dh0;          // S [D][B][P] or null
   void* dc0;          // S [D][B][H] or null; only of a cell that has c, as dc and dcn
-  // What the gradient of w_hr needs, only where projected: dw_hr = dh_out^T @ m over all t and b.
+  // Operands of the gradient of w_hr, only where projected: dw_hr = dh_out^T @ m over all t and b.
   void* dh_out;  // S [D][T][B][P]: the gradient of h_t; zero where no step exists
   void* m;       // S [D][T][B][H]: m_t of the cell; zero where no step exists
   Extras extras;

@@ -5,8 +5,8 @@
 // a tile of output rows of the recurrent product (hidden units with their maps in the forward, units in the backward)
 // and a part of its inner dimension K. The operand of the product, h or da of all units for the rows of the slice, is
 // exchanged between the blocks at every step. A projection adds a second product per step, with an operand of its own,
-// m or dh, whose tiles are spread over the same warps. A launch that takes the inputs has a product with w_ih before
-// the recurrent one in the forward, with the same tiles; its operand is x, which is not exchanged.
+// m or dh, whose tiles are spread over the same warps. With fuse_input the forward has a product with w_ih before the
+// recurrent one, with the same tiles; its operand is x, which is not exchanged.
 //
 // If an operand exceeds shared memory, or there are more tiles than warps, the plan is chunked: operands come to shared
 // memory one chunk of K after another, and a warp computes several tiles in turn in every step.
@@ -26,7 +26,7 @@ enum class Pass : int32_t { kForward, kBackward };
 enum class Stage : int32_t {
   kRecurrent,   // with w_hh
   kProjection,  // with w_hr
-  kInput,       // with w_ih; in the forward, where plan.inputs
+  kInput,       // with w_ih; in the forward, where plan.fuse_input
 };
 constexpr int kStages = 3;
 enum class Exchange : int32_t {
@@ -55,8 +55,8 @@ struct Plan {
   int32_t shared_blocks;  // K blocks of each warp's weights that lie in shared memory. Before them register_blocks()
                           // lie in registers; what remains is streamed from the second-level cache at every step
   int32_t shared_projection_blocks;  // the same for w_hr, with one K block in registers; 0 without a projection
-  int32_t inputs;                    // 1 where the launch takes x and w_ih, else 0 and it takes xg; forward only
-  int32_t shared_input_blocks;       // the same for w_ih, with none in registers; 0 without inputs
+  int32_t fuse_input;                // 1 where the launch takes x and w_ih, else 0 and it takes xg; forward only
+  int32_t shared_input_blocks;       // the same for w_ih, with none in registers; 0 without fuse_input
   int32_t chunk_blocks;              // of kChunked: K blocks of each warp in a chunk of the operand; else 0
   CellKind cell;
 };
@@ -83,7 +83,7 @@ FUSEDRNN_BOTH constexpr int max_rows(Math math) { return uses_matrix_unit(math) 
 FUSEDRNN_BOTH constexpr int tile_units(Pass pass) { return pass == Pass::kForward ? 8 : 16; }
 constexpr int kTileOutputs = 16;  // of the projection, in the forward, and of h in its backward
 
-// What depends on the cell takes its spec: that of plan.cell, which a kernel knows when it is compiled.
+// Functions that depend on the cell take its spec: that of plan.cell, which is a compile-time constant in kernels.
 
 // Groups of eight output rows in a tile, the segments of an accumulator: in the forward, of 8 units each of the maps
 // that the product fills; 16 units or outputs in the other products.
@@ -91,7 +91,7 @@ FUSEDRNN_BOTH constexpr int segments(const CellSpec& cell, Pass pass, Stage stag
   if (pass == Pass::kBackward || stage == Stage::kProjection) return 2;
   return width(stage == Stage::kInput ? cell.input : cell.recurrent);
 }
-// The same of what is summed over the warps that split K: the maps, where they have another product added.
+// Segments that are summed over the warps that split K: the maps, where another product is added to them.
 FUSEDRNN_BOTH constexpr int summed_segments(const CellSpec& cell, Pass pass, Stage stage) {
   return pass == Pass::kForward && stage == Stage::kRecurrent ? cell.maps : segments(cell, pass, stage);
 }
@@ -126,7 +126,7 @@ FUSEDRNN_BOTH constexpr bool is_cluster(const Plan& plan) {
   return plan.exchange == Exchange::kCluster || plan.exchange == Exchange::kScatter;
 }
 
-// Of kScatter. splits: warps for each tile of 16 units that a block owns.
+// kScatter only. splits: warps for each tile of 16 units that a block owns.
 constexpr int kStepsCopied = 4;  // ahead of a step
 FUSEDRNN_BOTH constexpr int most_scatter_tiles(Math math, int rows) {
   return math == Math::kFloat64 || (math == Math::kTf32 && rows != kMmaN) ? 2 : 4;
@@ -145,8 +145,8 @@ FUSEDRNN_BOTH constexpr int scatter_outputs_in_registers(const CellSpec& cell, M
   const int outputs = blocks / scatter_blocks(cell, math, tiles);
   return outputs < 4 ? outputs : 4;
 }
-// Of the backward: what is copied ahead, which is what the cell saved, what it carried, dy and dc; and bytes from row
-// to row of so many units.
+// The inputs that the backward prefetches: saved values, carry, dy and dc; and the row stride in bytes of `units` of
+// them.
 FUSEDRNN_BOTH constexpr int copied_arrays(const CellSpec& cell) {
   return cell.saved + (cell.carry != Carry::kNone ? 1 : 0) + 1 + (has_cell_state(cell) ? 1 : 0);
 }
@@ -195,7 +195,7 @@ struct Product {
   int segments;
 
   FUSEDRNN_BOTH constexpr int64_t fragment_quads() const { return int64_t{segments} * kWarp; }
-  // Of the packed weights of one direction.
+  // Size of the packed weights of one direction.
   FUSEDRNN_BOTH constexpr int64_t packed_quads() const { return tiles * operand.blocks() * fragment_quads(); }
 };
 
@@ -219,7 +219,8 @@ FUSEDRNN_BOTH constexpr Product product(const CellSpec& cell, Pass pass, Stage s
 FUSEDRNN_BOTH constexpr Product product(const CellSpec& cell, Pass pass, Stage stage, const Sizes& sizes, Math math) {
   return product(cell, pass, stage, sizes, math, sizes.projected != 0);
 }
-// The same with the operand as weights are packed for it: of kScatter, each block's part of da begins with a K block.
+// The product with its operand in the layout that weights are packed for: with kScatter each block's part of da begins
+// with a K block.
 FUSEDRNN_BOTH constexpr Product packed_product(Pass pass, Stage stage, const Sizes& sizes, const Plan& plan) {
   const CellSpec cell = spec_of(plan.cell);
   Product packed = product(cell, pass, stage, sizes, plan.math);
@@ -230,9 +231,9 @@ FUSEDRNN_BOTH constexpr Product packed_product(Pass pass, Stage stage, const Siz
   return packed;
 }
 
-// Whether a launch has that stage. Those whose operand is exchanged come first.
+// Whether a launch has that stage. Stages whose operand is exchanged come first.
 FUSEDRNN_BOTH constexpr bool has(Stage stage, const Sizes& sizes, const Plan& plan) {
-  return stage == Stage::kRecurrent || (stage == Stage::kProjection ? sizes.projected : plan.inputs) != 0;
+  return stage == Stage::kRecurrent || (stage == Stage::kProjection ? sizes.projected : plan.fuse_input) != 0;
 }
 FUSEDRNN_BOTH constexpr int exchanges(const Sizes& sizes) { return sizes.projected != 0 ? 2 : 1; }
 
@@ -262,7 +263,7 @@ FUSEDRNN_BOTH constexpr int64_t streamed_blocks(const CellSpec& cell, Pass pass,
   return all > resident ? all - resident : 0;
 }
 
-// Of the rings of all warps of a block.
+// Size of the rings of all warps of a block.
 FUSEDRNN_BOTH constexpr int64_t ring_bytes(const CellSpec& cell, Pass pass, Stage stage, const Sizes& sizes,
                                            const Plan& plan) {
   if (streamed_blocks(cell, pass, stage, sizes, plan) == 0) return 0;
@@ -275,14 +276,14 @@ FUSEDRNN_BOTH constexpr int blocks_with(int64_t tiles, const Plan& plan) {
   return static_cast<int>(ceil_div(tiles, plan.tiles));
 }
 
-// Of so many tiles, those of one warp: its own of the group's, and every plan.blocks * plan.tiles-th behind it.
+// How many of `tiles` one warp computes: its first one, and every plan.blocks * plan.tiles-th after it.
 FUSEDRNN_BOTH constexpr int turns(int64_t tiles, const Plan& plan) {
   const int warps = plan.blocks * plan.tiles;
   return (static_cast<int>(tiles) + warps - 1) / warps;
 }
 
-// Numbers that a thread keeps of a tile from step to step: the carry and h, or their gradients.
-FUSEDRNN_BOTH constexpr int kept_numbers(Pass pass, int rows, bool projected) {
+// Numbers of a tile that a thread saves from step to step: the carry and h, or their gradients.
+FUSEDRNN_BOTH constexpr int state_numbers(Pass pass, int rows, bool projected) {
   return rows / kMmaN * (pass == Pass::kBackward ? 8 : projected ? 6 : 4);
 }
 
@@ -291,8 +292,8 @@ FUSEDRNN_BOTH constexpr int kept_numbers(Pass pass, int rows, bool projected) {
 FUSEDRNN_BOTH constexpr bool moves_in_runs(Exchange exchange, Math math, bool projected) {
   return exchange != Exchange::kChunked && math != Math::kFloat64 && !projected;
 }
-// Where it does: steps that are on their way or in use, and of the forward bytes from row to row of a tile of xg, and
-// of what is stored of a step: what the cell saves, c and h. Padded, so that lanes meet in no bank.
+// If so: steps in flight or in use; and in the forward, row strides in bytes of a tile of xg and of a step's outputs
+// (saved values, c and h), padded against bank conflicts.
 constexpr int kStepsAhead = 3;
 FUSEDRNN_BOTH constexpr int xg_row(const CellSpec& cell, Math math) {
   return cell.gates * 8 * compute_bytes(math) + 16;
@@ -300,16 +301,16 @@ FUSEDRNN_BOTH constexpr int xg_row(const CellSpec& cell, Math math) {
 FUSEDRNN_BOTH constexpr int stored_row(const CellSpec& cell, Math math) {
   return (cell.saved + (has_cell_state(cell) ? 2 : 1)) * 8 * storage_bytes(math) + 16;
 }
-// Of a tile and eight rows, all of it.
+// All of these buffers, for a tile and eight rows.
 FUSEDRNN_BOTH constexpr int step_bytes(const CellSpec& cell, Pass pass, Math math) {
   return kMmaN * (pass == Pass::kForward ? kStepsAhead * xg_row(cell, math) + stored_row(cell, math)
                                          : kStepsAhead * copied_row(cell, math, tile_units(pass)));
 }
-// Of the backward: bytes of da of so many units and a row, as it is staged. First come the maps that meet w_hh.
+// Backward: bytes of a row of staged da of `units` units. The maps that are multiplied with w_hh come first.
 FUSEDRNN_BOTH constexpr int staged_bytes(const CellSpec& cell, Math math, int units) {
   return units * cell.maps * storage_bytes(math);
 }
-// Of kScatter, in K blocks: what is behind them is in whole ones as well.
+// kScatter: the same in K blocks, in which the other maps are rounded up to a whole one as well.
 FUSEDRNN_BOTH constexpr int scatter_staged_blocks(const CellSpec& cell, Math math, int tiles) {
   const int others = tiles * 16 * (cell.maps - width(cell.recurrent)) * storage_bytes(math);
   return scatter_blocks(cell, math, tiles) + (others + kBlockBytes - 1) / kBlockBytes;
@@ -400,7 +401,8 @@ FUSEDRNN_BOTH constexpr int64_t shared_bytes(Pass pass, const Sizes& sizes, cons
   return shared_layout(spec_of(plan.cell), pass, sizes, plan).bytes;
 }
 
-// Of Workspace, for one launch: one exchange after the other, and behind them what threads keep where tiles take turns.
+// Size of Workspace::exchanged for one launch: the buffers of one exchange after the other, then the states that
+// threads save where they compute several tiles in turn.
 FUSEDRNN_BOTH constexpr int64_t exchanged_bytes(const CellSpec& cell, Pass pass, Stage stage, const Sizes& sizes,
                                                 const Plan& plan) {
   if (is_cluster(plan) || static_cast<int>(stage) >= exchanges(sizes)) return 0;
@@ -413,7 +415,7 @@ FUSEDRNN_BOTH constexpr int64_t exchanged_bytes(const CellSpec& cell, Pass pass,
 FUSEDRNN_BOTH constexpr int64_t kept_bytes(Pass pass, const Sizes& sizes, const Plan& plan) {
   if (plan.exchange != Exchange::kChunked) return 0;
   return launched_blocks(sizes, plan) * threads(plan) * turns(ceil_div(sizes.H, tile_units(pass)), plan) *
-         kept_numbers(pass, plan.rows, sizes.projected != 0) * compute_bytes(plan.math);
+         state_numbers(pass, plan.rows, sizes.projected != 0) * compute_bytes(plan.math);
 }
 FUSEDRNN_BOTH constexpr int64_t workspace_bytes(Pass pass, const Sizes& sizes, const Plan& plan) {
   return exchanged_bytes(spec_of(plan.cell), pass, sizes, plan) + kept_bytes(pass, sizes, plan);
@@ -422,7 +424,7 @@ FUSEDRNN_BOTH constexpr int64_t flags(const Sizes& sizes, const Plan& plan) {
   return is_cluster(plan) ? 0 : exchanges(sizes) * launched_blocks(sizes, plan);
 }
 
-// Of the packed weights, all directions.
+// Size of the packed weights of all directions.
 FUSEDRNN_BOTH constexpr int64_t packed_bytes(Pass pass, Stage stage, const Sizes& sizes, const Plan& plan) {
   return sizes.D * packed_product(pass, stage, sizes, plan).packed_quads() * static_cast<int64_t>(sizeof(Quad));
 }
@@ -441,10 +443,10 @@ FUSEDRNN_BOTH constexpr const char* invalid(Pass pass, const Sizes& sizes, const
       plan.shared_projection_blocks < 0 || plan.shared_input_blocks < 0 || plan.chunk_blocks < 0) {
     return "counts must be positive";
   }
-  if (plan.inputs != 0 && plan.inputs != 1) return "inputs must be 0 or 1";
-  if (plan.inputs == 0 && plan.shared_input_blocks != 0) return "shared_input_blocks without inputs";
-  if (plan.inputs != 0 && pass == Pass::kBackward) return "the backward takes no inputs";
-  if (plan.inputs != 0 && (sizes.I < 1 || sizes.I > (1 << 20))) return "I must be 1 to 2^20";
+  if (plan.fuse_input != 0 && plan.fuse_input != 1) return "fuse_input must be 0 or 1";
+  if (plan.fuse_input == 0 && plan.shared_input_blocks != 0) return "shared_input_blocks without fuse_input";
+  if (plan.fuse_input != 0 && pass == Pass::kBackward) return "fuse_input is of the forward alone";
+  if (plan.fuse_input != 0 && (sizes.I < 1 || sizes.I > (1 << 20))) return "I must be 1 to 2^20";
   if (plan.tiles > kMaxThreads || plan.splits > kMaxThreads || threads(plan) > kMaxThreads) {
     return "a block has too many threads";
   }
@@ -464,7 +466,7 @@ FUSEDRNN_BOTH constexpr const char* invalid(Pass pass, const Sizes& sizes, const
   if (plan.chunk_blocks != 0) return "chunk_blocks without chunks";
   if (int64_t{plan.blocks} * plan.tiles < ceil_div(sizes.H, tile_units(pass))) return "the tiles do not cover H";
   if (plan.exchange == Exchange::kGrid) return nullptr;
-  // What blocks send to each other is defined for clusters of two or more ("st.async", PTX ISA).
+  // Stores to other blocks ("st.async", PTX ISA) are defined for clusters of two or more.
   if (plan.blocks < 2 || plan.blocks > kMostBlocks || (plan.blocks & (plan.blocks - 1)) != 0) {
     return "a cluster has 2, 4, 8 or 16 blocks";
   }

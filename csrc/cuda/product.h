@@ -15,7 +15,7 @@
 
 namespace fusedrnn::cuda {
 
-// Which part of a launch a thread is.
+// The coordinates of a thread in a launch.
 struct Role {
   int lane, warp;
   int local_tile, split;   // the warp's place in the block
@@ -91,7 +91,7 @@ class WarpProduct {
     add_parts(z);
   }
 
-  // The same of all column tiles, and of the warp's part of K alone. z: of as many segments or more.
+  // The warp's part of K alone, of all column tiles. z has at least as many segments.
   template <int kRoom>
   FUSEDRNN_DEVICE void multiply_part(const char* operand, A (&z)[kColumnTiles][kRoom][2]) {
     Sums sums;
@@ -113,7 +113,7 @@ class WarpProduct {
     FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) { Unit::finish(sums[n], z[n], role_.lane); }
   }
 
-  // The same, kIsChunked. All threads of the block come here, and a warp without a tile has zeros.
+  // As above, for kIsChunked. All threads of the block must call it; a warp without a tile gets zeros.
   template <class Channel, int kRoom>
   FUSEDRNN_DEVICE void multiply_part(Channel& channel, A (&z)[kColumnTiles][kRoom][2]) {
     Sums sums;
@@ -144,7 +144,7 @@ class WarpProduct {
   static constexpr int kAtOnce = kSummed <= 2 ? 4 : 2;  // partial sums that are read before they are added
   using Sums = typename Unit::template Accumulator<kSegments, kChains>[kColumnTiles];
 
-  // Of the warp's K blocks, so many; the others are streamed.
+  // How many of the warp's K blocks are in registers.
   FUSEDRNN_DEVICE int in_registers() const {
     return kRegisterBlocks == 0 ? 0 : blocks_ < kRegisterBlocks ? blocks_ : kRegisterBlocks;
   }
@@ -202,7 +202,7 @@ class WarpProduct {
     FUSEDRNN_UNROLL for (int k = 0; k < kBlocks; ++k) add(sums, registers_[k], rows + k * kBlockBytes);
   }
 
-  // What does not lie in registers.
+  // Adds the K blocks that are not in registers.
   FUSEDRNN_DEVICE void add_rest(Sums& sums, const char* rows) {
     const int in_shared = this->in_shared(), streamed = this->streamed();
     FUSEDRNN_NO_UNROLL for (int k = 0; k < in_shared; ++k, rows += kBlockBytes) {
@@ -232,7 +232,7 @@ class WarpProduct {
     sync_threads(barrier_, role_.splits * kWarp, "partial sums");
   }
 
-  // Of two splits: a sum of two has no order.
+  // For two splits: their sum does not depend on the order.
   FUSEDRNN_DEVICE void add_other_half(Summed& z) const {
     share_partial_sums(z);
     FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) {

@@ -6,11 +6,11 @@
 
 namespace fusedrnn::cuda {
 
-// How many a lane has, of so many in each of eight rows.
+// Runs of a lane, for eight rows of `quads` runs each.
 constexpr int runs_of_lane(int quads) { return (quads * 8 + kWarp - 1) / kWarp; }
 
-// What is moved lies in global memory. It is less where a row ends, and moved in halves of 32 bits where not all steps
-// begin at a multiple of 16 bytes.
+// Up to 16 bytes of global memory: fewer at the end of a row. Moved 32 bits at a time unless all steps begin at
+// multiples of 16 bytes.
 class Run {
  public:
   FUSEDRNN_DEVICE Run() : at_(0), step_(0), halves_(0) {}

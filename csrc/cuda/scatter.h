@@ -166,8 +166,8 @@ class ScatterTiles {
     look_at(p_.sizes.T - 1);
     load_multipliers(p_.sizes.T - 1);
     const int64_t backwards = role_.direction == 1 ? 1 : -1;  // from a step to the next that is computed
-    // A variant has no registers to keep what follows from the thread from slice to slice. (nvcc 13.0 crashes for
-    // sm_100 if the compiler is told the range of the thread again.)
+    // Variants have no registers for values that depend on the thread alone: `fresh` has them computed again.
+    // (nvcc 13.0 crashes for sm_100 if the compiler is told the range of the thread again.)
     const int thread = kVariant ? static_cast<int>(fresh(thread_)) : thread_;
     inputs_.template start<kStepsCopied>(p_, direction_, thread, first_row, first_unit_, role_.direction == 1, copies_);
     stores_.start(p_, direction_, thread, first_row, first_unit_, role_.direction == 1);
@@ -226,7 +226,7 @@ class ScatterTiles {
     if constexpr (kVariant) {
       typename Extra::Peepholes p, dp;  // the gradients are computed after the launch
       extra_.take(p, peepholes_[k], first_unit_ + cell(k).unit);
-      // What goes past the cell takes the place of dh until that of the step before is there.
+      // dh_ holds the gradient that bypasses the cell until dh of the step before arrives.
       const A passed = extra_.passed(multipliers_[k], dh);
       if (exists) dh_[k] = passed;
       const auto operands = extra_.operands(p, multipliers_[k]);
@@ -236,8 +236,8 @@ class ScatterTiles {
     }
   }
 
-  // Where a byte of a row of da is staged. Every two rows have the quads of a K block in another order: the lanes of a
-  // warp write the same gate of eight rows, which lie 16 banks apart.
+  // Offset of a byte of a staged row of da. Every two rows have the quads of a K block in another order, against bank
+  // conflicts: the lanes of a warp write the same gate of eight rows, 16 banks apart.
   static FUSEDRNN_DEVICE int staged_at(int row, int byte) {
     return row * kStagedRow + (uses_matrix_unit(kMath) ? byte ^ row / 2 % 4 * static_cast<int>(sizeof(Quad)) : byte);
   }
@@ -262,7 +262,7 @@ class ScatterTiles {
                     dh_[k] + copied(now, Inputs::kDy), dc);
       if (exists) exists_ |= 1u << k;
       if constexpr (kCarries) dc_[k] = !exists ? dc_[k] : is_reset ? A(0) : dc;
-      // What is staged may be rounded to the operand's precision, and then is not what is stored.
+      // The staged gradients may be rounded to the operand's precision; then the exact ones are stored here.
       const int64_t row = first_row_ + c.row, H = p_.sizes.H;
       S* exact = M::kRoundsOperands && row < p_.sizes.B && first_unit_ + c.unit < H
                      ? static_cast<S*>(p_.da) + exact_step_ + row * kMaps * H + first_unit_ + c.unit
@@ -293,13 +293,13 @@ class ScatterTiles {
     const int own = kK == kTiles * kOfTile ? tiles * kOfTile : scatter_blocks(spec_of<C>(), kMath, tiles);
     return own < kK ? own : kK;
   }
-  // Of a tile of dh, fragment k of the weights.
+  // Fragment k of the weights of a tile of dh.
   FUSEDRNN_DEVICE const Quad* fragment(int output, int k) const {
     const int all = static_cast<int>(senders_) * kK;
     return static_cast<const Quad*>(p_.w_hh) +
            ((int64_t{role_.direction} * all_tiles_ + output) * all + role_.rank * kK + k) * kFragment + role_.lane;
   }
-  // The same, loaded; zeros behind the last unit.
+  // Loads fragment k; zeros past the last unit.
   FUSEDRNN_DEVICE void load(Fragment& w, int output, int k) const {
     FUSEDRNN_UNROLL for (int s = 0; s < kSegments; ++s) {
       w[s] = k < blocks_of_k() ? load_streamed(fragment(output, k) + s * kWarp) : Quad{{0, 0, 0, 0}};
@@ -328,7 +328,7 @@ class ScatterTiles {
     next_ = fragment(output(next_output_), 0);
     FUSEDRNN_UNROLL for (int k = 0; k < kStreamAhead; ++k) copy_next();
   }
-  // Of the tiles whose weights are streamed, one K block after another, and from the last on to the first.
+  // Copies the next K block of the tiles whose weights are streamed; the first one follows the last.
   FUSEDRNN_DEVICE void copy_next() {
     stream_.copy(next_);
     next_ += kFragment;

@@ -113,7 +113,7 @@ PlanStruct = mirror(
     groups=I32,
     shared_blocks=I32,
     shared_projection_blocks=I32,
-    inputs=I32,
+    fuse_input=I32,
     shared_input_blocks=I32,
     chunk_blocks=I32,
     cell=I32,
@@ -202,7 +202,7 @@ class Plan:
     groups: int = 0  # as many as there are slices
     shared_blocks: int = 0
     shared_projection_blocks: int = 0
-    inputs: bool = False  # of the forward: x in the launch
+    fuse_input: bool = False  # of the forward: x in the launch
     shared_input_blocks: int = 0
     chunk_blocks: int = 0
     cell: str = "lstm"  # that of the problem, in a layer
@@ -219,7 +219,7 @@ class Plan:
         ]
         parts += [f"groups{self.groups}"] if self.groups else []
         parts += [f"blocks{self.blocks}"] if self.blocks else []
-        parts += [f"inputs{self.shared_input_blocks}"] if self.inputs else []
+        parts += [f"fuse_input{self.shared_input_blocks}"] if self.fuse_input else []
         parts += [f"chunks{self.chunk_blocks}"] if self.chunk_blocks else []
         return "-".join([*parts, f"shared{self.shared_blocks}"])
 
@@ -316,7 +316,7 @@ class Host:
             groups=plan.groups or -(-B // plan.rows),
             shared_blocks=plan.shared_blocks,
             shared_projection_blocks=plan.shared_projection_blocks,
-            inputs=plan.inputs if direction == FORWARD else 0,
+            fuse_input=plan.fuse_input if direction == FORWARD else 0,
             shared_input_blocks=plan.shared_input_blocks if direction == FORWARD else 0,
             chunk_blocks=plan.chunk_blocks,
             cell=cuda_plan.kind_of(plan.cell),
@@ -361,11 +361,11 @@ class Host:
         self.pack(direction, 0, sizes, plan, [w.w_hh for w in weights], packed[0])
         if sizes.projected:
             self.pack(direction, 1, sizes, plan, [w.w_hr for w in weights], packed[1])
-        if plan.inputs:
+        if plan.fuse_input:
             self.pack(direction, 2, sizes, plan, [w.w_ih for w in weights], packed[2])
         fields = {"sizes": sizes, "plan": plan, "workspace": Workspace(exchanged=exchanged, flags=flags)}
         fields |= {"w_hh": packed[0], "w_hr": packed[1] if sizes.projected else None}
-        fields |= {"w_ih": packed[2]} if plan.inputs else {}
+        fields |= {"w_ih": packed[2]} if plan.fuse_input else {}
         return {"fields": fields, "alive": [exchanged, flags, packed]}
 
 
@@ -514,7 +514,7 @@ class Layer:
             biases = [getattr(w, f"b_{name}") for w in self.weights] if name in self.problem.biases else []
             return (P * 2)(*[b.data_ptr() for b in biases])
 
-        if not self.plan.inputs:
+        if not self.plan.fuse_input:
             strides = Strides(d=self.xg.stride(0), t=self.xg.stride(1), b=self.xg.stride(2))
             return {"xg": self.xg, "xg_strides": strides, "xg_wide": self.problem.wide, "b_hh": pointers("hh")}
 

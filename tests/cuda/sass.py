@@ -771,8 +771,8 @@ def _parameters(structs: Any, pass_: str, shape: Any, plan: Any, T: int) -> Any:
         given |= {"dy_strides": strides(P), "c_strides": strides(H)}
     else:
         given |= {"y_strides": strides(P), "c_strides": strides(H)}
-        pointers += ["x", "w_ih"] if plan.inputs else ["xg"]
-        if plan.inputs:
+        pointers += ["x", "w_ih"] if plan.fuse_input else ["xg"]
+        if plan.fuse_input:
             pair = structs.P * 2
             given |= {name: pair(next(address), next(address)) for name in ("b_ih", "b_hh")}
             given["x_strides"] = structs.Strides(d=0, t=B * I, b=I)

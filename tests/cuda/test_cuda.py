@@ -150,7 +150,7 @@ OTHER_CELLS = [
 def test_other_cells(cell, size, dtype, options, reserve, monkeypatch):
     """With what they save, and with what is computed again, which takes x in the launch."""
     monkeypatch.setenv("FUSEDRNN_RESERVE", reserve)
-    taken = plans_of({"inputs": reserve == "recompute"}, monkeypatch)
+    taken = plans_of({"fuse_input": reserve == "recompute"}, monkeypatch)
     check(Case(*size, dtype=dtype, cell=cell, **options))
     assert taken["forward"].cell == taken["backward"].cell == cell
 
@@ -285,12 +285,12 @@ def plans_of(wanted, monkeypatch):
 
     def plan(kernel, shape, device):
         want = {name: value for name, value in wanted.items() if name not in ("groups", "shared", "chunk_blocks")}
-        want["inputs"] = kernel == "forward" and wanted.get("inputs", False)
+        want["fuse_input"] = kernel == "forward" and wanted.get("fuse_input", False)
         if kernel == "backward" and want.get("exchange") == "cluster" and not shape.projected:
             want = {name: value for name, value in want.items() if name != "splits"} | {"exchange": "scatter"}
         found = cuda.ranked(kernel, shape, device[1])
         if "chunk_blocks" in wanted:
-            found = cuda_plan.chunked(kernel, shape, device[1]._replace(multiprocessors=2), want["inputs"])
+            found = cuda_plan.chunked(kernel, shape, device[1]._replace(multiprocessors=2), want["fuse_input"])
         found = [p for p in found if want.items() <= vars(p).items()]
         changes = {name: wanted[name] for name in ("groups", "chunk_blocks") if name in wanted}
         if "shared" in wanted:
@@ -322,10 +322,10 @@ PLAIN, PROJECTED = {}, {**EVERYTHING, "proj_size": 23}
 )
 def test_plans(wanted, dtype, options, monkeypatch):
     """Every exchange, split and number of rows, after a GEMM and with x in the launch."""
-    for inputs in (False, True):
-        taken = plans_of({**wanted, "inputs": inputs}, monkeypatch)
+    for fuse_input in (False, True):
+        taken = plans_of({**wanted, "fuse_input": fuse_input}, monkeypatch)
         check(Case(3, 9, 5, 44, dtype=dtype, **options))
-        assert {kernel: p.inputs for kernel, p in taken.items()} == {"forward": inputs, "backward": False}
+        assert {kernel: p.fuse_input for kernel, p in taken.items()} == {"forward": fuse_input, "backward": False}
 
 
 @host_only
@@ -340,11 +340,11 @@ def test_plans(wanted, dtype, options, monkeypatch):
     ids=str,
 )
 def test_plans_in_chunks(wanted, dtype, options, monkeypatch):
-    for inputs in (False, True):
-        taken = plans_of({**wanted, "exchange": "chunked", "chunk_blocks": 1, "inputs": inputs}, monkeypatch)
+    for fuse_input in (False, True):
+        taken = plans_of({**wanted, "exchange": "chunked", "chunk_blocks": 1, "fuse_input": fuse_input}, monkeypatch)
         check(Case(3, 9, 37, 88, dtype=dtype, **options))
-        assert {kernel: (p.exchange, p.chunk_blocks, p.inputs) for kernel, p in taken.items()} == {
-            "forward": ("chunked", 1, inputs),
+        assert {kernel: (p.exchange, p.chunk_blocks, p.fuse_input) for kernel, p in taken.items()} == {
+            "forward": ("chunked", 1, fuse_input),
             "backward": ("chunked", 1, False),
         }
 
@@ -391,27 +391,27 @@ def test_gradcheck_in_chunks(proj, monkeypatch):
         assert torch.autograd.gradcheck(run, (x, *lstm.parameters()), fast_mode=True)
 
 
-@pytest.mark.parametrize("inputs", [False, True], ids=["after-a-gemm", "with-x"])
+@pytest.mark.parametrize("fuse_input", [False, True], ids=["after-a-gemm", "with-x"])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_options_of_both_kinds_of_plans(options, dtype, inputs, monkeypatch):
+def test_options_of_both_kinds_of_plans(options, dtype, fuse_input, monkeypatch):
     """With x of more than one K block."""
     monkeypatch.setenv("FUSEDRNN_FP32", "ieee")
-    plans_of({"inputs": inputs}, monkeypatch)
+    plans_of({"fuse_input": fuse_input}, monkeypatch)
     check(Case(4, 3, 37, 14, dtype=dtype, **options))
 
 
-@pytest.mark.parametrize("inputs", [False, True], ids=["after-a-gemm", "with-x"])
+@pytest.mark.parametrize("fuse_input", [False, True], ids=["after-a-gemm", "with-x"])
 @pytest.mark.parametrize("options", [{}, {**EVERYTHING, "proj_size": 5}, {"bias": False, "hx": False}], ids=str)
-def test_gates_computed_again_after_both_kinds_of_plans(options, inputs, monkeypatch):
+def test_gates_computed_again_after_both_kinds_of_plans(options, fuse_input, monkeypatch):
     monkeypatch.setenv("FUSEDRNN_RESERVE", "recompute")
-    plans_of({"inputs": inputs}, monkeypatch)
+    plans_of({"fuse_input": fuse_input}, monkeypatch)
     check(Case(4, 3, 7, 14, **options))
 
 
 def test_x_is_in_the_launch_where_that_is_chosen(monkeypatch):
     """As the planner has it: of one step in the launch, after a GEMM where no shared memory holds the rows of x."""
-    for case, inputs in ((Case(1, 3, 33, 24), True), (Case(1, 3, 4000, 24), False)):
+    for case, fuse_input in ((Case(1, 3, 33, 24), True), (Case(1, 3, 4000, 24), False)):
         taken, right = {}, cuda._plan
 
         def spy(kernel, *arguments, taken=taken, right=right):
@@ -421,7 +421,7 @@ def test_x_is_in_the_launch_where_that_is_chosen(monkeypatch):
         with monkeypatch.context() as patched:
             patched.setattr(cuda, "_plan", spy)
             check(case)
-        assert taken["forward"].inputs == inputs, case
+        assert taken["forward"].fuse_input == fuse_input, case
 
 
 @pytest.mark.parametrize("options", [{}, {"lengths": True, "reset": True, "proj_size": 2}], ids=["", "everything"])
@@ -455,10 +455,10 @@ def test_gates_computed_again(options, dtype, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [F64, BF16], ids=str)
 @pytest.mark.parametrize("reserve", ["gates", "recompute"])
-@pytest.mark.parametrize("inputs", [False, True], ids=["after-a-gemm", "with-x"])
-def test_no_product_is_given_padding(inputs, reserve, dtype, monkeypatch, assert_padding_is_not_read):
+@pytest.mark.parametrize("fuse_input", [False, True], ids=["after-a-gemm", "with-x"])
+def test_no_product_is_given_padding(fuse_input, reserve, dtype, monkeypatch, assert_padding_is_not_read):
     monkeypatch.setenv("FUSEDRNN_RESERVE", reserve)
-    plans_of({"inputs": inputs}, monkeypatch)
+    plans_of({"fuse_input": fuse_input}, monkeypatch)
     assert_padding_is_not_read(partial(gpu.forward, cuda), partial(gpu.backward, cuda), dtype, DEVICE)
 
 
@@ -578,10 +578,10 @@ def test_empty_batch():
     assert all(not grad.any() for grad in grads[1:])
 
 
-@pytest.mark.parametrize("inputs", [False, True], ids=["after-a-gemm", "with-x"])
-def test_one_launch_a_pass(inputs, monkeypatch):
+@pytest.mark.parametrize("fuse_input", [False, True], ids=["after-a-gemm", "with-x"])
+def test_one_launch_a_pass(fuse_input, monkeypatch):
     """Of a bidirectional layer; and the gates take the memory of xg, where there is one."""
-    plans_of({"inputs": inputs}, monkeypatch)
+    plans_of({"fuse_input": fuse_input}, monkeypatch)
     launches, seen = [], {}
     for name in ("forward", "backward"):
         original = getattr(cuda, name)
@@ -598,7 +598,7 @@ def test_one_launch_a_pass(inputs, monkeypatch):
         torch.autograd.grad(y.sum(), lstm.weight_hh_l0)
     assert launches == ["forward", "backward"]
     xg, gates = seen["forward"][2], seen["forward"][-1]
-    assert xg is (None if inputs else gates)
+    assert xg is (None if fuse_input else gates)
 
 
 @pytest.mark.parametrize("reserve", ["gates", "recompute"])
@@ -688,12 +688,12 @@ def test_a_plan_that_the_device_has_no_room_for_gives_way_to_the_next(monkeypatc
 class Launch:
     """The arguments of one forward launch, to be changed one at a time: after a GEMM, or with x of I numbers."""
 
-    def __init__(self, inputs=False, T=3, B=2, I=5, H=8):
+    def __init__(self, fuse_input=False, T=3, B=2, I=5, H=8):
         _, device = cuda.device_for(torch.device(DEVICE))
         shape = cuda.Shape(T, B, I, H, H, 1, 4, "ieee")
-        self.plan = next(p for p in cuda.ranked("forward", shape, device) if p.inputs == inputs).fields
+        self.plan = next(p for p in cuda.ranked("forward", shape, device) if p.fuse_input == fuse_input).fields
         self.x, self.xg, self.w_ih, self.b_ih, self.b_hh = None, self.tensor(1, T, B, 4 * H), [], [], []
-        if inputs:
+        if fuse_input:
             self.x, self.xg, self.w_ih = self.tensor(T, B, I), None, [self.tensor(4 * H, I)]
             self.b_ih, self.b_hh = [self.tensor(4 * H)], [self.tensor(4 * H)]
         self.w_hh, self.w_hr = [self.tensor(4 * H, H)], []
@@ -720,7 +720,11 @@ def test_operators_of_the_library_pass_opcheck():
     op, launch, t = torch.ops.fusedrnn, Launch(), Launch().tensor
     all_states = {"h0": t(1, 2, 8), "c0": t(1, 2, 8), "c": t(3, 2, 8), "saved": t(1, 3, 2, 32)}
     all_states |= {"lengths": t(2, dtype=torch.int64), "reset": t(3, 2, dtype=torch.bool)}
-    for arguments in (launch.arguments(), launch.arguments(**all_states), Launch(inputs=True).arguments(**all_states)):
+    for arguments in (
+        launch.arguments(),
+        launch.arguments(**all_states),
+        Launch(fuse_input=True).arguments(**all_states),
+    ):
         torch.library.opcheck(op.cuda_launch_forward, arguments, test_utils="test_schema")
     plan = cuda.plan_for("backward", cuda.Shape(3, 2, 1, 8, 8, 1, 4, "ieee"), torch.device(DEVICE)).fields
     given = (t(3, 2, 8), t(1, 2, 8), t(1, 2, 8), t(3, 2, 8), t(32, 8), None, None, None, t(1, 2, 8))
@@ -735,7 +739,7 @@ def test_operators_of_the_library_pass_opcheck():
 def test_the_library_checks_what_memory_safety_needs():
     launch = Launch()
     launch.run()
-    t, plan, variant = launch.tensor, Launch(inputs=True).plan, [*launch.plan[:-1], 4]
+    t, plan, variant = launch.tensor, Launch(fuse_input=True).plan, [*launch.plan[:-1], 4]
     for changes, message in (
         ({"xg": t(1, 3, 2, 31)}, "xg has the wrong shape"),
         ({"xg": t(1, 3, 2, 64)[..., ::2]}, "xg must be contiguous"),
@@ -774,7 +778,7 @@ def test_the_library_checks_what_memory_safety_needs():
 
 
 def test_the_library_checks_the_inputs_of_a_launch_that_takes_them():
-    launch = Launch(inputs=True)
+    launch = Launch(fuse_input=True)
     launch.run()
     launch.run(b_ih=[], b_hh=[])
     t = launch.tensor
@@ -806,7 +810,7 @@ def test_plans_that_are_not_chosen_can_be_tried(monkeypatch):
         right = getattr(cuda, name)
         monkeypatch.setattr(cuda, name, lambda plan, *a, right=right: (launched.append(plan), right(plan, *a))[1])
     forced = [trial for trial in plans.trials("cuda", DEVICE) if trial.forced]
-    assert {trial.forced[0].inputs for trial in forced} == {False, True}
+    assert {trial.forced[0].fuse_input for trial in forced} == {False, True}
     assert {trial.forced[0].exchange for trial in forced} >= {"grid"}
     assert len({trial.plan for trial in forced}) == len(forced) > 2
     for trial in forced[:4]:

@@ -205,11 +205,11 @@ def test_steps(machine_code, cuda_host, capsys):
     lines, clocks = [head], {}
     for cell, math, H, B, pass_, exchange in PLANS:
         # With x in the launch a variant streams weights, which is not what is counted here.
-        for inputs in (False, True) if pass_ == "forward" and cell not in VARIANTS else (False,):
+        for fuse_input in (False, True) if pass_ == "forward" and cell not in VARIANTS else (False,):
             shape = Shape(128, B, H, H, H, 1, 4 if math == "tf32" else 2, "tf32", cell=cell)
             ranked = (p for p in planner.ranked(pass_, shape, H200) if not p.streamed)
-            plan = next(p for p in ranked if (p.exchange, p.rows, p.inputs) == (exchange, 8, inputs))
-            products = planner.products(pass_, shape, math, inputs)
+            plan = next(p for p in ranked if (p.exchange, p.rows, p.fuse_input) == (exchange, 8, fuse_input))
+            products = planner.products(pass_, shape, math, fuse_input)
             recurrent = products[planner.RECURRENT]
             received = plan.rows * (recurrent.row if exchange != "scatter" else plan.blocks * 16 * plan.tiles * 4)
             step = sass.step(machine_code(cell, math), cuda_host, pass_, shape, plan, received)

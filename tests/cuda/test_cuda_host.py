@@ -84,31 +84,31 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("inputs", [False, True], ids=["", "inputs"])
+@pytest.mark.parametrize("fuse_input", [False, True], ids=["", "fuse_input"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_options(layer, kit, exchange, math, options, inputs):
-    layer(kit.Problem(5, 5, 19, **options), kit.Plan(exchange, math, tiles=2, inputs=inputs)).check()
+def test_options(layer, kit, exchange, math, options, fuse_input):
+    layer(kit.Problem(5, 5, 19, **options), kit.Plan(exchange, math, tiles=2, fuse_input=fuse_input)).check()
 
 
-@pytest.mark.parametrize("inputs", [False, True], ids=["", "inputs"])
+@pytest.mark.parametrize("fuse_input", [False, True], ids=["", "fuse_input"])
 @pytest.mark.parametrize("T", [1, 2])
-def test_everything_in_few_steps(layer, kit, exchange, math, T, inputs):
+def test_everything_in_few_steps(layer, kit, exchange, math, T, fuse_input):
     for name in ("everything", "projection-everything"):
-        layer(kit.Problem(T, 3, 19, **OPTIONS[name]), kit.Plan(exchange, math, inputs=inputs)).check()
+        layer(kit.Problem(T, 3, 19, **OPTIONS[name]), kit.Plan(exchange, math, fuse_input=fuse_input)).check()
 
 
 @pytest.mark.parametrize("aligned", [False, True], ids=["", "aligned"])
 @pytest.mark.parametrize("I", [1, 8, 35, 64])
 def test_input_sizes(layer, kit, exchange, math, I, aligned):
     problem = kit.Problem(3, 9, 19, I=I, aligned=aligned, D=2)
-    plan = kit.Plan(exchange, math, tiles=2, splits=2, inputs=True, rows=rows_of(math))
+    plan = kit.Plan(exchange, math, tiles=2, splits=2, fuse_input=True, rows=rows_of(math))
     layer(problem, plan).check()
     layer(problem, kit.replace(plan, shared_input_blocks=2)).check()
 
 
 @pytest.mark.parametrize("biases", ["", "ih", "hh"])
 def test_biases(layer, kit, exchange, math, biases):
-    layer(kit.Problem(2, 3, 19, D=2, biases=biases), kit.Plan(exchange, math, inputs=True)).check()
+    layer(kit.Problem(2, 3, 19, D=2, biases=biases), kit.Plan(exchange, math, fuse_input=True)).check()
 
 
 # (plan, H): tiles and splits of every shape, and weights in registers, in shared memory and streamed.
@@ -130,7 +130,7 @@ def test_plans(layer, kit, exchange, math, options, H, projected):
     shared = options.get("shared_blocks", 0)
     plan = kit.Plan(exchange, math, shared_projection_blocks=shared, **options)
     layer(problem, plan).check()
-    layer(problem, kit.replace(plan, inputs=True, shared_input_blocks=shared)).check()
+    layer(problem, kit.replace(plan, fuse_input=True, shared_input_blocks=shared)).check()
 
 
 @pytest.mark.parametrize("shared_blocks", [0, 2], ids=["streamed", "shared"])
@@ -150,14 +150,14 @@ def test_groups_take_slices_one_after_another(layer, kit, exchange, math, groups
     """A group goes from the last step of a slice to the first of the next without waiting for the others."""
     problem = kit.Problem(3, 4 * rows_of(math) - 5, 19, D=2, lengths=True, reset=True)
     layer(problem, kit.Plan(exchange, math, rows=rows_of(math), groups=groups)).check()
-    layer(problem, kit.Plan(exchange, math, rows=rows_of(math), groups=groups, inputs=True)).check()
+    layer(problem, kit.Plan(exchange, math, rows=rows_of(math), groups=groups, fuse_input=True)).check()
     layer(kit.replace(problem, proj=9), kit.Plan(exchange, math, groups=groups)).check()
 
 
 def test_idle_blocks(layer, kit, math):
     """A cluster of 8 of which 5 blocks have a tile."""
     layer(kit.Problem(4, 3, 40), kit.Plan("cluster", math, blocks=8)).check()
-    layer(kit.Problem(4, 3, 40), kit.Plan("cluster", math, blocks=4, tiles=2, inputs=True)).check()
+    layer(kit.Problem(4, 3, 40), kit.Plan("cluster", math, blocks=4, tiles=2, fuse_input=True)).check()
     layer(kit.Problem(4, 3, 40, proj=20), kit.Plan("cluster", math, blocks=8)).check()
 
 
@@ -186,19 +186,19 @@ CHUNKED = {
 def test_chunks(layer, kit, math, options, H, proj):
     for inputs in ({}, {"I": 3}, {"I": 90}):
         problem, plan = kit.Problem(3, 2, H, D=2, proj=proj, **inputs), chunked(kit, math, proj, **options)
-        layer(problem, kit.replace(plan, inputs=bool(inputs))).check()
+        layer(problem, kit.replace(plan, fuse_input=bool(inputs))).check()
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_sizes_in_chunks(layer, kit, math, size):
     layer(kit.Problem(*size), chunked(kit, math)).check()
-    layer(kit.Problem(*size, I=9), chunked(kit, math, inputs=True)).check()
+    layer(kit.Problem(*size, I=9), chunked(kit, math, fuse_input=True)).check()
 
 
-@pytest.mark.parametrize("inputs", [False, True], ids=["", "inputs"])
+@pytest.mark.parametrize("fuse_input", [False, True], ids=["", "fuse_input"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_options_in_chunks(layer, kit, math, options, inputs):
-    plan = chunked(kit, math, options.get("proj", 0), groups=1, inputs=inputs)
+def test_options_in_chunks(layer, kit, math, options, fuse_input):
+    plan = chunked(kit, math, options.get("proj", 0), groups=1, fuse_input=fuse_input)
     layer(kit.Problem(4, 5, 19, **options), plan).check()
 
 
@@ -207,21 +207,21 @@ def test_options_in_chunks(layer, kit, math, options, inputs):
 def test_input_sizes_in_chunks(layer, kit, math, I, aligned):
     """Fewer chunks than of h, as many, and more; each with a batch that does not fill the last slice."""
     problem = kit.Problem(3, rows_of(math) + 1, 70, I=I, aligned=aligned, D=2)
-    layer(problem, chunked(kit, math, inputs=True, tiles=2, splits=2, groups=1)).check()
+    layer(problem, chunked(kit, math, fuse_input=True, tiles=2, splits=2, groups=1)).check()
 
 
 @pytest.mark.parametrize("biases", ["", "ih", "hh"])
 def test_biases_in_chunks(layer, kit, math, biases):
-    layer(kit.Problem(2, 3, 19, D=2, biases=biases), chunked(kit, math, inputs=True)).check()
+    layer(kit.Problem(2, 3, 19, D=2, biases=biases), chunked(kit, math, fuse_input=True)).check()
 
 
 @pytest.mark.parametrize("proj", [0, 37], ids=["", "projected"])
 def test_chunks_give_the_same_bits(layer, kit, math, proj):
     """As a plan that has the whole operand in shared memory, and a warp for every tile, with the same splits of K."""
-    for inputs in (False, True):
+    for fuse_input in (False, True):
         problem = kit.Problem(3, 3, 70, D=2, proj=proj, lengths=True, reset=True, I=90)
         first, *others = (
-            layer(problem, kit.replace(plan, inputs=inputs)).all()
+            layer(problem, kit.replace(plan, fuse_input=fuse_input)).all()
             for plan in (
                 kit.Plan("grid", math, splits=2),
                 chunked(kit, math, proj, splits=2),
@@ -257,7 +257,7 @@ def test_plans_give_the_same_bits(layer, kit, exchange, math):
 def test_plans_that_take_the_inputs_give_the_same_bits(layer, kit, exchange, math):
     problem, aligned = (kit.Problem(3, 9, 40, D=2, I=70, aligned=aligned) for aligned in (False, True))
     first, *others = (
-        layer(problem, kit.Plan(exchange, math, inputs=True, **options)).forward()[0]
+        layer(problem, kit.Plan(exchange, math, fuse_input=True, **options)).forward()[0]
         for problem, options in (
             (problem, {}),
             (aligned, {}),
@@ -292,7 +292,7 @@ def test_every_schedule_gives_the_same_bits(layer, kit, exchange, math, variant,
     """Of every kernel that is compiled."""
     problem = kit.Problem(**RACE, proj=variant.get("proj", 0), **inputs)
     same_in_every_schedule(
-        layer(problem, race_plan(kit, exchange, math, rows=variant.get("rows", 8), inputs=bool(inputs)))
+        layer(problem, race_plan(kit, exchange, math, rows=variant.get("rows", 8), fuse_input=bool(inputs)))
     )
 
 
@@ -301,7 +301,7 @@ def test_every_schedule_gives_the_same_bits(layer, kit, exchange, math, variant,
 @pytest.mark.parametrize("proj", [0, 17], ids=["", "projected"])
 def test_every_schedule_in_chunks_gives_the_same_bits(layer, kit, math, proj, inputs):
     problem = kit.Problem(**{**RACE, "T": 2, "B": rows_of(math) + 1}, proj=proj, **inputs)
-    same_in_every_schedule(layer(problem, chunked(kit, math, proj, **CHUNKED_RACE, inputs=bool(inputs))))
+    same_in_every_schedule(layer(problem, chunked(kit, math, proj, **CHUNKED_RACE, fuse_input=bool(inputs))))
 
 
 def same_in_every_schedule(one):
@@ -427,8 +427,8 @@ OTHER_CELLS = {
 def test_other_cells(layer, kit, cell, plan, sizes):
     if plan["math"] not in MATHS:
         pytest.skip("this build does not have that arithmetic")
-    for inputs in (False, True):
-        layer(kit.Problem(**sizes, cell=cell), kit.Plan(**plan, inputs=inputs)).check()
+    for fuse_input in (False, True):
+        layer(kit.Problem(**sizes, cell=cell), kit.Plan(**plan, fuse_input=fuse_input)).check()
 
 
 # By what a tile has of K blocks: whole ones, or such that the block's part of da ends within one.
@@ -466,7 +466,7 @@ def test_every_schedule_of_another_cell_gives_the_same_bits(layer, kit, exchange
     """In a cluster the backward scatters."""
     problem = kit.Problem(**RACE, cell=cell)
     same_in_every_schedule(
-        layer(problem, race_plan(kit, exchange, math, rows=rows_of(math), inputs=exchange == "grid"))
+        layer(problem, race_plan(kit, exchange, math, rows=rows_of(math), fuse_input=exchange == "grid"))
     )
 
 
@@ -551,8 +551,8 @@ LSTM_VARIANTS = {
 def test_variants_of_the_lstm(layer, kit, cell, plan, sizes):
     if plan["math"] not in MATHS:
         pytest.skip("this build does not have that arithmetic")
-    for inputs in (False, True):
-        layer(kit.Problem(**sizes, cell=cell), kit.Plan(**plan, inputs=inputs)).check()
+    for fuse_input in (False, True):
+        layer(kit.Problem(**sizes, cell=cell), kit.Plan(**plan, fuse_input=fuse_input)).check()
 
 
 def caught(one, direction, name, expected):
@@ -573,49 +573,51 @@ def caught(one, direction, name, expected):
 
 # A cluster scatters in the backward without a projection, which has a test of its own.
 REMOVALS = [
-    (exchange, direction, inputs, proj)
+    (exchange, direction, fuse_input, proj)
     for exchange in EXCHANGES
-    for direction, inputs in (("forward", False), ("forward", True), ("backward", False))
+    for direction, fuse_input in (("forward", False), ("forward", True), ("backward", False))
     for proj in (0, 17)
     if (exchange, direction, proj) != ("cluster", "backward", 0)
 ]
 
 
-@pytest.mark.parametrize(("exchange", "direction", "inputs", "proj"), REMOVALS)
-def test_no_synchronisation_can_be_left_out(layer, kit, exchange, direction, inputs, proj):
+@pytest.mark.parametrize(("exchange", "direction", "fuse_input", "proj"), REMOVALS)
+def test_no_synchronisation_can_be_left_out(layer, kit, exchange, direction, fuse_input, proj):
     """The test of the tests: each is removed in turn, and that has to be noticed. So none is redundant either."""
     problem = kit.Problem(**{**RACE, "B": 20}, proj=proj, I=37)
     rows = 8 if proj else 16
     plans = [
-        race_plan(kit, exchange, "bf16", rows=rows, inputs=inputs, **options)
+        race_plan(kit, exchange, "bf16", rows=rows, fuse_input=fuse_input, **options)
         for options in ({}, {"splits": 1, "tiles": 1})
     ]
     layers = [layer(problem, plan) for plan in plans]
-    streams = inputs or (exchange, direction, proj) == ("grid", "backward", 0)
+    streams = fuse_input or (exchange, direction, proj) == ("grid", "backward", 0)
     if streams:  # more K blocks, of which most are streamed, than are on their way when the operand has come
-        layers.append(layer(kit.replace(problem, **({"I": 250} if inputs else {"H": 100})), plans[1]))
+        layers.append(layer(kit.replace(problem, **({"I": 250} if fuse_input else {"H": 100})), plans[1]))
     names = every_removal_is_caught(layers, direction)
-    assert any("input" in name for name in names) == inputs
+    assert any("input" in name for name in names) == fuse_input
     assert ("the thread's copies of weights" in names) == streams
 
 
 @pytest.mark.parametrize("proj", [0, 33], ids=["", "projected"])
 @pytest.mark.parametrize(
-    ("direction", "inputs"), [("forward", False), ("forward", True), ("backward", False)], ids=lambda part: str(part)
+    ("direction", "fuse_input"),
+    [("forward", False), ("forward", True), ("backward", False)],
+    ids=lambda part: str(part),
 )
-def test_no_synchronisation_in_chunks_can_be_left_out(layer, kit, direction, inputs, proj):
+def test_no_synchronisation_in_chunks_can_be_left_out(layer, kit, direction, fuse_input, proj):
     problem = kit.Problem(**{**RACE, "B": 20, "H": 70}, proj=proj, I=90)
     plans = [
-        chunked(kit, "bf16", proj, groups=1, inputs=inputs, **options)
+        chunked(kit, "bf16", proj, groups=1, fuse_input=fuse_input, **options)
         for options in ({"blocks": 2, "splits": 2}, {"tiles": 2})
     ]
     # More K blocks of weights in a part than are on their way when it has come.
     long = kit.replace(problem, T=2, B=2, H=200, proj=proj and 170)
     layers = [layer(problem, plan) for plan in plans]
-    layers.append(layer(long, chunked(kit, "bf16", proj, blocks=4, chunk_blocks=8, inputs=inputs)))
+    layers.append(layer(long, chunked(kit, "bf16", proj, blocks=4, chunk_blocks=8, fuse_input=fuse_input)))
     names = every_removal_is_caught(layers, direction)
     assert {"the chunk is copied", "the thread's copies of the chunk", "the thread's copies of weights"} <= names
-    assert ("the chunk of the input is copied" in names) == inputs
+    assert ("the chunk of the input is copied" in names) == fuse_input
 
 
 def every_removal_is_caught(layers, direction):
@@ -659,10 +661,10 @@ def test_a_deadlock_is_reported_with_who_waits_where(host, kit):
         ({}, {"blocks": 32, "exchange": "cluster"}, "2, 4, 8 or 16"),
         ({}, {"blocks": 1, "tiles": 8, "exchange": "cluster"}, "2, 4, 8 or 16"),
         ({}, {"shared_blocks": -1}, "counts must be positive"),
-        ({"I": 5}, {"shared_input_blocks": -1, "inputs": True}, "counts must be positive"),
-        ({}, {"inputs": True}, "I must be 1 to 2^20"),
-        ({"I": 5}, {"inputs": 2}, "inputs must be 0 or 1"),
-        ({"I": 5}, {"shared_input_blocks": 2}, "shared_input_blocks without inputs"),
+        ({"I": 5}, {"shared_input_blocks": -1, "fuse_input": True}, "counts must be positive"),
+        ({}, {"fuse_input": True}, "I must be 1 to 2^20"),
+        ({"I": 5}, {"fuse_input": 2}, "fuse_input must be 0 or 1"),
+        ({"I": 5}, {"shared_input_blocks": 2}, "shared_input_blocks without fuse_input"),
         ({"H": 1 << 21, "P": 1 << 21}, {"exchange": "chunked", "chunk_blocks": 1}, "H at most 2^20"),
         ({}, {"exchange": "chunked", "rows": 16}, "chunk_blocks must be 1 to 2^12"),
         ({}, {"exchange": "chunked", "rows": 16, "chunk_blocks": 1 << 13}, "chunk_blocks must be 1 to 2^12"),
@@ -671,7 +673,7 @@ def test_a_deadlock_is_reported_with_who_waits_where(host, kit):
         ({}, {"exchange": "chunked", "rows": 16, "chunk_blocks": 1, "shared_blocks": 1}, "all weights are streamed"),
         (
             {"I": 5},
-            {"exchange": "chunked", "rows": 16, "chunk_blocks": 1, "inputs": True, "shared_input_blocks": 1},
+            {"exchange": "chunked", "rows": 16, "chunk_blocks": 1, "fuse_input": True, "shared_input_blocks": 1},
             "all weights are streamed",
         ),
         ({}, {"chunk_blocks": 1}, "chunk_blocks without chunks"),
@@ -729,7 +731,7 @@ def test_needs_of_inputs(host, kit):
     sizes = kit.Sizes(T=9, B=16, H=512, P=512, D=2, I=200)
     plan = kit.Plan("cluster", "bf16", tiles=8, rows=8, shared_blocks=10)
     alone, _ = host.needs(kit.FORWARD, sizes, host.struct(plan, kit.FORWARD, 512, 16))
-    plan = host.struct(kit.replace(plan, inputs=True, shared_input_blocks=5), kit.FORWARD, 512, 16)
+    plan = host.struct(kit.replace(plan, fuse_input=True, shared_input_blocks=5), kit.FORWARD, 512, 16)
     needs, why = host.needs(kit.FORWARD, sizes, plan)
     assert why is None
     assert list(needs.streamed) == [0, 0, 2]
@@ -737,7 +739,7 @@ def test_needs_of_inputs(host, kit):
     # 5 K blocks for each of 8 warps and a ring of 4, two buffers of 8 rows of 7 * 64 bytes; nothing of it is exchanged.
     assert needs.shared - alone.shared == 8 * (5 + 4) * 2048 + 2 * 8 * 7 * 64
     assert (needs.exchanged, needs.flags) == (alone.exchanged, alone.flags)
-    assert host.needs(kit.BACKWARD, sizes, plan)[1] == "the backward takes no inputs"
+    assert host.needs(kit.BACKWARD, sizes, plan)[1] == "fuse_input is of the forward alone"
 
 
 def test_needs_in_chunks(host, kit):

@@ -118,7 +118,7 @@ def test_a_plan_of_which_fewer_groups_fit_falls_behind():
     """Sixteen clusters of eight blocks, of which the estimate says that they fit and the device that fifteen do."""
     shape = Shape(128, 128, 512, 512, 512, 1, 2, "tf32")
     of_eight = [
-        next(p for p in ranking if (p.exchange, p.blocks, p.rows, p.inputs) == ("cluster", 8, 8, False))
+        next(p for p in ranking if (p.exchange, p.blocks, p.rows, p.fuse_input) == ("cluster", 8, 8, False))
         for ranking in (planner.ranked("forward", shape, H100), planner.ranked("forward", shape, H100, on_an_h100))
     ]
     assert [p.groups for p in of_eight] == [16, 15]
@@ -151,7 +151,7 @@ def variants(plan, pass_, projected):
     for math in MATHS:
         for exchange, splits, rows in itertools.product(EXCHANGES, (1, 2, 3), (8, 16)):
             kept = {"shared_blocks": 3, "shared_projection_blocks": 2}
-            kept |= {"inputs": False, "shared_input_blocks": 0, "chunk_blocks": 0}
+            kept |= {"fuse_input": False, "shared_input_blocks": 0, "chunk_blocks": 0}
             if exchange == "chunked":
                 kept |= {"shared_blocks": 0, "shared_projection_blocks": 0, "chunk_blocks": 5}
             bare = dataclasses.replace(plan, exchange=exchange, math=math, splits=splits, rows=rows, groups=2, **kept)
@@ -162,7 +162,7 @@ def variants(plan, pass_, projected):
                 continue
             yield bare
             if pass_ == "forward":
-                yield dataclasses.replace(bare, inputs=True, shared_input_blocks=0 if exchange == "chunked" else 4)
+                yield dataclasses.replace(bare, fuse_input=True, shared_input_blocks=0 if exchange == "chunked" else 4)
 
 
 @pytest.mark.parametrize("pass_", planner.PASSES)
@@ -177,7 +177,7 @@ def test_needs_are_those_of_the_kernels(pass_, cuda_host):
             ours = planner.needs(pass_, shape, plan)
             assert ours.shared == theirs.shared, (shape, plan)
             assert (ours.exchanged, ours.flags) == (theirs.exchanged, theirs.flags), (shape, plan)
-            there = (True, shape.projected, plan.inputs)
+            there = (True, shape.projected, plan.fuse_input)
             packed = tuple(n if is_there else 0 for n, is_there in zip(theirs.packed, there, strict=True))
             assert ours.packed == packed, (shape, plan)
             assert ours.streamed == tuple(theirs.streamed), (shape, plan)
@@ -191,7 +191,7 @@ def test_every_plan_is_valid(device, cuda_host):
     for kernel, shape in itertools.product(planner.PASSES, itertools.islice(shapes(), 0, None, 7)):
         found = [planner.whole(kernel, shape, device), planner.chunked(kernel, shape, device)]
         if kernel == "forward":
-            found.append(planner.chunked(kernel, shape, device, inputs=True))
+            found.append(planner.chunked(kernel, shape, device, fuse_input=True))
         for plan in itertools.chain(*found):
             _, why = host.needs(planner.PASSES.index(kernel), *mirrored(cuda_host, shape, plan))
             assert why is None, (why, shape, plan)
@@ -221,7 +221,7 @@ def test_the_launch_takes_x_where_that_saves_time(device):
     """A GEMM before a few steps costs more than w_ih in each of them; before many, or with a wide x, it costs less."""
 
     def chosen(T, I):
-        return planner.plan("forward", Shape(T, 64, I, 512, 512, 1, 2, "tf32"), device).inputs
+        return planner.plan("forward", Shape(T, 64, I, 512, 512, 1, 2, "tf32"), device).fuse_input
 
     assert chosen(1, 256)
     assert chosen(4, 64)
@@ -234,7 +234,7 @@ def test_the_launch_takes_x_where_that_saves_time(device):
 def test_x_comes_after_the_recurrent_weights_on_the_chip():
     """w_ih takes what w_hh leaves of shared memory; x of which no 8 rows fit there is left to a GEMM."""
     shape = Shape(128, 8, 1024, 1024, 1024, 1, 2, "tf32")
-    with_x = [p for p in planner.plans("forward", shape, H200) if p.inputs]
+    with_x = [p for p in planner.plans("forward", shape, H200) if p.fuse_input]
     assert {p.shared_input_blocks > 0 for p in with_x} == {True, False}
     for p in with_x:
         streamed = planner.needs("forward", shape, p).streamed
@@ -242,13 +242,13 @@ def test_x_comes_after_the_recurrent_weights_on_the_chip():
             assert p.shared_input_blocks == 0
         if streamed[planner.INPUT]:  # another K block would not fit
             assert p.shared + p.tiles * p.splits * 2048 > H200.shared
-    assert not any(p.inputs for p in planner.plans("backward", shape, H200))
+    assert not any(p.fuse_input for p in planner.plans("backward", shape, H200))
     wide = Shape(128, 8, 100_000, 512, 512, 1, 2, "tf32")
-    assert not any(p.inputs for p in planner.plans("forward", wide, H200))
+    assert not any(p.fuse_input for p in planner.plans("forward", wide, H200))
     # But for a single step, for which there are plans in chunks.
     single = list(planner.plans("forward", wide._replace(T=1), H200))
-    assert {p.inputs for p in single if p.exchange != "chunked"} == {False}
-    assert {p.inputs for p in single if p.exchange == "chunked"} == {True}
+    assert {p.fuse_input for p in single if p.exchange != "chunked"} == {False}
+    assert {p.fuse_input for p in single if p.exchange == "chunked"} == {True}
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
@@ -258,7 +258,7 @@ def test_x_in_chunks_where_that_saves_time(device):
     def chosen(T, I):
         plan = planner.plan("forward", Shape(T, 1, I, 10_000, 10_000, 1, 2, "tf32"), device)
         assert plan.exchange == "chunked"
-        return plan.inputs
+        return plan.fuse_input
 
     roomy = device.shared > 128 << 10  # with less, the ring of w_ih and chunks of x make the chunks of h smaller
     assert chosen(1, 64) == roomy
@@ -275,7 +275,7 @@ def test_products_have_the_rows_of_the_cell(cell):
     """bfloat16 and H 128: 16 tiles of 8 units, a segment for each gate; da of 16 units for each gate."""
     gates = {"lstm": 4, "lstm+hg": 4, "gru": 3, "lstm_peephole_coupled": 3}.get(cell, 1)
     shape = Shape(128, 16, 100, 128, 128, 1, 2, "tf32", cell=cell)
-    forward = planner.products("forward", shape, "bf16", inputs=True)
+    forward = planner.products("forward", shape, "bf16", fuse_input=True)
     assert forward[planner.RECURRENT] == (16, gates, 16, 16)
     assert forward[planner.INPUT] == (16, gates, 13, 16)
     assert planner.products("backward", shape, "bf16")[planner.RECURRENT] == (8, 2, 8, 32 * gates)

@@ -319,7 +319,7 @@ def test_input_affine_in_the_launch_and_before_it(cell, launch, planner, monkeyp
     """The planner has both, and both compute the same."""
     shape = launch.Shape(4, 3, 16, 16, 16, 2, 4, "ieee", cell=cell)
     device = launch._device(0) if ON_GPU else planner.INTERPRETER
-    found = {bool(plan.inputs): plan for plan in planner.plans("forward", shape, device) if plan.carried}
+    found = {plan.fuse_input: plan for plan in planner.plans("forward", shape, device) if plan.carried}
     assert found.keys() == {False, True}
     planned, case = launch._plan, Case(4, 3, 16, 16, bidirectional=True)
     for chosen in found.values():
@@ -508,7 +508,7 @@ def test_what_a_launch_on_a_gpu_is_given(H, launch, planner, monkeypatch):
         assert options == plan.options
         expected = {**plan.constants(kernel), "D": 2, "PHASE": 0, "GRID_SYNC": plan.programs > 1, "carry": None}
         expected |= {"T": T, "B": B, "H": H, "P": H, "begin": 0, "end": T if plan.carried else T + 1}
-        expected |= {"I": I if plan.inputs else 0, "end": T} if kernel == "forward" else {}
+        expected |= {"I": I if plan.fuse_input else 0, "end": T} if kernel == "forward" else {}
         assert {name: given[name] for name in expected} == expected
         assert given["counters"].dtype == torch.int32
         assert given["counters"].count_nonzero() == 0

@@ -57,15 +57,15 @@ def test_weights_are_all_resident_or_all_streamed(pass_):
             assert plan.chunk == plan.units >= shape.H
             assert not shape.projected
         elif plan.streamed:
-            assert (plan.resident, plan.resident_hr, plan.inputs, plan.regime) == (0, 0, 0, "streamed")
+            assert (plan.resident, plan.resident_hr, plan.resident_ih, plan.regime) == (0, 0, 0, "streamed")
         else:
             assert plan.regime == "resident"
             assert plan.resident == cdiv(K, plan.chunk)
             assert plan.resident_hr == (cdiv(K_hr, plan.chunk) if shape.projected else 0)
             N = plan.columns or plan.units if pass_ == "backward" else shape.maps * plan.units
             assert plan.resident * plan.chunk * N * shape.itemsize <= plan.shared
-        if plan.inputs:
-            assert plan.inputs * plan.chunk >= shape.I
+        if plan.fuse_input:
+            assert plan.resident_ih * plan.chunk >= shape.I
 
 
 @pytest.mark.parametrize(
@@ -80,8 +80,8 @@ def test_regimes_on_an_h200(H, B, itemsize, forward, backward):
 
 
 def test_one_step_takes_its_input_into_the_launch():
-    assert planner.plan("forward", Shape(1, 1, 128, 128, 128, 1, 2, "tf32"), H200).inputs > 0
-    assert planner.plan("forward", Shape(1000, 64, 4096, 128, 128, 1, 2, "tf32"), H200).inputs == 0
+    assert planner.plan("forward", Shape(1, 1, 128, 128, 128, 1, 2, "tf32"), H200).fuse_input
+    assert not planner.plan("forward", Shape(1000, 64, 4096, 128, 128, 1, 2, "tf32"), H200).fuse_input
 
 
 def test_more_work_is_predicted_to_take_longer():

@@ -83,7 +83,7 @@ Plan plan_of(const Integers& fields) {
   plan.groups = field(6);
   plan.shared_blocks = field(7);
   plan.shared_projection_blocks = field(8);
-  plan.inputs = field(9);
+  plan.fuse_input = field(9);
   plan.shared_input_blocks = field(10);
   plan.chunk_blocks = field(11);
   plan.cell = static_cast<CellKind>(field(12));
@@ -109,8 +109,8 @@ Tensors present(const OptionalTensor& first, const OptionalTensor& second) {
   return found;
 }
 
-// What both passes have in common. Every address is taken of a tensor that has been checked: its shape, its dtype, that
-// it is contiguous and on the device of the others.
+// The part that both passes share. Addresses are taken only from tensors that were checked: shape, dtype, contiguity,
+// and that all are on the same device.
 class Layer {
  public:
   Layer(Pass pass, const Plan& plan_in, const Tensor& like, Sizes sizes_in, const Tensors& w_hh_in,
@@ -125,7 +125,7 @@ class Layer {
     STD_TORCH_CHECK(w_hr_in.size() == (sizes.projected != 0 ? w_hh_in.size() : 0),
                     "there must be one w_hr of each direction, or none");
     if (const char* why = invalid(pass, sizes, plan)) STD_TORCH_CHECK(false, "the plan is invalid: ", why);
-    STD_TORCH_CHECK(w_ih_in.size() == (plan.inputs != 0 ? w_hh_in.size() : 0),
+    STD_TORCH_CHECK(w_ih_in.size() == (plan.fuse_input != 0 ? w_hh_in.size() : 0),
                     "there must be one w_ih of each direction where the plan takes x, and none elsewhere");
     for (const Tensor& w : w_hh_in) w_hh_.push_back(address("w_hh", w, {cell.gates * sizes.H, sizes.P}));
     for (const Tensor& w : w_hr_in) w_hr_.push_back(address("w_hr", w, {sizes.P, sizes.H}));
@@ -149,7 +149,7 @@ class Layer {
     return tensor.has_value() ? address(name, *tensor, size) : nullptr;
   }
 
-  // Of each direction, or of none.
+  // The biases of every direction, or of none.
   void biases(const char* name, const Tensors& tensors, const void* (&to)[2]) const {
     STD_TORCH_CHECK(tensors.empty() || static_cast<int64_t>(tensors.size()) == sizes.D, "there must be one ", name,
                     " of each direction, or none");
@@ -167,7 +167,7 @@ class Layer {
     return sequence;
   }
 
-  // Of a variant of the LSTM: its peepholes, and the multipliers in the order of Noise.
+  // The inputs of a variant of the LSTM: its peepholes, and the multipliers in the order of Noise.
   Extras extras(const OptionalTensor& w_p0, const OptionalTensor& w_p1,
                 const std::array<OptionalTensor, kNoises>& noise) const {
     Extras extras{};
@@ -200,10 +200,10 @@ class Layer {
     return extras;
   }
 
-  // Of a tensor [T][B][D][N].
+  // Strides of a tensor [T][B][D][N].
   Strides strides(int64_t N) const { return {N, sizes.B * sizes.D * N, sizes.D * N}; }
 
-  // Fills what the params of both passes have in common, packs the weights and runs `launch`, on the current stream.
+  // Fills the params that both passes share, packs the weights and runs `launch`, on the current stream.
   // torch allocates all memory, and does not reuse it before the launch on that stream has ended.
   template <class Params, class Launch>
   void run(Params& params, const Launch& launch) {
@@ -212,7 +212,7 @@ class Layer {
     params.plan = plan;
     const Tensor w_hh = packed(Stage::kRecurrent, w_hh_, sizes.P, here.stream());
     params.w_hh = w_hh.const_data_ptr();
-    // Where there is no noise, a number that can be read: see Extras.
+    // Kinds of noise that are not given point to readable memory: see Extras.
     for (const void*& noise : params.extras.noise) noise = noise == nullptr ? params.w_hh : noise;
     OptionalTensor w_hr;
     if (sizes.projected != 0) {
@@ -221,7 +221,7 @@ class Layer {
     }
     OptionalTensor w_ih;
     if constexpr (std::is_same_v<Params, ForwardParams>) {
-      if (plan.inputs != 0) {
+      if (plan.fuse_input != 0) {
         w_ih = packed(Stage::kInput, w_ih_, sizes.I, here.stream());
         params.w_ih = w_ih->const_data_ptr();
       }
@@ -290,9 +290,9 @@ void cuda_launch_forward(Integers fields, OptionalTensor x, OptionalTensor xg, O
   const Sizes sizes = sizes_of(plan, y.size(0), y.size(1), x.has_value() ? x->size(2) : 0, w_hh, w_hr);
   Layer layer(Pass::kForward, plan, y, sizes, w_hh, w_hr, present(w_ih0, w_ih1));
   const auto& [T, B, H, P, D, projected, I] = layer.sizes;
-  const bool inputs = layer.plan.inputs != 0;
-  STD_TORCH_CHECK(x.has_value() == inputs && xg.has_value() != inputs, "the plan takes ",
-                  inputs ? "x, and no xg" : "xg, and no x");
+  const bool fused = layer.plan.fuse_input != 0;
+  STD_TORCH_CHECK(x.has_value() == fused && xg.has_value() != fused, "the plan takes ",
+                  fused ? "x, and no xg" : "xg, and no x");
   ForwardParams params{};
   params.sequence = layer.sequence(lengths, reset);
   const int64_t GH = layer.cell.gates * H;
