@@ -2,20 +2,33 @@
 // measured: docs/cpu_performance.md.
 #pragma once
 
+#include <unistd.h>
+
 #include <algorithm>
 
 #include "params.h"
 
 namespace fusedrnn {
 
-constexpr double kSerialFlops = 5e5;        // below this a parallel region costs more than it saves
-constexpr int64_t kSerialStep = 10000;      // multiply-adds of a step, below which it is shorter than a barrier
-constexpr int64_t kCacheBytes = 512 << 10;  // bytes of weights that stay in a core's cache between steps
-constexpr int64_t kChunkBytes = 8 << 20;    // chunk size of the input projection in inference
+constexpr double kSerialFlops = 5e5;             // below this a parallel region costs more than it saves
+constexpr int64_t kSerialStep = 10000;           // multiply-adds of a step, below which it is shorter than a barrier
+constexpr int64_t kSmallCacheBytes = 512 << 10;  // of a second-level cache
+constexpr int64_t kEnoughRows = 4;               // of a worker, to read weights faster than it multiplies by them
+constexpr int64_t kChunkBytes = 8 << 20;         // chunk size of the input projection in inference
 // Steps times batch rows, up to which packing weights costs more than it saves.
 constexpr int64_t kUnpackedRows = 16;
 // The same for pairs, whose dot products have no instruction for unpacked weights; inference caches packed weights.
 constexpr int64_t kUnpackedTrainedPairs = 15, kUnpackedPairs = 3;
+
+// Bytes of a core's second-level cache; a small one where the system does not tell.
+inline int64_t l2_bytes() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  static const int64_t bytes = std::max<int64_t>(kSmallCacheBytes, sysconf(_SC_LEVEL2_CACHE_SIZE));
+  return bytes;
+#else
+  return kSmallCacheBytes;
+#endif
+}
 
 // Whether the weights are used unpacked, except those of a projection.
 inline bool is_short(const Sizes& s, const Kernels& kernels, bool training) {
@@ -34,20 +47,24 @@ inline int64_t shared_blocks(const Sizes& s, const CellSpec& cell, const Kernels
 }
 
 // A split by rows needs no synchronisation. A split by units is used with fewer rows than threads, if a step is long
-// compared with a barrier; and if the weights do not fit a core's cache, so that each core streams only its part. The
-// limit is half the cache where a worker's rows do not fill a tile, because the tile then waits for loads. A split by
-// units needs several blocks for each worker for balance; with fewer, rows that fill tiles are better.
+// compared with a barrier; and if the weights do not stay in a core's cache between steps, so that each core reads only
+// its part. They need less than half of the second-level cache, beside the rows; of a small one all, if each worker's
+// rows fill a tile; and where a worker has so few rows that it waits for the weights, they have to be fewer.
+// A split by units needs several blocks for each worker for balance; with fewer, rows that fill tiles are better.
 inline Team plan_team(const Sizes& s, const CellSpec& cell, const Kernels& kernels, bool is_double, int64_t threads) {
   const int64_t G = cell.gates;
   const double flops = 2.0 * s.N * s.D * s.H * (G * s.P + (s.projected ? s.P : 0));
   if (flops < kSerialFlops) threads = 1;
   const int64_t rows = s.D * s.B, units = s.D * shared_blocks(s, cell, kernels);
   if (rows * G * s.H * s.P < kSerialStep) threads = std::min(threads, rows);
-  const int64_t weights = G * s.H * s.P * (is_double ? 8 : 4);
+  const int64_t weights = G * s.H * s.P * (is_double ? 8 : 4), half = l2_bytes() / 2;
   const bool fill_tiles = rows >= threads * kernels.tile_rows, are_few = units < 4 * threads;
-  const bool are_near = are_few      ? fill_tiles || weights <= kCacheBytes
-                        : fill_tiles ? weights <= kCacheBytes
-                                     : weights < kCacheBytes / 2;
+  const int64_t most = std::max(kSmallCacheBytes, half);
+  // With matrix instructions a few rows cost as much as a tile: fewer units for each worker are better.
+  const bool enough = kernels.operands != Operands::kTiles && rows >= threads * kEnoughRows;
+  const bool are_near = are_few      ? fill_tiles || weights <= most
+                        : fill_tiles ? weights <= most
+                                     : weights < (enough ? half : kSmallCacheBytes / 2);
   const bool by_rows = threads == 1 || (rows >= threads && are_near);
   return {by_rows ? Team::Split::kRows : Team::Split::kUnits,
           static_cast<int>(std::min(threads, by_rows ? rows : units)), nullptr};
