@@ -57,7 +57,7 @@ def _size(plan: Any) -> int:
 
 
 def _fitting(backend: str, kernel: str, shape: Any, device: str) -> list[Any]:
-    """The plans that the device has room for, the best first."""
+    """The plans that fit the device, the best first."""
     if backend == "cuda":
         from fusedrnn import cuda
 

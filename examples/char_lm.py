@@ -168,18 +168,18 @@ def values_and_gradients(model: CharLM, x: Tensor, targets: Tensor, state: State
     return dict(zip((*OUTPUTS, *names), (logits, h, c, *gradients), strict=True))
 
 
-def relative_differences(ours: dict[str, Tensor], torchs: dict[str, Tensor]) -> dict[str, float]:
+def relative_differences(ours: dict[str, Tensor], baseline: dict[str, Tensor]) -> dict[str, float]:
     """For each value the largest absolute difference, over the largest absolute value that torch has."""
     return {
         name: ((ours[name] - value).abs().max() / value.abs().max().clamp(min=NOTHING)).item()
-        for name, value in torchs.items()
+        for name, value in baseline.items()
     }
 
 
 def seconds_in_turn(model: nn.Module, work: Callable[[], object]) -> tuple[list[float], list[float]]:
     """Seconds that `work` takes with torch's LSTM in the model, and with fusedrnn's, round by round.
 
-    They take turns, and take turns in going first, so that both meet the same machine. One round goes ahead unmeasured.
+    They are interleaved, and alternate in going first, so that both see the same machine. The first round is a warm-up.
     """
     seconds: dict[Callable[..., nn.Module], list[float]] = {fusedrnn.revert: [], fusedrnn.convert: []}
     start = time.perf_counter()
@@ -191,8 +191,8 @@ def seconds_in_turn(model: nn.Module, work: Callable[[], object]) -> tuple[list[
             begin = time.perf_counter()
             work()  # has to end with its numbers on the host, so that nothing is left running on a device
             seconds[swap].append(time.perf_counter() - begin)
-    torchs, ours = (measured[1:] for measured in seconds.values())
-    return torchs, ours
+    baseline, ours = (measured[1:] for measured in seconds.values())
+    return baseline, ours
 
 
 @torch.no_grad()
@@ -297,14 +297,14 @@ def demonstrate(args: argparse.Namespace, vocabulary: str, streams: Tensor, held
 
     x, targets = streams[: args.chunk], streams[1 : args.chunk + 1]
     parameters = list(model.parameters())
-    torchs = values_and_gradients(model, x, targets, training.state)
+    baseline = values_and_gradients(model, x, targets, training.state)
     half = len(training.losses)
 
     fusedrnn.convert(model)
 
     ours = values_and_gradients(model, x, targets, training.state)
     print(f"converted; computed by {fusedrnn.explain(model.lstm, model.embedding(x), training.state)}")
-    differences = relative_differences(ours, torchs)
+    differences = relative_differences(ours, baseline)
     report_agreement(differences)
     same = all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
     training.run(after, args.seconds / 2, "fusedrnn     ")
@@ -360,10 +360,10 @@ def report_speed(model: CharLM, optimizer: torch.optim.Optimizer, x: Tensor, tar
     measured = (("training", train_one_chunk, T * B, x), ("sampling", sample_one_chunk, T, x[:1, :1]))
     for label, work, characters, tokens in measured:
         rounds = seconds_in_turn(model, work)
-        torchs, ours = (median(seconds) for seconds in rounds)
+        baseline, ours = (median(seconds) for seconds in rounds)
         backend = fusedrnn.explain(model.lstm, model.embedding(tokens)).backend
-        rates = f"torch.nn.LSTM {characters / torchs:,.0f}, fusedrnn ({backend}) {characters / ours:,.0f}"
-        print(f"  {label}: {rates}, ratio {torchs / ours:.2f}x (medians of {len(rounds[0])})")
+        rates = f"torch.nn.LSTM {characters / baseline:,.0f}, fusedrnn ({backend}) {characters / ours:,.0f}"
+        print(f"  {label}: {rates}, ratio {baseline / ours:.2f}x (medians of {len(rounds[0])})")
 
 
 def draw(

@@ -284,7 +284,7 @@ def scatter_splits(tiles: int) -> int:
 
 
 def scatter_blocks(plan: Plan) -> int:
-    """K blocks of da of a block, as far as it meets w_hh."""
+    """K blocks of a block's part of da that is multiplied with w_hh."""
     return cdiv(plan.tiles * 16 * _filled(named(plan.cell).recurrent) * _STORAGE[plan.math], _K_BLOCK)
 
 

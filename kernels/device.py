@@ -19,7 +19,7 @@ class Device(NamedTuple):
     clock: float  # GHz
     l2: float  # bytes per microsecond, all SMs together
     grid_barrier: float  # microseconds of a grid barrier of a Triton launch
-    measured: bool = False  # whether l2 and meeting were measured on this device
+    measured: bool = False  # whether l2 and grid_barrier were measured on this device
 
 
 # L2 bandwidth and barrier time are estimates: a round trip through L2 for the arrival, another for the poll.

@@ -2,9 +2,9 @@
 //
 //   dh_t = dy_t + da_{t+1} @ w_hh       dm = dh_t  or  dh_t @ w_hr       da_t, dc_{t-1} from dm and dc_t: csrc/cells
 //
-// c stands for what the cell carries, da for the gradients of its maps; those that have the state's affine map meet
-// w_hh. A carry that is h has dh_0 as well. (t+1 stands for the step after t in the direction's own order.) The weight
-// gradients are matrix products over all steps at once and not part of this: the launch leaves da for them.
+// c stands for the cell's carry, da for the gradients of its maps; the product takes those that have an affine map of
+// the state. A carry that is h has dh_0 as well. (t+1 stands for the step after t in the direction's own order.) The
+// weight gradients are matrix products over all steps at once and not part of this: the launch leaves da for them.
 //
 // Blocks exchange da, gathering it, and hold the rows of w_hh^T that give dh of their own units: the forward's exchange
 // and product with another K, and a result that is the same whatever the plan but for the order of K. In a cluster
@@ -55,7 +55,7 @@ class Backward {
   static constexpr CellSpec kCell = C::kSpec;
   static constexpr int kMaps = kCell.maps, kSaved = kCell.saved;
   static constexpr int kOfState = kCell.recurrent.begin,
-                       kRecurrentMaps = width(kCell.recurrent);  // maps that meet w_hh
+                       kRecurrentMaps = width(kCell.recurrent);  // maps that are multiplied with w_hh
   static constexpr bool kCarries = kCell.carry != Carry::kNone, kHasCellState = has_cell_state(kCell);
   static_assert(kSaved <= kMaps);
   static constexpr bool kVariant = is_variant(kCell);

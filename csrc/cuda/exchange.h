@@ -253,8 +253,8 @@ FUSEDRNN_DEVICE void send_staged(Channel& channel, const Role& role, const char*
   });
 }
 
-// Zeroes the buffers of the operands that are exchanged: what lies behind the last tile meets weights that are zero,
-// and must be a number.
+// Zeroes the buffers of the operands that are exchanged: past the last tile they are multiplied with zeros, and
+// must be finite.
 FUSEDRNN_DEVICE void clear_operands(const SharedLayout& layout, char* shared, const Plan& plan) {
   for (int64_t at = layout.operands[0] + thread_index() * static_cast<int64_t>(sizeof(Quad)); at < layout.operands_end;
        at += threads(plan) * static_cast<int64_t>(sizeof(Quad))) {

@@ -60,8 +60,8 @@ class CellExtras<M, C, Params, kProjected, true> {
         has_g_(given(Noise::kG)),
         has_r_(given(Noise::kR)) {}
 
-  // Whether a thread holds values that are the same at all steps in registers; else it loads them at each use: of
-  // float64 there is no room.
+  // Whether a thread holds values that are the same at all steps in registers; else it loads them at each use:
+  // in float64 there are too few registers.
   static constexpr bool kKeeps = sizeof(A) == sizeof(float);
 
   // Loads the peepholes of a unit; zeros if unit >= H.

@@ -177,7 +177,7 @@ std::string occupancy(Pass pass, const Sizes& sizes, const Plan& plan, Occupancy
   if (cluster) {
     const cudaError_t error = cudaOccupancyMaxActiveClusters(&found->groups, kernel, &configuration.launch);
     const std::string failed = failure("cudaOccupancyMaxActiveClusters", error);
-    return error == cudaErrorInvalidClusterSize ? std::string() : failed;  // there is no room for such a cluster
+    return error == cudaErrorInvalidClusterSize ? std::string() : failed;  // no such cluster can be resident
   }
   int blocks = 0;
   FUSEDRNN_CALL(cudaOccupancyMaxActiveBlocksPerMultiprocessor, &blocks, kernel, threads(plan),

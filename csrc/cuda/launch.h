@@ -32,8 +32,8 @@ struct Occupancy {
   int groups;            // that can run at the same time, of all directions; 0 if not even one fits
 };
 
-// A plan of kGrid needs room for all of its groups, D * plan.groups, since they are launched together; of clusters for
-// one, and further ones start when others end.
+// The occupancy of a plan. With kGrid all of its groups, D * plan.groups, must be resident at the same time; of
+// clusters one is enough: the others start when it ends.
 std::string occupancy(Pass pass, const Sizes& sizes, const Plan& plan, Occupancy* found);
 
 }  // namespace fusedrnn::cuda

@@ -96,8 +96,8 @@ FUSEDRNN_BOTH constexpr int summed_segments(const CellSpec& cell, Pass pass, Sta
   return pass == Pass::kForward && stage == Stage::kRecurrent ? cell.maps : segments(cell, pass, stage);
 }
 
-// K blocks of weights that a warp keeps in registers; a thread has 4 * segments() registers of each. As many as 255
-// registers leave room for, beside the accumulators and what is loaded ahead of a step. Compiled in.
+// K blocks of weights that a warp keeps in registers; each takes 4 * segments() registers of a thread. As many as fit
+// into 255 registers beside the accumulators and the values prefetched for a step. A compile-time constant.
 FUSEDRNN_BOTH constexpr int register_blocks(const CellSpec& cell, Exchange exchange, Pass pass, Stage stage, Math math,
                                             int rows, bool projected) {
   const bool forward = pass == Pass::kForward, narrow = rows == kMmaN;
@@ -132,7 +132,7 @@ FUSEDRNN_BOTH constexpr int most_scatter_tiles(Math math, int rows) {
   return math == Math::kFloat64 || (math == Math::kTf32 && rows != kMmaN) ? 2 : 4;
 }
 FUSEDRNN_BOTH constexpr int scatter_splits(int tiles) { return tiles <= 2 ? 4 : 2; }
-// K blocks of da of a block, as far as it meets w_hh; of the last one, what is behind da is zeros.
+// K blocks of a block's part of da that is multiplied with w_hh; the last one is padded with zeros.
 FUSEDRNN_BOTH constexpr int scatter_blocks(const CellSpec& cell, Math math, int tiles) {
   return (tiles * 16 * width(cell.recurrent) * storage_bytes(math) + kBlockBytes - 1) / kBlockBytes;
 }
@@ -159,8 +159,8 @@ FUSEDRNN_BOTH constexpr int64_t launched_blocks(const Sizes& sizes, const Plan& 
   return sizes.D * plan.groups * plan.blocks;
 }
 
-// Bytes from row to row of so many K blocks in shared memory: odd multiples of 64, so that eight lanes reading 16 bytes
-// each from two rows meet in no bank.
+// Stride in bytes of rows of `blocks` K blocks in shared memory: an odd multiple of 64, so that eight lanes that read
+// 16 bytes each from two rows have no bank conflicts.
 FUSEDRNN_BOTH constexpr int row_stride(int blocks) { return kBlockBytes * (blocks | 1); }
 
 // The operand of a product: for each batch row what the tiles put next to each other, 16-byte aligned.
@@ -429,8 +429,8 @@ FUSEDRNN_BOTH constexpr int64_t packed_bytes(Pass pass, Stage stage, const Sizes
   return sizes.D * packed_product(pass, stage, sizes, plan).packed_quads() * static_cast<int64_t>(sizeof(Quad));
 }
 
-// Why a plan cannot run this problem at all, or null. That the device has the shared memory, the clusters and the room
-// for all blocks at the same time is for the launch to ask (launch.h).
+// Why no device can run this problem by the plan, or null. Shared memory, clusters and the occupancy of the device are
+// checked by occupancy() (launch.h).
 FUSEDRNN_BOTH constexpr const char* invalid(Pass pass, const Sizes& sizes, const Plan& plan) {
   if (sizes.T < 1 || sizes.B < 1 || sizes.H < 1 || sizes.D < 1 || sizes.D > 2)
     return "sizes must be positive, D 1 or 2";

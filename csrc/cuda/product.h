@@ -51,8 +51,8 @@ class WarpProduct {
   using Results = A[kColumnTiles][kSegments][2];
   using Summed = A[kColumnTiles][kSummed][2];
 
-  // packed: fragments of all directions, [D][tile][K block][segment][lane]. shared_blocks: how many K blocks of weights
-  // `shared` has room for; ring: of all warps. A warp without a tile holds nothing, and must not multiply.
+  // packed: fragments of all directions, [D][tile][K block][segment][lane]. shared_blocks: the K blocks of weights
+  // that fit into `shared`; ring: those of all warps. A warp without a tile holds nothing, and must not multiply.
   FUSEDRNN_DEVICE WarpProduct(const Role& role, const Plan& plan, const Product& product, const void* packed,
                               int shared_blocks, char* shared, char* ring, char* partial)
       : role_(role),

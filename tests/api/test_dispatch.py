@@ -50,11 +50,11 @@ def spies(monkeypatch):
     spy("forward", ops.forward_op)
     spy("backward", ops.backward_op)
     for name in [name + step for name in CELLS for step in ("", "_cell")]:
-        torchs = getattr(torch._VF, name)
+        baseline = getattr(torch._VF, name)
 
-        def spied(*args, torchs=torchs):
+        def spied(*args, baseline=baseline):
             ran["forward"].append("aten")
-            return torchs(*args)
+            return baseline(*args)
 
         monkeypatch.setattr(torch._VF, name, spied)
     return ran
@@ -616,9 +616,9 @@ def forced():
 expected = run(theirs)
 same(run(ours), expected)
 same(run(ours, lengths=torch.tensor([4, 4])), expected)
-cell, torchs = fusedrnn.LSTMCell(3, 5).double(), nn.LSTMCell(3, 5).double()
-cell.load_state_dict(torchs.state_dict())
-same(cell(x[0]), torchs(x[0]))
+cell, baseline = fusedrnn.LSTMCell(3, 5).double(), nn.LSTMCell(3, 5).double()
+cell.load_state_dict(baseline.state_dict())
+same(cell(x[0]), baseline(x[0]))
 try:
     forced()
     error = None

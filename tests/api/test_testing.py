@@ -23,8 +23,8 @@ def exact():
 
 
 def test_same_as_torch_passes(exact):
-    torchs = (exact * 1.01).float()
-    assert assert_as_exact_as("y", torchs, torchs, exact) == pytest.approx(0.5, abs=1e-3)
+    baseline = (exact * 1.01).float()
+    assert assert_as_exact_as("y", baseline, baseline, exact) == pytest.approx(0.5, abs=1e-3)
 
 
 def test_exact_passes(exact):
@@ -34,19 +34,19 @@ def test_exact_passes(exact):
 @pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=str)
 def test_three_times_the_error_of_torch_fails(exact, dtype):
     error = 0.05 * torch.ones_like(exact)
-    torchs = (exact + error).to(dtype)
-    assert excess((exact - 1.9 * error).to(dtype), torchs, exact) <= 1
+    baseline = (exact + error).to(dtype)
+    assert excess((exact - 1.9 * error).to(dtype), baseline, exact) <= 1
     with pytest.raises(InexactError, match=r"^dx: error 0\.1.* times what is allowed.*torch's own error is 0\.05"):
-        assert_as_exact_as("dx", (exact - 3 * error).to(dtype), torchs, exact)
+        assert_as_exact_as("dx", (exact - 3 * error).to(dtype), baseline, exact)
 
 
 @pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=str)
 def test_rounding_is_allowed_where_torch_is_exact_by_chance(dtype):
     exact = torch.tensor([0.75], dtype=F64)
-    torchs = exact.to(dtype)
+    baseline = exact.to(dtype)
     eps = torch.finfo(dtype).eps
-    assert excess((exact + eps).to(dtype), torchs, exact) <= 1
-    assert excess((exact + 40 * eps).to(dtype), torchs, exact) > 1
+    assert excess((exact + eps).to(dtype), baseline, exact) <= 1
+    assert excess((exact + 40 * eps).to(dtype), baseline, exact) > 1
 
 
 def test_rounding_below_the_smallest_normal_number():
@@ -63,15 +63,15 @@ def test_rounding_given_by_the_caller(exact):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_not_a_number_fails_wherever_it_is_not_exact(exact, bad):
-    ours, torchs = exact.float(), exact.float()
+    ours, baseline = exact.float(), exact.float()
     ours[7] = bad
-    assert excess(ours, torchs, exact) == math.inf
+    assert excess(ours, baseline, exact) == math.inf
     with pytest.raises(InexactError, match=r"^y: error inf"):
-        assert_as_exact_as("y", ours, torchs, exact)
-    assert excess(torchs, ours, exact) == math.inf, "torch's answer measures nothing"
+        assert_as_exact_as("y", ours, baseline, exact)
+    assert excess(baseline, ours, exact) == math.inf, "torch's answer measures nothing"
     exact[7] = bad
     assert excess(ours, ours, exact) <= 1
-    assert excess(torchs, ours, exact) == math.inf
+    assert excess(baseline, ours, exact) == math.inf
 
 
 def test_wrong_dtype_fails(exact):
@@ -205,20 +205,22 @@ def test_inputs_have_nan_where_no_step_exists(batch_first):
 
 def test_modules_have_the_weights_of_nn_lstm_and_leave_the_global_generator_alone():
     before = torch.get_rng_state()
-    ours, torchs = case(proj_size=2).module(fusedrnn.LSTM), case(proj_size=2).module()
+    ours, baseline = case(proj_size=2).module(fusedrnn.LSTM), case(proj_size=2).module()
     assert torch.equal(torch.get_rng_state(), before)
-    assert type(torchs) is nn.LSTM
-    for a, b in zip(ours.parameters(), torchs.parameters(), strict=True):
+    assert type(baseline) is nn.LSTM
+    for a, b in zip(ours.parameters(), baseline.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
 # ------------------------------------------------------------------------------------------------ torch's answers
 
 
-def assert_close(ours, torchs):
-    assert ours.keys() == torchs.keys()
+def assert_close(ours, baseline):
+    assert ours.keys() == baseline.keys()
     for name in ours:
-        torch.testing.assert_close(ours[name], torchs[name], rtol=1e-12, atol=1e-12, msg=lambda m, k=name: f"{k}: {m}")
+        torch.testing.assert_close(
+            ours[name], baseline[name], rtol=1e-12, atol=1e-12, msg=lambda m, k=name: f"{k}: {m}"
+        )
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])

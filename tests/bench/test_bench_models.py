@@ -158,9 +158,9 @@ def test_rounding_allows_what_float32_explains_and_little_more(tasks):
     exact, moved = (training._losses(Training(task, "cpu", torch.float64, nudge=k), 6) for k in (0, 1))
     change = float((moved - exact).abs().max())
     assert 0 < change < 1e-3
-    torchs = training._losses(Training(task, "cpu"), 6)
-    assert testing.excess(torchs, torchs, exact, change) < 1
-    assert testing.excess(torchs + 1e-4, torchs, exact, change) > 1
+    baseline = training._losses(Training(task, "cpu"), 6)
+    assert testing.excess(baseline, baseline, exact, change) < 1
+    assert testing.excess(baseline + 1e-4, baseline, exact, change) > 1
 
 
 def test_losses_are_written(quick, tmp_path, monkeypatch):

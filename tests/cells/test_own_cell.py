@@ -60,8 +60,8 @@ def results(outputs, leaves):
 @pytest.mark.parametrize("packed", [False, True])
 def test_written_anew_they_are_torchs(cell, theirs, packed):
     options = {"num_layers": 2, "bidirectional": True, "dtype": F64}
-    module, torchs = fusedrnn.Recurrent(cell, 3, 5, **options), theirs(3, 5, **options)
-    module.load_state_dict(torchs.state_dict())
+    module, baseline = fusedrnn.Recurrent(cell, 3, 5, **options), theirs(3, 5, **options)
+    module.load_state_dict(baseline.state_dict())
     x = torch.randn(4, 3, 3, dtype=F64, requires_grad=True)
     states = [torch.randn(4, 3, 5, dtype=F64, requires_grad=True) for _ in range(2 if theirs is nn.LSTM else 1)]
     hx = tuple(states) if len(states) == 2 else states[0]
@@ -74,7 +74,7 @@ def test_written_anew_they_are_torchs(cell, theirs, packed):
             y = pad_packed_sequence(rows)[0]
         return results([y, *(last if isinstance(last, tuple) else [last])], [x, *states, *layer.parameters()])
 
-    for ours, expected in zip(run(module), run(torchs), strict=True):
+    for ours, expected in zip(run(module), run(baseline), strict=True):
         torch.testing.assert_close(ours, expected)
 
 

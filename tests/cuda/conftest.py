@@ -631,8 +631,10 @@ class Layer:
         """Holds every output and gradient to the rule."""
         ours = self.all(seed)
         for name, answer in answers(self.problem, self.plan.math).items():
-            torchs, exact, rounding = answer
-            testing.assert_as_exact_as(f"{self.plan.id} {self.problem.id}: {name}", ours[name], torchs, exact, rounding)
+            baseline, exact, rounding = answer
+            testing.assert_as_exact_as(
+                f"{self.plan.id} {self.problem.id}: {name}", ours[name], baseline, exact, rounding
+            )
 
 
 @pytest.fixture

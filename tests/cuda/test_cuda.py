@@ -269,8 +269,8 @@ def test_precisions(precision, monkeypatch):
     with fusedrnn.use_backend("cuda"):
         ours = testing.evaluate(testing.call, fusedrnn.LSTM, case, DEVICE)
     worth = 1.0 if ON_GPU or precision == "ieee" else 1 + 2 * 2**-11 / testing.roundoff(F32)
-    for name, (torchs, exact, rounding) in testing.answers(case, DEVICE).items():
-        testing.assert_as_exact_as(name, ours[name], torchs, exact, worth * rounding)
+    for name, (baseline, exact, rounding) in testing.answers(case, DEVICE).items():
+        testing.assert_as_exact_as(name, ours[name], baseline, exact, worth * rounding)
     rounded = float((ours["y"].double() - testing.answers(case, DEVICE)["y"].exact).abs().max()) > 1e-5
     assert rounded == (precision == "tf32")
 
