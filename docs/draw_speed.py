@@ -8,9 +8,9 @@ import json
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "intel-xeon-amx-2-cores" / "auto"
+RESULTS = ROOT / "benchmarks" / "results" / "intel-xeon-amx-2-cores"
 IMAGE = Path(__file__).with_name("images") / "speed.svg"
-FOLDERS = {"float32": "float32", "bfloat16": "bfloat16"}  # folder -> what the legend says
+FOLDERS = {"": "float32", "bfloat16": "bfloat16"}  # folder -> what the legend says
 # T, B, H, L, D, variant, and what the axis says; I = H, but for the one of 200
 SHAPES = [
     (1, 1, 128, 1, 1, "plain", "one step, B 1, H 128"),
@@ -55,7 +55,7 @@ def draw(found):
         for k, (folder, label) in enumerate(FOLDERS.items()):
             at = [row + (k - 0.5) * 0.38 for row in range(len(SHAPES))]
             values = found[folder][mode]
-            panel.barh(at, [value or 0 for value in values], 0.36, color=colours[folder], label=label)
+            panel.barh(at, [value or 0 for value in values], 0.36, color=colours[label], label=label)
             for y, value in zip(at, values, strict=True):
                 if value is not None:
                     panel.text(

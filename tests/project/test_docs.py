@@ -102,12 +102,12 @@ def test_the_readme_is_short_and_says_what_the_results_say():
     readme = (ROOT / "README.md").read_text()
 
     def mean(folder, mode):
-        path = ROOT / "benchmarks" / "results" / "intel-xeon-amx-2-cores" / "auto" / folder / "results.csv"
+        path = ROOT / "benchmarks" / "results" / "intel-xeon-amx-2-cores" / folder / "results.csv"
         with open(path, newline="") as file:
             rows = [row for row in csv.DictReader(file) if (row["contender"], row["mode"]) == ("fusedrnn auto", mode)]
         return f"{geometric_mean(float(row['ratio']) for row in rows):.1f}"
 
-    lstm, gru = ([mean(folder, mode) for mode in ("infer", "train")] for folder in ("float32", "gru_float32"))
+    lstm, gru = ([mean(folder, mode) for mode in ("infer", "train")] for folder in ("", "gru"))
     assert f"**{lstm[0]} times as fast in inference and {lstm[1]} times in training**" in readme
     assert f"a GRU {gru[0]} and {gru[1]} times" in readme
     assert readme.count("\n") <= 100
