@@ -99,8 +99,8 @@ OptionalTensor padded_rows(const Kernels& kernels, const Tensor& rows) {
   return padded;
 }
 
-constexpr int64_t kPartsOfThread = 4;  // of a product, at least
-constexpr int64_t kLeastRows = 48;     // of a part, unless there are enough parts
+constexpr int64_t kPartsOfThread = 4;  // of a product, if a part then has
+constexpr int64_t kLeastRows = 96;     // or more: every part reads all of b
 
 // c = start + a @ b or c += a @ b, see params.h. Each worker takes the next part when it is done with one: a slow core,
 // which another process uses too, delays the product by at most one part.
@@ -113,8 +113,8 @@ void gemm(const Kernels& kernels, GemmParams params) {
   // Rows are shared, unless there are so few that a worker would hardly use what it reads of b.
   int64_t row_parts = blocks_of(params.M, kGemmRows), column_parts = 1;
   if (tiles >= 4 * threads && !params.by_columns) {
-    row_parts = std::max(row_parts, std::min(kPartsOfThread * threads, blocks_of(params.M, kLeastRows)));
-    row_parts = blocks_of(row_parts, threads) * threads;
+    const int64_t more = std::min(kPartsOfThread * threads, params.M / kLeastRows) / threads * threads;
+    row_parts = std::max(blocks_of(row_parts, threads) * threads, more);
   } else {
     if (params.also != nullptr) gemm(kernels, *std::exchange(params.also, nullptr));
     column_parts = std::min(threads, blocks);
