@@ -48,7 +48,7 @@ inline int64_t shared_blocks(const Sizes& s, const CellSpec& cell, const Kernels
 
 // A split by rows needs no synchronisation. A split by units is used with fewer rows than threads, if a step is long
 // compared with a barrier; and if the weights do not stay in a core's cache between steps, so that each core reads only
-// its part. They need less than half of the second-level cache, beside the rows; of a small one all, if each worker's
+// its part. They may take half of the second-level cache, beside the rows; of a small one all, if each worker's
 // rows fill a tile; and where a worker has so few rows that it waits for the weights, they have to be fewer.
 // A split by units needs several blocks for each worker for balance; with fewer, rows that fill tiles are better.
 inline Team plan_team(const Sizes& s, const CellSpec& cell, const Kernels& kernels, bool is_double, int64_t threads) {
