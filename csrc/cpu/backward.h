@@ -99,8 +99,8 @@ class Backward {
       for (int64_t d = 0; d < s_.D; ++d) {
         const OwnedRows rows = owned_rows(s_, p_.sequence, p_.team, index, d);
         if (rows.begin >= rows.end) continue;
-        start(d, rows.begin, rows.end);
-        for (int64_t n = s_.T - 1; n >= -1; --n) {
+        if (p_.end == s_.T) start(d, rows.begin, rows.end);
+        for (int64_t n = p_.end - 1; n >= p_.begin; --n) {
           for (int64_t k = 0; k < output_blocks(); ++k) {
             outputs(pipeline, n, d, in_turns(n, k, output_blocks()), rows.begin, rows.end);
           }
@@ -110,16 +110,16 @@ class Backward {
             projected_units(n, d, in_turns(n, k, unit_blocks()), rows.begin, rows.end);
           }
         }
-        finish(d, rows.begin, rows.end);
+        if (p_.begin < 0) finish(d, rows.begin, rows.end);
       }
       return;
     }
     const int64_t blocks = unit_blocks();
     Worker worker(p_.team, s_.D * blocks, index, s_.B * kWide<A> * kSpec.gates * s_.H);
     worker.phase([&](int64_t chunk) {
-      if (chunk % blocks == 0) start(chunk / blocks, 0, s_.B);
+      if (chunk % blocks == 0 && p_.end == s_.T) start(chunk / blocks, 0, s_.B);
     });
-    for (int64_t n = s_.T - 1; n >= -1; --n) {
+    for (int64_t n = p_.end - 1; n >= p_.begin; --n) {
       worker.phase(
           [&](int64_t chunk) {
             if (chunk % blocks < output_blocks()) outputs(pipeline, n, chunk / blocks, chunk % blocks, 0, s_.B);
@@ -129,7 +129,7 @@ class Backward {
       worker.phase([&](int64_t chunk) { projected_units(n, chunk / blocks, chunk % blocks, 0, s_.B); });
     }
     worker.phase([&](int64_t chunk) {
-      if (chunk % blocks == 0) finish(chunk / blocks, 0, s_.B);
+      if (chunk % blocks == 0 && p_.begin < 0) finish(chunk / blocks, 0, s_.B);
     });
   }
 
@@ -196,18 +196,25 @@ class Backward {
     }
     const int64_t inputs = p_.da_inputs / (kPairs ? 2 : 1), stride = p_.da_stride / (kPairs ? 2 : 1);
     const E* panel = static_cast<const E*>(p_.panel_hh) + (d * output_blocks() + block) * inputs * kWide<A>;
+    const V(*product)[4] = nullptr;  // of the rows that have a next step, if it was computed before
+    if (n < 0 && p_.product_hh != nullptr) {
+      product = static_cast<const V(*)[4]>(p_.product_hh) + (d * output_blocks() + block) * s_.N;
+    }
     if constexpr (kTiles) {
       for (int64_t b = row_begin; b < row_end; b += kTileChunk) {
         const int64_t end = row_end - b < kTileChunk ? row_end : b + kTileChunk;
-        tiled_outputs(pipeline, {*this, direction, n, d, b, block, end - b}, panel, inputs, row_begin,
+        tiled_outputs(pipeline, {*this, direction, n, d, b, block, end - b}, panel, inputs, product, row_begin,
                       next_end < end ? next_end : end);
       }
     } else {
       for_each_part(row_begin, row_end, [&](int64_t b, int64_t rows) {
         V sum[kRowsAtATime][4];
-        if (b < next_end) {
+        const int64_t wanted = next_end - b < rows ? next_end - b : rows;
+        if (wanted > 0 && product != nullptr) {
+          std::memcpy(sum, product + b, wanted * sizeof(sum[0]));
+        } else if (wanted > 0) {
           multiply<E>(sum, reinterpret_cast<const E*>(da(d, direction.row(next, b)) + p_.da_begin), stride, panel,
-                      inputs, next_end - b < rows ? next_end - b : rows, s_.B == 1, {&direction, next, b});
+                      inputs, wanted, s_.B == 1, {&direction, next, b});
         }
         const Block own(*this, direction, n, d, b, block, rows);
         for (int v = 0; v < 4; ++v) own.gradients(v, 0, rows, sum);
@@ -240,11 +247,12 @@ class Backward {
 
   // As outputs, for some rows by tiles, interleaved with the gradients of the previous product. The worker's rows begin
   // at row_begin; those up to next_end have a next step.
-  void tiled_outputs(Pipeline& pipeline, const Block& own, const E* panel, int64_t inputs, int64_t row_begin,
-                     int64_t next_end) const {
+  void tiled_outputs(Pipeline& pipeline, const Block& own, const E* panel, int64_t inputs, const V (*product)[4],
+                     int64_t row_begin, int64_t next_end) const {
     V(*const sums)[4] = pipeline.sums()[0];
     const int64_t next = own.direction.after(own.direction.at(own.n)), b = own.b, rows = next_end - b;
-    if (rows <= 0 || !own.direction.any_exists(next, b, rows)) {
+    if (rows > 0 && product != nullptr) std::memcpy(sums, product + b, rows * sizeof(sums[0]));
+    if (rows <= 0 || product != nullptr || !own.direction.any_exists(next, b, rows)) {
       return pipeline.run(0, [](const auto&) {}, {own, sums});
     }
     // A tile has 16 rows if possible: it overlaps the previous one.

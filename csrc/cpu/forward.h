@@ -12,12 +12,14 @@
 // several blocks. Split by rows: each worker runs its rows through all steps, without synchronisation. Split by units:
 // workers share the chunks of a step, with a barrier after it, and a second one with a projection (team.h). h_{t-1} and
 // h_t are in two buffers, so that no block reads what another writes in the same step. For few rows and steps nothing
-// is packed: the products are dot products along K. With AMX tiles (tile_product.h) a product is stored in the worker's
+// is packed: the products are dot products along K. A single step of more rows reads weights once: a worker packs them
+// in its cache (gemm.h). With AMX tiles (tile_product.h) a product is stored in the worker's
 // scratch, and its cells run beside the next product.
 #pragma once
 
 #include "activations.h"
 #include "geometry.h"
+#include "operands.h"
 #include "panel.h"
 #include "team.h"
 #include "tile_product.h"
@@ -132,6 +134,19 @@ class Forward {
     for (int64_t block = begin; block < end; ++block) {
       const int64_t d = block / unit_blocks(), rows = Direction(s_, p_.sequence, d).rows(0);
       dot_units(0, d, block % unit_blocks(), 0, rows);
+    }
+  }
+
+  // T = 1: chunks [begin, end) of D * all chunks, for rows [row, row_end), at most kGemmRows. own: memory of the
+  // worker.
+  void step_of_batch(int64_t begin, int64_t end, int64_t row, int64_t row_end, void* own) const {
+    const int64_t chunks = blocks_of(unit_blocks(), kChunk);
+    for (int64_t d = 0; d < s_.D; ++d) {
+      const Direction direction(s_, p_.sequence, d);
+      const int64_t first = begin > d * chunks ? begin - d * chunks : 0;
+      const int64_t last = end < (d + 1) * chunks ? end - d * chunks : chunks;
+      const int64_t rows = direction.clipped(0, row_end) - row;
+      if (first < last && rows > 0) batch_units(direction, d, first, last - first, row, rows, own);
     }
   }
 
@@ -761,7 +776,7 @@ class Forward {
     });
   }
 
-  // The complete maps of a row, with biases.
+  // The complete maps of rows, with biases.
   void dots(Sums all, int64_t n, int64_t d, int64_t block, int64_t b, int64_t rows) const {
     const Direction direction(s_, p_.sequence, d);
     const int64_t unit = block * kUnits<A>, count = this->count(block);
@@ -773,11 +788,56 @@ class Forward {
       const V bias = sum_of_biases<S>(kSpec, map, p_.b_ih[d], p_.b_hh[d], s_.H, unit, count);
       const S* const w_ih = weights(p_.w_ih[d], kSpec.input, map, s_.I);
       const S* const w_hh = enters(n) ? weights(p_.w_hh[d], kSpec.recurrent, map, s_.P) : nullptr;
-      for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t r = 0; r < rows; r += kDotRowsAtATime) {
         // Resets were applied when the state was written.
         const State* const state = h(n, d) + (b + r) * h_stride();
-        all(r, map) = dots_of_units(w_ih, x + (b + r) * s_.I, s_.I, w_hh, state, s_.P, count) + bias;
+        dots_of_units<S, State>({w_ih, x + (b + r) * s_.I, s_.I, s_.I}, {w_hh, state, h_stride(), s_.P},
+                                rows - r < kDotRowsAtATime ? rows - r : kDotRowsAtATime, count, &all(r, map), all.row);
       }
+      for (int64_t r = 0; r < rows; ++r) all(r, map) += bias;
+    }
+  }
+
+  // The only step of some chunks of hidden units, for rows from b on. own: the sums, A [kPanels][chunks][rows][4]
+  // vectors, and what the products need.
+  void batch_units(const Direction& direction, int64_t d, int64_t first_chunk, int64_t chunks, int64_t b, int64_t rows,
+                   void* own) const {
+    const int64_t begin = first_chunk * kChunk, after = begin + chunks * kChunk;
+    const int64_t end = after < unit_blocks() ? after : unit_blocks();
+    V(*const sums)[4] = static_cast<V(*)[4]>(own);
+    void* const rest = sums + kPanels * chunks * rows;
+    const auto add = [&](const MapWindow& window, const void* w, int64_t K, int64_t first_panel, int64_t panels,
+                         const State* left, int64_t stride) {
+      const UnpackedWeights weights{pack_weight_maps<S, kOperands>, {w, &window, s_.H}, K, first_chunk, chunks};
+      const GemmParams product{.M = rows,
+                               .N = panels * chunks * kWide<A>,
+                               .K = inputs(K),
+                               .a = left + b * stride,
+                               .a_stride = stride,
+                               .panels = nullptr,
+                               .unpacked = &weights,
+                               .c = sums + first_panel * chunks * rows,
+                               .c_in_blocks = true,
+                               .accumulate = true};
+      GemmOf<S>(product).run(0, rows, 0, 2 * panels * chunks, rest);
+    };
+    for (int64_t panel = 0; panel < kPanels * chunks; ++panel) {
+      V biases[4];
+      for (int64_t v = 0; v < 4; ++v) {
+        const int64_t map = kChunk == 1 ? v : panel / chunks, of_chunk = kChunk == 1 ? 0 : v;
+        const int64_t block = begin + panel % chunks * kChunk + of_chunk;
+        biases[v] = block < end ? sum_of_biases<S>(kSpec, static_cast<int>(map), p_.b_ih[d], p_.b_hh[d], s_.H,
+                                                   block * kUnits<A>, count(block))
+                                : V{};
+      }
+      for (int64_t r = 0; r < rows; ++r) std::memcpy(sums[panel * rows + r], biases, sizeof(biases));
+    }
+    add(kSpec.input, p_.w_ih[d], s_.I, 0, kInputPanels, static_cast<const State*>(p_.x_padded), p_.x_stride);
+    if (enters(0)) add(kSpec.recurrent, p_.w_hh[d], s_.P, kFirstRecurrent, kRecurrentPanels, h(0, d), h_stride());
+    for (int64_t block = begin; block < end; ++block) {
+      V* const own_sums = &sums[(block - begin) / kChunk * rows][(block - begin) % kChunk];
+      Cells(*this, direction, 0, d, b, block)
+          .all(0, rows, count(block), {own_sums, 4, kChunk == 1 ? 1 : 4 * chunks * rows});
     }
   }
 

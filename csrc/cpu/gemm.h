@@ -6,6 +6,9 @@
 // stays in registers, as in panel.h. Rows are packed into slivers of kSliverRows rows, [K][rows]: transposed rows
 // always, because each element is in another page, contiguous ones if there are enough rows and columns.
 //
+// Weights that a product reads once need not be packed before. A worker then packs a panel's part of kUnpackedDepth
+// inputs in its first-level cache, multiplies its rows with it, and goes on to the next panel.
+//
 // The order of the sum over K does not depend on the tiles, so results do not depend on the number of threads.
 #pragma once
 
@@ -16,6 +19,9 @@ namespace fusedrnn::FUSEDRNN_ISA {
 // Along K. With AVX-512 a tile reads 21 bytes of a panel a cycle, which the L2 cache delivers; a depth of 128, for
 // which the panel's part stays in the L1 cache, costs more in loads and stores of c.
 constexpr int64_t kGemmDepth = kNarrow ? 384 : 512;
+constexpr int64_t kUnpackedDepth = 128;
+// Numbers of a block of b that stay in the L2 cache with rows of a and c.
+constexpr int64_t kNearNumbers = 32 << 10;
 
 template <class E>
 class Gemm {
@@ -31,64 +37,103 @@ class Gemm {
 
   // Bytes that run() needs for itself.
   int64_t scratch() const {
-    if (!packs()) return 0;
-    const int64_t rows = p_.M < kGemmRows ? p_.M : kGemmRows, depth = p_.K < kGemmDepth ? p_.K : kGemmDepth;
-    return blocks_of(rows, kSliverRows) * sliver(depth) * static_cast<int64_t>(sizeof(A));
+    const int64_t panel = p_.panels == nullptr ? kUnpackedDepth * kWide<A> : 0;
+    return (slivers() + panel) * static_cast<int64_t>(sizeof(A));
   }
 
   // Rows [m, m_end) of c, at most kGemmRows of them, of the half panels [half, half_end), and of all of another product
   // with the same a. own: scratch() bytes.
   void run(int64_t m, int64_t m_end, int64_t half, int64_t half_end, void* memory) const {
     A* const own = static_cast<A*>(memory);
-    const bool packed = packs();
+    const int64_t most = most_depth();
     int64_t k = 0;
     do {  // also where K = 0, and c all zeros
-      const int64_t depth = p_.K - k < kGemmDepth ? p_.K - k : kGemmDepth;
-      if (packed) pack(m, m_end, k, depth, own);
-      columns(m, m_end, half, half_end, k, depth, packed ? own : nullptr);
+      const int64_t depth = p_.K - k < most ? p_.K - k : most;
+      if (packs()) pack(m, m_end, k, depth, own);
+      const A* const a = packs() ? own : nullptr;
+      columns(m, m_end, half, half_end, k, depth, a, own + slivers());
       if (p_.also != nullptr) {
-        const int64_t halves = blocks_of(p_.also->N, 2 * kUnits<A>);
-        Gemm(*p_.also).columns(m, m_end, 0, halves, k, depth, packed ? own : nullptr);
+        Gemm(*p_.also).columns(m, m_end, 0, blocks_of(p_.also->N, 2 * kUnits<A>), k, depth, a, nullptr);
       }
-      k += kGemmDepth;
+      k += most;
     } while (k < p_.K);
   }
 
  private:
-  // Inputs [k, k + depth) of these rows and half panels; slivers is null where the rows are read as they lie.
-  void columns(int64_t m, int64_t m_end, int64_t half, int64_t half_end, int64_t k, int64_t depth,
-               const A* slivers) const {
+  // Inputs [k, k + depth) of a product.
+  struct Block {
+    const E* half(int64_t n) const {
+      return panels + (n / 2 - first) * inputs * kWide<A> + in_panel<A>(inputs, 0, n % 2 * 2);
+    }
+
+    int64_t m, k, depth;
+    const A* slivers;  // rows of a from m on; or null where they are read as they lie
+    const E* panels;   // of b, from the first-th on, of so many inputs: these inputs
+    int64_t first, inputs;
+  };
+
+  int64_t most_depth() const { return p_.panels != nullptr ? kGemmDepth : kUnpackedDepth; }
+
+  // Numbers of all slivers of a block, in whole cache lines.
+  int64_t slivers() const {
+    if (!packs()) return 0;
+    const int64_t rows = p_.M < kGemmRows ? p_.M : kGemmRows, depth = p_.K < most_depth() ? p_.K : most_depth();
+    return blocks_of(blocks_of(rows, kSliverRows) * sliver(depth), 16) * 16;
+  }
+
+  // These rows and half panels of a block; own: memory for a panel of unpacked weights.
+  void columns(int64_t m, int64_t m_end, int64_t half, int64_t half_end, int64_t k, int64_t depth, const A* slivers,
+               A* own) const {
+    if (p_.panels == nullptr) {
+      for (int64_t n = half; n < half_end; n += 2) {
+        p_.unpacked->pack(*p_.unpacked, n / 2, k, depth, own);
+        const Block block{m, k, depth, slivers, reinterpret_cast<const E*>(own), n / 2, depth};
+        halves(block, m, m_end, n, n + 2 < half_end ? n + 2 : half_end);
+      }
+      return;
+    }
+    const Block block{m, k, depth, slivers, static_cast<const E*>(p_.panels) + in_panel<A>(p_.K, k, 0), 0, p_.K};
+    // Rows of c are written one after the other if all of b stays near.
+    const bool is_near = depth * p_.N <= kNearNumbers && p_.N > 2 * kWide<A>;
+    const int64_t rows = is_near ? kSliverRows : kGemmRows;
+    for (int64_t row = m; row < m_end; row += rows) {
+      halves(block, row, m_end - row < rows ? m_end : row + rows, half, half_end);
+    }
+  }
+
+  void halves(const Block& block, int64_t row, int64_t row_end, int64_t half, int64_t half_end) const {
     for (int64_t n = half; n < half_end; n += kTileVectors / 2) {
       if (kTileVectors == 4 && n + 1 < half_end) {
-        part<4>(m, m_end, n, k, depth, slivers);
+        part<4>(block, row, row_end, n);
       } else {
-        part<2>(m, m_end, n, k, depth, slivers);
+        part<2>(block, row, row_end, n);
       }
     }
   }
 
-  // Rows [m, m_end) of kVectors vectors of c from the n-th half panel on.
+  // Rows [begin, end) of kVectors vectors of c from the n-th half panel on.
   template <int kVectors>
-  void part(int64_t m, int64_t m_end, int64_t n, int64_t k, int64_t depth, const A* slivers) const {
-    const E* const panel = static_cast<const E*>(p_.panels) + n / 2 * p_.K * kWide<A> + in_panel<A>(p_.K, k, n % 2 * 2);
+  void part(const Block& block, int64_t begin, int64_t end, int64_t n) const {
     const int64_t stride = p_.a_stride / (kPairs ? 2 : 1);
-    for (int64_t row = m; row < m_end; row += kTileRows) {
-      with_rows<kTileRows>(m_end - row < kTileRows ? m_end - row : kTileRows, [&](auto R) {
-        if (slivers != nullptr) {
-          const E* const sliver = reinterpret_cast<const E*>(slivers) + (row - m) / kSliverRows * this->sliver(depth) +
-                                  (row - m) % kSliverRows;
-          tile<R.kCount, kVectors>(Sliver<E>{sliver}, panel, k, depth, row, n);
+    const E* const panel = block.half(n);
+    for (int64_t row = begin; row < end; row += kTileRows) {
+      with_rows<kTileRows>(end - row < kTileRows ? end - row : kTileRows, [&](auto R) {
+        if (block.slivers != nullptr) {
+          const int64_t at = row - block.m;
+          const E* const sliver = reinterpret_cast<const E*>(block.slivers) +
+                                  at / kSliverRows * this->sliver(block.depth) + at % kSliverRows;
+          tile<R.kCount, kVectors>(Sliver<E>{sliver}, panel, block, row, n);
         } else {
-          const E* const rows = static_cast<const E*>(p_.a) + row * stride + k;
-          tile<R.kCount, kVectors>(StridedRows<E, R.kCount>(rows, stride), panel, k, depth, row, n);
+          const E* const rows = static_cast<const E*>(p_.a) + row * stride + block.k;
+          tile<R.kCount, kVectors>(StridedRows<E, R.kCount>(rows, stride), panel, block, row, n);
         }
       });
     }
   }
 
   template <int R, int kVectors, class Left>
-  FUSEDRNN_INLINE void tile(const Left& left, const E* panel, int64_t k, int64_t depth, int64_t row,
-                            int64_t half) const {
+  FUSEDRNN_INLINE void tile(const Left& left, const E* panel, const Block& block, int64_t row, int64_t half) const {
+    const int64_t k = block.k, depth = block.depth, inputs = block.inputs;
     const int64_t column = half * 2 * kUnits<A>, columns = p_.N - column;
     const int64_t c_stride = p_.c_in_blocks ? kWide<A> : p_.N;
     A* const c = static_cast<A*>(p_.c) +
@@ -99,11 +144,11 @@ class Gemm {
     }
     const A* const start = k == 0 && p_.start != nullptr ? static_cast<const A*>(p_.start) + column : kZeros;
     if (columns >= kVectors * kUnits<A>) {
-      return add ? product<R, kVectors, true>(left, panel, p_.K, depth, start, c, c_stride)
-                 : product<R, kVectors, false>(left, panel, p_.K, depth, start, c, c_stride);
+      return add ? product<R, kVectors, true>(left, panel, inputs, depth, start, c, c_stride)
+                 : product<R, kVectors, false>(left, panel, inputs, depth, start, c, c_stride);
     }
     A sums[R][kVectors * kUnits<A>];
-    product<R, kVectors, false>(left, panel, p_.K, depth, start, sums[0], kVectors * kUnits<A>);
+    product<R, kVectors, false>(left, panel, inputs, depth, start, sums[0], kVectors * kUnits<A>);
     for (int r = 0; r < R; ++r) {
       for (int64_t n = 0; n < columns; n += kUnits<A>) {
         A* const to = c + r * c_stride + n;
@@ -116,18 +161,21 @@ class Gemm {
   // A tile of c, or what is added to it. A function of its own: inlined into what calls it, the compiler spills sums in
   // every round of its loop.
   template <int R, int kVectors, bool kAdd, class Left>
-  static __attribute__((noinline)) void product(const Left& left, const E* panel, int64_t K, int64_t depth,
+  static __attribute__((noinline)) void product(const Left& left, const E* panel, int64_t inputs, int64_t depth,
                                                 const A* start, A* c, int64_t c_stride) {
     accumulate<E, R, kVectors>(
-        left, panel, K, depth, [&](int, int v) { return load(start + v * kUnits<A>); },
+        left, panel, inputs, depth, [&](int, int v) { return load(start + v * kUnits<A>); },
         [&](int r, int v, V sum) {
           A* const to = c + r * c_stride + v * kUnits<A>;
           store(to, kAdd ? sum + load(to) : sum);
         });
   }
 
-  // With few rows a sliver would be more memory than it is time.
-  bool packs() const { return p_.a_transposed || (p_.M >= kGemmRows && p_.N >= kColumnsToPackFor); }
+  // With few rows or columns a sliver takes more time than it saves.
+  bool packs() const {
+    return p_.a_transposed ||
+           (p_.M >= (p_.panels != nullptr ? kGemmRows : 2 * kSliverRows) && p_.N >= kColumnsToPackFor);
+  }
 
   // Rows [m, m_end) of a, inputs [k, k + depth), in slivers.
   void pack(int64_t m, int64_t m_end, int64_t k, int64_t depth, A* to) const {

@@ -9,31 +9,9 @@
 #include "backward.h"
 #include "fingerprint.h"
 #include "forward.h"
-#include "gemm.h"
 #include "masks.h"
-#if defined(FUSEDRNN_TILES)
-#include "tile_gemm.h"
-#endif
 
 namespace fusedrnn::FUSEDRNN_ISA {
-
-// The operands of a dtype's products, and the GEMM around a launch.
-#if defined(FUSEDRNN_TILES)
-template <class S>
-constexpr Operands kOperands = std::is_same_v<S, BFloat16> ? Operands::kTiles : Operands::kNumbers;
-template <class S>
-using GemmOf = std::conditional_t<kOperands<S> == Operands::kTiles, TileGemm, Gemm<Compute<S>>>;
-#elif defined(FUSEDRNN_PAIRS)
-template <class S>
-constexpr Operands kOperands = std::is_same_v<S, BFloat16> ? Operands::kPairs : Operands::kNumbers;
-template <class S>
-using GemmOf = Gemm<std::conditional_t<kOperands<S> == Operands::kPairs, Pair, Compute<S>>>;
-#else
-template <class S>
-constexpr Operands kOperands = Operands::kNumbers;
-template <class S>
-using GemmOf = Gemm<Compute<S>>;
-#endif
 
 template <class Cell, class S>
 constexpr CellKernels cell_kernels() {
@@ -44,6 +22,9 @@ constexpr CellKernels cell_kernels() {
       add_biases<Cell, S>,
       [](const ForwardParams& params) { CellForward(params).step_start(); },
       [](const ForwardParams& params, int64_t begin, int64_t end) { CellForward(params).step(begin, end); },
+      [](const ForwardParams& params, int64_t begin, int64_t end, int64_t row, int64_t row_end, void* own) {
+        CellForward(params).step_of_batch(begin, end, row, row_end, own);
+      },
       nullptr,
       [](const BackwardParams& params, int worker) { Backward<Cell, S, kOperands<S>>(params).run(worker); },
   };
@@ -69,6 +50,7 @@ constexpr Kernels kernels_for() {
       },
       [](const GemmParams& params) { return GemmOf<S>(params).scratch(); },
       pack_maps<S, kOperands<S>>,
+      pack_weight_rows<S, kOperands<S>>,
       pack_rows<S>,
       pack_columns<S>,
       [](const void* first, const void* second, int64_t N, void* panels, int64_t inputs, int64_t k) {

@@ -37,8 +37,17 @@ constexpr int64_t kDepth = kNarrow ? 16384 / (2 * FUSEDRNN_VECTOR_BYTES) : 32768
 constexpr int kInputsARound = kNarrow ? 4 : 1;
 // Number of rows whose sums are stored between the product and its consumer.
 constexpr int64_t kRowsAtATime = kNarrow ? 24 : 48;
+// Vectors along K, and rows of weights, that packing prefetches ahead.
+constexpr int64_t kPackAhead = 4, kPackRowsAhead = 16;
 // Rows of a packed sliver: a multiple of a tile's rows.
 constexpr int64_t kSliverRows = kNarrow ? 6 : 12;
+
+// Inputs of a panel of K inputs of a matrix.
+template <Operands kOperands>
+constexpr int64_t panel_inputs(int64_t K) {
+  constexpr int64_t kAtATime = inputs_at_a_time(kOperands);
+  return blocks_of(K, kAtATime) * kAtATime / (kOperands == Operands::kNumbers ? 1 : 2);
+}
 
 // Offset of the v-th vector of input k in a panel of K inputs.
 template <class A>
@@ -53,7 +62,8 @@ struct StridedRows {
     for (int r = 0; r < R; r += kOfPointer) at[r / kOfPointer] = rows + r * stride;
   }
 
-  E operator()(int r, int k) const { return at[r / kOfPointer][r % kOfPointer * stride + k]; }
+  E operator()(int r, int k) const { return place(r)[k]; }
+  const E* place(int r) const { return at[r / kOfPointer] + r % kOfPointer * stride; }
   void advance(int k) {
     for (int r = 0; r < R; r += kOfPointer) at[r / kOfPointer] += k;
   }
@@ -262,27 +272,32 @@ FUSEDRNN_INLINE void for_each_part(int64_t begin, int64_t end, const F& f) {
   }
 }
 
-// to[k * 2 * lanes + lane] = w[lane][k] for w [units][K], and 0 for lanes from units on; units may be more than lanes.
+// to[k * 2 * lanes + lane] = w[lane][begin + k] for w [units][K] and k in [0, inputs), and 0 for lanes from units on;
+// units may be more than lanes.
 template <class S>
-FUSEDRNN_INLINE void transpose_into(const S* w, int64_t units, int64_t K, Compute<S>* to) {
+FUSEDRNN_INLINE void transpose_into(const S* w, int64_t units, int64_t K, int64_t begin, int64_t inputs,
+                                    Compute<S>* to) {
   using A = Compute<S>;
-  for (int64_t k = 0; k < K; k += kUnits<A>) {
+  w += begin;
+  for (int64_t k = 0; k < inputs; k += kUnits<A>) {
     Vec<A> square[kUnits<A>];
     for (int64_t u = 0; u < kUnits<A>; ++u) {
-      square[u] = u < units ? load(w + u * K + k, K - k) : Vec<A>{};
-      __builtin_prefetch(w + u * K + k + 4 * kUnits<A>);
+      square[u] = u < units ? load(w + u * K + k, inputs - k) : Vec<A>{};
+      __builtin_prefetch(w + u * K + k + kPackAhead * kUnits<A>);
     }
     transpose<A>(square);
-    const int64_t count = K - k < kUnits<A> ? K - k : kUnits<A>;
+    const int64_t count = inputs - k < kUnits<A> ? inputs - k : kUnits<A>;
     for (int64_t u = 0; u < count; ++u) store(to + (k + u) * 2 * kUnits<A>, square[u]);
   }
 }
 
-// As transpose_into, for pairs: to[k * 2 * lanes + lane] = w[lane][2k], w[lane][2k + 1] for k in [0, inputs).
-FUSEDRNN_INLINE void transpose_pairs_into(const BFloat16* w, int64_t units, int64_t K, int64_t inputs, float* to) {
+// As transpose_into, for pairs: to[k * 2 * lanes + lane] = w[lane][2 * (begin + k)], w[lane][2 * (begin + k) + 1].
+FUSEDRNN_INLINE void transpose_pairs_into(const BFloat16* w, int64_t units, int64_t K, int64_t begin, int64_t inputs,
+                                          float* to) {
   constexpr int64_t kPairs = kUnits<float>;
+  w += 2 * begin;
   for (int64_t k = 0; k < inputs; k += kPairs) {
-    const int64_t numbers = K - 2 * k;
+    const int64_t numbers = K - 2 * (begin + k);
     Vec<float> square[kPairs];
     for (int64_t u = 0; u < kPairs; ++u) {
       square[u] = Vec<float>{};
@@ -293,7 +308,7 @@ FUSEDRNN_INLINE void transpose_pairs_into(const BFloat16* w, int64_t units, int6
       } else {
         std::memcpy(&square[u], from, numbers * sizeof(BFloat16));
       }
-      __builtin_prefetch(w + u * K + 2 * (k + 4 * kPairs));
+      __builtin_prefetch(w + u * K + 2 * (k + kPackAhead * kPairs));
     }
     transpose<float>(square);
     const int64_t count = inputs - k < kPairs ? inputs - k : kPairs;
@@ -301,30 +316,45 @@ FUSEDRNN_INLINE void transpose_pairs_into(const BFloat16* w, int64_t units, int6
   }
 }
 
-// Panels [begin, end) of the maps of a product, for w [gates][H][K]; see params.h. Of pairs there are as many inputs as
-// kOperands take.
+// Inputs [begin, begin + inputs) of a panel of the maps of a product, for w [gates][H][K], as a panel of so many
+// inputs. `panel` counts those of a chunk, chunk after chunk; see params.h.
 template <class S, Operands kOperands>
-void pack_maps(const void* w, const MapWindow& window, int64_t H, int64_t K, void* panels, int64_t begin, int64_t end) {
+void pack_maps_of(const MapWeights& weights, int64_t K, int64_t panel, int64_t begin, int64_t inputs, void* to) {
   using A = Compute<S>;
-  constexpr bool kPairs = kOperands != Operands::kNumbers;
-  constexpr int64_t kAtATime = inputs_at_a_time(kOperands);
-  const S* from = static_cast<const S*>(w);
-  A* to = static_cast<A*>(panels);
-  const int64_t inputs = blocks_of(K, kAtATime) * kAtATime / (kPairs ? 2 : 1);
-  const int64_t maps = window.end - window.begin, blocks = chunk_blocks(maps), of_chunk = maps * blocks / 4;
-  for (int64_t panel = begin; panel < end; ++panel) {
-    for (int64_t v = 0; v < 4; ++v) {
-      const int64_t index = panel % of_chunk * 4 + v;  // among the vectors of a chunk: map after map, block after block
-      const int64_t unit = (panel / of_chunk * blocks + index % blocks) * kUnits<A>, units = H - unit;
-      const S* const rows = from + (window.gates[index / blocks] * H + (units > 0 ? unit : 0)) * K;
-      A* const part = to + panel * inputs * kWide<A> + in_panel<A>(inputs, 0, v);
-      if constexpr (kPairs) {
-        transpose_pairs_into(rows, units, K, inputs, part);
-      } else {
-        transpose_into(rows, units, K, part);
-      }
+  const MapWindow& window = *weights.maps;
+  const int64_t H = weights.H, maps = window.end - window.begin, blocks = chunk_blocks(maps);
+  for (int64_t v = 0; v < 4; ++v) {
+    const int64_t of_chunk = maps * blocks / 4;
+    const int64_t index = panel % of_chunk * 4 + v;  // among the vectors of a chunk: map after map, block after block
+    const int64_t unit = (panel / of_chunk * blocks + index % blocks) * kUnits<A>, units = H - unit;
+    const S* const rows =
+        static_cast<const S*>(weights.w) + (window.gates[index / blocks] * H + (units > 0 ? unit : 0)) * K;
+    A* const part = static_cast<A*>(to) + in_panel<A>(inputs, 0, v);
+    if constexpr (kOperands != Operands::kNumbers) {
+      transpose_pairs_into(rows, units, K, begin, inputs, part);
+    } else {
+      transpose_into(rows, units, K, begin, inputs, part);
     }
   }
+}
+
+// Panels [begin, end) of the maps of a product, whole. Of pairs there are as many inputs as kOperands take.
+template <class S, Operands kOperands>
+void pack_maps(const void* w, const MapWindow& window, int64_t H, int64_t K, void* panels, int64_t begin, int64_t end) {
+  const int64_t inputs = panel_inputs<kOperands>(K);
+  for (int64_t panel = begin; panel < end; ++panel) {
+    auto* const to = static_cast<Compute<S>*>(panels) + panel * inputs * kWide<Compute<S>>;
+    pack_maps_of<S, kOperands>({w, &window, H}, K, panel, 0, inputs, to);
+  }
+}
+
+// As UnpackedWeights::pack, for maps.
+template <class S, Operands kOperands>
+void pack_weight_maps(const UnpackedWeights& from, int64_t panel, int64_t begin, int64_t inputs, void* to) {
+  const MapWindow& window = *from.weights.maps;
+  const int64_t maps = window.end - window.begin, of_chunk = maps * chunk_blocks(maps) / 4;
+  const int64_t chunk = from.first_chunk + panel % from.chunks;
+  pack_maps_of<S, kOperands>(from.weights, from.columns, chunk * of_chunk + panel / from.chunks, begin, inputs, to);
 }
 
 // For each block: the v-th vector of input k, lane by lane, = w[(block * 4 + v) * lanes + lane][k], for w [N][K]
@@ -336,7 +366,7 @@ void pack_rows(const void* w, int64_t N, int64_t K, void* panel, int64_t begin, 
   for (int64_t block = begin; block < end; ++block) {
     for (int64_t v = 0; v < 4; ++v) {
       const int64_t n = block * kWide<A> + v * kUnits<A>;
-      transpose_into(from + n * K, N - n, K, to + block * K * kWide<A> + in_panel<A>(K, 0, v));
+      transpose_into(from + n * K, N - n, K, 0, K, to + block * K * kWide<A> + in_panel<A>(K, 0, v));
     }
   }
 }
@@ -378,45 +408,163 @@ void pack_columns(const void* w, int64_t K, int64_t N, void* panel, int64_t begi
   }
 }
 
-// Rows of weights read at the same time: enough sums to hide latency, few enough streams for the hardware prefetchers.
-template <class A>
-constexpr int kDots = kUnits<A> < 8 ? kUnits<A> : 8;
-
-// sums[u] += w[u] * a, lane by lane along K, for w [units][K]; units is at most `lanes`. The sums of units that are not
-// there are not defined.
-template <class A, class S, class Operand>
-FUSEDRNN_INLINE void add_dots(Vec<A> (&sums)[kUnits<A>], const S* w, int64_t units, const Operand* a, int64_t K) {
-  const int64_t whole = K - K % kUnits<A>;
-  if (units == kUnits<A>) {
-    for (int64_t u = 0; u < kUnits<A>; u += kDots<A>) {
-      for (int64_t k = 0; k < whole; k += kUnits<A>) {
-        const Vec<A> value = load(a + k);
-#pragma GCC unroll 8
-        for (int64_t v = u; v < u + kDots<A>; ++v) sums[v] += load(w + v * K + k) * value;
-      }
+// As UnpackedWeights::pack, for rows of weights.
+template <class S, Operands kOperands>
+void pack_weight_rows(const UnpackedWeights& from, int64_t panel, int64_t begin, int64_t inputs, void* to) {
+  using A = Compute<S>;
+  constexpr bool kPairs = kOperands != Operands::kNumbers;
+  const int64_t N = from.columns, column = panel * kWide<A>;
+  const auto row = [&](int64_t k) {
+    const int64_t index = from.weights.row(k);
+    return index < 0 ? nullptr : static_cast<const S*>(from.weights.w) + index * N + column;
+  };
+  A* at = static_cast<A*>(to);
+  for (int64_t k = 0; k < inputs; ++k, at += 2 * kUnits<A>) {
+    const S *first = nullptr, *second = nullptr;
+    if constexpr (kPairs) {
+      first = row(2 * (begin + k));
+      second = row(2 * (begin + k) + 1);
+    } else {
+      first = row(begin + k);
     }
-  } else {
-    for (int64_t u = 0; u < units; ++u) {
-      for (int64_t k = 0; k < whole; k += kUnits<A>) sums[u] += load(w + u * K + k) * load(a + k);
+    for (int64_t v = 0; v < 4; ++v) {
+      const int64_t count = N - column - v * kUnits<A>;
+      const auto numbers = [&](const S* from) {
+        if (from == nullptr || count <= 0) return Vec<A>{};
+        __builtin_prefetch(from + kPackRowsAhead * N + v * kUnits<A>);
+        return load(from + v * kUnits<A>, count);
+      };
+      Vec<A> values = numbers(first);
+      if constexpr (kPairs) values = paired(values, numbers(second));
+      store(at + in_panel<A>(inputs, 0, v), values);
     }
   }
-  if (whole == K) return;
-  const Vec<A> value = load(a + whole, K - whole);
-  for (int64_t u = 0; u < units; ++u) sums[u] += load(w + u * K + whole, K - whole) * value;
 }
 
-// Lane u is the sum of both products of unit u, w_ih[u] @ x + w_hh[u] @ h, for w_ih [units][I] and w_hh [units][P]; or
-// of one of them, where the other's weights are null. A function of its own, which all cells share.
+// Products with weights as they lie: tiles of rows by units, whose sums are vectors along K. Weights are read once and
+// never packed; every sum takes an addition of all its lanes at the end.
+//
+// The order of a sum does not depend on the tile here either.
+
+// Rows of a tile, and its units for one row, two rows, and more: for few rows more of them, because more streams of
+// weights hide more latency.
+constexpr int kDotRows = 6;
+template <class A>
+constexpr int dot_units(int rows) {
+  const int most = rows == 1 ? 8 : (rows == 2 ? 8 : 4) / (kNarrow ? 2 : 1);
+  return kUnits<A> < most ? kUnits<A> : most;
+}
+constexpr int64_t kDotRowsAtATime = 24;  // whose sums stay in the first-level cache
+
+// sums[r][u] += rows[r] * w[u], lane by lane along K; `next` is weights of which one cache line is prefetched for each
+// vector.
+template <class A, int R, int U, class S, class Operand>
+FUSEDRNN_INLINE void add_dots(Vec<A> (&sums)[R][U], const S* const (&w)[U], StridedRows<Operand, R> rows, int64_t K,
+                              const S* next) {
+  const auto add = [&](int64_t k, auto... count) __attribute__((always_inline)) {
+    const auto number = [&](int r) { return load(rows.place(r), count...); };
+    const auto weight = [&](int u) { return load(w[u] + k, count...); };
+    // The smaller of the two operands stays in registers.
+    if constexpr (R < U) {
+      Vec<A> numbers[R];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) numbers[r] = number(r);
+#pragma GCC unroll 8
+      for (int u = 0; u < U; ++u) {
+        const Vec<A> value = weight(u);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) sums[r][u] = add_product_in_place<A>(sums[r][u], value, numbers[r]);
+      }
+    } else {
+      Vec<A> weights[U];
+#pragma GCC unroll 8
+      for (int u = 0; u < U; ++u) weights[u] = weight(u);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const Vec<A> value = number(r);
+#pragma GCC unroll 8
+        for (int u = 0; u < U; ++u) sums[r][u] = add_product_in_place<A>(sums[r][u], value, weights[u]);
+      }
+    }
+  };
+  const int64_t whole = K - K % kUnits<A>;
+  for (int64_t k = 0; k < whole; k += kUnits<A>) {
+    if constexpr (R > 2) __builtin_prefetch(next + k);
+    add(k);
+    rows.advance(kUnits<A>);
+  }
+  if (whole < K) add(whole, K - whole);
+}
+
+// The operands of one product of dots_of_units: weights [units][K], or null for none, and rows of them.
+template <class S, class Operand>
+struct DotOperand {
+  const S* w;
+  const Operand* rows;
+  int64_t stride, K;
+};
+
+// all[row][unit], lane by lane along K: both products of R rows from `first` on and U units from `unit` on. Units that
+// are not there are computed as the last one is. Tile after tile prefetches a unit of the next ones. Not inlined, as
+// the products above.
+template <int R, int U, class A, class S, class State>
+__attribute__((noinline)) void dot_tile(const DotOperand<S, S>& input, const DotOperand<S, State>& recurrent,
+                                        int64_t first, int64_t unit, int64_t units, int64_t tile, Vec<A>* all) {
+  Vec<A> sums[R][U];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int u = 0; u < U; ++u) sums[r][u] = Vec<A>{};
+  }
+  const auto add = [&](const auto& operand) __attribute__((always_inline)) {
+    if (operand.w == nullptr) return;
+    const S* w[U];
+    for (int u = 0; u < U; ++u) w[u] = operand.w + (unit + u < units ? unit + u : units - 1) * operand.K;
+    const StridedRows<std::remove_cvref_t<decltype(*operand.rows)>, R> rows(operand.rows + first * operand.stride,
+                                                                            operand.stride);
+    const int64_t after = unit + U + tile;
+    const S* const next = operand.w + (tile < U && after < units ? after : unit) * operand.K;
+    add_dots<A, R, U>(sums, w, rows, operand.K, next);
+  };
+  add(input);
+  add(recurrent);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int u = 0; u < U; ++u) all[(first + r) * kUnits<A> + unit + u] = sums[r][u];
+  }
+}
+
+// to[r * to_stride], lane u: the sum of both products of row r and unit u. At most kDotRowsAtATime rows; the lanes from
+// `units` on are not defined. A function of its own, which all cells share.
 template <class S, class State>
-__attribute__((noinline)) Vec<Compute<S>> dots_of_units(const S* w_ih, const S* x, int64_t I, const S* w_hh,
-                                                        const State* h, int64_t P, int64_t units) {
+__attribute__((noinline)) void dots_of_units(const DotOperand<S, S>& input, const DotOperand<S, State>& recurrent,
+                                             int64_t rows, int64_t units, Vec<Compute<S>>* to, int64_t to_stride) {
   using A = Compute<S>;
-  Vec<A> sums[kUnits<A>];
-#pragma GCC unroll 16  // avoids memset, whose stores would delay the following loads
-  for (int64_t u = 0; u < kUnits<A>; ++u) sums[u] = Vec<A>{};
-  if (w_ih != nullptr) add_dots<A>(sums, w_ih, units, x, I);
-  if (w_hh != nullptr) add_dots<A>(sums, w_hh, units, h, P);
-  return sum_each<A>(sums);
+  Vec<A> all[kDotRowsAtATime * kUnits<A>];
+  const int64_t tiles = blocks_of(rows, kDotRows);
+  const auto for_units_of = [&](auto Count) {  // tiles of so many rows, or of three to so many
+    constexpr int kMost = decltype(Count)::kCount, U = dot_units<A>(kMost);
+    for (int64_t unit = 0; unit < units; unit += U) {
+      if constexpr (kMost < 3) {
+        dot_tile<kMost, U, A>(input, recurrent, 0, unit, units, U, all);
+        continue;
+      }
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t first = tile * rows / tiles;
+        with_rows<kMost>((tile + 1) * rows / tiles - first,
+                         [&](auto R) { dot_tile<R.kCount, U, A>(input, recurrent, first, unit, units, tile, all); });
+      }
+    }
+  };
+  if (rows == 1) {
+    for_units_of(Rows<1>{});
+  } else if (rows == 2) {
+    for_units_of(Rows<2>{});
+  } else {
+    for_units_of(Rows<kDotRows>{});
+  }
+  for (int64_t r = 0; r < rows; ++r) to[r * to_stride] = sum_each<A>(all + r * kUnits<A>);
 }
 
 }  // namespace fusedrnn::FUSEDRNN_ISA

@@ -88,6 +88,35 @@ struct Team {
   void* lines;
 };
 
+// The weights of a product's maps, S w[gates * H][columns].
+struct MapWeights {
+  const void* w;
+  const MapWindow* maps;
+  int64_t H;
+  int64_t skips = 0;  // of row(): numbers before those of the maps
+
+  // The row of w that the k-th number of da is multiplied with, map after map; or -1 for none.
+  int64_t row(int64_t k) const {
+    int64_t unit = k - skips;
+    if (unit < 0) return -1;
+    for (int map = maps->begin; map < maps->end; ++map, unit -= H) {
+      if (unit < H) return maps->gates[map - maps->begin] * H + unit;
+    }
+    return -1;
+  }
+};
+
+// Weights in memory as torch has them, for a product that reads them once: a worker packs some inputs of a panel in its
+// cache when it needs them.
+struct UnpackedWeights {
+  // Packs inputs [begin, begin + inputs) of a panel of the product, as a panel of so many inputs.
+  void (*pack)(const UnpackedWeights&, int64_t panel, int64_t begin, int64_t inputs, void* to);
+  MapWeights weights;
+  int64_t columns;  // of w
+  // Of products with maps: the chunks that it computes, whose panels come map after map.
+  int64_t first_chunk = 0, chunks = 0;
+};
+
 struct ForwardParams {
   Sizes sizes;
   Sequence sequence;
@@ -107,7 +136,9 @@ struct ForwardParams {
   const void* panel_ih;  // as panel_hh, of w_ih, or null: only of tiles
   const void* panel_hh;  // packed by Kernels::pack_maps: one buffer per direction; or null
   const void* panel_hr;  // A, packed by pack_rows from w_hr, or null
-  const void* x_padded;  // with panel_ih: S [N][x_stride], x with zeros up to the inputs of a panel; may be x
+  // With panel_ih, and for step_of_batch: A [N][x_stride], or S of Operands that are pairs: x, with zeros up to the
+  // inputs of a panel.
+  const void* x_padded;
   int64_t x_stride;
   // Biases that are not in xg, or null: A [chunks][maps] with panel_ih, else of the maps behind the input's.
   const void* biases[2];
@@ -133,7 +164,12 @@ struct ForwardParams {
 struct BackwardParams {
   Sizes sizes;
   Sequence sequence;
-  const void* panel_hh;  // A, packed by pack_columns from w_hh: one buffer per direction; or null if T = 1, dh0 is null
+  // The rounds of this launch, counted as steps; the last one, -1, is for dh0 and dc0. Other launches run the others.
+  int64_t begin, end;
+  // A, packed by pack_columns from w_hh: one buffer per direction. Or null, if T = 1: then da @ w_hh is computed before
+  // the last round, A [D][ceil(P / (4 * lanes))][N][4 * lanes]; or null if dh0 is null.
+  const void* panel_hh;
+  const void* product_hh;
   const void* panel_hr;  // A, packed by pack_columns from w_hr, or null
   const void* dy;        // S [N][D][P] or null
   const void* dhn;       // S [D][B][P] or null
@@ -176,8 +212,9 @@ struct GemmParams {
   int64_t a_stride;  // numbers of a row; of contiguous rows of pairs all up to 2K are there
   bool a_transposed = false;
   int64_t a_rows = 0;  // where a_transposed: those that exist, of K or 2K; others count as zeros
-  const void* panels;  // packed from [N][K] or [K][N]: outputs are counted as they lie in the panels
-  void* c;             // A [M][N]; or S where c_is_narrow; or A [N / (4 * lanes)][M][4 * lanes] where c_in_blocks
+  const void* panels;  // packed from [N][K] or [K][N]: outputs are counted as they lie in the panels; or null
+  const UnpackedWeights* unpacked = nullptr;  // where there are no panels; a is not transposed then
+  void* c;  // A [M][N]; or S where c_is_narrow; or A [N / (4 * lanes)][M][4 * lanes] where c_in_blocks
   bool c_is_narrow = false, c_in_blocks = false;
   bool accumulate = false;
   bool by_columns = false;  // workers share the columns of c, as they share hidden units, and not its rows
@@ -213,10 +250,12 @@ struct CellKernels {
   // Biases of maps [begin, end), each with those of the products that it has: A to[chunks][maps], zero where there is
   // no unit; or to[maps * H] in SavedOrder.
   void (*add_biases)(const void* b_ih, const void* b_hh, int64_t H, int begin, int end, bool in_chunks, void* to);
-  // T = 1: once step_start; then blocks of `lanes` units, [begin, end) of D * ceil(H / lanes); then, where projected,
+  // T = 1: once step_start; then blocks of `lanes` units, [begin, end) of D * ceil(H / lanes), by dot products with the
+  // weights as they lie, or chunks of them, of some rows, packed in memory of the worker; then, where projected,
   // outputs [begin, end) of D * P.
   void (*step_start)(const ForwardParams&);
   void (*step)(const ForwardParams&, int64_t begin, int64_t end);
+  void (*step_of_batch)(const ForwardParams&, int64_t begin, int64_t end, int64_t row, int64_t row_end, void* own);
   void (*step_project)(const ForwardParams&, int64_t begin, int64_t end);  // or null
   void (*backward)(const BackwardParams&, int worker);
 };
@@ -234,6 +273,7 @@ struct Kernels {
   // Panels [begin, end) of the maps of a product, from w [gates * H][K].
   void (*pack_maps)(const void* w, const MapWindow& maps, int64_t H, int64_t K, void* panels, int64_t begin,
                     int64_t end);
+  decltype(UnpackedWeights::pack) pack_weight_rows;  // of products with rows of weights, for UnpackedWeights
   Pack pack_rows;     // of numbers: blocks of w [N][K]: a block is 4 * lanes outputs, which are rows of w
   Pack pack_columns;  // of numbers: inputs of w [K][N]: a block is 4 * lanes outputs, which are columns of w
   // Input k of panels of `inputs` as by pack_columns, from a row of N columns, or two where operands are pairs; null

@@ -19,6 +19,7 @@ constexpr int64_t kChunkBytes = 8 << 20;         // chunk size of the input proj
 constexpr int64_t kUnpackedRows = 16;
 // The same for pairs, whose dot products have no instruction for unpacked weights; inference caches packed weights.
 constexpr int64_t kUnpackedTrainedPairs = 15, kUnpackedPairs = 3;
+constexpr int64_t kDotStepRows = 32;  // rows of a single step, above which its weights are packed in cache
 
 // Bytes of a core's second-level cache; a small one where the system does not tell.
 inline int64_t l2_bytes() {
@@ -44,6 +45,20 @@ inline bool fuses_input(const Sizes& s, const Kernels& kernels) {
 // Number of chunks of units that workers share in a split by units: see ForwardParams.
 inline int64_t shared_blocks(const Sizes& s, const CellSpec& cell, const Kernels& kernels) {
   return blocks_of(blocks_of(s.H, kernels.lanes), chunk_blocks(cell.gates));
+}
+
+// Rows of a single step up to which its products are sums along K, with the weights as they lie.
+inline int64_t dot_rows(const Kernels& kernels) { return kernels.take_pairs() ? kUnpackedPairs : kDotStepRows; }
+
+// Whether a product reads its weights as they lie, and workers pack them in their caches: each weight is read once
+// then. Not by the number of threads, on which no bit may depend: blocks along K are others.
+inline bool packs_in_cache(int64_t rows) { return rows <= kGemmRows; }
+inline bool packs_in_cache(const Sizes& s) { return s.T == 1 && !s.projected && packs_in_cache(s.B); }
+
+// Parts of such a product's rows, if its panels or chunks are fewer than threads: each part packs the weights again.
+inline int64_t row_parts(int64_t rows, int64_t panels, int64_t threads) {
+  constexpr int64_t kRowsOfPart = 24;
+  return std::max<int64_t>(1, std::min(threads / panels, rows / kRowsOfPart));
 }
 
 // A split by rows needs no synchronisation. A split by units is used with fewer rows than threads, if a step is long

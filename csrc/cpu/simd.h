@@ -289,17 +289,25 @@ FUSEDRNN_INLINE Vec<float> multiply_add(Vec<float> sum, Pair number, Vec<float> 
 }
 #endif
 
-// The same, where the register of the sum stays its register: with 16 of them the compiler, which is free to put a sum
-// where an operand ends, moves or spills some of the twelve of a tile.
+// sum + a * b and multiply_add, where the register of the sum stays its register: with 16 of them the compiler, which
+// is free to put a sum where an operand ends, moves or spills some of the twelve of a tile.
+template <class A>
+FUSEDRNN_INLINE Vec<A> add_product_in_place(Vec<A> sum, Vec<A> a, Vec<A> b) {
+#if defined(__FMA__) && FUSEDRNN_VECTOR_BYTES == 32
+  if constexpr (sizeof(A) == 4) {
+    __asm__("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+  } else {
+    __asm__("vfmadd231pd %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+  }
+  return sum;
+#else
+  return sum + a * b;
+#endif
+}
 template <class A, class E>
 FUSEDRNN_INLINE Vec<A> multiply_add_in_place(Vec<A> sum, E number, Vec<A> operands) {
 #if defined(__FMA__) && FUSEDRNN_VECTOR_BYTES == 32
-  if constexpr (sizeof(A) == 4) {
-    __asm__("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(broadcast<A>(number)), "x"(operands));
-  } else {
-    __asm__("vfmadd231pd %2, %1, %0" : "+x"(sum) : "x"(broadcast<A>(number)), "x"(operands));
-  }
-  return sum;
+  return add_product_in_place<A>(sum, broadcast<A>(number), operands);
 #else
   return multiply_add(sum, number, operands);
 #endif

@@ -2,8 +2,8 @@
 //
 // As there a worker takes kGemmRows rows of c at a time in blocks along K, so deep that half a panel stays in the
 // first-level cache while the rows pass by. Rows that are contiguous are read as they lie; a transposed a is packed in
-// tiles, [rows / 16][K / 32][16][32]. Sums of more than one block along K are kept in c, or, where c is narrow or its
-// rows are not whole tiles, in memory of the worker.
+// tiles, [rows / 16][K / 32][16][32], and weights that are not packed panel by panel. Sums of more than one block along
+// K are kept in c, or, where c is narrow or its rows are not whole tiles, in memory of the worker.
 #pragma once
 
 #include "tile_product.h"
@@ -26,13 +26,17 @@ class TileGemm {
   void run(int64_t m, int64_t m_end, int64_t half, int64_t half_end, void* own) const {
     if (m >= m_end) return;
     Tiles tiles;
-    BFloat16* const packed = static_cast<BFloat16*>(own);
+    BFloat16* const packed = static_cast<BFloat16*>(own);  // of a, or of a panel's part of b
     char* const sums = static_cast<char*>(own) + packed_bytes();
     int64_t k = 0;
     do {  // also where K = 0, and c is what it starts with
       const int64_t depth = least(blocks_ - k, kBlocks);
       if (p_.a_transposed) pack(m, m_end, k, depth, packed);
-      columns(tiles, m, m_end, half, half_end, k, depth, packed, reinterpret_cast<float*>(sums));
+      const int64_t halves = p_.panels != nullptr ? half_end - half : 2;  // at a time
+      for (int64_t n = half; n < half_end; n += halves) {
+        if (p_.panels == nullptr) p_.unpacked->pack(*p_.unpacked, n / 2, k * kTilePairs, depth * kTilePairs, packed);
+        columns(tiles, m, m_end, n, least(n + halves, half_end), k, depth, packed, reinterpret_cast<float*>(sums));
+      }
       if (p_.also != nullptr) {
         const TileGemm also(*p_.also);
         also.columns(tiles, m, m_end, 0, blocks_of(p_.also->N, kHalf), k, depth, packed,
@@ -51,7 +55,9 @@ class TileGemm {
 
   static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
   int64_t rows() const { return least(p_.M, kGemmRows); }
+  // Of a, or of a panel's part of b.
   int64_t packed_bytes() const {
+    if (p_.panels == nullptr) return kBlocks * kTilePairs * kWide<float> * int64_t{sizeof(Pair)};
     if (!p_.a_transposed) return 0;
     return blocks_of(rows(), kTileRowsMost) * least(blocks_, kBlocks) * kTileNumbers * int64_t{sizeof(BFloat16)};
   }
@@ -127,15 +133,19 @@ class TileGemm {
 
   TileOperand operand(int64_t first, int64_t second, int64_t m, int64_t n, int64_t k, int64_t depth,
                       const BFloat16* packed) const {
-    const Pair* const panel = static_cast<const Pair*>(p_.panels) + n / 2 * p_.K * kWide<float>;
+    // Inputs of the panel, and the block of them to begin with.
+    const bool unpacked = p_.panels == nullptr;
+    const int64_t inputs = unpacked ? depth * kTilePairs : p_.K, begin = unpacked ? 0 : k;
+    const Pair* const panel = unpacked ? reinterpret_cast<const Pair*>(packed)
+                                       : static_cast<const Pair*>(p_.panels) + n / 2 * inputs * kWide<float>;
     if (p_.a_transposed) {
       const auto at = [&](int64_t row) { return packed + (row - m) / kTileRowsMost * depth * kTileNumbers; };
-      return {at(first), at(second), kTileBytes, kTileNumbers * int64_t{sizeof(BFloat16)}, panel, p_.K, k, depth};
+      return {at(first), at(second), kTileBytes, kTileNumbers * int64_t{sizeof(BFloat16)}, panel, inputs, begin, depth};
     }
     const auto at = [&](int64_t row) {
       return static_cast<const BFloat16*>(p_.a) + row * p_.a_stride + k * kTileDepth;
     };
-    return {at(first), at(second), p_.a_stride * int64_t{sizeof(BFloat16)}, kTileBytes, panel, p_.K, k, depth};
+    return {at(first), at(second), p_.a_stride * int64_t{sizeof(BFloat16)}, kTileBytes, panel, inputs, begin, depth};
   }
 
   // Writes the complete sums of a tile of rows to c.

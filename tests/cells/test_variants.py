@@ -211,7 +211,7 @@ def assert_as_close_as_the_reference(ours, theirs, exact, slack):
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["coupled", "everything", "peephole-zoneout_c-candidate"])
-@pytest.mark.parametrize("size", [(20, 33, 37), (20, 1, 64), (1, 2, 20), (5, 70, 130)], ids=str)
+@pytest.mark.parametrize("size", [(20, 33, 37), (20, 1, 64), (1, 2, 20), (1, 70, 130), (5, 70, 130)], ids=str)
 def test_kernels_compute_what_the_reference_does_in_float64(backend, dtype, name, size):
     """Sizes that take each way through the kernels. The error is held to that of the reference in the same dtype."""
     steps, batch, units = size

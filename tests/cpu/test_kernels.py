@@ -301,6 +301,29 @@ def test_rows_are_shared_if_the_weights_fit_a_cache(isa, threads, B):
         assert expected in torch.ops.fusedrnn.cpu_plan("lstm", 64, B, H, H, H, 1, False)
 
 
+# One time step of more rows than dot products are for. The workers that use weights pack them: for all rows or, with
+# fewer chunks of units than threads, for some of them. Of 193 rows they are packed before. In the last case only those
+# of the input's gradient are packed by workers.
+STEPS = [
+    Case(1, 33, 31, 70),
+    Case(1, 192, 130, 65, bidirectional=True),
+    Case(1, 50, 7, 37, bidirectional=True, lengths=True, reset=True, states=True),
+    Case(1, 60, 24, 72, packed=True, reset=True, bidirectional=True),
+    Case(1, 96, 5, 9, hx=False),
+    Case(1, 40, 200, 260, bias=False),
+    Case(1, 35, 300, 40, proj_size=20),
+    Case(1, 193, 16, 40),
+    Case(4, 48, 300, 24),
+]
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("case", STEPS, ids=lambda case: case.id)
+def test_one_step_of_a_batch(isa, threads, case, dtype):
+    threads(3)
+    check(dataclasses.replace(case, dtype=dtype))
+
+
 @pytest.mark.parametrize("case", SHARED_ROWS, ids=lambda case: case.id)
 def test_short_sequences_with_shared_rows(isa, threads, case):
     threads(2)
@@ -315,6 +338,8 @@ def test_short_sequences_with_shared_rows(isa, threads, case):
     [
         *SHARED_UNITS,
         *SHARED_ROWS,
+        *STEPS,
+        *(dataclasses.replace(case, dtype=BF16) for case in STEPS),
         Case(30, 17, 24, 129, layers=2, bidirectional=True),
         Case(30, 17, 24, 129, layers=2, bidirectional=True, packed=True, reset=True),
         Case(30, 17, 24, 130, layers=2, bidirectional=True, packed=True, reset=True, dtype=BF16),
@@ -346,7 +371,9 @@ PARTS = [
 ]
 
 
-@pytest.mark.parametrize("case", PARTS, ids=lambda case: case.id)
+@pytest.mark.parametrize(
+    "case", [*PARTS, *STEPS, *(dataclasses.replace(case, dtype=BF16) for case in STEPS)], ids=lambda case: case.id
+)
 def test_inference_has_the_bits_of_training(isa, threads, case):
     threads(2)
     module, inputs = case.module(fusedrnn.LSTM), case.inputs()
@@ -510,6 +537,14 @@ def test_layers_of_any_width(isa, name, H):
 def test_layers_by_tiles(isa, threads, name, case, count):
     threads(count)
     check_layer(name, dataclasses.replace(case, dtype=BF16))
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("case", [case for case in STEPS if not case.proj_size], ids=lambda case: case.id)
+def test_one_step_of_a_layer(isa, threads, name, case, dtype):
+    threads(3)
+    check_layer(name, dataclasses.replace(case, dtype=dtype))
 
 
 # Units are shared between threads, or rows.

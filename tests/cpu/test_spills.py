@@ -18,7 +18,7 @@ import fusedrnn
 from fusedrnn import ops
 
 # Functions, and how many multiply-adds a round of their loops has for one input: rows times vectors.
-TALL, WIDE, SINGLE = "add_tile<", "wide_tile<", "single_row_product<"
+TALL, WIDE, SINGLE, DOTS = "add_tile<", "wide_tile<", "single_row_product<", "dot_tile<"
 GEMM = "Gemm<"
 LIBRARY = next(map(str, Path(fusedrnn.__file__).parent.glob("_cpu*.so")), None)
 ISAS = {"avx512_bf16": 24, "avx512": 24, "avx2": 12}  # and the sums of a tile
@@ -46,7 +46,8 @@ def functions():
         if head is not None:
             name = head.group(1)
             isa = next((isa for isa in ISAS if f"fusedrnn::{isa}::" in name.split("(")[0]), None)
-            is_product = any(part in name for part in (TALL, WIDE, SINGLE)) or (GEMM in name and "::product<" in name)
+            of_panels = any(part in name for part in (TALL, WIDE, SINGLE, DOTS))
+            is_product = of_panels or (GEMM in name and "::product<" in name)
             lines = found[isa].setdefault(name, []) if isa is not None and is_product else None
         elif lines is not None:
             lines.append(line)
@@ -75,7 +76,7 @@ def loops(lines):
 def test_no_sum_is_stored_in_a_round(isa):
     ours = functions()[isa]
     rounds = {name: list(loops(lines)) for name, lines in ours.items()}
-    for kind in (TALL, WIDE, SINGLE, "::product<"):
+    for kind in (TALL, WIDE, SINGLE, DOTS, "::product<"):
         assert any(kind in name and found for name, found in rounds.items()), f"no loop of {kind} was found"
     largest = max(sum(bool(MULTIPLY_ADD.search(line)) for line in body) for found in rounds.values() for body in found)
     assert largest >= ISAS[isa]  # the loop of a whole tile is among them

@@ -236,16 +236,16 @@ struct Layer {
   bool is_packed() const { return x.dim() == 2 && lengths.has_value(); }
   bool is_cell() const { return x.dim() == 2 && !lengths.has_value(); }
 
-  // A tensor with `size` numbers per row: [T, B, size], or [N, size].
+  // A tensor with `size` numbers per row: [T, B, size], or [N, size] where x is [N, I].
   Tensor empty_rows(int64_t size, ScalarType dtype) const {
-    return is_packed() ? empty({sizes.N, size}, dtype) : empty({sizes.T, sizes.B, size}, dtype);
+    return x.dim() == 2 ? empty({sizes.N, size}, dtype) : empty({sizes.T, sizes.B, size}, dtype);
   }
   Tensor pooled_rows(int64_t size, ScalarType dtype) const {
-    return is_packed() ? pooled({sizes.N, size}, dtype) : pooled({sizes.T, sizes.B, size}, dtype);
+    return x.dim() == 2 ? pooled({sizes.N, size}, dtype) : pooled({sizes.T, sizes.B, size}, dtype);
   }
   void check_rows(const char* name, const OptionalTensor& tensor, int64_t size) const {
     if (!tensor.has_value()) return;
-    if (is_packed()) {
+    if (x.dim() == 2) {
       check_size(name, *tensor, {sizes.N, size});
     } else {
       check_size(name, *tensor, {sizes.T, sizes.B, size});
@@ -267,6 +267,12 @@ struct Layer {
     } else {
       check_size("reserve", saved, {s.D, s.T, s.B, row});
     }
+  }
+
+  // A state of all layers, [layers * D, B, N], or [B, N] of a cell.
+  Tensor empty_state(int64_t N) const {
+    const Sizes& s = sizes;
+    return is_cell() ? empty({s.B, N}, x.scalar_type()) : empty({layers * s.D, s.B, N}, x.scalar_type());
   }
 
   // The offset of this layer in a tensor [layers * D, B, N].

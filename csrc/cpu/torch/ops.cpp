@@ -65,14 +65,39 @@ class Lines {
 
 // ---------------------------------------------------------------------------------------------- forward
 
-// One time step of a few rows: nothing is packed, and both affine maps happen in the kernel.
+// One time step: no weights are packed before, and both affine maps happen in the kernel.
 void forward_step(const Layer& layer, ForwardParams& params) {
   const Sizes& s = layer.sizes;
+  const Kernels& kernels = layer.kernels;
   const auto grain = [](int64_t flops) {
     return std::max<int64_t>(1, static_cast<int64_t>(kSerialFlops) / std::max<int64_t>(1, flops));
   };
-  const int64_t lanes = layer.kernels.lanes;
+  const int64_t lanes = kernels.lanes;
   layer.cell.step_start(params);
+  if (s.B > dot_rows(kernels)) {
+    const Tensor x = operand_rows(kernels, layer.x, layer.compute);
+    params.x_padded = x.const_data_ptr();
+    params.x_stride = kernels.padded(s.I);
+    const int64_t blocks = chunk_blocks(layer.spec.gates), panels = layer.spec.maps * blocks / 4;
+    const int64_t chunks = s.D * shared_blocks(s, layer.spec, kernels);
+    const int64_t parts = row_parts(s.B, chunks, torch::stable::get_num_threads());
+    const int64_t flops = blocks * lanes * 2 * layer.spec.gates * s.B / parts * (s.I + s.P);
+    torch::stable::parallel_for(0, chunks * parts, grain(flops), [&](int64_t begin, int64_t end) {
+      const GemmParams product{.M = s.B,
+                               .N = std::min(end - begin, chunks) * panels * 4 * lanes,
+                               .K = kernels.inputs(std::max(s.I, s.P)),
+                               .panels = nullptr,
+                               .c_in_blocks = true};
+      const int64_t bytes = product.M * product.N * layer.compute_bytes() + kernels.gemm_scratch(product);
+      const Scratch own(blocks_of(bytes, sizeof(float)), ScalarType::Float);
+      for (int64_t part = 0; part < parts; ++part) {
+        const int64_t first = std::max(begin - part * chunks, int64_t{0}), last = std::min(end - part * chunks, chunks);
+        const int64_t row = part * s.B / parts, row_end = (part + 1) * s.B / parts;
+        if (first < last) layer.cell.step_of_batch(params, first, last, row, row_end, own.begin());
+      }
+    });
+    return;
+  }
   torch::stable::parallel_for(0, s.D * blocks_of(s.H, lanes), grain(lanes * 2 * layer.spec.gates * s.B * (s.I + s.P)),
                               [&](int64_t begin, int64_t end) { layer.cell.step(params, begin, end); });
   if (!s.projected) return;
@@ -136,8 +161,7 @@ void forward_sequence(const Layer& layer, ForwardParams& params, const OptionalT
   };
   if (unpacked) return run(0, s.T);
 
-  const OptionalTensor padded = padded_rows(kernels, layer.x);
-  const Tensor x = padded.has_value() ? *padded : kernels.take_pairs() ? layer.x : as(layer.x, layer.compute);
+  const Tensor x = operand_rows(kernels, layer.x, layer.compute);
   const int64_t x_stride = kernels.padded(s.I);
   const bool fused = fuses_input(s, kernels);
   const Biases others(layer, params, fused ? 0 : layer.spec.input.end, layer.spec.maps);
@@ -178,16 +202,11 @@ void forward_sequence(const Layer& layer, ForwardParams& params, const OptionalT
 }
 
 Tensor empty_y(const Layer& layer) { return layer.empty_rows(layer.sizes.D * layer.sizes.P, layer.x.scalar_type()); }
-Tensor empty_state(const Layer& layer, int64_t N) {
-  const Sizes& s = layer.sizes;
-  return layer.is_cell() ? empty({s.B, N}, layer.x.scalar_type())
-                         : empty({layer.layers * s.D, s.B, N}, layer.x.scalar_type());
-}
 
 // Outputs of a forward: y; hn and cn of all layers; c and the saved values if requested.
 struct Outputs {
   explicit Outputs(const Layer& layer)
-      : y(empty_y(layer)), hn(empty_state(layer, layer.sizes.P)), cn(empty_state(layer, layer.C())) {}
+      : y(empty_y(layer)), hn(layer.empty_state(layer.sizes.P)), cn(layer.empty_state(layer.C())) {}
 
   Tensor y, hn, cn;
   OptionalTensor c, saved;
@@ -229,7 +248,11 @@ void forward(const Layer& layer, Outputs& out) {
   params.carry = carry;
   params.m = s.projected ? carry + carry_size : nullptr;
   params.x = layer.x.const_data_ptr();
-  if (s.T == 1 && is_short(s, layer.kernels, out.saved.has_value())) {
+  const bool trains = out.saved.has_value();
+  // Inference finds the panels of tiles in the cache; packing them takes longer than to read the weights twice. Sums of
+  // tiles are the same to the bit.
+  const bool once = packs_in_cache(s) && (trains || layer.kernels.operands != Operands::kTiles);
+  if (s.T == 1 && (once || is_short(s, layer.kernels, trains))) {
     forward_step(layer, params);
   } else {
     forward_sequence(layer, params, out.saved);
@@ -298,13 +321,12 @@ struct MapInputs {
     return kernels.take_pairs() ? maps.begin * H % 2 : 0;
   }
 
-  // Row of torch's weights that the k-th number is multiplied with, or -1.
-  int64_t weight(int64_t k) const {
-    int64_t unit = k - skips;
-    if (unit < 0 || unit >= rows) return -1;
-    const int* gate = maps->gates;
-    for (; unit >= H; unit -= H) ++gate;
-    return *gate * H + unit;
+  // The rows of torch's weights that the numbers are multiplied with.
+  MapWeights of(const Tensor& w) const { return {w.const_data_ptr(), maps, H, skips}; }
+
+  // The same, for products that pack them, of so many columns.
+  UnpackedWeights unpacked(const Kernels& kernels, const Tensor& w) const {
+    return {kernels.pack_weight_rows, of(w), w.size(1)};
   }
 
   int64_t begin, rows, skips, numbers;
@@ -331,13 +353,36 @@ Scratch packed_for_maps(const Layer& layer, const MapInputs& inputs, int64_t col
   Scratch panels(layer.sizes.D * numbers, layer.compute);
   for_each_part(kernels, layout, layer.sizes.D, [&](int64_t d, int64_t begin, int64_t end) {
     const Tensor& w = matrix(d);
+    const MapWeights rows = inputs.of(w);
     const auto row = [&](int64_t k) -> const void* {
-      const int64_t weight = inputs.weight(k);
-      return weight < 0 ? nullptr : at(w, weight * columns);
+      const int64_t index = rows.row(k);
+      return index < 0 ? nullptr : at(w, index * columns);
     };
     pack_inputs(kernels, layout, row, columns, panels.at(d * numbers), begin, end);
   });
   return panels;
+}
+
+// da @ w_hh of the only step; see BackwardParams.
+Scratch first_product(const Layer& layer, const StepGradients& steps, const MapInputs& of_state) {
+  const Sizes& s = layer.sizes;
+  const Kernels& kernels = layer.kernels;
+  const PanelLayout w_hh = inputs_of(kernels, s.P, of_state.numbers);
+  const int64_t columns = w_hh.panels * 4 * kernels.lanes;
+  Scratch product(s.D * s.N * columns, layer.compute);
+  for (int64_t d = 0; d < s.D; ++d) {
+    const UnpackedWeights unpacked = of_state.unpacked(kernels, layer.weights.w_hh(d));
+    gemm(kernels, {.M = s.N,
+                   .N = columns,
+                   .K = w_hh.inputs,
+                   .a = steps.da.at(d * s.N * steps.da_stride + of_state.begin),
+                   .a_stride = steps.da_stride,
+                   .panels = nullptr,
+                   .unpacked = &unpacked,
+                   .c = product.at(d * s.N * columns),
+                   .c_in_blocks = true});
+  }
+  return product;
 }
 
 // The recurrence backwards. params holds the tensors that came from the caller, or go to it.
@@ -363,7 +408,8 @@ StepGradients backward_sequence(const Layer& layer, BackwardParams& params, bool
   const bool keeps = params.noise.of[static_cast<size_t>(Noise::kH)] != nullptr;
   const Scratch dh_kept = make(keeps ? s.B * s.H : 0);
   OptionalScratch panel_hh, panel_hr;
-  if (s.T > 1 || params.dh0 != nullptr) {
+  const bool once = packs_in_cache(s);
+  if (s.T > 1 || (params.dh0 != nullptr && !once)) {
     panel_hh.emplace(packed_for_maps(layer, of_state, s.P, [&](int64_t d) { return layer.weights.w_hh(d); }));
   }
   if (s.projected) {
@@ -382,8 +428,21 @@ StepGradients backward_sequence(const Layer& layer, BackwardParams& params, bool
   params.dh_kept = keeps ? dh_kept.begin() : nullptr;
   params.dp = pointer(steps.dp);
   params.team = plan_team(layer);
-  const Lines lines(params.team, s, kernels);
-  launch(params.team, [&](int worker) { layer.cell.backward(params, worker); });
+  const auto run = [&](int64_t begin, int64_t end) {
+    params.begin = begin;
+    params.end = end;
+    const Lines lines(params.team, s, kernels);
+    launch(params.team, [&](int worker) { layer.cell.backward(params, worker); });
+  };
+  if (once) {
+    run(0, 1);
+    OptionalScratch product;
+    if (params.dh0 != nullptr) product.emplace(first_product(layer, steps, of_state));
+    params.product_hh = pointer(product);
+    if (params.dh0 != nullptr || params.dc0 != nullptr) run(-1, 0);
+  } else {
+    run(-1, s.T);
+  }
   if (needs_w_hh) {
     const PanelLayout states = inputs_of(kernels, s.P, N);
     steps.h_in.emplace(make(states.numbers(kernels)));
@@ -403,14 +462,19 @@ Tensor input_gradient(const Layer& layer, const StepGradients& steps) {
   Tensor dx = layer.pooled_rows(s.I, is_narrow ? layer.x.scalar_type() : layer.compute);
   const MapInputs of_input(kernels, layer.spec.input, s.H);
   const PanelLayout w_ih = inputs_of(kernels, s.I, of_input.numbers);
-  const Scratch panels = packed_for_maps(layer, of_input, s.I, [&](int64_t d) { return layer.weights.w_ih(d); });
+  OptionalScratch panels;  // none where few rows read each weight once
+  if (!packs_in_cache(s.N)) {
+    panels.emplace(packed_for_maps(layer, of_input, s.I, [&](int64_t d) { return layer.weights.w_ih(d); }));
+  }
   for (int64_t d = 0; d < s.D; ++d) {
+    const UnpackedWeights unpacked = of_input.unpacked(kernels, layer.weights.w_ih(d));
     gemm(kernels, {.M = s.N,
                    .N = s.I,
                    .K = w_ih.inputs,
                    .a = steps.da.at(d * s.N * steps.da_stride + of_input.begin),
                    .a_stride = steps.da_stride,
-                   .panels = panels.at(d * w_ih.numbers(kernels)),
+                   .panels = panels.has_value() ? panels->at(d * w_ih.numbers(kernels)) : nullptr,
+                   .unpacked = &unpacked,
                    .c = pointer(dx),
                    .c_is_narrow = is_narrow,
                    .accumulate = d > 0});
@@ -617,8 +681,8 @@ Gradients cpu_backward(std::string cell, OptionalTensor dy, OptionalTensor dhn, 
       STD_TORCH_CHECK(tensor->scalar_type() == dtype, "gradients and saved tensors must have the dtype of x");
   }
 
-  Tensor dh0 = needs_h0 ? empty({s.D, s.B, s.P}, dtype) : empty({0}, dtype);
-  Tensor dc0 = needs_c0 ? empty({s.D, s.B, layer.C()}, dtype) : empty({0}, dtype);
+  Tensor dh0 = needs_h0 ? layer.empty_state(s.P) : empty({0}, dtype);
+  Tensor dc0 = needs_c0 ? layer.empty_state(layer.C()) : empty({0}, dtype);
   if (s.B == 0) {
     Tensors dweights;
     Tensor dx = needs_x ? layer.empty_rows(s.I, dtype) : empty({0}, dtype);
@@ -697,7 +761,7 @@ std::string cpu_plan(std::string cell, int64_t T, int64_t B, int64_t I, int64_t 
   const Kernels& kernels = (*isa().kernels)[static_cast<size_t>(dtype)];
   const CellSpec& spec = kernels.cells[static_cast<size_t>(cell_of(cell).kind)].spec;
   const std::string name = std::string(isa().name) + ", ";
-  if (T == 1 && is_short(s, kernels, false)) return name + "one step, weights read as they lie";
+  if (T == 1 && (packs_in_cache(s) || is_short(s, kernels, false))) return name + "one step, weights read as they lie";
   const Team team = plan_team(s, spec, kernels, float64, torch::stable::get_num_threads());
   return name + std::to_string(team.workers) + (team.workers == 1 ? " thread" : " threads") + " by " +
          (team.split == Team::Split::kRows ? "batch rows, no synchronisation"

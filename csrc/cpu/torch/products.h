@@ -99,6 +99,12 @@ OptionalTensor padded_rows(const Kernels& kernels, const Tensor& rows) {
   return padded;
 }
 
+// x, or another matrix of that dtype, as the operand of products with panels.
+Tensor operand_rows(const Kernels& kernels, const Tensor& rows, ScalarType compute) {
+  const OptionalTensor padded = padded_rows(kernels, rows);
+  return padded.has_value() ? *padded : kernels.take_pairs() ? rows : as(rows, compute);
+}
+
 constexpr int64_t kPartsOfThread = 4;  // of a product, if a part then has
 constexpr int64_t kLeastRows = 96;     // or more: every part reads all of b
 
@@ -110,9 +116,12 @@ void gemm(const Kernels& kernels, GemmParams params) {
   const int64_t columns = params.N + (params.also != nullptr ? params.also->N : 0);
   const bool is_large = 2.0 * params.M * columns * params.K * (kernels.take_pairs() ? 2 : 1) >= kSerialFlops;
   const int64_t threads = is_large ? torch::stable::get_num_threads() : 1;
-  // Rows are shared, unless there are so few that a worker would hardly use what it reads of b.
+  // Rows are shared, unless there are so few that a worker would hardly use what it reads of b, or packs.
   int64_t row_parts = blocks_of(params.M, kGemmRows), column_parts = 1;
-  if (tiles >= 4 * threads && !params.by_columns) {
+  if (params.panels == nullptr) {
+    column_parts = std::min(threads, blocks);
+    row_parts = std::max(row_parts, fusedrnn::row_parts(params.M, column_parts, threads));
+  } else if (tiles >= 4 * threads && !params.by_columns) {
     const int64_t more = std::min(kPartsOfThread * threads, params.M / kLeastRows) / threads * threads;
     row_parts = std::max(blocks_of(row_parts, threads) * threads, more);
   } else {

@@ -175,6 +175,8 @@ int main() {
     }
   }
   BackwardParams backward{};
+  backward.begin = -1;
+  backward.end = T;
   backward.sizes = sizes;
   backward.sequence = sequence;
   backward.panel_hh = columns.begin();
