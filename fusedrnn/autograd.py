@@ -71,10 +71,13 @@ def layer(
 
 
 def step(
-    backend: str, cell: str, x: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None
+    cell: str, x: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """One time step of one direction, differentiable, outside of autocast: x [B, I], h0 [B, P], c0 [B, C] -> hn, cn."""
-    _, hn, cn, _, _ = _apply(backend, cell, False, False, x, h0, c0, None, None, None, *weights)
+    """One time step on the backend "cpu", differentiable; without autocast, transform or trace.
+
+    Args: x [B, I], h0 [B, P], c0 [B, C]. Returns: hn [B, P], cn [B, C].
+    """
+    hn, cn = _EagerStepFunction.apply(cell, x, h0, c0, *weights)
     return hn, cn
 
 
@@ -173,16 +176,7 @@ class LayerFunction(torch.autograd.Function):
         needed = ctx.needs_input_grad
         needs = [*needed[_X : _X + 3], *needed[_WEIGHTS:]]
         tensors = (dy, dhn, dcn, dc, x, h0, c0, lengths, reset, noise, y, c, reserve, *weights)
-        with _autocast_off(x.device):
-            if torch.compiler.is_compiling():
-                grads: Sequence[Tensor] = _run_backward(ctx.backend, ctx.cell, ctx.bidirectional, needs, *tensors)
-            elif _is_forward_mode():
-                grads = _gradients_of_given(ctx.cell, ctx.bidirectional, *tensors)
-            elif torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
-                apply = partial(LayerBackwardFunction.apply, ctx.backend, ctx.cell, ctx.bidirectional, needs)
-                grads = _for_each(apply, tensors)
-            else:
-                grads = _for_each(partial(_run_backward, ctx.backend, ctx.cell, ctx.bidirectional, needs), tensors)
+        grads = _backward_in_any_mode(ctx.backend, ctx.cell, ctx.bidirectional, needs, *tensors)
         dx, dh0, dc0, *dweights = (grad if need else None for grad, need in zip(grads, needs, strict=True))
         if is_step:
             dx, dh0, dc0 = (None if grad is None else grad.squeeze(0) for grad in (dx, dh0, dc0))
@@ -238,6 +232,39 @@ class _EagerLayerFunction(torch.autograd.Function):
     backward = staticmethod(LayerFunction.backward)
 
 
+class _EagerStepFunction(torch.autograd.Function):
+    """One time step on the CPU, without transforms and traces: (cell, x, h0, c0, *weights) -> hn, cn.
+
+    The operators take x, h0 and c0 of a step as they are: views, and results that a step does not need, would take
+    longer than the kernels of a small one.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, cell: str, x: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        y, hn, cn, c, reserve = ops.forward_op("cpu")(cell, x, False, h0, c0, None, None, False, True, *weights)
+        ctx.cell = cell
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, h0, c0, y, c, reserve, *weights)
+        return hn, cn
+
+    @staticmethod
+    def backward(ctx: Any, dhn: Tensor | None, dcn: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, h0, c0, y, c, reserve, *weights = ctx.saved_tensors
+        cell, needs = ctx.cell, list(ctx.needs_input_grad[1:])
+        if _is_plain_backward(dhn, dcn):
+            grads: Sequence[Any] = ops.backward_op("cpu")(
+                cell, None, dhn, dcn, None, x, False, h0, c0, None, None, y, c, reserve, needs, *weights
+            )[: len(needs)]
+        else:
+            dhn, dcn, x, h0, c0, y, c = unsqueezed(dhn, dcn, x, h0, c0, y, c)
+            tensors = (None, dhn, dcn, None, x, h0, c0, None, None, None, y, c, reserve, *weights)
+            dx, dh0, dc0, *dweights = _backward_in_any_mode("cpu", cell, False, needs, *tensors)
+            grads = *(None if grad is None else grad.squeeze(0) for grad in (dx, dh0, dc0)), *dweights
+        return None, *(grad if need else None for grad, need in zip(grads, needs, strict=True))
+
+
 ops.implement_layer(lambda *arguments: _EagerLayerFunction.apply(*arguments[:_WEIGHTS], *arguments[_WEIGHTS]))
 
 
@@ -248,6 +275,34 @@ def _is_step(x: Tensor, lengths: Tensor | None) -> bool:
 def unsqueezed(*tensors: Tensor | None) -> list[Any]:
     """Adds the leading dimension of time or layers to each tensor; None stays None."""
     return [None if t is None else t.unsqueeze(0) for t in tensors]
+
+
+def _is_plain_backward(*grads: Tensor | None) -> bool:
+    """Whether a backward is neither differentiated nor transformed, compiled or run under autocast."""
+    return not (
+        torch.is_grad_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or torch.compiler.is_compiling()
+        or torch._C._is_any_autocast_enabled()
+        or _is_forward_mode()
+        or any(grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads)
+    )
+
+
+def _backward_in_any_mode(
+    backend: str, cell: str, bidirectional: bool, needs: list[bool], *tensors: Tensor | None
+) -> Sequence[Tensor | None]:
+    """The gradients that `needs` names, from the tensors in _SAVED and the weights; differentiable if gradients are
+    enabled."""
+    x: Any = tensors[_SAVED.index("x")]
+    with _autocast_off(x.device):
+        if torch.compiler.is_compiling():
+            return _run_backward(backend, cell, bidirectional, needs, *tensors)  # type: ignore[arg-type]
+        if _is_forward_mode():
+            return _gradients_of_given(cell, bidirectional, *tensors)  # type: ignore[arg-type]
+        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+            return _for_each(partial(LayerBackwardFunction.apply, backend, cell, bidirectional, needs), tensors)
+        return _for_each(partial(_run_backward, backend, cell, bidirectional, needs), tensors)
 
 
 def _run_backward(

@@ -71,7 +71,7 @@ def attempt(
             if not all(t is None or t.is_cpu for t in (h0, c0, *weights)):  # the operator also accepts meta tensors
                 return None
             if dims == 2:
-                hn, cn = autograd.step("cpu", cell.name, x, weights, h0, c0)
+                hn, cn = autograd.step(cell.name, x, weights, h0, c0)
                 return hn, (hn, cn) if paired else hn
             D = 2 if bidirectional else 1
             states = num_layers * D
