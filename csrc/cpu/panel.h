@@ -39,6 +39,8 @@ constexpr int kInputsARound = kNarrow ? 4 : 1;
 constexpr int64_t kRowsAtATime = kNarrow ? 24 : 48;
 // Vectors along K, and rows of weights, that packing prefetches ahead.
 constexpr int64_t kPackAhead = 4, kPackRowsAhead = 16;
+// Numbers, or pairs, of a block of panels that stay in the L2 cache with rows of a and c.
+constexpr int64_t kNearNumbers = 32 << 10;
 // Rows of a packed sliver: a multiple of a tile's rows.
 constexpr int64_t kSliverRows = kNarrow ? 6 : 12;
 

@@ -76,13 +76,19 @@ class TileGemm {
   }
 
   // Blocks [k, k + depth) of inputs of rows [m, m_end) and these half panels: by two tiles of rows, and what is left by
-  // single ones.
+  // single ones. Rows of c are written one after the other if all of b stays near.
   void columns(Tiles& tiles, int64_t m, int64_t m_end, int64_t half, int64_t half_end, int64_t k, int64_t depth,
                const BFloat16* packed, float* own) const {
     const int64_t whole = m_end - (m_end - m) % kTileChunk;
+    const bool is_near = p_.panels != nullptr && depth * kTilePairs * p_.N <= kNearNumbers;
+    const int64_t rows_at_a_time = is_near ? kTileChunk : whole - m;
     if (m < whole) tiles.configure(kTileRowsMost);
-    for (int64_t n = half; n < half_end; ++n) {
-      for (int64_t row = m; row < whole; row += kTileChunk) tile<true>(m, row, kTileRowsMost, n, k, depth, packed, own);
+    for (int64_t first = m; first < whole; first += rows_at_a_time) {
+      for (int64_t n = half; n < half_end; ++n) {
+        for (int64_t row = first; row < first + rows_at_a_time; row += kTileChunk) {
+          tile<true>(m, row, kTileRowsMost, n, k, depth, packed, own);
+        }
+      }
     }
     for (int64_t row = whole; row < m_end; row += kTileRowsMost) {
       const int64_t rows = least(m_end - row, kTileRowsMost);

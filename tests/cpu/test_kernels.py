@@ -324,6 +324,21 @@ def test_one_step_of_a_batch(isa, threads, case, dtype):
     check(dataclasses.replace(case, dtype=dtype))
 
 
+def test_a_step_without_inputs(isa):
+    """The gradient of x is a product without columns."""
+    cell, baseline = fusedrnn.LSTMCell(0, 70), torch.nn.LSTMCell(0, 70)
+    baseline.load_state_dict(cell.state_dict())
+    results = []
+    for module in (cell, baseline):
+        x, h = torch.zeros(40, 0, requires_grad=True), torch.linspace(-1, 1, 2800).view(40, 70).requires_grad_()
+        with fusedrnn.use_backend("cpu"):
+            hn, _ = module(x, (h, h))
+        hn.sum().backward()
+        results.append([hn, x.grad, h.grad, module.weight_hh.grad])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("case", SHARED_ROWS, ids=lambda case: case.id)
 def test_short_sequences_with_shared_rows(isa, threads, case):
     threads(2)

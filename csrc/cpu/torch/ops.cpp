@@ -462,7 +462,7 @@ Tensor input_gradient(const Layer& layer, const StepGradients& steps) {
   Tensor dx = layer.pooled_rows(s.I, is_narrow ? layer.x.scalar_type() : layer.compute);
   const MapInputs of_input(kernels, layer.spec.input, s.H);
   const PanelLayout w_ih = inputs_of(kernels, s.I, of_input.numbers);
-  OptionalScratch panels;  // none where few rows read each weight once
+  OptionalScratch panels;  // none where workers pack them
   if (!packs_in_cache(s.N)) {
     panels.emplace(packed_for_maps(layer, of_input, s.I, [&](int64_t d) { return layer.weights.w_ih(d); }));
   }

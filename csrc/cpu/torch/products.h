@@ -119,7 +119,7 @@ void gemm(const Kernels& kernels, GemmParams params) {
   // Rows are shared, unless there are so few that a worker would hardly use what it reads of b, or packs.
   int64_t row_parts = blocks_of(params.M, kGemmRows), column_parts = 1;
   if (params.panels == nullptr) {
-    column_parts = std::min(threads, blocks);
+    column_parts = std::max<int64_t>(1, std::min(threads, blocks));
     row_parts = std::max(row_parts, fusedrnn::row_parts(params.M, column_parts, threads));
   } else if (tiles >= 4 * threads && !params.by_columns) {
     const int64_t more = std::min(kPartsOfThread * threads, params.M / kLeastRows) / threads * threads;
