@@ -209,16 +209,15 @@ def _first(name: str, names: Sequence[str]) -> tuple[str, ...]:
 def _by_rule(key: Key, here: machine.Machine, names: Sequence[str]) -> tuple[str, ...]:
     """The order without near measurements. On a GPU: torch's own, then verified backends.
 
-    On a CPU our kernels, except for float32 in two cases: batched training on processors with AVX-512, where our
-    kernels measured 0.83 to 1.3 times the speed of torch's own, and large LSTMCells, 0.67 to 0.89 times.
+    On a CPU our kernels, except for batched training in float32 on processors with AVX-512, where our kernels measured
+    0.83 to 1.3 times the speed of torch's own.
     """
     if here.device != "cpu":
         return _first(BASELINE, names)
     plain = key.dtype == "float32" and not key.packed and not key.projected and key.T * key.B * key.I > _SMALL
     wide = here.family.endswith(("-amx", "-avx512", "-avx512_bf16"))
-    batch = key.T > 1 and key.train and wide and key.B >= 32 and key.H >= 192
-    step = key.step and key.B >= 16 and key.H >= 768
-    return _first(BASELINE if plain and (batch or step) else "cpu", names)
+    batch = key.T > 1 and key.train and key.B >= 32 and key.H >= 192
+    return _first(BASELINE if plain and wide and batch else "cpu", names)
 
 
 def _described(near: Sequence[tuple[float, Known]]) -> str:
