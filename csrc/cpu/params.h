@@ -208,13 +208,13 @@ struct BackwardParams {
 // c = start + a @ b, or c += a @ b, where b is packed in panels; see gemm.h and tile_gemm.h. Of pairs K counts pairs.
 struct GemmParams {
   int64_t M, N, K;
-  const void* a;     // [M][a_stride] numbers, or [a_rows][a_stride] where a_transposed
-  int64_t a_stride;  // numbers of a row; of contiguous rows of pairs all up to 2K are there
+  const void* a = nullptr;  // [M][a_stride] numbers, or [a_rows][a_stride] where a_transposed
+  int64_t a_stride = 0;     // numbers of a row; of contiguous rows of pairs all up to 2K are there
   bool a_transposed = false;
-  int64_t a_rows = 0;  // where a_transposed: those that exist, of K or 2K; others count as zeros
-  const void* panels;  // packed from [N][K] or [K][N]: outputs are counted as they lie in the panels; or null
+  int64_t a_rows = 0;            // where a_transposed: those that exist, of K or 2K; others count as zeros
+  const void* panels = nullptr;  // packed from [N][K] or [K][N]: outputs are counted as they lie in the panels; or null
   const UnpackedWeights* unpacked = nullptr;  // where there are no panels; a is not transposed then
-  void* c;  // A [M][N]; or S where c_is_narrow; or A [N / (4 * lanes)][M][4 * lanes] where c_in_blocks
+  void* c = nullptr;  // A [M][N]; or S where c_is_narrow; or A [N / (4 * lanes)][M][4 * lanes] where c_in_blocks
   bool c_is_narrow = false, c_in_blocks = false;
   bool accumulate = false;
   bool by_columns = false;  // workers share the columns of c, as they share hidden units, and not its rows
