@@ -301,11 +301,14 @@ def test_rows_are_shared_if_the_weights_fit_a_cache(isa, threads, B):
         assert expected in torch.ops.fusedrnn.cpu_plan("lstm", 64, B, H, H, H, 1, False)
 
 
-# One time step of more rows than dot products are for. The workers that use weights pack them: for all rows or, with
-# fewer chunks of units than threads, for some of them. Of 193 rows they are packed before. In the last case only those
-# of the input's gradient are packed by workers.
+# One time step of more rows than dot products are for: 3 in bfloat16 with pairs or tiles, else 32. The workers that use
+# weights pack them: for all rows or, with fewer panels or chunks of units than threads, for some of them. Of 193 rows,
+# and with a projection, they are packed before. In the last case only those of the input's gradient are packed by
+# workers.
 STEPS = [
+    Case(1, 9, 40, 70),
     Case(1, 33, 31, 70),
+    Case(1, 192, 20, 100),
     Case(1, 192, 130, 65, bidirectional=True),
     Case(1, 50, 7, 37, bidirectional=True, lengths=True, reset=True, states=True),
     Case(1, 60, 24, 72, packed=True, reset=True, bidirectional=True),
@@ -318,7 +321,7 @@ STEPS = [
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-@pytest.mark.parametrize("case", STEPS, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", [*STEPS, Case(1, 9, 30, 40, proj_size=20)], ids=lambda case: case.id)
 def test_one_step_of_a_batch(isa, threads, case, dtype):
     threads(3)
     check(dataclasses.replace(case, dtype=dtype))

@@ -65,44 +65,49 @@ class Lines {
 
 // ---------------------------------------------------------------------------------------------- forward
 
-// One time step: no weights are packed before, and both affine maps happen in the kernel.
+// The least share of a parallel loop whose items take so many operations.
+int64_t grain(int64_t flops) {
+  return std::max<int64_t>(1, static_cast<int64_t>(kSerialFlops) / std::max<int64_t>(1, flops));
+}
+
+// One time step of a few rows: nothing is packed, and both affine maps happen in the kernel.
 void forward_step(const Layer& layer, ForwardParams& params) {
   const Sizes& s = layer.sizes;
-  const Kernels& kernels = layer.kernels;
-  const auto grain = [](int64_t flops) {
-    return std::max<int64_t>(1, static_cast<int64_t>(kSerialFlops) / std::max<int64_t>(1, flops));
-  };
-  const int64_t lanes = kernels.lanes;
+  const int64_t lanes = layer.kernels.lanes;
   layer.cell.step_start(params);
-  if (s.B > dot_rows(kernels)) {
-    const Tensor x = operand_rows(kernels, layer.x, layer.compute);
-    params.x_padded = x.const_data_ptr();
-    params.x_stride = kernels.padded(s.I);
-    const int64_t blocks = chunk_blocks(layer.spec.gates), panels = layer.spec.maps * blocks / 4;
-    const int64_t chunks = s.D * shared_blocks(s, layer.spec, kernels);
-    const int64_t parts = row_parts(s.B, chunks, torch::stable::get_num_threads());
-    const int64_t flops = blocks * lanes * 2 * layer.spec.gates * s.B / parts * (s.I + s.P);
-    torch::stable::parallel_for(0, chunks * parts, grain(flops), [&](int64_t begin, int64_t end) {
-      const GemmParams product{.M = s.B,
-                               .N = std::min(end - begin, chunks) * panels * 4 * lanes,
-                               .K = kernels.inputs(std::max(s.I, s.P)),
-                               .panels = nullptr,
-                               .c_in_blocks = true};
-      const int64_t bytes = product.M * product.N * layer.compute_bytes() + kernels.gemm_scratch(product);
-      const Scratch own(blocks_of(bytes, sizeof(float)), ScalarType::Float);
-      for (int64_t part = 0; part < parts; ++part) {
-        const int64_t first = std::max(begin - part * chunks, int64_t{0}), last = std::min(end - part * chunks, chunks);
-        const int64_t row = part * s.B / parts, row_end = (part + 1) * s.B / parts;
-        if (first < last) layer.cell.step_of_batch(params, first, last, row, row_end, own.begin());
-      }
-    });
-    return;
-  }
   torch::stable::parallel_for(0, s.D * blocks_of(s.H, lanes), grain(lanes * 2 * layer.spec.gates * s.B * (s.I + s.P)),
                               [&](int64_t begin, int64_t end) { layer.cell.step(params, begin, end); });
   if (!s.projected) return;
   torch::stable::parallel_for(0, s.D * s.P, grain(2 * s.B * s.H),
                               [&](int64_t begin, int64_t end) { layer.cell.step_project(params, begin, end); });
+}
+
+// One time step of more rows: a worker packs the weights of its chunks in its cache. Where there are fewer chunks than
+// threads, rows are shared as well.
+void forward_step_of_batch(const Layer& layer, ForwardParams& params) {
+  const Sizes& s = layer.sizes;
+  const Kernels& kernels = layer.kernels;
+  const Tensor x = operand_rows(kernels, layer.x, layer.compute);
+  params.x_padded = x.const_data_ptr();
+  params.x_stride = kernels.padded(s.I);
+  layer.cell.step_start(params);
+  const int64_t blocks = chunk_blocks(layer.spec.gates), panels = layer.spec.maps * blocks / 4;
+  const int64_t chunks = s.D * shared_blocks(s, layer.spec, kernels);
+  const int64_t parts = row_parts(s.B, chunks, torch::stable::get_num_threads());
+  const int64_t flops = blocks * kernels.lanes * 2 * layer.spec.gates * s.B / parts * (s.I + s.P);
+  torch::stable::parallel_for(0, chunks * parts, grain(flops), [&](int64_t begin, int64_t end) {
+    const GemmParams product{.M = s.B,
+                             .N = std::min(end - begin, chunks) * panels * 4 * kernels.lanes,
+                             .K = kernels.inputs(std::max(s.I, s.P)),
+                             .c_in_blocks = true};
+    const int64_t bytes = product.M * product.N * layer.compute_bytes() + kernels.gemm_scratch(product);
+    const Scratch own(blocks_of(bytes, sizeof(float)), ScalarType::Float);
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t first = std::max(begin - part * chunks, int64_t{0}), last = std::min(end - part * chunks, chunks);
+      const int64_t row = part * s.B / parts, row_end = (part + 1) * s.B / parts;
+      if (first < last) layer.cell.step_of_batch(params, first, last, row, row_end, own.begin());
+    }
+  });
 }
 
 // Steps whose input's affine maps are computed at a time: so many that they pass through a cache, where they are not
@@ -252,7 +257,9 @@ void forward(const Layer& layer, Outputs& out) {
   // Inference finds the panels of tiles in the cache; packing them takes longer than to read the weights twice. Sums of
   // tiles are the same to the bit.
   const bool once = packs_in_cache(s) && (trains || layer.kernels.operands != Operands::kTiles);
-  if (s.T == 1 && (once || is_short(s, layer.kernels, trains))) {
+  if (once && s.B > dot_rows(layer.kernels)) {
+    forward_step_of_batch(layer, params);
+  } else if (s.T == 1 && (once || is_short(s, layer.kernels, trains))) {
     forward_step(layer, params);
   } else {
     forward_sequence(layer, params, out.saved);
@@ -363,24 +370,28 @@ Scratch packed_for_maps(const Layer& layer, const MapInputs& inputs, int64_t col
   return panels;
 }
 
+// The product of a direction's da, from the numbers of `inputs` on, with so many columns; without panels and c.
+GemmParams product_of_da(const Layer& layer, const StepGradients& steps, const MapInputs& inputs, int64_t d,
+                         int64_t columns) {
+  return {.M = layer.sizes.N,
+          .N = columns,
+          .K = layer.kernels.inputs(inputs.numbers),
+          .a = steps.da.at(d * layer.sizes.N * steps.da_stride + inputs.begin),
+          .a_stride = steps.da_stride};
+}
+
 // da @ w_hh of the only step; see BackwardParams.
 Scratch first_product(const Layer& layer, const StepGradients& steps, const MapInputs& of_state) {
   const Sizes& s = layer.sizes;
-  const Kernels& kernels = layer.kernels;
-  const PanelLayout w_hh = inputs_of(kernels, s.P, of_state.numbers);
-  const int64_t columns = w_hh.panels * 4 * kernels.lanes;
+  const int64_t columns = inputs_of(layer.kernels, s.P, of_state.numbers).panels * 4 * layer.kernels.lanes;
   Scratch product(s.D * s.N * columns, layer.compute);
   for (int64_t d = 0; d < s.D; ++d) {
-    const UnpackedWeights unpacked = of_state.unpacked(kernels, layer.weights.w_hh(d));
-    gemm(kernels, {.M = s.N,
-                   .N = columns,
-                   .K = w_hh.inputs,
-                   .a = steps.da.at(d * s.N * steps.da_stride + of_state.begin),
-                   .a_stride = steps.da_stride,
-                   .panels = nullptr,
-                   .unpacked = &unpacked,
-                   .c = product.at(d * s.N * columns),
-                   .c_in_blocks = true});
+    const UnpackedWeights unpacked = of_state.unpacked(layer.kernels, layer.weights.w_hh(d));
+    GemmParams params = product_of_da(layer, steps, of_state, d, columns);
+    params.unpacked = &unpacked;
+    params.c = product.at(d * s.N * columns);
+    params.c_in_blocks = true;
+    gemm(layer.kernels, params);
   }
   return product;
 }
@@ -468,16 +479,13 @@ Tensor input_gradient(const Layer& layer, const StepGradients& steps) {
   }
   for (int64_t d = 0; d < s.D; ++d) {
     const UnpackedWeights unpacked = of_input.unpacked(kernels, layer.weights.w_ih(d));
-    gemm(kernels, {.M = s.N,
-                   .N = s.I,
-                   .K = w_ih.inputs,
-                   .a = steps.da.at(d * s.N * steps.da_stride + of_input.begin),
-                   .a_stride = steps.da_stride,
-                   .panels = panels.has_value() ? panels->at(d * w_ih.numbers(kernels)) : nullptr,
-                   .unpacked = &unpacked,
-                   .c = pointer(dx),
-                   .c_is_narrow = is_narrow,
-                   .accumulate = d > 0});
+    GemmParams params = product_of_da(layer, steps, of_input, d, s.I);
+    params.panels = panels.has_value() ? panels->at(d * w_ih.numbers(kernels)) : nullptr;
+    params.unpacked = &unpacked;
+    params.c = pointer(dx);
+    params.c_is_narrow = is_narrow;
+    params.accumulate = d > 0;
+    gemm(kernels, params);
   }
   return as(dx, layer.x.scalar_type());
 }
