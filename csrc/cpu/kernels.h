@@ -46,6 +46,9 @@ constexpr Kernels kernels_for() {
         EnteringStates<S, kOperands<S>>(params).run(begin, end);
       },
       [](const GemmParams& params, int64_t m, int64_t m_end, int64_t half, int64_t half_end, void* own) {
+        if (params.panels == nullptr && params.M <= kFewProductRows<kOperands<S>>) {
+          return WeightRows<S, kOperands<S>>(params).run(half, half_end);
+        }
         GemmOf<S>(params).run(m, m_end, half, half_end, own);
       },
       [](const GemmParams& params) { return GemmOf<S>(params).scratch(); },

@@ -95,6 +95,7 @@ struct MapWeights {
   int64_t H;
   int64_t skips = 0;  // of row(): numbers before those of the maps
 
+  int64_t numbers() const { return (maps->end - maps->begin) * H; }
   // The row of w that the k-th number of da is multiplied with, map after map; or -1 for none.
   int64_t row(int64_t k) const {
     int64_t unit = k - skips;
