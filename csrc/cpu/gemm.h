@@ -285,42 +285,44 @@ class WeightRows {
   // So many columns of all rows.
   void piece(int64_t column, int64_t count) const {
     const MapWeights& weights = p_.unpacked->weights;
+    MapRows row(weights);
     Sums sums[kFewProductRows<kOperands>] = {};
     int64_t k = weights.skips;
     const int64_t end = k + weights.numbers();
-    for (; k + kTogether <= end; k += kTogether) add_each<kTogether>(k, column, count, sums);
-    for (; k < end; ++k) add_each<1>(k, column, count, sums);
+    for (; k + kTogether <= end; k += kTogether) add_each<kTogether>(k, row, column, count, sums);
+    for (; k < end; ++k) add_each<1>(k, row, column, count, sums);
     for (int64_t r = 0; r < p_.M; ++r) {
       for (int64_t n = 0; n < count; n += kUnits<A>) finish(r, column + n, count - n, sums[r][n / kUnits<A>]);
     }
   }
 
+  // sums[r] += numbers [k, k + C) of row r times the rows of weights that they are multiplied with.
   template <int C>
-  FUSEDRNN_INLINE void add_each(int64_t k, int64_t column, int64_t count, Sums* sums) const {
+  FUSEDRNN_INLINE void add_each(int64_t k, MapRows& row, int64_t column, int64_t count, Sums* sums) const {
+    const UnpackedWeights& from = *p_.unpacked;
+    const S* rows[C];
+    for (int i = 0; i < C; ++i) {
+      rows[i] = static_cast<const S*>(from.weights.w) + row(k + i) * from.columns + column;
+    }
     const int64_t parts = blocks_of(p_.M, kTogether);
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t first = part * p_.M / parts;
       with_rows<kTogether>((part + 1) * p_.M / parts - first,
-                           [&](auto R) { add<R.kCount, C>(first, k, column, count, sums + first); });
+                           [&](auto R) { add<R.kCount, C>(first, k, rows, count, sums + first); });
     }
   }
 
-  // sums[r] += numbers [k, k + C) of row first + r times the rows of weights that they are multiplied with, for R rows.
-  // Not inlined: its loop has the registers for itself.
+  // The same for R rows from `first` on. Not inlined: its loop has the registers for itself.
   template <int R, int C>
-  __attribute__((noinline)) void add(int64_t first, int64_t k, int64_t column, int64_t count, Sums* sums) const {
-    const UnpackedWeights& from = *p_.unpacked;
-    const S* rows[C];
-    for (int i = 0; i < C; ++i) {
-      rows[i] = static_cast<const S*>(from.weights.w) + from.weights.row(k + i) * from.columns + column;
-    }
+  __attribute__((noinline)) void add(int64_t first, int64_t k, const S* const (&rows)[C], int64_t count,
+                                     Sums* sums) const {
     V numbers[R][C];
     for (int r = 0; r < R; ++r) {
       const V own = load(static_cast<const Number*>(p_.a) + (first + r) * p_.a_stride + k, C);
 #pragma GCC unroll 4
       for (int i = 0; i < C; ++i) numbers[r][i] = broadcast<A>(own[i]);
     }
-    const int64_t ahead = kAhead * from.columns, whole = count - count % kUnits<A>;
+    const int64_t ahead = kAhead * p_.unpacked->columns, whole = count - count % kUnits<A>;
     const auto vector = [&](int64_t n, auto... partial) __attribute__((always_inline)) {
       V w[C];
 #pragma GCC unroll 4

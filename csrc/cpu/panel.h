@@ -416,8 +416,9 @@ void pack_weight_rows(const UnpackedWeights& from, int64_t panel, int64_t begin,
   using A = Compute<S>;
   constexpr bool kPairs = kOperands != Operands::kNumbers;
   const int64_t N = from.columns, column = panel * kWide<A>;
+  MapRows rows(from.weights);
   const auto row = [&](int64_t k) {
-    const int64_t index = from.weights.row(k);
+    const int64_t index = rows(k);
     return index < 0 ? nullptr : static_cast<const S*>(from.weights.w) + index * N + column;
   };
   A* at = static_cast<A*>(to);

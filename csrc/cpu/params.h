@@ -93,18 +93,40 @@ struct MapWeights {
   const void* w;
   const MapWindow* maps;
   int64_t H;
-  int64_t skips = 0;  // of row(): numbers before those of the maps
+  int64_t skips = 0;  // numbers before those of the maps
 
   int64_t numbers() const { return (maps->end - maps->begin) * H; }
-  // The row of w that the k-th number of da is multiplied with, map after map; or -1 for none.
-  int64_t row(int64_t k) const {
-    int64_t unit = k - skips;
-    if (unit < 0) return -1;
-    for (int map = maps->begin; map < maps->end; ++map, unit -= H) {
-      if (unit < H) return maps->gates[map - maps->begin] * H + unit;
-    }
-    return -1;
+};
+
+// The rows of w that the numbers of da are multiplied with, map after map. Numbers are asked for in ascending order:
+// the map is looked up only where the last one ends.
+class MapRows {
+ public:
+  explicit MapRows(const MapWeights& weights) : weights_(weights) {}
+
+  // The row of the k-th number, or -1 for none.
+  int64_t operator()(int64_t k) {
+    if (k < begin_ || k >= end_) find(k);
+    return row_ < 0 ? row_ : row_ + k - begin_;
   }
+
+ private:
+  void find(int64_t k) {
+    const MapWindow& maps = *weights_.maps;
+    begin_ = weights_.skips;
+    for (int map = maps.begin; map < maps.end; ++map, begin_ += weights_.H) {
+      end_ = begin_ + weights_.H;
+      row_ = maps.gates[map - maps.begin] * weights_.H;
+      if (begin_ <= k && k < end_) return;
+    }
+    begin_ = k;
+    end_ = k + 1;
+    row_ = -1;
+  }
+
+  const MapWeights weights_;
+  int64_t begin_ = 0, end_ = 0;  // the numbers of the map found last
+  int64_t row_ = -1;             // of the first of them
 };
 
 // Weights in memory as torch has them, for a product that reads them once: a worker packs some inputs of a panel in its

@@ -360,9 +360,9 @@ Scratch packed_for_maps(const Layer& layer, const MapInputs& inputs, int64_t col
   Scratch panels(layer.sizes.D * numbers, layer.compute);
   for_each_part(kernels, layout, layer.sizes.D, [&](int64_t d, int64_t begin, int64_t end) {
     const Tensor& w = matrix(d);
-    const MapWeights rows = inputs.of(w);
+    MapRows rows(inputs.of(w));
     const auto row = [&](int64_t k) -> const void* {
-      const int64_t index = rows.row(k);
+      const int64_t index = rows(k);
       return index < 0 ? nullptr : at(w, index * columns);
     };
     pack_inputs(kernels, layout, row, columns, panels.at(d * numbers), begin, end);
