@@ -1,10 +1,11 @@
-// The operands of each dtype's products, and the GEMM that takes them.
+// The operands of each dtype's products, and what computes those around a launch.
 #pragma once
 
 #include "gemm.h"
 #if defined(FUSEDRNN_TILES)
 #include "tile_gemm.h"
 #endif
+#include "weight_rows.h"
 
 namespace fusedrnn::FUSEDRNN_ISA {
 

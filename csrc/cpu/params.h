@@ -228,7 +228,8 @@ struct BackwardParams {
   Team team;
 };
 
-// c = start + a @ b, or c += a @ b, where b is packed in panels; see gemm.h and tile_gemm.h. Of pairs K counts pairs.
+// c = start + a @ b, or c += a @ b, where b is packed in panels, or is weights as they lie; see gemm.h, tile_gemm.h
+// and weight_rows.h. Of pairs K counts pairs.
 struct GemmParams {
   int64_t M, N, K;
   const void* a = nullptr;  // [M][a_stride] numbers, or [a_rows][a_stride] where a_transposed
