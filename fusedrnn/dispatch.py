@@ -164,7 +164,9 @@ def _gpu_plans(name: str, problem: Problem) -> dict[str, Any]:
 
 def _cpu_plan(problem: Problem) -> str:
     p = problem
-    return torch.ops.fusedrnn.cpu_plan(p.cell, p.T, p.B, p.I, p.H, p.P, p.D, p.dtype == torch.float64)
+    alone = p.train or p.lengths or p.reset or p.states or p.packed or "+" in p.cell  # layer after layer, in Python
+    layers = 1 if alone else p.L
+    return torch.ops.fusedrnn.cpu_plan(p.cell, p.T, p.B, p.I, p.H, p.P, p.D, p.dtype == torch.float64, layers)
 
 
 def _aten_plan(problem: Problem) -> str:

@@ -14,6 +14,7 @@ constexpr double kSerialFlops = 5e5;             // below this a parallel region
 constexpr int64_t kSerialStep = 10000;           // multiply-adds of a step, below which it is shorter than a barrier
 constexpr int64_t kSmallCacheBytes = 512 << 10;  // of a second-level cache
 constexpr int64_t kEnoughRows = 4;               // of a worker, to read weights faster than it multiplies by them
+constexpr int64_t kShortStep = 25000;            // multiply-adds of a step, below which half of it is about a barrier
 constexpr int64_t kChunkBytes = 8 << 20;         // chunk size of the input projection in inference
 // Steps times batch rows, up to which packing weights costs more than it saves.
 constexpr int64_t kUnpackedRows = 16;
@@ -83,6 +84,27 @@ inline Team plan_team(const Sizes& s, const CellSpec& cell, const Kernels& kerne
   const bool by_rows = threads == 1 || (rows >= threads && are_near);
   return {by_rows ? Team::Split::kRows : Team::Split::kUnits,
           static_cast<int>(std::min(threads, by_rows ? rows : units)), nullptr};
+}
+
+// Steps of a layer that a worker computes at a time where layers of a stack are computed at the same time: long enough
+// to be begun for, and few, because at first and at the end workers wait.
+inline int64_t pipelined_steps(const Sizes& s, const CellSpec& cell) {
+  constexpr int64_t kLeastSteps = 8, kMostParts = 24;
+  const double flops = 2.0 * s.B * cell.gates * s.H * (s.I + s.P);
+  const auto enough = static_cast<int64_t>(kSerialFlops / std::max(flops, 1.0));
+  return std::max({kLeastSteps, blocks_of(s.T, kMostParts), enough});
+}
+
+// Whether that is faster for a stack of one direction than layer after layer, each by the whole team: where a step is
+// shared by units, but is about as short as a barrier; or by rows, of which a worker has too few for the weights that
+// it reads. The weights of a layer, all of which a worker then reads, have to stay in its cache.
+inline bool pipelines_layers(const Sizes& s, const CellSpec& cell, const Kernels& kernels, const Team& team,
+                             int64_t layers, int64_t threads) {
+  if (layers < 2 || s.D > 1 || threads < 2 || team.workers > layers || s.T < 2 * pipelined_steps(s, cell)) return false;
+  if (is_short(s, kernels, false) || fuses_input(s, kernels)) return false;
+  const int64_t maps = cell.gates * s.H, bytes = kernels.take_pairs() ? 2 : 4;
+  if (maps * (s.I + s.P) * bytes > std::max(kSmallCacheBytes, l2_bytes() / 2)) return false;
+  return team.split == Team::Split::kUnits ? s.B * maps * s.P < kShortStep : s.B <= kEnoughRows * team.workers;
 }
 
 }  // namespace fusedrnn

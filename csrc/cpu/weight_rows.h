@@ -76,9 +76,13 @@ class WeightRows {
                                      Sums* sums) const {
     V numbers[R][C];
     for (int r = 0; r < R; ++r) {
-      const V own = load(static_cast<const Number*>(p_.a) + (first + r) * p_.a_stride + k, C);
+      const Number* const from = static_cast<const Number*>(p_.a) + (first + r) * p_.a_stride + k;
+      V own{};
 #pragma GCC unroll 4
-      for (int i = 0; i < C; ++i) numbers[r][i] = broadcast<A>(own[i]);
+      for (int i = 0; i < C; ++i) {
+        if (i % kUnits<A> == 0) own = load(from + i, C - i);
+        numbers[r][i] = broadcast<A>(own[i % kUnits<A>]);
+      }
     }
     const int64_t ahead = kAhead * p_.unpacked->columns, whole = count - count % kUnits<A>;
     const auto vector = [&](int64_t n, auto... partial) __attribute__((always_inline)) {

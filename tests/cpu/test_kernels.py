@@ -340,6 +340,13 @@ def test_one_step(isa, threads, case, dtype):
     check(dataclasses.replace(case, dtype=dtype))
 
 
+@pytest.mark.parametrize("dtype", [F64, F16], ids=str)
+@pytest.mark.parametrize("case", FEW_ROWS, ids=lambda case: case.id)
+def test_few_rows_of_other_dtypes(isa, threads, case, dtype):
+    threads(2)
+    check(dataclasses.replace(case, dtype=dtype))
+
+
 def test_a_step_without_inputs(isa):
     """The gradient of x is a product without columns."""
     cell, baseline = fusedrnn.LSTMCell(0, 70), torch.nn.LSTMCell(0, 70)
@@ -657,6 +664,54 @@ def test_layers_in_one_call(isa, threads, name, T):
     assert cn.shape == (4, 3, 0)
 
 
+# Stacks of layers that are computed at the same time: name, T, B, I, H, P, layers.
+STACKS = [
+    ("lstm", 100, 1, 24, 40, 40, 2),
+    ("lstm", 61, 1, 64, 64, 64, 3),
+    ("lstm", 90, 4, 7, 64, 64, 2),
+    ("lstm", 100, 2, 16, 48, 20, 5),
+    ("gru", 130, 1, 30, 40, 40, 2),
+    ("rnn_tanh", 400, 3, 64, 64, 64, 2),
+]
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
+@pytest.mark.parametrize("stack", STACKS, ids=str)
+def test_layers_at_the_same_time(isa, threads, stack, dtype):
+    """They give the bits of layer after layer, as with one thread."""
+    name, T, B, I, H, P, layers = stack
+    torch.manual_seed(0)
+    kind = {"lstm": fusedrnn.LSTM, "gru": fusedrnn.GRU, "rnn_tanh": fusedrnn.RNN}[name]
+    module = kind(I, H, layers, dtype=dtype, **({} if P == H else {"proj_size": P}))
+    x, h0 = torch.randn(T, B, I, dtype=dtype), torch.randn(layers, B, P, dtype=dtype)
+    hx = (h0, torch.randn(layers, B, H, dtype=dtype)) if name == "lstm" else h0
+    threads(2)
+    plan = torch.ops.fusedrnn.cpu_plan(name, T, B, I, H, P, 1, dtype == F64, layers)
+    assert "layers at the same time" in plan
+    with torch.no_grad(), fusedrnn.use_backend("cpu"), testing.poisoned():
+        threads(1)
+        y, states = module(x, hx)
+        for count in (2, 3, 2, 4) * 5:
+            threads(count)
+            own, others = module(x, hx)
+            assert torch.equal(y, own)
+            assert all(map(torch.equal, states, others))
+
+
+def test_stacks_that_are_computed_layer_after_layer(threads):
+    """Of one layer, of both directions, with few steps, one thread, or steps that are long without that."""
+
+    def plan(T=100, B=1, H=40, D=1, layers=2):
+        return torch.ops.fusedrnn.cpu_plan("lstm", T, B, H, H, H, D, False, layers)
+
+    threads(2)
+    assert "layers at the same time, each by a thread" in plan()
+    for change in ({"layers": 1}, {"D": 2}, {"T": 12}, {"H": 128}, {"B": 64}, {"B": 4, "H": 512}):
+        assert "layers" not in plan(**change), change
+    threads(1)
+    assert "layers" not in plan()
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_is_not_finite_stays_in_its_sequence(isa, name):
     for value, dtype in itertools.product((math.inf, -math.inf, math.nan), (F32, BF16)):
@@ -813,6 +868,23 @@ def test_workers_that_cannot_run_at_the_same_time():
     """With one OpenMP thread for two workers, the second starts when the first has finished."""
     together = run_python(ONE_LAYER + "print(run())")
     apart = run_python(ONE_LAYER + "print(run())", OMP_THREAD_LIMIT="1")
+    assert together.returncode == 0, together.stderr
+    assert apart.returncode == 0, apart.stderr
+    assert together.stdout == apart.stdout != ""
+
+
+def test_layers_that_cannot_be_computed_at_the_same_time():
+    """With one OpenMP thread the worker of the first layer computes all of them."""
+    code = """
+import torch, fusedrnn
+torch.manual_seed(0)
+torch.set_num_threads(2)
+stack, x = fusedrnn.LSTM(16, 40, num_layers=3), torch.randn(100, 1, 16)
+assert "at the same time" in torch.ops.fusedrnn.cpu_plan("lstm", 100, 1, 16, 40, 40, 1, False, 3)
+with torch.no_grad(), fusedrnn.use_backend("cpu"):
+    print(float(stack(x)[0].double().sum()))
+"""
+    together, apart = run_python(code), run_python(code, OMP_THREAD_LIMIT="1")
     assert together.returncode == 0, together.stderr
     assert apart.returncode == 0, apart.stderr
     assert together.stdout == apart.stdout != ""

@@ -89,66 +89,109 @@ class Biases {
   std::optional<CacheLines> storage_;
 };
 
-// A whole sequence: the input's affine maps as matrix products, and the launches that use them; or one launch that does
-// both, where the sequence is short, or where tiles are full.
-void forward_sequence(const Layer& layer, ForwardParams& params, const OptionalTensor& saved) {
-  const Sizes& s = layer.sizes;
-  const Kernels& kernels = layer.kernels;
-  const bool unpacked = is_short(s, kernels, saved.has_value());
-  // Saved values replace the input's maps in place if both have the same dtype.
-  const bool in_place = saved.has_value() && layer.saves_maps() && layer.x.scalar_type() == layer.compute;
-  const SharedPanels panels =
-      unpacked            ? std::make_shared<Panels>(Panels{std::nullopt, std::nullopt, packed_projection(layer)})
-      : saved.has_value() ? packed_weights(layer, in_place)  // of training: other ones at the next call
-                          : cached_weights(layer);
-  params.panel_hh = pointer(panels->w_hh);
-  params.panel_hr = pointer(panels->w_hr);
-  params.team = plan_team(layer);
-  const auto run = [&](int64_t begin, int64_t end) {
-    params.begin = begin;
-    params.end = end;
-    const Lines lines(params.team, s, kernels);
-    launch(params.team, [&](int worker) { layer.cell.forward(params, worker); });
-  };
-  if (unpacked) return run(0, s.T);
+// A sequence, some steps at a time: the input's affine maps as matrix products, and the launch that uses them; or one
+// launch that does both, where the sequence is short, or where tiles are full. params must outlive it.
+class SequenceForward {
+ public:
+  // steps: at a time, where nothing is kept of them; 0 for as many as pass through a cache.
+  SequenceForward(const Layer& layer, ForwardParams& params, const OptionalTensor& saved, const Team& team,
+                  int64_t steps = 0)
+      : layer_(layer),
+        params_(params),
+        is_unpacked_(is_short(layer.sizes, layer.kernels, saved.has_value())),
+        // Saved values replace the input's maps in place if both have the same dtype.
+        in_place_(saved.has_value() && layer.saves_maps() && layer.x.scalar_type() == layer.compute),
+        panels_(is_unpacked_ ? std::make_shared<Panels>(Panels{std::nullopt, std::nullopt, packed_projection(layer)})
+                : saved.has_value() ? packed_weights(layer, in_place_)  // of training: other ones at the next call
+                                    : cached_weights(layer)),
+        steps_(layer.sizes.T) {
+    params_.panel_hh = pointer(panels_->w_hh);
+    params_.panel_hr = pointer(panels_->w_hr);
+    params_.team = team;
+    if (is_unpacked_) return;
 
-  const Tensor x = operand_rows(kernels, layer.x, layer.compute);
-  const int64_t x_stride = kernels.padded(s.I);
-  const bool fused = fuses_input(s, kernels);
-  const Biases others(layer, params, fused ? 0 : layer.spec.input.end, layer.spec.maps);
-  for (int64_t d = 0; d < s.D; ++d) params.biases[d] = others.of(d);
-  if (fused) {
-    params.panel_ih = pointer(panels->w_ih);
-    params.x_padded = x.const_data_ptr();
-    params.x_stride = x_stride;
-    return run(0, s.T);
-  }
-  const Biases biases(layer, params, layer.spec.input.begin, layer.spec.input.end, !in_place);
-  const int64_t steps = in_place ? s.T : steps_at_a_time(layer), most_rows = std::min(steps * s.B, s.N);
-  const PanelLayout layout = input_layout(layer, in_place);
-  const int64_t columns = in_place ? layer.spec.gates * s.H : layout.panels * 4 * kernels.lanes;
-  OptionalScratch xg;
-  if (!in_place) xg.emplace(s.D * most_rows * columns, layer.compute);
-  for (int64_t begin = 0; begin < s.T; begin += steps) {
-    const int64_t end = std::min(begin + steps, s.T);
-    for (int64_t d = 0; d < s.D; ++d) {
-      const int64_t t = d == 0 ? begin : s.T - end, first = layer.row(t), rows = layer.row(t + end - begin) - first;
-      const int64_t own = d * most_rows * columns;
-      void* const out = in_place ? at(*saved, own) : xg->at(own);
-      gemm(kernels, {.M = rows,
-                     .N = columns,
-                     .K = layout.inputs,
-                     .a = at(x, first * x_stride),
-                     .a_stride = x_stride,
-                     .panels = panels->w_ih->at(d * layout.numbers(kernels)),
-                     .c = out,
-                     .c_in_blocks = !in_place,
-                     .by_columns = params.team.split == Team::Split::kUnits,
-                     .start = biases.of(d)});
-      params.xg[d] = out;
-      if (!in_place) params.xg_rows[d] = rows;
+    const Sizes& s = layer.sizes;
+    const Kernels& kernels = layer.kernels;
+    x_ = operand_rows(kernels, layer.x, layer.compute);
+    x_stride_ = kernels.padded(s.I);
+    fuses_ = fuses_input(s, kernels);
+    others_.emplace(layer, params_, fuses_ ? 0 : layer.spec.input.end, layer.spec.maps);
+    for (int64_t d = 0; d < s.D; ++d) params_.biases[d] = others_->of(d);
+    if (fuses_) {
+      params_.panel_ih = pointer(panels_->w_ih);
+      params_.x_padded = x_->const_data_ptr();
+      params_.x_stride = x_stride_;
+      return;
     }
-    run(begin, end);
+    biases_.emplace(layer, params_, layer.spec.input.begin, layer.spec.input.end, !in_place_);
+    layout_ = input_layout(layer, in_place_);
+    columns_ = in_place_ ? layer.spec.gates * s.H : layout_.panels * 4 * kernels.lanes;
+    if (in_place_) {
+      maps_ = saved->mutable_data_ptr();
+      return;
+    }
+    steps_ = steps > 0 ? std::min(steps, s.T) : steps_at_a_time(layer);
+    xg_.emplace(s.D * most_rows() * columns_, layer.compute);
+    maps_ = xg_->begin();
+  }
+
+  int64_t steps() const { return steps_; }
+
+  // Steps [begin, end), in the order of each direction: at most steps(), and those before them first.
+  void run(int64_t begin, int64_t end) {
+    if (maps_ != nullptr) {
+      for (int64_t d = 0; d < layer_.sizes.D; ++d) project(begin, end, d);
+    }
+    params_.begin = begin;
+    params_.end = end;
+    const Lines lines(params_.team, layer_.sizes, layer_.kernels);
+    launch(params_.team, [&](int worker) { layer_.cell.forward(params_, worker); });
+  }
+
+ private:
+  int64_t most_rows() const { return std::min(steps_ * layer_.sizes.B, layer_.sizes.N); }
+
+  // The input's affine maps of a direction.
+  void project(int64_t begin, int64_t end, int64_t d) {
+    const Kernels& kernels = layer_.kernels;
+    const int64_t t = d == 0 ? begin : layer_.sizes.T - end;
+    const int64_t first = layer_.row(t), rows = layer_.row(t + end - begin) - first;
+    void* const out = static_cast<char*>(maps_) + d * most_rows() * columns_ * layer_.compute_bytes();
+    gemm(kernels, {.M = rows,
+                   .N = columns_,
+                   .K = layout_.inputs,
+                   .a = at(*x_, first * x_stride_),
+                   .a_stride = x_stride_,
+                   .panels = panels_->w_ih->at(d * layout_.numbers(kernels)),
+                   .c = out,
+                   .c_in_blocks = !in_place_,
+                   .by_columns = params_.team.split == Team::Split::kUnits,
+                   .start = biases_->of(d)});
+    params_.xg[d] = out;
+    if (!in_place_) params_.xg_rows[d] = rows;
+  }
+
+  const Layer& layer_;
+  ForwardParams& params_;
+  const bool is_unpacked_, in_place_;
+  const SharedPanels panels_;
+  int64_t steps_;
+  // Where the sequence is not short; from the layout on, where the launch does not do both.
+  OptionalTensor x_;
+  int64_t x_stride_ = 0;
+  bool fuses_ = false;
+  std::optional<Biases> others_, biases_;
+  PanelLayout layout_{};
+  int64_t columns_ = 0;
+  OptionalScratch xg_;
+  void* maps_ = nullptr;
+};
+
+void forward_sequence(const Layer& layer, ForwardParams& params, const OptionalTensor& saved) {
+  SequenceForward sequence(layer, params, saved, plan_team(layer));
+  for (int64_t begin = 0, end; begin < layer.sizes.T; begin = end) {
+    end = std::min(begin + sequence.steps(), layer.sizes.T);
+    sequence.run(begin, end);
   }
 }
 
@@ -163,52 +206,65 @@ struct Outputs {
   OptionalTensor c, saved;
 };
 
+// What a forward takes, and the scratch memory among it.
+class ForwardArguments {
+ public:
+  ForwardArguments(const Layer& layer, Outputs& out) {
+    const Sizes& s = layer.sizes;
+    // Enough for either form of h, and each of them begins with a cache line.
+    const int64_t line = CacheLines::kLine, bytes = layer.compute_bytes();
+    const auto in_lines = [&](int64_t numbers) { return blocks_of(numbers * bytes, line) * line; };
+    const int64_t h_size = in_lines(2 * s.D * s.B * layer.kernels.padded(s.P));
+    const int64_t units = blocks_of(s.H, layer.kernels.lanes) * layer.kernels.lanes;
+    const int64_t carry_size = layer.has_carry() ? in_lines(s.D * s.B * units) : 0;
+    scratch_.emplace(h_size + carry_size + (s.projected ? in_lines(s.D * s.B * s.H) : 0));
+    char* const h = scratch_->begin();
+    char* const carry = h + h_size;
+
+    params.sizes = s;
+    params.sequence = layer.sequence();
+    for (int64_t d = 0; d < s.D; ++d) {
+      params.w_ih[d] = layer.weights.w_ih(d).const_data_ptr();
+      params.w_hh[d] = layer.weights.w_hh(d).const_data_ptr();
+      params.w_hr[d] = s.projected ? layer.weights.w_hr(d).const_data_ptr() : nullptr;
+      params.b_ih[d] = layer.weights.biased() ? layer.weights.b_ih(d).const_data_ptr() : nullptr;
+      params.b_hh[d] = layer.weights.biased() ? layer.weights.b_hh(d).const_data_ptr() : nullptr;
+      params.w_p[d] = layer.has_parameters() ? layer.weights.w_p(d).const_data_ptr() : nullptr;
+    }
+    params.noise = layer.noise_params();
+    params.h0 = layer.h0.has_value() ? at(*layer.h0, layer.own(s.P)) : nullptr;
+    params.c0 = layer.c0.has_value() ? at(*layer.c0, layer.own(layer.C())) : nullptr;
+    params.y = pointer(out.y);
+    params.hn = at(out.hn, layer.own(s.P));
+    params.cn = at(out.cn, layer.own(layer.C()));
+    params.c = pointer(out.c);
+    params.saved = pointer(out.saved);
+    params.h = h;
+    params.carry = carry;
+    params.m = s.projected ? carry + carry_size : nullptr;
+    params.x = layer.x.const_data_ptr();
+  }
+
+  ForwardParams params{};
+
+ private:
+  std::optional<CacheLines> scratch_;
+};
+
 void forward(const Layer& layer, Outputs& out) {
   const Sizes& s = layer.sizes;
   if (s.B == 0) return;
-  // Enough for either form of h, and each of them begins with a cache line.
-  const int64_t line = CacheLines::kLine, bytes = layer.compute_bytes();
-  const auto in_lines = [&](int64_t numbers) { return blocks_of(numbers * bytes, line) * line; };
-  const int64_t h_size = in_lines(2 * s.D * s.B * layer.kernels.padded(s.P));
-  const int64_t units = blocks_of(s.H, layer.kernels.lanes) * layer.kernels.lanes;
-  const int64_t carry_size = layer.has_carry() ? in_lines(s.D * s.B * units) : 0;
-  const CacheLines scratch(h_size + carry_size + (s.projected ? in_lines(s.D * s.B * s.H) : 0));
-  char* const h = scratch.begin();
-  char* const carry = h + h_size;
-
-  ForwardParams params{};
-  params.sizes = s;
-  params.sequence = layer.sequence();
-  for (int64_t d = 0; d < s.D; ++d) {
-    params.w_ih[d] = layer.weights.w_ih(d).const_data_ptr();
-    params.w_hh[d] = layer.weights.w_hh(d).const_data_ptr();
-    params.w_hr[d] = s.projected ? layer.weights.w_hr(d).const_data_ptr() : nullptr;
-    params.b_ih[d] = layer.weights.biased() ? layer.weights.b_ih(d).const_data_ptr() : nullptr;
-    params.b_hh[d] = layer.weights.biased() ? layer.weights.b_hh(d).const_data_ptr() : nullptr;
-    params.w_p[d] = layer.has_parameters() ? layer.weights.w_p(d).const_data_ptr() : nullptr;
-  }
-  params.noise = layer.noise_params();
-  params.h0 = layer.h0.has_value() ? at(*layer.h0, layer.own(s.P)) : nullptr;
-  params.c0 = layer.c0.has_value() ? at(*layer.c0, layer.own(layer.C())) : nullptr;
-  params.y = pointer(out.y);
-  params.hn = at(out.hn, layer.own(s.P));
-  params.cn = at(out.cn, layer.own(layer.C()));
-  params.c = pointer(out.c);
-  params.saved = pointer(out.saved);
-  params.h = h;
-  params.carry = carry;
-  params.m = s.projected ? carry + carry_size : nullptr;
-  params.x = layer.x.const_data_ptr();
+  ForwardArguments arguments(layer, out);
   const bool trains = out.saved.has_value();
   // Inference finds the panels of tiles in the cache; packing them takes longer than to read the weights twice. Sums of
   // tiles are the same to the bit.
   const bool once = packs_in_cache(s) && (trains || layer.kernels.operands != Operands::kTiles);
   if (once && s.B > dot_rows(layer.kernels)) {
-    forward_step_of_batch(layer, params);
+    forward_step_of_batch(layer, arguments.params);
   } else if (s.T == 1 && (once || is_short(s, layer.kernels, trains))) {
-    forward_step(layer, params);
+    forward_step(layer, arguments.params);
   } else {
-    forward_sequence(layer, params, out.saved);
+    forward_sequence(layer, arguments.params, out.saved);
   }
 }
 

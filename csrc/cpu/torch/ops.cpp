@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "backward.h"
-#include "forward.h"
+#include "stack.h"
 
 namespace fusedrnn {
 namespace {
@@ -47,21 +47,12 @@ std::tuple<Tensor, Tensor, Tensor> cpu_infer(std::string cell, Tensor x, Tensors
   const NoGrad no_grad;
   const int64_t all = static_cast<int64_t>(flat.size());
   STD_TORCH_CHECK(layers > 0 && all % layers == 0, "weights must be as many for each of ", layers, " layers");
-  std::optional<Outputs> out;
-  for (int64_t index = 0; index < layers; ++index) {
+  const Outputs out = forward_stack(layers, x, [&](int64_t index, const Tensor& input) {
     const auto first = flat.begin() + index * (all / layers);
-    const Layer layer(cell_of(cell), index == 0 ? x : out->y, Tensors(first, first + all / layers), bidirectional, h0,
-                      c0, std::nullopt, std::nullopt, std::nullopt, index, layers);
-    if (index == 0) {
-      out.emplace(layer);
-    } else {
-      STD_TORCH_CHECK(layer.C() == out->cn.size(2) && layer.sizes.P == out->hn.size(2),
-                      "all layers must have states of one size");
-      out->y = empty_y(layer);
-    }
-    forward(layer, *out);
-  }
-  return {out->y, out->hn, out->cn};
+    return Layer(cell_of(cell), input, Tensors(first, first + all / layers), bidirectional, h0, c0, std::nullopt,
+                 std::nullopt, std::nullopt, index, layers);
+  });
+  return {out.y, out.hn, out.cn};
 }
 
 // ---------------------------------------------------------------------------------------------- backward
@@ -181,14 +172,20 @@ std::string cpu_isa(std::optional<std::string> select) {
   return isa().name;
 }
 
-std::string cpu_plan(std::string cell, int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int64_t D, bool float64) {
+std::string cpu_plan(std::string cell, int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int64_t D, bool float64,
+                     int64_t layers) {
   const Sizes s{T, B, T * B, I, H, P, D, P != H};
   const Dtype dtype = float64 ? Dtype::kFloat64 : Dtype::kFloat32;
   const Kernels& kernels = (*isa().kernels)[static_cast<size_t>(dtype)];
   const CellSpec& spec = kernels.cells[static_cast<size_t>(cell_of(cell).kind)].spec;
   const std::string name = std::string(isa().name) + ", ";
   if (T == 1 && (packs_in_cache(s) || is_short(s, kernels, false))) return name + "one step, weights read as they lie";
-  const Team team = plan_team(s, spec, kernels, float64, torch::stable::get_num_threads());
+  const int64_t threads = torch::stable::get_num_threads();
+  const Team team = plan_team(s, spec, kernels, float64, threads);
+  if (pipelines_layers(s, spec, kernels, team, layers, threads)) {
+    const int64_t steps = pipelined_steps(s, spec);
+    return name + "layers at the same time, each by a thread, " + std::to_string(steps) + " steps at a time";
+  }
   return name + std::to_string(team.workers) + (team.workers == 1 ? " thread" : " threads") + " by " +
          (team.split == Team::Split::kRows ? "batch rows, no synchronisation"
                                            : "hidden units, with a barrier at every step");
