@@ -580,7 +580,9 @@ def test_layers_by_tiles(isa, threads, name, case, count):
 
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-@pytest.mark.parametrize("case", [case for case in STEPS + FEW_ROWS[1:4] if not case.proj_size], ids=lambda case: case.id)
+@pytest.mark.parametrize(
+    "case", [case for case in STEPS + FEW_ROWS[1:4] if not case.proj_size], ids=lambda case: case.id
+)
 def test_one_step_of_a_layer(isa, threads, name, case, dtype):
     threads(3)
     check_layer(name, dataclasses.replace(case, dtype=dtype))
