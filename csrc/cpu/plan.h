@@ -99,10 +99,10 @@ inline int64_t pipelined_steps(const Sizes& s, const CellSpec& cell) {
 // shared by units, but is about as short as a barrier; or by rows, of which a worker has too few for the weights that
 // it reads. The weights of a layer, all of which a worker then reads, have to stay in its cache.
 inline bool pipelines_layers(const Sizes& s, const CellSpec& cell, const Kernels& kernels, const Team& team,
-                             int64_t layers, int64_t threads) {
+                             bool is_double, int64_t layers, int64_t threads) {
   if (layers < 2 || s.D > 1 || threads < 2 || team.workers > layers || s.T < 2 * pipelined_steps(s, cell)) return false;
   if (is_short(s, kernels, false) || fuses_input(s, kernels)) return false;
-  const int64_t maps = cell.gates * s.H, bytes = kernels.take_pairs() ? 2 : 4;
+  const int64_t maps = cell.gates * s.H, bytes = kernels.take_pairs() ? 2 : is_double ? 8 : 4;
   if (maps * (s.I + s.P) * bytes > std::max(kSmallCacheBytes, l2_bytes() / 2)) return false;
   return team.split == Team::Split::kUnits ? s.B * maps * s.P < kShortStep : s.B <= kEnoughRows * team.workers;
 }

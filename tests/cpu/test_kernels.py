@@ -714,6 +714,31 @@ def test_stacks_that_are_computed_layer_after_layer(threads):
     assert "layers" not in plan()
 
 
+def test_layers_at_the_same_time_if_the_weights_of_one_fit_a_cache(threads):
+    threads(2)
+    inputs = max(512 << 10, l2_bytes() // 2) // (4 * 256) - 64  # of float32, beside a state of 64
+    for wider, float64, fits in ((0, False, True), (1, False, False), (0, True, False)):
+        plan = torch.ops.fusedrnn.cpu_plan("lstm", 100, 4, inputs + wider, 64, 64, 1, float64, 2)
+        assert ("layers" in plan) == fits
+
+
+def test_explain_tells_of_layers_at_the_same_time(threads):
+    """Not in training, and not of float16, whose layers take another one's output in float32."""
+    threads(2)
+    stack, x = fusedrnn.LSTM(40, 40, num_layers=2), torch.randn(100, 1, 40)
+
+    def tells(*arguments, **options):
+        with fusedrnn.use_backend("cpu"):
+            return "layers at the same time" in fusedrnn.explain(stack, *arguments, **options).plan
+
+    assert not tells(x)  # of parameters that require a gradient
+    with torch.no_grad():
+        assert tells(x)
+        assert not tells(x, lengths=torch.tensor([50]))
+        stack.half()
+        assert not tells(x.half())
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_is_not_finite_stays_in_its_sequence(isa, name):
     for value, dtype in itertools.product((math.inf, -math.inf, math.nan), (F32, BF16)):

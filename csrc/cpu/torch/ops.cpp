@@ -182,7 +182,7 @@ std::string cpu_plan(std::string cell, int64_t T, int64_t B, int64_t I, int64_t 
   if (T == 1 && (packs_in_cache(s) || is_short(s, kernels, false))) return name + "one step, weights read as they lie";
   const int64_t threads = torch::stable::get_num_threads();
   const Team team = plan_team(s, spec, kernels, float64, threads);
-  if (pipelines_layers(s, spec, kernels, team, layers, threads)) {
+  if (pipelines_layers(s, spec, kernels, team, float64, layers, threads)) {
     const int64_t steps = pipelined_steps(s, spec);
     return name + "layers at the same time, each by a thread, " + std::to_string(steps) + " steps at a time";
   }

@@ -30,8 +30,8 @@ class LayerPipeline {
     const int64_t P = layer.sizes.P;
     const bool takes_y = kernels.take_pairs() ? kernels.padded(P) == P : layer.x.scalar_type() == layer.compute;
     return layers > 1 && layer.sizes.B > 0 && takes_y &&
-           pipelines_layers(layer.sizes, layer.spec, kernels, plan_team(layer), layers,
-                            torch::stable::get_num_threads());
+           pipelines_layers(layer.sizes, layer.spec, kernels, plan_team(layer), layer.compute == ScalarType::Double,
+                            layers, torch::stable::get_num_threads());
   }
 
   void run() {
