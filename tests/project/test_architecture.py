@@ -2,7 +2,6 @@
 
 import ast
 import re
-import statistics
 import sys
 from pathlib import Path
 
@@ -217,17 +216,22 @@ def test_the_operators_are_among_the_native_sources():
 
 @pytest.fixture(scope="module")
 def imports(report, tmp_path_factory):
-    """Three fresh imports: what each loaded beside torch, and the CPU seconds it took after torch's own."""
-    code = """
+    """Four fresh imports: what each loaded beside torch, and the CPU seconds it took after torch's own.
+
+    The first one writes bytecode for the others, as pip does when it installs: without it a test run with
+    PYTHONDONTWRITEBYTECODE would time Python's compiler.
+    """
+    folder = tmp_path_factory.mktemp("elsewhere")
+    code = f"""
 import json, sys, time
 import torch
+sys.dont_write_bytecode, sys.pycache_prefix = False, {str(folder / "bytecode")!r}
 before, start = set(sys.modules), time.process_time()
 import fusedrnn
 seconds = time.process_time() - start
-print(json.dumps({"seconds": seconds, "modules": sorted(set(sys.modules) - before)}))
+print(json.dumps({{"seconds": seconds, "modules": sorted(set(sys.modules) - before)}}))
 """
-    folder = tmp_path_factory.mktemp("elsewhere")
-    return [report(code, folder) for _ in range(3)]
+    return [report(code, folder) for _ in range(4)]
 
 
 def test_import_loads_little(imports):
@@ -240,7 +244,8 @@ def test_import_loads_little(imports):
 
 
 def test_import_is_quick(imports):
-    assert statistics.median(one["seconds"] for one in imports) < 0.2
+    # Others on the processor only add to the time, so the least of the three counts.
+    assert min(one["seconds"] for one in imports[1:]) < 0.1
 
 
 def test_import_leaves_torch_as_it_was(report, tmp_path):
