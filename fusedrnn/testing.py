@@ -60,7 +60,7 @@ def poisoned() -> Iterator[None]:
     """
     memory: Any = torch.utils.deterministic
     mode, fill = torch.get_deterministic_debug_mode(), memory.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms would also set an option of Inductor
     memory.fill_uninitialized_memory = True
     try:
         with nothing_kept(), _cpu_poisoned():

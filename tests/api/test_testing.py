@@ -114,14 +114,16 @@ def test_poison_is_in_every_new_buffer():
 @pytest.mark.parametrize("mode", ["default", "warn", "error"])
 @pytest.mark.parametrize("fill", [True, False])
 def test_poison_leaves_the_process_as_it_was(mode, fill):
-    memory = torch.utils.deterministic
+    memory, inductor = torch.utils.deterministic, torch._inductor.config
     before = torch.get_deterministic_debug_mode(), memory.fill_uninitialized_memory
     try:
         torch.set_deterministic_debug_mode(mode)
         memory.fill_uninitialized_memory = fill
         number = torch.get_deterministic_debug_mode()
-        with pytest.raises(KeyError), testing.poisoned(), testing.poisoned():
-            raise KeyError
+        with inductor.patch(deterministic=False):
+            with pytest.raises(KeyError), testing.poisoned(), testing.poisoned():
+                raise KeyError
+            assert not inductor.deterministic
         assert (torch.get_deterministic_debug_mode(), memory.fill_uninitialized_memory) == (number, fill)
     finally:
         torch.set_deterministic_debug_mode(before[0])
