@@ -164,10 +164,10 @@ def _gpu_plans(name: str, problem: Problem) -> dict[str, Any]:
 
 def _cpu_plan(problem: Problem) -> str:
     p = problem
-    # Otherwise layer after layer. A stack of 16-bit numbers may be one too, which depends on more than the plan knows.
-    whole = not (p.train or p.lengths or p.reset or p.states or p.packed or "+" in p.cell)
-    layers = p.L if whole and p.dtype in (torch.float32, torch.float64) else 1
-    return torch.ops.fusedrnn.cpu_plan(p.cell, p.T, p.B, p.I, p.H, p.P, p.D, p.dtype == torch.float64, layers)
+    # Otherwise one operator computes one layer.
+    is_stack = not (p.train or p.lengths or p.reset or p.states or p.packed or "+" in p.cell)
+    layers = p.L if is_stack else 1
+    return torch.ops.fusedrnn.cpu_plan(p.cell, p.T, p.B, p.I, p.H, p.P, p.D, p.dtype, layers)
 
 
 def _aten_plan(problem: Problem) -> str:

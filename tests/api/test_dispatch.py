@@ -452,7 +452,7 @@ def test_explain_names_the_reason_of_a_backend_that_was_asked_for():
 def test_plan_of_the_cpu_backend_is_the_kernels_own():
     lstm, x = lstm_and_input(bidirectional=True)
     with fusedrnn.use_backend("cpu"):
-        assert fusedrnn.explain(lstm, x).plan == torch.ops.fusedrnn.cpu_plan("lstm", 4, 2, 3, 5, 5, 2, True) != ""
+        assert fusedrnn.explain(lstm, x).plan == torch.ops.fusedrnn.cpu_plan("lstm", 4, 2, 3, 5, 5, 2, x.dtype) != ""
 
 
 def test_explain_under_autocast():

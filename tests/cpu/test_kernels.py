@@ -260,7 +260,7 @@ SHARED_ROWS = [
 def test_shared_units(isa, threads, case):
     threads(2)
     D = 2 if case.bidirectional else 1
-    plan = torch.ops.fusedrnn.cpu_plan("lstm", case.T, case.B, case.I, case.H, case.proj_size or case.H, D, False)
+    plan = torch.ops.fusedrnn.cpu_plan("lstm", case.T, case.B, case.I, case.H, case.proj_size or case.H, D, F32)
     assert "hidden units" in plan
     check(case)
 
@@ -282,7 +282,7 @@ def test_shared_units(isa, threads, case):
 )
 def test_what_is_shared(isa, threads, H, B, count, expected):
     threads(count)
-    assert expected in torch.ops.fusedrnn.cpu_plan("lstm", 64, B, H, H, H, 1, False)
+    assert expected in torch.ops.fusedrnn.cpu_plan("lstm", 64, B, H, H, H, 1, F32)
 
 
 def l2_bytes():
@@ -298,7 +298,7 @@ def test_rows_are_shared_if_the_weights_fit_a_cache(isa, threads, B):
     most = max(512 << 10, half) if B == 64 else half - 1  # bytes; 16 * H * H of an LSTM in float32
     widest = math.isqrt(most // 16)
     for H, expected in ((widest, "2 threads by batch rows"), (widest + 1, "2 threads by hidden units")):
-        assert expected in torch.ops.fusedrnn.cpu_plan("lstm", 64, B, H, H, H, 1, False)
+        assert expected in torch.ops.fusedrnn.cpu_plan("lstm", 64, B, H, H, H, 1, F32)
 
 
 # One time step of more rows than dot products are for: 3 in bfloat16 with pairs or tiles, else 32. The workers that use
@@ -366,7 +366,7 @@ def test_a_step_without_inputs(isa):
 def test_short_sequences_with_shared_rows(isa, threads, case):
     threads(2)
     D = 2 if case.bidirectional else 1
-    plan = torch.ops.fusedrnn.cpu_plan("lstm", case.T, case.B, case.I, case.H, case.H, D, False)
+    plan = torch.ops.fusedrnn.cpu_plan("lstm", case.T, case.B, case.I, case.H, case.H, D, F32)
     assert "2 threads by batch rows" in plan
     check(case)
 
@@ -680,7 +680,7 @@ STACKS = [
 @pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
 @pytest.mark.parametrize("stack", STACKS, ids=str)
 def test_layers_at_the_same_time(isa, threads, stack, dtype):
-    """They give the bits of layer after layer, as with one thread."""
+    """They give the bits of layer after layer, as with one thread; and so do stacks that are not computed so."""
     name, T, B, I, H, P, layers = stack
     torch.manual_seed(0)
     kind = {"lstm": fusedrnn.LSTM, "gru": fusedrnn.GRU, "rnn_tanh": fusedrnn.RNN}[name]
@@ -688,8 +688,11 @@ def test_layers_at_the_same_time(isa, threads, stack, dtype):
     x, h0 = torch.randn(T, B, I, dtype=dtype), torch.randn(layers, B, P, dtype=dtype)
     hx = (h0, torch.randn(layers, B, H, dtype=dtype)) if name == "lstm" else h0
     threads(2)
-    plan = torch.ops.fusedrnn.cpu_plan(name, T, B, I, H, P, 1, dtype == F64, layers)
-    assert "layers at the same time" in plan
+    plan = torch.ops.fusedrnn.cpu_plan(name, T, B, I, H, P, 1, dtype, layers)
+    # In bfloat16 if the output is what products take: pairs of numbers or, for tiles, 16 pairs.
+    whole = {"amx": 32, "avx512_bf16": 2}
+    expected = dtype != BF16 or (isa in whole and P % whole[isa] == 0)
+    assert ("layers at the same time" in plan) == expected
     with torch.no_grad(), fusedrnn.use_backend("cpu"), testing.poisoned():
         threads(1)
         y, states = module(x, hx)
@@ -704,7 +707,7 @@ def test_stacks_that_are_computed_layer_after_layer(threads):
     """Of one layer, of both directions, with few steps, one thread, or steps that are long without that."""
 
     def plan(T=100, B=1, H=40, D=1, layers=2):
-        return torch.ops.fusedrnn.cpu_plan("lstm", T, B, H, H, H, D, False, layers)
+        return torch.ops.fusedrnn.cpu_plan("lstm", T, B, H, H, H, D, F32, layers)
 
     threads(2)
     assert "layers at the same time, each by a thread" in plan()
@@ -717,8 +720,8 @@ def test_stacks_that_are_computed_layer_after_layer(threads):
 def test_layers_at_the_same_time_if_the_weights_of_one_fit_a_cache(threads):
     threads(2)
     inputs = max(512 << 10, l2_bytes() // 2) // (4 * 256) - 64  # of float32, beside a state of 64
-    for wider, float64, fits in ((0, False, True), (1, False, False), (0, True, False)):
-        plan = torch.ops.fusedrnn.cpu_plan("lstm", 100, 4, inputs + wider, 64, 64, 1, float64, 2)
+    for wider, dtype, fits in ((0, F32, True), (1, F32, False), (0, F64, False)):
+        plan = torch.ops.fusedrnn.cpu_plan("lstm", 100, 4, inputs + wider, 64, 64, 1, dtype, 2)
         assert ("layers" in plan) == fits
 
 
@@ -737,6 +740,9 @@ def test_explain_tells_of_layers_at_the_same_time(threads):
         assert not tells(x, lengths=torch.tensor([50]))
         stack.half()
         assert not tells(x.half())
+        stack.bfloat16()
+        plan = torch.ops.fusedrnn.cpu_plan("lstm", 100, 1, 40, 40, 40, 1, BF16, 2)
+        assert tells(x.bfloat16()) == ("layers at the same time" in plan)
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -775,7 +781,7 @@ def test_operator_refuses_what_a_cell_has_not(name, change):
 
 def test_operator_names_a_cell_that_it_does_not_know():
     with pytest.raises(RuntimeError, match="the cpu backend has no kernel for the cell peephole"):
-        torch.ops.fusedrnn.cpu_plan("peephole", 1, 1, 1, 1, 1, 1, False)
+        torch.ops.fusedrnn.cpu_plan("peephole", 1, 1, 1, 1, 1, 1, F32)
 
 
 def units_in_the_last_place(values, exact):
@@ -907,7 +913,7 @@ import torch, fusedrnn
 torch.manual_seed(0)
 torch.set_num_threads(2)
 stack, x = fusedrnn.LSTM(16, 40, num_layers=3), torch.randn(100, 1, 16)
-assert "at the same time" in torch.ops.fusedrnn.cpu_plan("lstm", 100, 1, 16, 40, 40, 1, False, 3)
+assert "at the same time" in torch.ops.fusedrnn.cpu_plan("lstm", 100, 1, 16, 40, 40, 1, torch.float32, 3)
 with torch.no_grad(), fusedrnn.use_backend("cpu"):
     print(float(stack(x)[0].double().sum()))
 """

@@ -701,7 +701,8 @@ def test_opcheck_of_what_computes_no_tensor():
         torch.library.opcheck(torch.ops.fusedrnn.cpu_isa.default, (None,), test_utils=utils)
         torch.library.opcheck(torch.ops.fusedrnn.cpu_keep.default, (None,), test_utils=utils)
         torch.library.opcheck(torch.ops.fusedrnn.cpu_poison.default, (False,), test_utils=utils)
-        torch.library.opcheck(torch.ops.fusedrnn.cpu_plan.default, ("lstm", 4, 3, I, H, H, 1, False), test_utils=utils)
+        plan = ("lstm", 4, 3, I, H, H, 1, torch.float32)
+        torch.library.opcheck(torch.ops.fusedrnn.cpu_plan.default, plan, test_utils=utils)
     names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("fusedrnn::")}
     pairs = {
         f"{backend}_{way}{overload}"

@@ -137,7 +137,7 @@ struct Layer {
         noise(dense(noise_in)),
         noise_letters(name.noise),
         offsets(is_packed() ? offsets_of(*lengths, x.size(0)) : std::vector<int64_t>()),
-        compute(compute_type(x_in)),
+        compute(compute_type(x_in.scalar_type())),
         kernels(kernels_of(x_in.scalar_type())),
         cell(kernels.cells[static_cast<size_t>(name.kind)]),
         spec(cell.spec) {

@@ -172,20 +172,19 @@ std::string cpu_isa(std::optional<std::string> select) {
   return isa().name;
 }
 
-std::string cpu_plan(std::string cell, int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int64_t D, bool float64,
-                     int64_t layers) {
+std::string cpu_plan(std::string cell, int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int64_t D,
+                     ScalarType dtype, int64_t layers) {
   const Sizes s{T, B, T * B, I, H, P, D, P != H};
-  const Dtype dtype = float64 ? Dtype::kFloat64 : Dtype::kFloat32;
-  const Kernels& kernels = (*isa().kernels)[static_cast<size_t>(dtype)];
+  const Kernels& kernels = kernels_of(dtype);
   const CellSpec& spec = kernels.cells[static_cast<size_t>(cell_of(cell).kind)].spec;
   const std::string name = std::string(isa().name) + ", ";
   if (T == 1 && (packs_in_cache(s) || is_short(s, kernels, false))) return name + "one step, weights read as they lie";
-  const int64_t threads = torch::stable::get_num_threads();
-  const Team team = plan_team(s, spec, kernels, float64, threads);
-  if (pipelines_layers(s, spec, kernels, team, float64, layers, threads)) {
+  if (LayerPipeline::is_for(s, spec, kernels, dtype, layers)) {
     const int64_t steps = pipelined_steps(s, spec);
     return name + "layers at the same time, each by a thread, " + std::to_string(steps) + " steps at a time";
   }
+  const bool is_double = compute_type(dtype) == ScalarType::Double;
+  const Team team = plan_team(s, spec, kernels, is_double, torch::stable::get_num_threads());
   return name + std::to_string(team.workers) + (team.workers == 1 ? " thread" : " threads") + " by " +
          (team.split == Team::Split::kRows ? "batch rows, no synchronisation"
                                            : "hidden units, with a barrier at every step");

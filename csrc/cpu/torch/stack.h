@@ -24,14 +24,14 @@ class LayerPipeline {
     for (size_t k = 0; k < layers.size(); ++k) stages_.push_back(std::make_unique<Stage>(layers[k], outs[k], steps_));
   }
 
-  // Whether it is for a stack that begins with this layer.
-  static bool is_for(const Layer& layer, int64_t layers) {
-    const Kernels& kernels = layer.kernels;
-    const int64_t P = layer.sizes.P;
-    const bool takes_y = kernels.take_pairs() ? kernels.padded(P) == P : layer.x.scalar_type() == layer.compute;
-    return layers > 1 && layer.sizes.B > 0 && takes_y &&
-           pipelines_layers(layer.sizes, layer.spec, kernels, plan_team(layer), layer.compute == ScalarType::Double,
-                            layers, torch::stable::get_num_threads());
+  // Whether it is for a stack whose first layer has these sizes, and x this dtype.
+  static bool is_for(const Sizes& s, const CellSpec& cell, const Kernels& kernels, ScalarType dtype, int64_t layers) {
+    const ScalarType compute = compute_type(dtype);
+    const bool takes_y = kernels.take_pairs() ? kernels.padded(s.P) == s.P : dtype == compute;
+    const int64_t threads = torch::stable::get_num_threads();
+    const Team team = plan_team(s, cell, kernels, compute == ScalarType::Double, threads);
+    return s.B > 0 && takes_y &&
+           pipelines_layers(s, cell, kernels, team, compute == ScalarType::Double, layers, threads);
   }
 
   void run() {
@@ -109,7 +109,7 @@ Outputs forward_stack(int64_t layers, const Tensor& x, const F& layer) {
   };
   const Layer first = layer(0, x);
   Outputs out(first);
-  if (!LayerPipeline::is_for(first, layers)) {
+  if (!LayerPipeline::is_for(first.sizes, first.spec, first.kernels, x.scalar_type(), layers)) {
     forward(first, out);
     for (int64_t index = 1; index < layers; ++index) {
       const Layer next = layer(index, out.y);
