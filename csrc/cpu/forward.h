@@ -14,7 +14,8 @@
 // h_t are in two buffers, so that no block reads what another writes in the same step. For few rows and steps nothing
 // is packed: the products are dot products along K. A single step of more rows reads weights once: a worker packs them
 // in its cache (gemm.h). With AMX tiles (tile_product.h) a product is stored in the worker's
-// scratch, and its cells run beside the next product.
+// scratch, and its cells run beside the next product. xg is computed before the launch, or in it, chunk by chunk
+// (fuses_input in plan.h), with the same bits.
 #pragma once
 
 #include "activations.h"
@@ -331,20 +332,47 @@ class Forward {
                     row_end - b < kTileChunk ? row_end - b : kTileChunk);
       }
     } else {
+      const bool fused = p_.panel_ih != nullptr;
       for_each_part<kSumRows>(row_begin, row_end, [&](int64_t b, int64_t rows) {
-        for (int64_t block = begin; block < end; ++block) {
-          const Maps own = maps(direction, d, t, b, block);
-          for (int64_t r = 0; r < rows; ++r) prefetch_maps(own, r);  // while the product runs
+        V of_input[kInputPanels][kSumRows][4], sums[kPanels][kSumRows][4];
+        const auto maps_of = [&](int64_t block) -> Maps {
+          if (!fused) return maps(direction, d, t, b, block);
+          const A* const at = reinterpret_cast<const A*>(&of_input[0][0][block - begin]);
+          return {at, kWide<A>, 0, kChunk == 1 ? kUnits<A> : kSumRows * kWide<A>};
+        };
+        if (fused) {
+          project(of_input, direction, t, d, chunk, b, rows);
+        } else {
+          for (int64_t block = begin; block < end; ++block) {
+            const Maps own = maps_of(block);
+            for (int64_t r = 0; r < rows; ++r) prefetch_maps(own, r);  // while the product runs
+          }
         }
-        V sums[kPanels][kSumRows][4];
         for (int64_t k = 0; k < kRecurrentPanels; ++k) {
           multiply<E>(sums[kFirstRecurrent + k], entering(n, d, b), inputs(s_.P), recurrent_panel(d, chunk, k),
                       inputs(s_.P), rows, false, {&direction, t, b, enters(n)});
         }
         for (int64_t block = begin; block < end; ++block) {
-          Cells(*this, direction, n, d, b, block).all(0, rows, count(block), {&sums[0][0][block - begin]});
+          Cells(*this, direction, n, d, b, block, maps_of(block))
+              .all(0, rows, count(block), {&sums[0][0][block - begin]});
         }
       });
+    }
+  }
+
+  // The input's maps of a chunk at step t, with their biases, for rows [b, b + rows).
+  void project(V (*to)[kSumRows][4], const Direction& direction, int64_t t, int64_t d, int64_t chunk, int64_t b,
+               int64_t rows) const {
+    const State* const x = static_cast<const State*>(p_.x_padded) + direction.row(t, b) * p_.x_stride;
+    for (int64_t k = 0; k < kInputPanels; ++k) {
+      V biases[4]{};
+      if (p_.biases[d] != nullptr) {
+        std::memcpy(biases, static_cast<const A*>(p_.biases[d]) + (chunk * kPanels + k) * kWide<A>, sizeof(biases));
+      }
+      for (int64_t r = 0; r < rows; ++r) std::memcpy(to[k][r], biases, sizeof(biases));
+      add_rows<E>(to[k], reinterpret_cast<const E*>(x), inputs(s_.I),
+                  panel(p_.panel_ih, d, chunk * kInputPanels + k, kInputPanels, s_.I), inputs(s_.I), rows,
+                  {&direction, t, b});
     }
   }
 
@@ -403,7 +431,7 @@ class Forward {
         (by_input ? kInputPanels * inputs(s_.I) : 0) + (by_state ? kRecurrentPanels * inputs(s_.P) : 0);
     const int64_t first_block = chunk * kChunk, after = first_block + kChunk;
     pipeline.run(blocks / kTilePairs * (all > kTileRowsMost ? 2 : 1), multiply,
-                 {Cells(*this, direction, n, d, b, first_block), this, direction, n, d, b, first_block,
+                 {Cells(*this, direction, n, d, b, first_block, {}), this, direction, n, d, b, first_block,
                   after < unit_blocks() ? after : unit_blocks(), rows, &sums[0][b - first][0]});
   }
 
@@ -433,8 +461,11 @@ class Forward {
         product(sums + kFirstRecurrent + own, recurrent_panel(d, begin / kChunk, own));
       }
     }
-    if (begin < full) Cells(*this, direction, n, d, 0, begin, true).all(0, full - begin, kUnits<A>, all);
-    if (full < end) Cells(*this, direction, n, d, 0, full, true).all(0, 1, count(full), of_last);
+    const auto cells = [&](int64_t block) {
+      return Cells(*this, direction, n, d, 0, block, maps(direction, d, t, 0, block), true);
+    };
+    if (begin < full) cells(begin).all(0, full - begin, kUnits<A>, all);
+    if (full < end) cells(full).all(0, 1, count(full), of_last);
   }
 
   // Rows of the state entering a step; a panel with K inputs of a chunk; and a panel of the recurrent product.
@@ -557,17 +588,16 @@ class Forward {
   };
 
   // Cells of a block of hidden units at the n-th step, for rows from b on; or, for a single row, of the blocks of a
-  // chunk.
+  // chunk. maps: of these rows, if the sums are those of the recurrent product alone.
   struct Cells {
     Cells(const Forward& forward, const Direction& direction, int64_t n, int64_t d, int64_t b, int64_t block,
-          bool blocks = false)
-        : outputs(forward, direction, n, d, b, block * kUnits<A>, blocks), order(forward.order_) {
+          const Maps& maps, bool blocks = false)
+        : outputs(forward, direction, n, d, b, block * kUnits<A>, blocks), order(forward.order_), maps(maps) {
       const Sizes& s = forward.s_;
       const ForwardParams& p = forward.p_;
       const int64_t t = direction.at(n), H = s.H, row = direction.row(t, b), unit = block * kUnits<A>;
       state_step = blocks ? kUnits<A> : H;
-      maps = kTiles && !blocks ? Maps{} : forward.maps(direction, d, t, b, block);  // a product has them
-      if (blocks) maps.row = maps.block;
+      if (blocks) this->maps.row = maps.block;
       bias_step = blocks ? kUnits<A> : 0;
       saved_step = blocks ? order(kUnits<A>) : kSaved * H;
       c_step = blocks ? kUnits<A> : s.D * H;
@@ -575,8 +605,8 @@ class Forward {
         saved = static_cast<S*>(p.saved) + direction_major(s, d, row, kSaved * H) + order(unit);
       }
       if (kMaps > kInputMaps && p.biases[d] != nullptr) {
-        constexpr int64_t kOthers = kMaps - kInputMaps;
-        const int64_t at = block / kChunk * kOthers * kChunk + block % kChunk;
+        const int64_t first = p.panel_ih == nullptr ? kInputMaps : 0;  // of those that there are
+        const int64_t at = (block / kChunk * (kMaps - first) + kInputMaps - first) * kChunk + block % kChunk;
         biases = static_cast<const A*>(p.biases[d]) + at * kUnits<A>;
       }
       if (kHasCell && p.c != nullptr) c_all = static_cast<S*>(p.c) + time_major(s, row, d, H) + unit;
@@ -588,8 +618,7 @@ class Forward {
 
     Cells() = default;  // of nothing
 
-    // Computes and stores the cells [begin, end) from the sums of the recurrent product, or of all maps if the input
-    // projection is fused. Compile-time flags avoid tests per row.
+    // Computes and stores the cells [begin, end) from their sums. Compile-time flags avoid tests per row.
     FUSEDRNN_INLINE void all(int64_t begin, int64_t end, int64_t count, Sums sums) const {
       if (count < kUnits<A> || outputs.direction.ragged()) {
         each<true>(begin, end, count, sums);
@@ -754,7 +783,7 @@ class Forward {
       ++block;
       at = 0;
       sums += 1;
-      cells = Cells(*forward, direction, n, d, b, block);
+      cells = Cells(*forward, direction, n, d, b, block, {});
     }
 
     Cells cells;
@@ -772,7 +801,7 @@ class Forward {
       V sums[kPanels][kSumRows][4];
       const Sums own{&sums[0][0][0]};
       dots(own, n, d, block, b, rows);
-      Cells(*this, direction, n, d, b, block).all(0, rows, count(block), own);
+      Cells(*this, direction, n, d, b, block, {}).all(0, rows, count(block), own);
     });
   }
 
@@ -836,7 +865,7 @@ class Forward {
     if (enters(0)) add(kSpec.recurrent, p_.w_hh[d], s_.P, kFirstRecurrent, kRecurrentPanels, h(0, d), h_stride());
     for (int64_t block = begin; block < end; ++block) {
       V* const own_sums = &sums[(block - begin) / kChunk * rows][(block - begin) % kChunk];
-      Cells(*this, direction, 0, d, b, block)
+      Cells(*this, direction, 0, d, b, block, {})
           .all(0, rows, count(block), {own_sums, 4, kChunk == 1 ? 1 : 4 * chunks * rows});
     }
   }

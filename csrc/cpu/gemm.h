@@ -20,6 +20,7 @@ namespace fusedrnn::FUSEDRNN_ISA {
 // Along K. With AVX-512 a tile reads 21 bytes of a panel a cycle, which the L2 cache delivers; a depth of 128, for
 // which the panel's part stays in the L1 cache, costs more in loads and stores of c.
 constexpr int64_t kGemmDepth = kNarrow ? 384 : 512;
+static_assert(kGemmDepth >= kFusedInputs);
 constexpr int64_t kUnpackedDepth = 128;  // of weights that are not packed before, to stay in the L1 cache
 
 template <class E>

@@ -201,13 +201,14 @@ __attribute__((noinline)) void add_tile(const E* rows, int64_t stride, const E* 
       [&](int r, int v, V value) { sum[r][v] = value; }, next);
 }
 
-// sum[r] = R rows @ a panel.
+// sum[r] += R rows @ a panel.
 template <class E, int R>
 __attribute__((noinline)) void wide_tile(const E* rows, int64_t stride, const E* panel, int64_t K,
                                          Vec<Compute<E>> (*sum)[4]) {
   using V = Vec<Compute<E>>;
-  accumulate<E, R, 4>(StridedRows<E, R>(rows, stride), panel, K, K, zero<Compute<E>>,
-                      [&](int r, int v, V value) { sum[r][v] = value; });
+  accumulate<E, R, 4>(
+      StridedRows<E, R>(rows, stride), panel, K, K, [&](int r, int v) { return sum[r][v]; },
+      [&](int r, int v, V value) { sum[r][v] = value; });
 }
 
 // sum[0] = the only row @ a panel.
@@ -227,16 +228,14 @@ struct WantedRows {
   bool any = true;
 };
 
-// sum[r] = a[r] @ panel for r in [0, rows), rows at most kRowsAtATime. Tiles with wanted(first, count) false are
-// skipped: their sums are zero. `alone`: the layer has a single row, which needs no tile.
+// sum[r] += a[r] @ panel for r in [0, rows), rows at most kRowsAtATime. Tiles with wanted(first, count) false are
+// skipped.
 template <class E>
-__attribute__((noinline)) void multiply(Vec<Compute<E>> (*sum)[4], const E* a, int64_t stride, const E* panel,
-                                        int64_t K, int64_t rows, bool alone, const WantedRows& wanted) {
+__attribute__((noinline)) void add_rows(Vec<Compute<E>> (*sum)[4], const E* a, int64_t stride, const E* panel,
+                                        int64_t K, int64_t rows, const WantedRows& wanted) {
   using A = Compute<E>;
-  for (int64_t r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = sum[r][2] = sum[r][3] = Vec<A>{};
   if (rows <= kFewRows) {
     if (!wanted(0, rows)) return;
-    if (alone) return single_row_product(a, panel, K, sum);
     return with_rows<kFewRows>(rows, [&](auto R) { wide_tile<E, R.kCount>(a, stride, panel, K, sum); });
   }
   const int64_t tiles = blocks_of(rows, kTileRows);
@@ -262,6 +261,15 @@ __attribute__((noinline)) void multiply(Vec<Compute<E>> (*sum)[4], const E* a, i
       }
     }
   }
+}
+
+// As add_rows, from zeros. `alone`: the layer has a single row, which needs no tile.
+template <class E>
+FUSEDRNN_INLINE void multiply(Vec<Compute<E>> (*sum)[4], const E* a, int64_t stride, const E* panel, int64_t K,
+                              int64_t rows, bool alone, const WantedRows& wanted) {
+  for (int64_t r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = sum[r][2] = sum[r][3] = Vec<Compute<E>>{};
+  if (!alone) return add_rows<E>(sum, a, stride, panel, K, rows, wanted);
+  if (wanted(0, 1)) single_row_product(a, panel, K, sum);
 }
 
 // f(first row, rows) for parts of at most kMost rows that cover [begin, end), as even as possible.

@@ -156,7 +156,7 @@ struct ForwardParams {
   const void* w_ih[2];   // S [gates * H][I]
   const void* w_hh[2];   // S [gates * H][P]
   const void* w_hr[2];   // S [P][H], or null
-  const void* panel_ih;  // as panel_hh, of w_ih, or null: only of tiles
+  const void* panel_ih;  // as panel_hh, of w_ih, or null
   const void* panel_hh;  // packed by Kernels::pack_maps: one buffer per direction; or null
   const void* panel_hr;  // A, packed by pack_rows from w_hr, or null
   // With panel_ih, and for step_of_batch: A [N][x_stride], or S of Operands that are pairs: x, with zeros up to the
@@ -247,6 +247,8 @@ struct GemmParams {
   // Another product with the same a, M and K, which is packed once for both; or null. Workers share rows then.
   const GemmParams* also = nullptr;
 };
+// Inputs up to which a product is one sum along K, as that of a launch is: with more, a sum for each block of them.
+constexpr int64_t kFusedInputs = 384;
 constexpr int64_t kGemmRows = 192;  // of c, that a worker computes at a time: a multiple of every tile's rows
 
 // Packs a matrix w, S [rows][columns], into panels; see panel.h. Each call packs [begin, end) of the blocks, or of the

@@ -14,6 +14,7 @@ constexpr double kSerialFlops = 5e5;             // below this a parallel region
 constexpr int64_t kSerialStep = 10000;           // multiply-adds of a step, below which it is shorter than a barrier
 constexpr int64_t kSmallCacheBytes = 512 << 10;  // of a second-level cache
 constexpr int64_t kEnoughRows = 4;               // of a worker, to read weights faster than it multiplies by them
+constexpr int64_t kWideVector = 64;              // bytes, of AVX-512: few rows fill a tile
 constexpr int64_t kShortStep = 25000;            // multiply-adds of a step, below which half of it is about a barrier
 constexpr int64_t kChunkBytes = 8 << 20;         // chunk size of the input projection in inference
 // Steps times batch rows, up to which packing weights costs more than it saves.
@@ -37,10 +38,22 @@ inline bool is_short(const Sizes& s, const Kernels& kernels, bool training) {
   return s.N <= (!kernels.take_pairs() ? kUnpackedRows : training ? kUnpackedTrainedPairs : kUnpackedPairs);
 }
 
-// Whether the input projection is fused into the launch: with full tiles a separate GEMM is no faster, and it would
-// write and read the results.
-inline bool fuses_input(const Sizes& s, const Kernels& kernels) {
+// Whether there are enough rows for full tiles of matrix instructions.
+inline bool fills_tiles(const Sizes& s, const Kernels& kernels) {
   return kernels.operands == Operands::kTiles && s.B >= kernels.tile_rows / 2;
+}
+
+// Whether the input projection is fused into the launch, so that its results are not written and read. With full tiles
+// a separate GEMM is no faster. Otherwise it is, because it reads w_ih once for many steps: so w_ih has to stay in a
+// core's cache beside w_hh, and a worker's rows have to fill a tile. Training writes and reads maps anyway. The bits
+// are the same, so this may depend on the number of threads.
+inline bool fuses_input(const Sizes& s, const CellSpec& cell, const Kernels& kernels, const Team& team, bool is_double,
+                        bool training) {
+  if (kernels.operands == Operands::kTiles) return fills_tiles(s, kernels);
+  const int64_t bytes = is_double ? 8 : 4, of_weight = kernels.take_pairs() ? 2 : bytes;
+  const int64_t rows = team.split == Team::Split::kUnits ? s.B : std::min(s.B, s.D * s.B / team.workers);
+  const int64_t least = kernels.lanes * bytes == kWideVector ? kEnoughRows : kernels.tile_rows;
+  return !training && rows >= least && s.I <= kFusedInputs && cell.gates * s.H * s.I * of_weight <= l2_bytes() / 8;
 }
 
 // Number of chunks of units that workers share in a split by units: see ForwardParams.
@@ -101,7 +114,7 @@ inline int64_t pipelined_steps(const Sizes& s, const CellSpec& cell) {
 inline bool pipelines_layers(const Sizes& s, const CellSpec& cell, const Kernels& kernels, const Team& team,
                              bool is_double, int64_t layers, int64_t threads) {
   if (layers < 2 || s.D > 1 || threads < 2 || team.workers > layers || s.T < 2 * pipelined_steps(s, cell)) return false;
-  if (is_short(s, kernels, false) || fuses_input(s, kernels)) return false;
+  if (is_short(s, kernels, false) || fills_tiles(s, kernels)) return false;
   const int64_t maps = cell.gates * s.H, bytes = kernels.take_pairs() ? 2 : is_double ? 8 : 4;
   if (maps * (s.I + s.P) * bytes > std::max(kSmallCacheBytes, l2_bytes() / 2)) return false;
   return team.split == Team::Split::kUnits ? s.B * maps * s.P < kShortStep : s.B <= kEnoughRows * team.workers;

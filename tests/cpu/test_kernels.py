@@ -666,6 +666,59 @@ def test_layers_in_one_call(isa, threads, name, T):
     assert cn.shape == (4, 3, 0)
 
 
+# Layers with few inputs, whose maps are computed in the launch. Of two workers each has rows enough for that: half of
+# them, or all if hidden units are shared. The maps are large enough to be kept in memory where they are not.
+FUSED_INPUTS = [
+    Case(90, 12, 24, 40),
+    Case(70, 14, 33, 37, bias=False, hx=False),
+    Case(20, 60, 1, 70, bidirectional=True),
+    Case(80, 13, 17, 48, lengths=True, reset=True, bidirectional=True),
+    Case(80, 26, 5, 33, packed=True, reset=True),
+    Case(20, 9, 8, 512),
+]
+
+
+@pytest.mark.usefixtures("as_new")
+@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
+@pytest.mark.parametrize("case", FUSED_INPUTS, ids=lambda case: case.id)
+@pytest.mark.parametrize("name", ["lstm", *OTHERS[:2], "lstm_peephole"])
+def test_the_input_projection_in_the_launch(isa, threads, name, case, dtype):
+    """It gives the bits of the one before the launch: that of the same layer with more inputs, which are zeros."""
+    threads(2)
+    D, more = 2 if case.bidirectional else 1, 400
+    case = dataclasses.replace(case, dtype=dtype)
+    x, hx, lengths, reset = case.inputs()
+    if case.packed:
+        lengths, order = lengths.sort(descending=True)
+        x, hx = x[:, order][torch.arange(case.T).unsqueeze(1) < lengths], [s[:, order] for s in hx]
+        reset = reset[:, order]
+    h0, c0 = (hx[0], hx[1] if name.startswith("lstm") else None) if hx else (None, None)
+    weights = layer_weights("lstm" if name.startswith("lstm") else name, case)
+    if name == "lstm_peephole":
+        of_direction = len(weights) // D
+        peepholes = torch.linspace(-1, 1, 3 * case.H).to(dtype)
+        weights = [w for d in range(D) for w in (*weights[d * of_direction : (d + 1) * of_direction], peepholes)]
+
+    def run(x, weights):
+        keep(0)
+        keep(128 * MIB)
+        with testing.poisoned():
+            y = autograd.layer("cpu", name, x, weights, D == 2, h0, c0, lengths, reset, False)
+        autograd.layer("cpu", name, x, weights, D == 2, h0, c0, lengths, reset, False)
+        return y[:3], memory()
+
+    def wider(numbers):
+        return torch.cat([numbers, numbers.new_zeros(*numbers.shape[:-1], more - case.I)], -1)
+
+    ours, bytes_of_ours = run(x, weights)
+    widened = [wider(w) if w.dim() == 2 and w.size(1) == case.I != case.H else w for w in weights]
+    theirs, bytes_of_theirs = run(wider(x), widened)
+    for own, other in zip(ours, theirs, strict=True):
+        assert torch.equal(own, other)
+    if dtype in (F32, F64):  # other dtypes keep memory of x as well
+        assert bytes_of_ours == 0 < bytes_of_theirs
+
+
 # Stacks of layers that are computed at the same time: name, T, B, I, H, P, layers.
 STACKS = [
     ("lstm", 100, 1, 24, 40, 40, 2),
@@ -1484,13 +1537,13 @@ def test_memory_of_results_is_torchs_own():
 
 @pytest.mark.usefixtures("as_new")
 def test_what_was_kept_in_inference_mode_serves_training_as_well():
-    module, x = fusedrnn.LSTM(64, 128), torch.randn(60, 4, 64)
+    module, x = fusedrnn.LSTM(400, 128), torch.randn(60, 4, 400)
     expected = [tensor.clone() for tensor in everything(module, x)]
     keep(0)
     keep(128 * MIB)
     with torch.inference_mode():
         module(x)
-        module(torch.randn(120, 4, 64))
+        module(torch.randn(120, 4, 400))
     assert kept() > 0
     assert memory() > 0
     for ours, theirs in zip(everything(module, x), expected, strict=True):

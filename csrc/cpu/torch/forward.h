@@ -114,7 +114,7 @@ class SequenceForward {
     const Kernels& kernels = layer.kernels;
     x_ = operand_rows(kernels, layer.x, layer.compute);
     x_stride_ = kernels.padded(s.I);
-    fuses_ = fuses_input(s, kernels);
+    fuses_ = fuses_input(s, layer.spec, kernels, team, layer.compute == ScalarType::Double, saved.has_value());
     others_.emplace(layer, params_, fuses_ ? 0 : layer.spec.input.end, layer.spec.maps);
     for (int64_t d = 0; d < s.D; ++d) params_.biases[d] = others_->of(d);
     if (fuses_) {
