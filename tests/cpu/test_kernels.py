@@ -743,7 +743,7 @@ def test_layers_at_the_same_time(isa, threads, stack, dtype):
     threads(2)
     plan = torch.ops.fusedrnn.cpu_plan(name, T, B, I, H, P, 1, dtype, layers)
     # In bfloat16 if the output is what products take: pairs of numbers or, for tiles, 16 pairs.
-    whole = {"amx": 32, "avx512_bf16": 2}
+    whole = {"amx": 32, "amx_emulated": 32, "avx512_bf16": 2}
     expected = dtype != BF16 or (isa in whole and P % whole[isa] == 0)
     assert ("layers at the same time" in plan) == expected
     with torch.no_grad(), fusedrnn.use_backend("cpu"), testing.poisoned():
