@@ -43,6 +43,11 @@ inline bool fills_tiles(const Sizes& s, const Kernels& kernels) {
   return kernels.operands == Operands::kTiles && s.B >= kernels.tile_rows / 2;
 }
 
+// Bytes of a number of packed weights.
+inline int64_t weight_bytes(const Kernels& kernels, bool is_double) {
+  return kernels.take_pairs() ? 2 : is_double ? 8 : 4;
+}
+
 // Whether the input projection is fused into the launch, so that its results are not written and read. With full tiles
 // a separate GEMM is no faster. Otherwise it is, because it reads w_ih once for many steps: so w_ih has to stay in a
 // core's cache beside w_hh, and a worker's rows have to fill a tile. Training writes and reads maps anyway. The bits
@@ -50,10 +55,10 @@ inline bool fills_tiles(const Sizes& s, const Kernels& kernels) {
 inline bool fuses_input(const Sizes& s, const CellSpec& cell, const Kernels& kernels, const Team& team, bool is_double,
                         bool training) {
   if (kernels.operands == Operands::kTiles) return fills_tiles(s, kernels);
-  const int64_t bytes = is_double ? 8 : 4, of_weight = kernels.take_pairs() ? 2 : bytes;
+  const int64_t bytes = cell.gates * s.H * s.I * weight_bytes(kernels, is_double);
   const int64_t rows = team.split == Team::Split::kUnits ? s.B : std::min(s.B, s.D * s.B / team.workers);
-  const int64_t least = kernels.lanes * bytes == kWideVector ? kEnoughRows : kernels.tile_rows;
-  return !training && rows >= least && s.I <= kFusedInputs && cell.gates * s.H * s.I * of_weight <= l2_bytes() / 8;
+  const int64_t least = kernels.lanes * (is_double ? 8 : 4) == kWideVector ? kEnoughRows : kernels.tile_rows;
+  return !training && rows >= least && s.I <= kFusedInputs && bytes <= l2_bytes() / 8;
 }
 
 // Number of chunks of units that workers share in a split by units: see ForwardParams.
@@ -115,8 +120,8 @@ inline bool pipelines_layers(const Sizes& s, const CellSpec& cell, const Kernels
                              bool is_double, int64_t layers, int64_t threads) {
   if (layers < 2 || s.D > 1 || threads < 2 || team.workers > layers || s.T < 2 * pipelined_steps(s, cell)) return false;
   if (is_short(s, kernels, false) || fills_tiles(s, kernels)) return false;
-  const int64_t maps = cell.gates * s.H, bytes = kernels.take_pairs() ? 2 : is_double ? 8 : 4;
-  if (maps * (s.I + s.P) * bytes > std::max(kSmallCacheBytes, l2_bytes() / 2)) return false;
+  const int64_t maps = cell.gates * s.H;
+  if (maps * (s.I + s.P) * weight_bytes(kernels, is_double) > std::max(kSmallCacheBytes, l2_bytes() / 2)) return false;
   return team.split == Team::Split::kUnits ? s.B * maps * s.P < kShortStep : s.B <= kEnoughRows * team.workers;
 }
 

@@ -402,16 +402,25 @@ def test_number_of_threads_does_not_change_a_bit(isa, threads, case):
             assert torch.equal(results[0][name], other[name]), name
 
 
-# In parts that pass through a cache where nothing has to be kept; both have two parts of unequal length.
-PARTS = [
+MANY_INPUTS = 400  # more than the launch projects itself: kFusedInputs in csrc/cpu/params.h
+# Where nothing has to be kept: projected in the launch; and before it, in parts that pass through a cache, of unequal
+# length. Of sequences that end, only the rows that exist count for that.
+WHOLE = [
     Case(67, 62, 5, 129),
     Case(67, 17, 24, 260, bidirectional=True, lengths=True, reset=True),
     Case(131, 17, 24, 260, bidirectional=True, packed=True, reset=True),
 ]
+PARTS = [
+    Case(67, 62, MANY_INPUTS, 129),
+    Case(67, 17, MANY_INPUTS, 260, bidirectional=True, reset=True),
+    Case(200, 17, MANY_INPUTS, 260, bidirectional=True, packed=True, reset=True),
+]
 
 
 @pytest.mark.parametrize(
-    "case", [*PARTS, *STEPS, *(dataclasses.replace(case, dtype=BF16) for case in STEPS)], ids=lambda case: case.id
+    "case",
+    [*WHOLE, *PARTS, *STEPS, *(dataclasses.replace(case, dtype=BF16) for case in STEPS)],
+    ids=lambda case: case.id,
 )
 def test_inference_has_the_bits_of_training(isa, threads, case):
     threads(2)
@@ -468,13 +477,19 @@ def layer_weights(name, case):
     return [torch.empty(size).uniform_(-bound, bound, generator=generator).to(case.dtype) for size in sizes]
 
 
+def inputs_of(case):
+    """x, hx, lengths and reset of a case; of a packed one, the longest sequence first, x is a PackedSequence's rows."""
+    x, hx, lengths, reset = case.inputs()
+    if not case.packed:
+        return x, hx, lengths, reset
+    lengths, order = lengths.sort(descending=True)
+    rows = torch.arange(case.T).unsqueeze(1) < lengths
+    return x[:, order][rows], [s[:, order] for s in hx], lengths, None if reset is None else reset[:, order]
+
+
 def evaluate_layer(backend, name, case, dtype=None, nudge=0):
     """As testing.evaluate, of one layer of a cell by a backend. What is packed are the rows of a PackedSequence."""
-    x, hx, lengths, reset = case.inputs()
-    if case.packed:
-        lengths, order = lengths.sort(descending=True)
-        rows = torch.arange(case.T).unsqueeze(1) < lengths
-        x, hx, reset = x[:, order][rows], [s[:, order] for s in hx], None if reset is None else reset[:, order]
+    x, hx, lengths, reset = inputs_of(case)
     signs = torch.Generator().manual_seed(nudge)
 
     def entering(values):
@@ -624,25 +639,14 @@ def test_number_of_threads_does_not_change_a_bit_of_a_layer(isa, threads, name, 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-@pytest.mark.parametrize(
-    "case",
-    [Case(67, 62, 5, 129), Case(131, 17, 24, 260, bidirectional=True, packed=True, reset=True)],
-    ids=lambda c: c.id,
-)
+@pytest.mark.parametrize("case", [case for case in (*WHOLE, *PARTS) if not case.lengths], ids=lambda case: case.id)
 def test_inference_of_a_layer_has_the_bits_of_training(isa, threads, name, case, dtype):
-    """In parts that pass through a cache as well as at once."""
+    """In parts that pass through a cache as well as projected in the launch."""
     threads(2)
     case = dataclasses.replace(case, dtype=dtype)
     training = evaluate_layer("cpu", name, case)
     with testing.poisoned(), torch.no_grad():
-        x, hx, lengths, reset = case.inputs()
-        if case.packed:
-            lengths, order = lengths.sort(descending=True)
-            x, hx, reset = (
-                x[:, order][torch.arange(case.T).unsqueeze(1) < lengths],
-                [s[:, order] for s in hx],
-                reset[:, order],
-            )
+        x, hx, lengths, reset = inputs_of(case)
         weights = layer_weights(name, case)
         y, hn, *_ = autograd.layer("cpu", name, x, weights, case.bidirectional, hx[0], None, lengths, reset, False)
     assert torch.equal(y, training["y"])
@@ -667,7 +671,8 @@ def test_layers_in_one_call(isa, threads, name, T):
 
 
 # Layers with few inputs, whose maps are computed in the launch. Of two workers each has rows enough for that: half of
-# them, or, in the last one, which share hidden units, all. Elsewhere the maps are so many that their memory is kept.
+# them, or, in the last one, which share hidden units, all. Maps that are computed before it take enough memory to be
+# kept.
 FUSED_INPUTS = [
     Case(20, 12, 24, 40),
     Case(20, 14, 33, 37, bias=False, hx=False),
@@ -697,13 +702,9 @@ FUSED_CELLS = [
 def test_the_input_projection_in_the_launch(isa, threads, name, case, dtype):
     """It gives the bits of the one before the launch: that of the same layer with more inputs, which are zeros."""
     threads(2)
-    D, more = 2 if case.bidirectional else 1, 400
+    D = 2 if case.bidirectional else 1
     case = dataclasses.replace(case, dtype=dtype)
-    x, hx, lengths, reset = case.inputs()
-    if case.packed:
-        lengths, order = lengths.sort(descending=True)
-        x, hx = x[:, order][torch.arange(case.T).unsqueeze(1) < lengths], [s[:, order] for s in hx]
-        reset = reset[:, order]
+    x, hx, lengths, reset = inputs_of(case)
     h0, c0 = (hx[0], hx[1] if name.startswith("lstm") else None) if hx else (None, None)
     weights = layer_weights("lstm" if name.startswith("lstm") else name, case)
     if name == "lstm_peephole":
@@ -720,7 +721,7 @@ def test_the_input_projection_in_the_launch(isa, threads, name, case, dtype):
         return y[:3], memory()
 
     def wider(numbers):
-        return torch.cat([numbers, numbers.new_zeros(*numbers.shape[:-1], more - case.I)], -1)
+        return torch.cat([numbers, numbers.new_zeros(*numbers.shape[:-1], MANY_INPUTS - case.I)], -1)
 
     ours, bytes_of_ours = run(x, weights)
     widened = [wider(w) if w.dim() == 2 and w.size(1) == case.I != case.H else w for w in weights]
@@ -1549,13 +1550,13 @@ def test_memory_of_results_is_torchs_own():
 
 @pytest.mark.usefixtures("as_new")
 def test_what_was_kept_in_inference_mode_serves_training_as_well():
-    module, x = fusedrnn.LSTM(400, 128), torch.randn(60, 4, 400)
+    module, x = fusedrnn.LSTM(MANY_INPUTS, 128), torch.randn(60, 4, MANY_INPUTS)
     expected = [tensor.clone() for tensor in everything(module, x)]
     keep(0)
     keep(128 * MIB)
     with torch.inference_mode():
         module(x)
-        module(torch.randn(120, 4, 400))
+        module(torch.randn(120, 4, MANY_INPUTS))
     assert kept() > 0
     assert memory() > 0
     for ours, theirs in zip(everything(module, x), expected, strict=True):
