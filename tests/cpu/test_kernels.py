@@ -403,17 +403,17 @@ def test_number_of_threads_does_not_change_a_bit(isa, threads, case):
 
 
 MANY_INPUTS = 400  # more than the launch projects itself: kFusedInputs in csrc/cpu/params.h
-# Where nothing has to be kept: projected in the launch; and before it, in parts that pass through a cache, of unequal
-# length. Of sequences that end, only the rows that exist count for that.
+# Where nothing has to be kept: projected in the launch; and before it, as for so few rows, in parts that pass through a
+# cache. Of sequences that end, only the rows that exist count for that.
 WHOLE = [
     Case(67, 62, 5, 129),
     Case(67, 17, 24, 260, bidirectional=True, lengths=True, reset=True),
     Case(131, 17, 24, 260, bidirectional=True, packed=True, reset=True),
 ]
 PARTS = [
-    Case(67, 62, MANY_INPUTS, 129),
-    Case(67, 17, MANY_INPUTS, 260, bidirectional=True, reset=True),
-    Case(200, 17, MANY_INPUTS, 260, bidirectional=True, packed=True, reset=True),
+    Case(4500, 3, 1, 40),
+    Case(2500, 3, 2, 40, bidirectional=True, reset=True),
+    Case(6000, 3, 2, 40, bidirectional=True, packed=True, reset=True),
 ]
 
 
