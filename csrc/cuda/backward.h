@@ -187,6 +187,8 @@ class Backward {
       }
       finish();
     });
+    recurrent.end();
+    if constexpr (kProjected) projection->end();
   }
 
   // From dh to da, which is sent.

@@ -170,6 +170,7 @@ inline void copy_async(void* shared, const void* global) { host::copy_later(shar
 inline void wait_copies(const char* name) {
   if (host::present(name)) host::finish_copies();
 }
+inline void end_copies() { host::finish_copies(); }
 inline void copy_async_if(bool condition, void* shared, const void* global) {
   if (condition) copy_async(shared, global);
 }
@@ -221,12 +222,11 @@ inline void expect_bytes(Mbarrier* barrier, uint32_t bytes) {
 }
 inline bool mbarrier_passed(Mbarrier* barrier, uint32_t parity) { return (host_state(barrier).phase & 1) != parity; }
 inline void push(void* shared, Mbarrier* barrier, int rank, const Quad& quad) {
-  host::push_later(host::remote(shared, rank), &quad, sizeof(quad), host::remote(barrier, rank),
-                   [](void* peers_barrier, int bytes) {
-                     HostMbarrier& state = host_state(peers_barrier);
-                     state.bytes -= bytes;
-                     state.complete();
-                   });
+  host::push_later(rank, shared, &quad, sizeof(quad), barrier, [](void* peers_barrier, int bytes) {
+    HostMbarrier& state = host_state(peers_barrier);
+    state.bytes -= bytes;
+    state.complete();
+  });
 }
 
 // ---------------------------------------------------------------------------------------------- waiting

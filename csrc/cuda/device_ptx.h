@@ -174,6 +174,7 @@ FUSEDRNN_DEVICE void copy_async_if(bool condition, void* shared, const void* glo
       : "memory");
 }
 FUSEDRNN_DEVICE void wait_copies(const char*) { asm volatile("cp.async.wait_all;" ::: "memory"); }
+FUSEDRNN_DEVICE void end_copies() { wait_copies(nullptr); }
 
 // Commits this thread's copies that are in no group yet as one group, which may be empty.
 FUSEDRNN_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -81,6 +81,7 @@ class ScatterTiles {
          b += static_cast<int64_t>(p_.plan.groups) * kRows) {
       slice(b);
     }
+    if (kOthers && first_streamed() < outputs()) end_copies();  // as WarpProduct::end() does
   }
 
  private:

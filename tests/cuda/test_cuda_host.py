@@ -644,6 +644,12 @@ def test_a_deadlock_is_reported_with_who_waits_where(host, kit):
     ]
 
 
+@pytest.mark.parametrize(("what", "why"), [(0, "it ends, and copies of it do not"), (1, "block 1 has ended before")])
+def test_what_a_block_leaves_on_its_way_is_reported(host, kit, what, why):
+    with pytest.raises(kit.LaunchError, match=why):
+        host.launch("fusedrnn_host_left", ctypes.c_int(what), 0, None)
+
+
 @pytest.mark.parametrize(
     ("sizes", "options", "why"),
     [

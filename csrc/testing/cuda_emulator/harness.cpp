@@ -125,3 +125,25 @@ FUSEDRNN_EXPORT int fusedrnn_host_deadlock(Outcome* outcome) {
   copy(outcome->error, outcome->bytes, report.error);
   return report.error.empty() ? 0 : 1;
 }
+
+// A cluster whose first block leaves something on its way: with 0 a copy of its own, with 1 a push to the other block.
+FUSEDRNN_EXPORT int fusedrnn_host_left(const int* what, uint64_t seed, const char* remove, Outcome* outcome) {
+  const host::Launch shape{2, 2, 32, 64, seed, remove};
+  const host::Report report = host::run(
+      shape,
+      [](const void* what, char* shared) {
+        static const Quad from{};
+        auto* barrier = reinterpret_cast<Mbarrier*>(shared);
+        if (thread_index() == 0) init_mbarrier(barrier, 1);
+        sync_cluster("the barrier is ready");
+        if (block_index() != 0) return;
+        if (*static_cast<const int*>(what) == 0) {
+          copy_async(shared + 16, &from);
+        } else {
+          push(shared + 16, barrier, 1, from);
+        }
+      },
+      what);
+  copy(outcome->error, outcome->bytes, report.error);
+  return report.error.empty() ? 0 : 1;
+}

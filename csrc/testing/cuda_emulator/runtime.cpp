@@ -75,6 +75,7 @@ struct Store {
 };
 
 struct Push {
+  int block;  // whose shared memory it is for
   void* to;
   std::array<char, 16> value;
   int bytes;
@@ -110,6 +111,7 @@ struct FreeMemory {
 };
 
 struct Block {
+  int alive;  // threads
   std::unique_ptr<char, FreeMemory> shared;
   std::array<Barrier, kBarriers> barriers;
   std::vector<Warp> warps;
@@ -215,6 +217,7 @@ void Machine::start() {
     if (posix_memalign(&memory, 128, bytes) != 0) throw std::bad_alloc();
     block.shared.reset(static_cast<char*>(memory));
     std::memset(memory, 0xff, bytes);
+    block.alive = launch_.threads;
     block.warps.resize(launch_.threads / kWarp);
   }
   for (size_t n = 0; n < threads_.size(); ++n) {
@@ -265,6 +268,9 @@ void Machine::resume(Thread& thread) {
 }
 
 void Machine::finish() {
+  // What depends on a synchronisation that is not there is seen in the results, and to be found there.
+  if (!current_->copies.empty() && launch_.remove == nullptr) fail("it ends, and copies of it do not");
+  --blocks_[current_->block].alive;
   --alive_;
   switch_fiber(current_->fiber, scheduler_, true);
 }
@@ -321,6 +327,9 @@ void Machine::complete_push() {
   const Push push = pushes_[k];
   pushes_[k] = pushes_.back();
   pushes_.pop_back();
+  if (blocks_[push.block].alive == 0 && launch_.remove == nullptr) {
+    error_ = "block " + std::to_string(push.block) + " has ended before what is pushed to it has come";
+  }
   std::memcpy(push.to, push.value.data(), push.bytes);
   push.completed(push.barrier, push.bytes);
 }
@@ -391,6 +400,21 @@ void mark_synced(Block& block, int first_thread, int threads) {
 }
 
 Block& own_block() { return machine->blocks_[machine->current_->block]; }
+
+// Of a block of the cluster.
+int block_of(int rank) {
+  const int cluster = machine->launch_.cluster;
+  if (rank < 0 || rank >= cluster) fail("a rank outside of the cluster");
+  return machine->current_->block / cluster * cluster + rank;
+}
+
+// The address of `local`, which is in this block's shared memory, in that of another block of the cluster.
+void* remote(void* local, int rank) {
+  const ptrdiff_t offset = static_cast<char*>(local) - own_block().shared.get();
+  if (offset < 0 || static_cast<size_t>(offset) >= machine->launch_.shared_bytes)
+    fail("not an address in shared memory");
+  return machine->blocks_[block_of(rank)].shared.get() + offset;
+}
 
 }  // namespace
 
@@ -476,17 +500,8 @@ void store_late(void* to, const void* value, size_t bytes) {
 
 void release_stores() { machine->release(own_block(), machine->current_->index); }
 
-void* remote(void* local, int rank) {
-  const int cluster = machine->launch_.cluster;
-  if (rank < 0 || rank >= cluster) fail("a rank outside of the cluster");
-  const ptrdiff_t offset = static_cast<char*>(local) - own_block().shared.get();
-  if (offset < 0 || static_cast<size_t>(offset) >= machine->launch_.shared_bytes)
-    fail("not an address in shared memory");
-  return machine->blocks_[machine->current_->block / cluster * cluster + rank].shared.get() + offset;
-}
-
-void push_later(void* to, const void* value, size_t bytes, void* barrier, void (*completed)(void*, int)) {
-  Push push{to, {}, static_cast<int>(bytes), barrier, completed};
+void push_later(int rank, void* to, const void* value, size_t bytes, void* barrier, void (*completed)(void*, int)) {
+  Push push{block_of(rank), remote(to, rank), {}, static_cast<int>(bytes), remote(barrier, rank), completed};
   std::memcpy(push.value.data(), value, bytes);
   machine->pushes_.push_back(push);
 }

@@ -6,7 +6,8 @@
 // memory and a store that others read through the L2 cache happen at a moment that the generator picks, at the latest
 // when something that the program does makes them visible. In every fourth schedule one block begins when no other can
 // go on. A wait that is missing shows as a NaN: shared memory begins as NaNs. If no fiber can run, the launch ends with
-// a report of where each thread waits.
+// a report of where each thread waits. It ends with an error as well where a thread ends before its copies, or a block
+// before what is pushed to it has come: the shared memory may be another block's by then.
 //
 // Every synchronisation has a name. `remove` takes all those of one name out of the program: the tests of the tests
 // remove each in turn, and expect it to be noticed.
@@ -75,10 +76,10 @@ void finish_copies(int but_groups = 0);
 void store_late(void* to, const void* value, size_t bytes);
 void release_stores();
 
-// The address of `local`, which is in this block's shared memory, in that of another block of the cluster.
-void* remote(void* local, int rank);
-// A store to another block's shared memory, some time later, which then counts down *pending_bytes.
-void push_later(void* to, const void* value, size_t bytes, void* barrier, void (*completed)(void* barrier, int bytes));
+// A store to the shared memory of a block of the cluster, some time later, which then calls completed(its barrier,
+// bytes). Both addresses are those of the own block.
+void push_later(int rank, void* to, const void* value, size_t bytes, void* barrier,
+                void (*completed)(void* barrier, int bytes));
 
 // Ends the launch with an error, from inside a fiber.
 [[noreturn]] void fail(const std::string& what);
