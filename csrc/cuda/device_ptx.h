@@ -1,7 +1,7 @@
 // The device primitives as PTX; see device.h. References are to the PTX ISA, version 8.7.
 //
-// With FUSEDRNN_CUDA_TIMEOUT defined, as a number of clock cycles, a wait that takes longer prints which one it was and
-// ends the launch with an error, instead of hanging.
+// With FUSEDRNN_CUDA_TIMEOUT defined, as a number of clock cycles, every wait that takes longer prints which one it is,
+// a line for each warp; a quarter of that later the launch ends with an error, instead of hanging.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -287,12 +287,19 @@ FUSEDRNN_DEVICE void push([[maybe_unused]] void* shared, [[maybe_unused]] Mbarri
 template <class F>
 FUSEDRNN_DEVICE void wait(const F& condition, [[maybe_unused]] const char* name) {
 #if defined(FUSEDRNN_CUDA_TIMEOUT)
+  constexpr long long kTimeout = FUSEDRNN_CUDA_TIMEOUT;
   const long long start = clock64();
   while (!condition()) {
-    if (clock64() - start > FUSEDRNN_CUDA_TIMEOUT) {
-      printf("fusedrnn: block %d, thread %d has waited too long for '%s'\n", block_index(), thread_index(), name);
-      __trap();
+    if (clock64() - start <= kTimeout) continue;
+    const unsigned lanes = __activemask();
+    if (thread_index() % kWarp == __ffs(static_cast<int>(lanes)) - 1) {
+      printf("fusedrnn: block %d, warp %d, lanes %08x have waited too long for '%s'\n", block_index(),
+             thread_index() / kWarp, lanes, name);
     }
+    // The trap ends all blocks: those that began to wait a little later print first.
+    while (clock64() - start <= kTimeout + kTimeout / 4) {
+    }
+    __trap();
   }
 #else
   while (!condition()) {
