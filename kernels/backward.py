@@ -60,7 +60,7 @@ def layer_backward(
     dc0,  # [D, B, H], written, or None
     dp,  # [D, B, K*H] float32, written, the gradients of the parameters of each sequence; or None
     carry,  # [2, D, B, H] float32, or None where one launch covers all steps
-    counters,  # [groups, 32] int32, zeros
+    counters,  # [groups, 32] int32, zeros; or None without GRID_SYNC
     T,
     B,
     H,
@@ -97,7 +97,9 @@ def layer_backward(
     OUTPUTS: tl.constexpr = COLUMNS if COLUMNS else UNITS
     group = tl.program_id(0) // PROGRAMS
     member = tl.program_id(0) % PROGRAMS
-    counter = counters + group * 32
+    counter = counters
+    if GRID_SYNC:
+        counter += group * 32
     arrivals = 0
 
     o_u = member * UNITS + tl.arange(0, UNITS)

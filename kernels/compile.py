@@ -95,7 +95,7 @@ def compile(variant: Variant) -> Resources:
         "GRID_SYNC": plan.programs > 1,
         "ONCE": {*cell.noise} == {"r"},
     }
-    absent = {"carry"}
+    absent = {"carry"} if plan.programs > 1 else {"carry", "counters"}
     if not projected:
         absent |= {"w_hr0", "w_hr1", "m", "dh_out"}
     absent |= {"xg"} if plan.fuse_input else {"x", "w_ih0", "w_ih1", "b_ih0", "b_ih1"}

@@ -101,7 +101,7 @@ def layer_forward(
     m,  # [D, B, H], scratch of the projection, or None
     fed,  # [T, B, D*P], scratch, y as the products are given it, where there are v_r and exchange; or None
     carry,  # [2, D, B, H] float32, or None where one launch covers all steps
-    counters,  # [groups, 32] int32, zeros
+    counters,  # [groups, 32] int32, zeros; or None without GRID_SYNC
     T,
     B,
     I,
@@ -140,7 +140,9 @@ def layer_forward(
     dtype: tl.constexpr = y.dtype.element_ty
     group = tl.program_id(0) // PROGRAMS
     member = tl.program_id(0) % PROGRAMS
-    counter = counters + group * 32
+    counter = counters
+    if GRID_SYNC:
+        counter += group * 32
     arrivals = 0  # of the whole group: the target of the barrier
 
     o_u = member * UNITS + tl.arange(0, UNITS)

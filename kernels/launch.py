@@ -161,7 +161,9 @@ def _launch(
         _interpret(function, kernel, plan, like, tensors, sizes, steps, D, once)
         return
     with torch.cuda.device_of(like):
-        counters = _zeros(plan.groups, like.device) if plan.programs > 1 else _unread(like.device)
+        counters = None
+        if plan.programs > 1:
+            counters = torch.zeros(plan.groups, 32, dtype=torch.int32, device=like.device)
         constants = cells.constants(kernel, plan.cell)
         function(*tensors, None, counters, *sizes, 0, steps, D=D, ONCE=once, **constants, **plan.keywords[kernel])
 
@@ -186,25 +188,14 @@ def _interpret(
         "GRID_SYNC": False,
     }
     constants["PRECISION"] = "ieee"  # what it multiplies float32 in
-    counters = _zeros(plan.groups, like.device)
     if plan.programs == 1:
-        function(*tensors, None, counters, *sizes, 0, steps, PHASE=0, **constants)
+        function(*tensors, None, None, *sizes, 0, steps, PHASE=0, **constants)
         return
     B, H = sizes[1], sizes[-2]
     carry = torch.empty(2, D, B, H, dtype=torch.float32, device=like.device)
     for step in range(steps):
         for phase in (1, 2) if plan.columns else (0,):
-            function(*tensors, carry, counters, *sizes, step, step + 1, PHASE=phase, **constants)
-
-
-def _zeros(groups: int, device: torch.device) -> Tensor:
-    return torch.zeros(groups, 32, dtype=torch.int32, device=device)
-
-
-@lru_cache
-def _unread(device: torch.device) -> Tensor:
-    """A placeholder for the counters of launches without a grid barrier."""
-    return _zeros(1, device)
+            function(*tensors, carry, None, *sizes, step, step + 1, PHASE=phase, **constants)
 
 
 @lru_cache

@@ -510,9 +510,12 @@ def test_what_a_launch_on_a_gpu_is_given(H, launch, planner, monkeypatch):
         expected |= {"T": T, "B": B, "H": H, "P": H, "begin": 0, "end": T if plan.carried else T + 1}
         expected |= {"I": I if plan.fuse_input else 0, "end": T} if kernel == "forward" else {}
         assert {name: given[name] for name in expected} == expected
+        if plan.programs == 1:  # no tensor is kept: torch.compile would find a leak in the pool of its CUDA graphs
+            assert given["counters"] is None
+            continue
         assert given["counters"].dtype == torch.int32
         assert given["counters"].count_nonzero() == 0
-        assert given["counters"].shape[0] == (plan.groups if plan.programs > 1 else 1)
+        assert given["counters"].shape[0] == plan.groups
 
 
 def test_explain_shows_both_plans():
