@@ -32,7 +32,7 @@ DEVICES = (A100, H100, H200, RTX4090, B200)
 
 
 def device_of(properties: Any) -> Device:
-    """The device of torch.cuda.get_device_properties; values that the driver lacks come from the nearest one above."""
+    """The device of torch.cuda.get_device_properties; values that are absent or 0 come from the nearest one above."""
     capability = 10 * properties.major + properties.minor
     known = next((d for d in DEVICES if d.name == properties.name), None)
     like = known or most_alike(capability)
@@ -40,8 +40,8 @@ def device_of(properties: Any) -> Device:
         properties.name,
         capability,
         properties.multi_processor_count,
-        getattr(properties, "shared_memory_per_block_optin", like.shared),
-        getattr(properties, "clock_rate", like.clock * 1e6) / 1e6,
+        getattr(properties, "shared_memory_per_block_optin", 0) or like.shared,
+        (getattr(properties, "clock_rate", 0) or like.clock * 1e6) / 1e6,
         like.l2,
         like.grid_barrier,
         like.measured and known is not None,

@@ -144,6 +144,11 @@ def test_unknown_device_takes_after_the_most_alike():
     assert not device.measured
 
 
+def test_what_the_driver_does_not_say_is_0():
+    silent = {**PROPERTIES, "clock_rate": 0, "shared_memory_per_block_optin": 0}
+    assert device_of(types.SimpleNamespace(**silent)) == H200
+
+
 def test_the_predictions_in_the_documentation_are_the_models():
     text = (Path(__file__).parents[2] / "docs" / "gpu_performance.md").read_text()
     assert planner.predictions(H200) in text
