@@ -10,11 +10,14 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import signal
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
@@ -34,6 +37,7 @@ from .verify import WrongError, products, worst_error
 _DTYPES = ("bfloat16", "tf32", "float16", "float32")
 _HIDDEN = (128, 256, 512, 768, 1024, 1536, 2048)
 _BATCH = (1, 8, 16, 32, 64, 128, 256)
+PATIENCE = 40.0  # seconds for a trial: Triton compiles two kernels in it
 _PREDICTED = re.compile(r",? *[\d.]+ us a step predicted")
 
 
@@ -181,12 +185,18 @@ def forcing(backend: str, forward: Any, backward: Any) -> AbstractContextManager
     return _FORCES[backend](forward, backward)
 
 
-def attempt(trial: Trial) -> Row:
-    """The outcome of a trial, as a row of results without a time; its `ran` is the plan."""
+def _row(trial: Trial) -> Row:
+    """The row of a trial that nothing is known of yet; its `ran` is the plan."""
     case = trial.cell.case
     row = Row("plans", OURS + trial.backend, case=trial.cell.id, mode=trial.cell.mode, ran=trial.plan)
     row.device, row.dtype, row.variant = trial.cell.device, trial.cell.dtype, trial.cell.variant
     row.T, row.B, row.I, row.H, row.L, row.D = case.T, case.B, case.I, case.H, case.layers, trial.cell.D
+    return row
+
+
+def attempt(trial: Trial) -> Row:
+    """The outcome of a trial, as a row of results without a time."""
+    row, case = _row(trial), trial.cell.case
     contender = entered([trial.backend], [], case.cell)[-1]
     forced = forcing(trial.backend, *trial.forced) if trial.forced else nullcontext()
     try:
@@ -199,43 +209,87 @@ def attempt(trial: Trial) -> Row:
     return row
 
 
-_spoilt = False  # the process has met an error of the device, after which nothing on it works any longer
+def _work(trials: Connection) -> None:
+    """A process of its own: a row for each trial that it is sent, and whether the device has failed. Then it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is ended by the one that started it
+    usable = True
+    while usable:
+        trial = trials.recv()
+        row = attempt(trial)
+        if trial.cell.device == "cuda":
+            try:
+                torch.cuda.synchronize()
+            except Exception:  # torch's own types for it differ from version to version
+                usable = False
+        trials.send((row, usable))
 
 
-def _attempt_in_worker(trial: Trial) -> Row | None:
-    global _spoilt
-    if _spoilt:
-        return None
-    row = attempt(trial)
-    if trial.cell.device == "cuda":
-        try:
-            torch.cuda.synchronize()
-        except Exception:  # torch's own types for it differ from version to version
-            _spoilt = True
-    return row
+@dataclass
+class _Worker:
+    """A process that tries plans, and what it is at."""
+
+    process: Any
+    trials: Connection
+    trial: Trial
+    until: float  # on the monotonic clock
 
 
-def run(todo: list[Trial], jobs: int) -> Iterator[tuple[Trial, Row]]:
+def _started() -> tuple[Any, Connection]:
+    context = get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_work, args=(theirs,), daemon=True)
+    process.start()
+    theirs.close()  # so that its end is seen
+    return process, ours
+
+
+def run(todo: list[Trial], jobs: int, seconds: float = PATIENCE) -> Iterator[tuple[Trial, Row]]:
     """Trials and their outcomes, as they come.
 
     Args:
         todo: what to try.
-        jobs: processes that share the device, since most of the time goes into compiling; 1 for this one. A trial that
-            falls to a process whose device has failed before has no outcome, and is left out.
+        jobs: processes that share the device, since most of the time goes into compiling; 1 for this one. One whose
+            device has failed is replaced, and so is one that died or hangs: then the trial has failed.
+        seconds: for one trial, and the start of its process, in a process of its own.
     """
     if jobs == 1:
         yield from ((trial, attempt(trial)) for trial in todo)
         return
-    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
-        futures = {pool.submit(_attempt_in_worker, trial): trial for trial in todo}
-        try:
-            for future in as_completed(futures):
-                row = future.result()
-                if row is not None:
-                    yield futures[future], row
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    waiting, idle, workers = deque(todo), list[tuple[Any, Connection]](), list[_Worker]()
+    try:
+        while waiting or workers:
+            while waiting and len(workers) < jobs:
+                process, trials = idle.pop() if idle else _started()
+                trial = waiting.popleft()
+                trials.send(trial)
+                workers.append(_Worker(process, trials, trial, time.monotonic() + seconds))
+            patience = min(worker.until for worker in workers) - time.monotonic()
+            ready = wait([worker.trials for worker in workers], max(patience, 0.0))
+            for worker in [one for one in workers if one.trials in ready or one.until <= time.monotonic()]:
+                workers.remove(worker)
+                row, usable = _outcome(worker, seconds)
+                if usable:
+                    idle.append((worker.process, worker.trials))
+                else:
+                    worker.process.kill()
+                yield worker.trial, row
+    finally:
+        for process, _ in [*idle, *((worker.process, worker.trials) for worker in workers)]:
+            process.kill()
+
+
+def _outcome(worker: _Worker, seconds: float) -> tuple[Row, bool]:
+    """The row of a trial that has ended, or has to, and whether its process can go on."""
+    try:
+        if worker.trials.poll():
+            return worker.trials.recv()
+        reason = f"it did not end within {seconds:.0f} s"
+    except (EOFError, OSError):
+        worker.process.join(1.0)
+        reason = f"its process ended with status {worker.process.exitcode}"
+    row = _row(worker.trial)
+    row.status, row.reason = "failed", reason
+    return row, False
 
 
 def processes(device: str) -> int:

@@ -1,7 +1,10 @@
 """python -m fusedrnn bench plans and predict: which plans are tried, how they are judged, and what models predict."""
 
+import dataclasses
 import importlib.util
 import json
+import os
+import time
 
 import pytest
 import torch
@@ -78,6 +81,30 @@ def test_processes_share_the_trials():
     outcomes = {trial.key: row for trial, row in plans.run(todo, jobs=2)}
     assert outcomes.keys() == {trial.key for trial in todo}
     assert {row.status for row in outcomes.values()} == {"ok"}
+
+
+class Calls:
+    """What a process calls when a trial with it arrives there."""
+
+    def __init__(self, *call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call[0], self.call[1:]
+
+
+@needs_cpu
+def test_a_process_that_dies_or_hangs_takes_no_other_trial_with_it():
+    """Another has those that follow, and the trial that did not end has failed."""
+    some = plans.trials("cpu", "cpu", shrink=64)[0]
+    calls = {"dies": Calls(os._exit, 7), "computes": None, "hangs": Calls(time.sleep, 600), "computes too": None}
+    todo = [dataclasses.replace(some, plan=name, forced=call) for name, call in calls.items()]
+    rows = {trial.plan: row for trial, row in plans.run(todo, jobs=2, seconds=40.0)}
+    assert {name: row.status for name, row in rows.items()} == {
+        name: "ok" if call is None else "failed" for name, call in calls.items()
+    }
+    assert rows["dies"].reason == "its process ended with status 7"
+    assert rows["hangs"].reason == "it did not end within 40 s"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
