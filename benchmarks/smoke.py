@@ -11,10 +11,14 @@ kernels in the debug build, whose waits name themselves and end the launch.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
+import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -28,7 +32,7 @@ import fusedrnn
 from fusedrnn import cuda_plan, gpu, ops, testing
 from fusedrnn.testing import Case
 
-from . import plans, timing
+from . import plans, timing, verify
 
 # By backend: the kinds of exchange that its plans have.
 KINDS = {"cuda": cuda_plan.EXCHANGES, "triton": ("rows", "resident", "streamed")}
@@ -89,64 +93,118 @@ def chosen(
     return list(found.values())
 
 
-def exchange(backend: str, kind: str, device: str) -> int:
+def exchange(backend: str, kind: str, device: str, skip: int = 0) -> int:
     """Holds small layers to the rule of fusedrnn/testing.py, three times each, which have to give the same bits: of an
-    LSTM in every arithmetic, of the other cells in one."""
-    dry = device == "cpu"
-    sizes = {"cluster": (2, 4, 8, 16), "scatter": (2, 4, 8, 16), "grid": (2, 32, 64, 128)}.get(kind, (0,))
-    if backend == "triton" and kind != "rows":
-        sizes = (4,) if dry else (16, 32, 64, 128)
-    hidden = (16, 64, 128, 256, 512, 1024, 2048)
-    failed = 0
-    tried = [*(("lstm", math) for math in _MATHS), *((cell, "bfloat16") for cell in _MODULES if cell != "lstm")]
-    for cell, math in [(cell, "bfloat16") for cell in _MODULES] if dry else tried:
-        dtype, precision = _MATHS[math]
-        with _precision(precision):
-            of = (sizes, hidden) if not dry else ((0,), hidden[:2])
-            for choice in chosen(backend, kind, math, device, *of, cell):
-                for T in (3,) if dry else (3, 40):
-                    case = Case(T, 3 if dry else 20, 9, choice.H, dtype, cell=cell)
-                    label = f"{cell}, {kind} of {choice.size}, {math}, H {choice.H}, T {T}"
-                    try:
-                        with plans.forcing(backend, *choice.plans.values()):
-                            print(f"ok     {_worst(backend, case, device):5.2f}  {label}", flush=True)
-                    except Exception as error:
-                        failed += 1
-                        print(f"FAILED {label}: {type(error).__name__}: {str(error)[:300]}", flush=True)
-                        if isinstance(error, RuntimeError) and not dry:
-                            print("the device answers no longer: what would have followed was not tried", flush=True)
-                            return 1
+    LSTM in every arithmetic, of the other cells in one. A process whose device has failed starts another for the rest.
+    """
+    failed = False
+    for k, (case, math, choice, label) in enumerate(_trials(backend, kind, device)):
+        if k < skip:
+            continue
+        try:
+            with plans.forcing(backend, *choice.plans.values()):
+                print(f"ok     {_worst(backend, case, math, device):5.2f}  {label}", flush=True)
+        except Exception as error:
+            failed = True
+            why = " ".join(f"{type(error).__name__}: {error}"[:600].split())
+            used = "; ".join(f"{kernel}: {plan}" for kernel, plan in choice.plans.items())
+            print(f"FAILED {label}: {why}{_where(error)}; {used}", flush=True)
+            if not _responds(device):
+                print("the device does not answer this process any longer: another goes on", flush=True)
+                command = [sys.executable, "-m", "fusedrnn.benchmarks.smoke", "exchange", backend, kind]
+                subprocess.run([*command, "--device", device, "--skip", str(k + 1)], check=False)
+                break
     return 1 if failed else 0
 
 
-def _worst(backend: str, case: Case, device: str) -> float:
+def _trials(backend: str, kind: str, device: str) -> Iterator[tuple[Case, str, Chosen, str]]:
+    """Small layers, each with its arithmetic, its plans, and what to call it."""
+    dry = device == "cpu"
+    sizes = {"cluster": (2, 4, 8, 16), "scatter": (2, 4, 8, 16), "grid": (2, 32, 64, 128)}.get(kind, (0,))
+    if backend == "triton" and kind != "rows":
+        sizes = (16, 32, 64, 128)
+    hidden: Sequence[int] = (16, 64, 128, 256, 512, 1024, 2048)
+    if dry:
+        sizes, hidden = (0,), hidden[:2]
+    for cell, math in [
+        *(("lstm", math) for math in _MATHS),
+        *((cell, "bfloat16") for cell in _MODULES if cell != "lstm"),
+    ]:
+        for choice in chosen(backend, kind, math, device, sizes, hidden, cell):
+            # What float64 says of a large layer takes a second or more, most of it on the CPU.
+            for T in (3,) if dry else (3, 40) if choice.H <= 256 else (40,):
+                case = Case(T, 3 if dry else 20, 9, choice.H, _MATHS[math][0], cell=cell)
+                yield case, math, choice, f"{cell}, {kind} of {choice.size}, {math}, H {choice.H}, T {T}"
+
+
+# The same layer is computed in float32 and in TF32.
+_answers = lru_cache(maxsize=16)(testing.answers)
+
+
+def _worst(backend: str, case: Case, math: str, device: str) -> float:
     """The largest error over what is allowed.
 
     Raises:
-        AssertionError: something is wrong, or differs from one time to the next.
+        AssertionError: something is wrong, or differs from one time to the next; the message names where first.
     """
-    expected = testing.answers(case, device)
-    first: dict[str, Any] = {}
+    expected, tf32 = _answers(case, device), math == "tf32"
+    if tf32:
+        expected = verify.in_tf32(expected, case, device, testing.call_torch, testing.LAYERS[case.cell])
+    first: dict[str, torch.Tensor] = {}
     worst = 0.0
     for _ in range(3):
         with fusedrnn.use_backend(backend), testing.poisoned():
-            ours = testing.evaluate(testing.call, _MODULES[case.cell], case, device)
+            ours = verify.evaluate(case, tf32, device, _MODULES[case.cell])
+        wrong: list[str] = []
         for name, answer in expected.items():
-            worst = max(worst, testing.assert_as_exact_as(name, ours[name], *answer))
-            if not torch.equal(first.setdefault(name, ours[name]), ours[name]):
-                raise AssertionError(f"{name} differs from one time to the next")
+            try:
+                worst = max(worst, testing.assert_as_exact_as(name, ours[name], *answer))
+            except testing.InexactError as error:
+                wrong.append(f"{error}{_first_wrong(ours[name], answer)}" if not wrong else name)
+        if wrong:
+            raise AssertionError("; wrong as well: ".join((wrong[0], ", ".join(wrong[1:]))[: len(wrong)]))
+        for name, values in ours.items():
+            if not torch.equal(first.setdefault(name, values), values):
+                place = (first[name] != values).nonzero()[0].tolist()
+                raise AssertionError(f"{name} differs from one time to the next, first at {place}")
     return worst
 
 
-@contextmanager
-def _precision(wanted: str) -> Iterator[None]:
-    """The precision of float32 products, of nn.LSTM and of ours."""
-    rnn: Any = torch.backends.cudnn.rnn
-    before, rnn.fp32_precision = rnn.fp32_precision, wanted
+def _first_wrong(ours: torch.Tensor, answer: testing.Answer) -> str:
+    """Which element is wrong first, and how many are."""
+    baseline, exact, rounding = answer
+    if ours.shape != exact.shape:
+        return ""
+    allowed = 2 * testing._error(baseline, exact) + testing._rounding(baseline.dtype, exact, rounding)
+    wrong = (~((ours.to(exact) - exact).abs() <= allowed)).nonzero()
+    if len(wrong) == 0:
+        return ""
+    place = tuple(wrong[0].tolist())
+    return (
+        f"; {len(wrong)} of {exact.numel()} wrong, first {list(place)}: {ours[place]:.4g}, exactly {exact[place]:.4g}"
+    )
+
+
+def _where(error: Exception) -> str:
+    """The last functions of the package that an error of a device came through."""
+    if isinstance(error, AssertionError):
+        return ""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "fusedrnn" in frame.filename]
+    return " in " + " > ".join(f"{Path(frame.filename).stem}.{frame.name}" for frame in frames[-2:])
+
+
+def _responds(device: str) -> bool:
+    """Whether the device still computes for this process. What kernels have printed is printed before."""
+    if device == "cpu":
+        return True
     try:
-        yield
+        torch.cuda.synchronize()
+        torch.zeros(1, device=device).item()
+    except Exception:  # torch's own types for it differ from version to version
+        return False
     finally:
-        rnn.fp32_precision = before
+        ctypes.CDLL(None).fflush(None)
+    return True
 
 
 # ------------------------------------------------------------------------------------------------ steps
@@ -300,12 +358,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", help="a backend, and of exchange a kind; of steps the backends")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out", type=Path, default=Path("smoke"))
+    parser.add_argument("--skip", type=int, default=0, help="trials of an exchange")
     options = parser.parse_args(argv)
     if options.what == "steps":
         return steps(options.names, options.device, options.out)
     if options.what == "once":
         return once(options.names[0], options.device)
-    return exchange(options.names[0], options.names[1], options.device)
+    return exchange(options.names[0], options.names[1], options.device, options.skip)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -94,8 +94,13 @@ def _outputs(cell: BenchmarkCase, module: nn.Module) -> dict[str, Tensor]:
 
 
 def _gradients_too(cell: BenchmarkCase, module: nn.Module) -> dict[str, Tensor]:
-    caller = _call_in_tf32 if cell.tf32 else testing.call
-    return testing.evaluate(caller, lambda *_, **__: module, cell.case, cell.device)
+    return evaluate(cell.case, cell.tf32, cell.device, lambda *_, **__: module)
+
+
+def evaluate(case: testing.Case, tf32: bool, device: str, cls: Callable[..., nn.Module]) -> dict[str, Tensor]:
+    """`testing.evaluate`, on a GPU in TensorFloat-32 if asked for."""
+    with products(tf32):
+        return testing.evaluate(_call_in_tf32 if tf32 else testing.call, cls, case, device)
 
 
 def _call_in_tf32(module: Any, case: testing.Case, inputs: Inputs, caller: testing.Call = testing.call) -> Any:
@@ -109,8 +114,13 @@ def _answers(case: Sequences, tf32: bool, device: str) -> dict[str, Answer]:
     cls, caller = (fusedrnn.LSTM, testing.call) if case.variant else (testing.LAYERS[case.cell], testing.call_torch)
     with fusedrnn.use_backend("reference"):  # of variants, which torch lacks
         answers = testing.answers(case, device, caller, cls)
-        if not tf32:
-            return answers
-        with products(True):
-            narrow = testing.evaluate(partial(_call_in_tf32, caller=caller), cls, case, device)
+        return in_tf32(answers, case, device, caller, cls) if tf32 else answers
+
+
+def in_tf32(
+    answers: dict[str, Answer], case: testing.Case, device: str, caller: testing.Call, cls: Callable[..., nn.Module]
+) -> dict[str, Answer]:
+    """The answers in float32 as TensorFloat-32 has them: its own baseline, and its rounding."""
+    with products(True):
+        narrow = testing.evaluate(partial(_call_in_tf32, caller=caller), cls, case, device)
     return {name: Answer(narrow[name], answer.exact, answer.rounding * _TF32) for name, answer in answers.items()}

@@ -1,0 +1,110 @@
+"""The first questions to a GPU (benchmarks/smoke.py), asked of a CPU: what they find, and what they say of it."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from fusedrnn.benchmarks import plans, session, smoke, verify
+from fusedrnn.benchmarks.smoke import Chosen
+
+import fusedrnn
+from fusedrnn.testing import Case
+
+T, B, H = 3, 2, 5
+CHOICE = Chosen(H, 4, {"forward": "the forward's plan", "backward": "the backward's plan"})
+
+
+def trial(math):
+    return Case(T, B, 4, H, smoke._MATHS[math][0]), math, CHOICE, f"lstm, grid of 4, {math}, H {H}, T {T}"
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """`exchange` on the CPU by the reference: ours are its results as `change` leaves them, in TF32 or not."""
+
+    def run(change, *maths, skip=0):
+        computed = verify.evaluate
+
+        def evaluate(case, tf32, device, cls):
+            ours = computed(case, tf32, device, cls)
+            change(ours, tf32)
+            return ours
+
+        monkeypatch.setattr(verify, "evaluate", evaluate)
+        monkeypatch.setattr(smoke, "_trials", lambda *_: iter([trial(math) for math in maths]))
+        monkeypatch.setitem(plans._FORCES, "reference", lambda *_: fusedrnn.use_backend("reference"))
+        return smoke.exchange("reference", "grid", "cpu", skip)
+
+    return run
+
+
+def test_what_is_right_passes_in_every_arithmetic(asked, capsys):
+    assert asked(lambda ours, tf32: None, *smoke._MATHS) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["ok"] * len(smoke._MATHS)
+
+
+def test_tf32_may_round_its_operands_and_float32_may_not(asked, capsys):
+    def round_as_tf32(ours, tf32):
+        ours["y"] *= 1 + 2.0**-11
+
+    assert asked(round_as_tf32, "tf32", "float32") == 1
+    in_tf32, in_float32 = capsys.readouterr().out.splitlines()
+    assert in_tf32.startswith("ok ")
+    assert in_float32.startswith("FAILED lstm, grid of 4, float32")
+
+
+def test_a_failure_names_the_plans_and_the_first_wrong_element(asked, capsys):
+    def break_two(ours, tf32):
+        ours["y"][1, 1, 2] = float("nan")
+        ours["y"][2, 0, 0] += 1
+        ours["hn"][:] = 9
+
+    assert asked(break_two, "float32") == 1
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "y: error inf" in line
+    assert f"; 2 of {T * B * H} wrong, first [1, 1, 2]: nan, exactly " in line
+    assert "wrong as well: hn; forward: the forward's plan; backward: the backward's plan" in line
+
+
+def test_results_that_change_are_a_failure(asked, capsys):
+    times = []
+
+    def change(ours, tf32):
+        times.append(None)
+        ours["dx"][2, 1, 0] += 1e-9 * len(times)
+        ours["dx"][2, 1, 1] = torch.nextafter(ours["dx"][2, 1, 1], torch.tensor(9.0)) if len(times) == 3 else 0.0
+
+    assert asked(change, "bfloat16") == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_another_process_goes_on_where_the_device_has_failed(asked, capsys, monkeypatch):
+    def fail(ours, tf32):
+        raise RuntimeError("CUDA error: an illegal memory access\nCompile with TORCH_USE_CUDA_DSA")
+
+    started = []
+    monkeypatch.setattr(smoke, "_responds", lambda device: False)
+    monkeypatch.setattr(smoke.subprocess, "run", lambda command, **_: started.append(command))
+    assert asked(fail, "bfloat16", "tf32", "float32", skip=1) == 1
+    failed, said = capsys.readouterr().out.splitlines()
+    assert failed.startswith("FAILED lstm, grid of 4, tf32")
+    assert "CUDA error: an illegal memory access Compile with" in failed
+    assert "another goes on" in said
+    (command,) = started
+    assert command[command.index("exchange") :] == ["exchange", "reference", "grid", "--device", "cpu", "--skip", "2"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and no interpreter")
+def test_exchanges_of_interpreted_kernels():
+    """The command of a session, with the planner and the launches: in every arithmetic, and of every cell."""
+    links = session.ROOT / "build" / "links"
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "fusedrnn.benchmarks.smoke", "exchange", "triton", "rows", "--device", "cpu"]
+    done = subprocess.run(command, cwd=links.parent, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for what in ("lstm, rows of 1, bfloat16", "tf32", "lstm, rows of 1, float32", "gru", "rnn_tanh"):
+        assert what in done.stdout
