@@ -39,7 +39,11 @@ _GRACE = 8.0  # seconds that a part has to end by itself after it was interrupte
 _RESERVE = 20.0  # seconds of the session that are kept for the report
 _ARCHIVED_EVERY = 15.0  # seconds
 _DRY_PATIENCE = 8  # times what a part has on a GPU: an interpreter computes, on a machine that may be busy
-DIGEST = 8000  # characters
+DIGEST = 10_000  # characters
+_TOLD = 5000  # of these, of what failed
+_KEPT = 4 << 20  # bytes: the end of a larger file is archived
+# So that what a part starts is ended with it; and not by setsid, so that what ends a killed session ends its parts.
+_GROUP: dict[str, Any] = {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
 DEBUG = ROOT / "build" / "debug" / "fusedrnn" / "_cuda.abi3.so"
 
 
@@ -120,8 +124,9 @@ def _smoke_test(folder: Path, backends: dict[str, tuple[str, dict[str, str]]], d
     found = [Part("info", "versions, devices, backends and their reasons", 15, info, smoke=True)]
     for name in ("triton",) if dry else ("cuda",):
         skip, environment = backends.get(name, ("there is no such backend here", {}))
+        environment = {**environment, "CUDA_LAUNCH_BLOCKING": "1"}  # an error is then that of the call that has it
         if name == "cuda" and DEBUG.is_file():
-            environment = {**environment, ops.CUDA_LIBRARY_VARIABLE: str(DEBUG)}
+            environment[ops.CUDA_LIBRARY_VARIABLE] = str(DEBUG)
         for kind in smoke.KINDS[name]:
             what = f"{name}: small layers that exchange by {kind}, in the build that names what it waits for"
             command = (*program, "exchange", name, kind, *device)
@@ -148,7 +153,13 @@ def _of_backend(folder: Path, name: str, state: tuple[str, dict[str, str]], dry:
     found = [Part(f"plans-{name}", what, 60, trying, skip, environment)]
     profiler = micro.cuda_tool("ncu")
     missing = skip or ("it looks at a GPU" if dry else "" if profiler else "ncu is not installed")
-    looking = (profiler or "ncu", "--clock-control", "none", "--kernel-name", "regex:recurrence|lstm_")
+    looking = (
+        profiler or "ncu",
+        "--clock-control",
+        "none",
+        "--kernel-name",
+        "regex:recurrence|layer_(forward|backward)",
+    )
     looking += ("--launch-count", "2", "--set", "full", sys.executable, "-m", "fusedrnn.benchmarks.smoke", "once", name)
     what = f"one forward and one backward launch of {name} under Nsight Compute"
     found.append(Part(f"ncu-{name}", what, 30, looking, missing, environment))
@@ -168,6 +179,8 @@ def _sanitized(kind: str, name: str, skip: str, environment: dict[str, str], dry
     tool = micro.cuda_tool("compute-sanitizer")
     missing = skip or ("it watches a GPU" if dry else "" if tool else "compute-sanitizer is not installed")
     watched = (tool or "compute-sanitizer", "--tool", kind, "--error-exitcode", "9", sys.executable, "-c", _SMALL, name)
+    # An allocation of its own for each tensor: what is written beyond its end is not another's.
+    environment = {**environment, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return Part(f"{kind}-{name}", f"small cases of {name} under compute-sanitizer", 45, watched, missing, environment)
 
 
@@ -362,15 +375,18 @@ class Session:
         with (self.folder / "logs" / f"{part.name}.log").open("ab") as log:
             log.write(f"$ {' '.join((*program, *part.command))[:2000]}\n".encode())
             log.flush()
-            process = subprocess.Popen(
-                [*program, *part.command],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                cwd=self.folder,  # not in a tree that is not installed, where half of the package would be found
-                env=environment,
-                start_new_session=True,  # so that what it starts is ended with it
-            )
+            try:
+                process = subprocess.Popen(
+                    [*program, *part.command],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    cwd=self.folder,  # not in a tree that is not installed, where half of the package would be found
+                    env=environment,
+                    **_GROUP,
+                )
+            except OSError as error:
+                return "failed", f"it was not started: {error}"
             try:
                 status = process.wait(seconds)
             except subprocess.TimeoutExpired:
@@ -380,17 +396,18 @@ class Session:
         return ("passed", "") if status == 0 else ("failed", f"exit status {status}: {self._complaint(part)}")
 
     def _complaint(self, part: Part) -> str:
-        return next((line.strip()[:200] for line in self._last_lines(part.name, 1)), "")
+        return next((line.strip()[:200] for line in self._telling_lines(part.name, 1)), "")
 
     def digest(self) -> str:
         """A digest in at most DIGEST characters: failures, times of steps, then assumptions."""
         told = [f"STALE LIBRARY: {why}" for why in self._stale]
         wrong = [o for o in self.outcomes.values() if o.status in ("failed", "timed out", "cut off")]
+        most, width = (6, 600) if len(wrong) < 3 else (4, 300) if len(wrong) < 8 else (2, 160)
         for outcome in wrong:
             told.append(f"{outcome.status.upper()} {outcome.name}: {outcome.reason}"[:300])
-            told += [f"    {line[:160]}" for line in self._last_lines(outcome.name, 6 if len(wrong) < 8 else 2)]
-        pieces = ["\n".join(told)[: DIGEST // 2] or "nothing failed"]
-        for status in ("passed", "skipped", "not reached"):
+            told += [f"    {line[:width]}" for line in self._telling_lines(outcome.name, most)]
+        pieces = ["\n".join(told)[:_TOLD] or "nothing failed"]
+        for status in ("passed", "running", "skipped", "not reached"):
             names = [outcome.name for outcome in self.outcomes.values() if outcome.status == status]
             pieces.append(f"{status}: {', '.join(names) or '-'}"[:600])
         if steps := smoke.table(self.folder / "smoke" / "steps.jsonl"):
@@ -401,10 +418,13 @@ class Session:
             pieces.append("\n".join("  ".join(line) for line in micro.assumptions(device, measured)))
         return "\n\n".join(pieces)[:DIGEST]
 
-    def _last_lines(self, name: str, most: int) -> list[str]:
+    def _telling_lines(self, name: str, most: int) -> list[str]:
+        """The first lines of a log that begin with FAILED, half of what is asked for, then its last lines."""
         path = self.folder / "logs" / f"{name}.log"
-        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-        return [line for line in text.splitlines() if line.strip()][-most:]
+        lines = [line for line in _end_of(path).decode(errors="replace").splitlines() if line.strip()]
+        failed = [k for k, line in enumerate(lines) if line.startswith("FAILED")][: -(-most // 2)]
+        last = [k for k in range(len(lines)) if k not in failed][-(most - len(failed)) :] if len(failed) < most else []
+        return [lines[k] for k in (*failed, *last)]
 
     def write(self) -> None:
         """session.json, which a later session reads, and summary.md, which people do."""
@@ -456,11 +476,20 @@ def pack(folder: Path, archive: Path) -> None:
             if not path.is_file() or path in (archive, partial):
                 continue
             with suppress(FileNotFoundError):  # a file that is replaced just now
-                content = path.read_bytes()
+                content = _end_of(path)
                 member = tarfile.TarInfo(path.relative_to(folder).as_posix())
                 member.size, member.mtime = len(content), int(time.time())
                 tar.addfile(member, io.BytesIO(content))
     partial.replace(archive)
+
+
+def _end_of(path: Path) -> bytes:
+    """A file, or the end of a large one; nothing of one that is not there."""
+    if not path.is_file():
+        return b""
+    with path.open("rb") as file:
+        file.seek(max(path.stat().st_size - _KEPT, 0))
+        return file.read()
 
 
 def unpack(archive: Path, folder: Path) -> None:

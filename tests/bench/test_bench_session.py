@@ -104,6 +104,14 @@ def test_a_part_is_asked_to_end_before_it_is_made_to(tmp_path):
     assert "kept" in (tmp_path / "logs" / "polite.log").read_text()
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="it takes process_group of subprocess")
+def test_a_part_is_ended_with_a_killed_session_by_what_ends_its_session(tmp_path):
+    """So it is in the process session of the one that runs it, and yet a group of its own."""
+    made = Session(tmp_path, [python("one", "import os; print(os.getsid(0), os.getpgid(0) == os.getpid())")], dry=True)
+    made.run(60)
+    assert (tmp_path / "logs" / "one.log").read_text().splitlines()[-1] == f"{os.getsid(0)} True"
+
+
 def test_what_there_is_no_time_for_is_said(tmp_path):
     made = Session(tmp_path, [python("first", ""), python("last", "print(1)", last=True)], dry=True)
     made.run(0.0)
@@ -178,6 +186,7 @@ def test_a_session_that_is_killed_leaves_what_it_knew(tmp_path):
         "two": "running",
     }
     assert "| one |" in (tmp_path / "summary.md").read_text()
+    assert "running: two" in (tmp_path / "digest.txt").read_text()
 
 
 def test_an_interrupted_session_says_so(tmp_path):
@@ -230,11 +239,38 @@ def test_the_debug_build_is_what_exchanges_are_tried_with(tmp_path, monkeypatch)
     monkeypatch.setattr(session, "DEBUG", library)
     tried = {part.name: part for part in session.parts(tmp_path, dry=False)}
     assert tried["exchange-cuda-cluster"].environment["FUSEDRNN_CUDA_LIBRARY"] == str(library)
+    assert tried["exchange-cuda-cluster"].environment["CUDA_LAUNCH_BLOCKING"] == "1"
     assert "FUSEDRNN_CUDA_LIBRARY" not in tried["plans-cuda"].environment
 
 
+def test_a_tensor_has_an_allocation_of_its_own_under_the_sanitizers(tmp_path):
+    watched = [part for part in session.parts(tmp_path, dry=False) if part.name.startswith(("memcheck", "racecheck"))]
+    assert {part.environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] for part in watched} == {"1"}
+
+
+def test_the_profiler_knows_the_names_of_the_kernels(tmp_path):
+    wanted = {part.name: part.command for part in session.parts(tmp_path, dry=False) if part.name.startswith("ncu")}
+    regex = re.compile(wanted["ncu-cuda"][wanted["ncu-cuda"].index("--kernel-name") + 1].removeprefix("regex:"))
+    launched = {"csrc/cuda/instances/instances.cuh": r"^__global__.* (\w+)\("}
+    launched |= {f"kernels/{name}.py": r"^@triton.jit\(do_not.*\ndef (\w+)" for name in ("forward", "backward")}
+    for path, pattern in launched.items():
+        (name,) = re.findall(pattern, (session.ROOT / path).read_text(), re.MULTILINE)
+        assert regex.fullmatch(name), name
+    assert wanted["ncu-triton"][:-1] == wanted["ncu-cuda"][:-1]
+
+
+def test_a_program_that_does_not_start_is_a_failed_part(tmp_path):
+    tool = tmp_path / "ncu"
+    tool.write_text("no program")
+    made = Session(tmp_path, [Part("looking", "", 20.0, (str(tool),)), python("next", "")], dry=True)
+    made.run(60)
+    assert statuses(made) == {"looking": "failed", "next": "passed"}
+    assert made.outcomes["looking"].reason.startswith("it was not started: ")
+
+
 def test_the_digest_tells_failures_first_and_fits(tmp_path):
-    hangs = "for k in range(2000): print('block 3 waits for the flags of the group', k)\nraise SystemExit(1)"
+    hangs = "print('FAILED lstm, grid of 64')\n"
+    hangs += "for k in range(2000): print('block 3 waits for the flags of the group', k)\nraise SystemExit(1)"
     todo = [python("good", ""), *(python(f"bad-{k}", hangs) for k in range(12)), python("absent", "", skip="no GPU")]
     made = Session(tmp_path, todo, dry=True)
     made.run(100)
@@ -244,7 +280,7 @@ def test_the_digest_tells_failures_first_and_fits(tmp_path):
     lines = [json.dumps({**row, "cuda": ours}), json.dumps({**row, "cuda": {"error": "RuntimeError: trapped"}})]
     (tmp_path / "smoke" / "steps.jsonl").write_text("\n".join([*lines, '{"H": 51']))
     digest = made.digest()
-    assert digest.startswith("FAILED bad-0: exit status 1")
+    assert digest.startswith("FAILED bad-0: exit status 1: FAILED lstm, grid of 64")
     assert len(digest) <= session.DIGEST
     assert "block 3 waits for the flags of the group 1999" in digest
     assert "passed: good" in digest
@@ -252,6 +288,16 @@ def test_the_digest_tells_failures_first_and_fits(tmp_path):
         " 512  16 cuda       1.50    1.20    2.00    2.10    9.00 |    3.50    2.00    4.00    3.10    9.90" in digest
     )
     assert "FAILED RuntimeError: trapped" in digest
+
+
+def test_of_a_large_file_the_end_is_archived(tmp_path, monkeypatch):
+    monkeypatch.setattr(session, "_KEPT", 8)
+    folder = tmp_path / "session"
+    (folder / "logs").mkdir(parents=True)
+    (folder / "logs" / "loud.log").write_text("loud " * 100 + "the end\n")
+    session.pack(folder, tmp_path / "results.tar.gz")
+    session.unpack(tmp_path / "results.tar.gz", tmp_path / "again")
+    assert (tmp_path / "again" / "logs" / "loud.log").read_text() == "the end\n"
 
 
 def test_everything_is_in_one_archive_as_it_goes(tmp_path, monkeypatch):
