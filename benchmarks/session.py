@@ -100,12 +100,16 @@ def parts(folder: Path, dry: bool) -> list[Part]:
     results = folder / "grid" / "results.csv"
     first, *others = backends.items()
     found += _of_backend(folder, *first, dry)
-    found.append(_grid(folder, backends, dry))
+    found.append(_grid(folder, "grid", *first, dry))
     predicting = (*bench, "predict", str(results), *(("--device", predict.planner.H200.name) if dry else ()))
     what = "what the planners predicted next to what was measured"
     found.append(Part("predictions", what, 20, predicting, last=True, needs=results))
     found.append(_profile(folder, backends, dry))
-    found += [part for other in others for part in _of_backend(folder, *other, dry)]
+    for name, state in others:
+        found += _of_backend(folder, name, state, dry)
+        steps = _steps(folder, name, state, dry)
+        found += [part for part in (steps,) if part.name not in {other.name for other in found}]
+        found.append(_grid(folder, f"grid-{name}", name, state, dry))
     found += [_check(folder, name, dry) for name in ("aten", "reference")]
     for kind in ("memcheck", "synccheck"):
         found += [_sanitized(kind, name, skip, environment, dry) for name, (skip, environment) in backends.items()]
@@ -121,7 +125,9 @@ def _smoke_test(folder: Path, backends: dict[str, tuple[str, dict[str, str]]], d
     device = ("--device", "cpu" if dry else "cuda")
     program = ("-m", "fusedrnn.benchmarks.smoke")
     info = ("-m", "fusedrnn", "info", "--json")
-    found = [Part("info", "versions, devices, backends and their reasons", 15, info, smoke=True)]
+    found = [Part("info", "versions, devices, backends and their reasons", 10, info, smoke=True)]
+    what = "nn.LSTM alone, which needs no kernel of ours: whether torch and cuDNN work"
+    found.append(Part("torch", what, 30, (*program, "torch", *device), smoke=True))
     for name in ("triton",) if dry else ("cuda",):
         skip, environment = backends.get(name, ("there is no such backend here", {}))
         environment = {**environment, "CUDA_LAUNCH_BLOCKING": "1"}  # an error is then that of the call that has it
@@ -130,17 +136,22 @@ def _smoke_test(folder: Path, backends: dict[str, tuple[str, dict[str, str]]], d
         for kind in smoke.KINDS[name]:
             what = f"{name}: small layers that exchange by {kind}, in the build that names what it waits for"
             command = (*program, "exchange", name, kind, *device)
-            found.append(Part(f"exchange-{name}-{kind}", what, 15, command, skip, environment, smoke=True))
+            found.append(Part(f"exchange-{name}-{kind}", what, 16, command, skip, environment, smoke=True))
     measuring = ("-m", "fusedrnn", "bench", "micro", "--out", str(folder / "micro"), "--samples", "10")
     measuring += ("--seconds", "30" if dry else "8", *(("--host",) if dry else ()))
     skip = micro.unavailable(host=dry) or ""
-    found.append(Part("micro", "microbenchmarks of what the planners assume", 40, measuring, skip, smoke=True))
-    timed = [name for name, (skip, _) in backends.items() if not skip and name in smoke.KINDS]
-    environment = {k: v for name in timed for k, v in backends[name][1].items()}
-    command = (*program, "steps", *timed, *device, "--out", str(folder / "smoke"))
-    what = "microseconds of a step by slope: measured, predicted, cuDNN"
-    skip = "" if timed else "no backend with a model is available"
-    return [*found, Part("steps", what, 60, command, skip, environment, smoke=True)]
+    found.append(Part("micro", "microbenchmarks of what the planners assume", 45, measuring, skip, smoke=True))
+    timed = "triton" if dry else "cuda"
+    state = backends.get(timed, ("there is no such backend here", {}))
+    return [*found, replace(_steps(folder, timed, state, dry), smoke=True)]
+
+
+def _steps(folder: Path, name: str, state: tuple[str, dict[str, str]], dry: bool) -> Part:
+    skip, environment = state
+    command = ("-m", "fusedrnn.benchmarks.smoke", "steps", name, "--device", "cpu" if dry else "cuda")
+    command += ("--out", str(folder / "smoke"))
+    what = f"microseconds of a step of {name} by slope: measured, predicted, cuDNN"
+    return Part(f"steps-{name}", what, 45, command, skip, environment)
 
 
 def _of_backend(folder: Path, name: str, state: tuple[str, dict[str, str]], dry: bool) -> list[Part]:
@@ -194,19 +205,17 @@ def _backends(dry: bool) -> dict[str, tuple[str, dict[str, str]]]:
     return {"cpu": (cpu, {}), "triton": (triton, {"TRITON_INTERPRET": "1"})}
 
 
-def _grid(folder: Path, backends: dict[str, tuple[str, dict[str, str]]], dry: bool) -> Part:
-    usable = [name for name, (skip, _) in backends.items() if not skip]
-    environment = {name: value for _, (_, variables) in backends.items() for name, value in variables.items()}
-    command = ["-m", "fusedrnn", "bench", "--suite", "gpu", "--out", str(folder / "grid"), "--resume"]
-    command += ["--baseline", "nn.LSTM", "--baseline", "FlashRNN", "--baseline", "haste"]
-    command += [argument for name in usable for argument in ("--backend", name)]
+def _grid(folder: Path, part: str, name: str, state: tuple[str, dict[str, str]], dry: bool) -> Part:
+    skip, environment = state
+    command = ["-m", "fusedrnn", "bench", "--suite", "gpu", "--out", str(folder / part), "--resume"]
+    command += ["--baseline", "nn.LSTM", "--baseline", "FlashRNN", "--baseline", "haste", "--backend", name]
     if dry:
         command += ["--device", "cpu", "--shrink", "32", "--dtype", "float32", "--limit", "3"]
         command += ["--rounds", "2", "--time-budget", "0"]
     else:
         command += ["--device", "cuda", "--rounds", "10", "--time-budget", "1"]
-    skip = "" if usable else "no backend with kernels is available"
-    return Part("grid", "the grid of sizes and dtypes against nn.LSTM", 120, tuple(command), skip, environment)
+    what = f"the grid of sizes and dtypes, {name} against nn.LSTM"
+    return Part(part, what, 120, tuple(command), skip, environment)
 
 
 def _profile(folder: Path, backends: dict[str, tuple[str, dict[str, str]]], dry: bool) -> Part:

@@ -1,7 +1,8 @@
 """The first questions to a GPU, each a process of `bench gpu` (session.py), a line for each result:
 
+    python -m fusedrnn.benchmarks.smoke torch                   nn.LSTM alone: whether torch and cuDNN work
     python -m fusedrnn.benchmarks.smoke exchange BACKEND KIND   small layers by plans of one kind of exchange
-    python -m fusedrnn.benchmarks.smoke steps --out FOLDER      microseconds of a step: measured, predicted, and cuDNN's
+    python -m fusedrnn.benchmarks.smoke steps BACKEND           microseconds of a step: measured, predicted, and cuDNN's
     python -m fusedrnn.benchmarks.smoke once BACKEND            one training step, for a profiler to look at
 
 `exchange` is where a kernel hangs if it ever does. It is one process for each kind, and the session runs the C++
@@ -15,6 +16,7 @@ import ctypes
 import json
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -210,31 +212,39 @@ def _responds(device: str) -> bool:
 # ------------------------------------------------------------------------------------------------ steps
 
 
-def steps(backends: Sequence[str], device: str, out: Path) -> int:
-    """Times cells, by the slope between two lengths, so without what is constant; appends each to `out`/steps.jsonl."""
+def steps(backend: str, device: str, out: Path) -> int:
+    """Times cells, by the slope between two lengths, so without what is constant: nn.LSTM's, then those of a backend.
+    Appends each to `out`/steps.jsonl as it is measured."""
     dry = device == "cpu"
     lengths = (2, 4) if dry else (128, 1024)
     hidden, batches = ((16,), (1, 3)) if dry else ((128, 256, 512, 1024), (1, 16, 64))
     clock = timing.clock(device)
+    cells = [(H, B, lengths, clock, device) for H in hidden for B in batches]
     failed = False
+
+    def theirs(*size: Any) -> dict[str, Any]:
+        dtypes = (torch.bfloat16,) if dry else (torch.bfloat16, torch.float16)
+        return {str(dtype).removeprefix("torch."): _slopes(nn.LSTM, dtype, *size) for dtype in dtypes}
+
+    def ours(*size: Any) -> dict[str, Any]:
+        return _ours(backend, *size)
+
     out.mkdir(parents=True, exist_ok=True)
     with (out / "steps.jsonl").open("a", encoding="utf-8") as file:
-        for H in hidden:
-            for B in batches:
-                size = (H, B, lengths, clock, device)
-                row: dict[str, Any] = {"H": H, "B": B, "nn.LSTM": {}}
-                for dtype in (torch.bfloat16,) if dry else (torch.bfloat16, torch.float16):
-                    name = str(dtype).removeprefix("torch.")
-                    row["nn.LSTM"][name] = _slopes(nn.LSTM, dtype, *size)
-                for backend in backends:
-                    try:
-                        row[backend] = _ours(backend, *size)
-                    except Exception as error:  # the other backend and the other cells are still to be timed
-                        failed = True
-                        row[backend] = {"error": f"{type(error).__name__}: {str(error)[:200]}"}
+        for name, measure in (("nn.LSTM", theirs), (backend, ours)):
+            for size in cells:
+                row: dict[str, Any] = {"H": size[0], "B": size[1]}
+                try:
+                    row[name] = measure(*size)
+                except Exception as error:
+                    failed = True
+                    row[name] = {"error": f"{type(error).__name__}: {str(error)[:200]}{_where(error)}"}
                 file.write(json.dumps(row) + "\n")
                 file.flush()
-                print(json.dumps(row), flush=True)
+                print(f"{'FAILED ' if 'error' in row[name] else ''}{json.dumps(row)}", flush=True)
+                if "error" in row[name] and not _responds(device):
+                    print("the device does not answer any longer", flush=True)
+                    return 1
     return 1 if failed else 0
 
 
@@ -322,24 +332,44 @@ def table(path: Path) -> list[str]:
         return []
     text = path.read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    baselines = {(row["H"], row["B"]): row["nn.LSTM"] for row in rows if "nn.LSTM" in row}
     lines = ["   H   B backend   forward: launch predicted  call  cuDNN16 cuDNNbf | backward: the same | plans"]
     for row in rows:
-        theirs = row["nn.LSTM"]
-        for backend in (name for name in row if name in KINDS):
-            ours, start = row[backend], f"{row['H']:4} {row['B']:3} {backend:7}"
-            if "error" in ours:
-                lines.append(f"{start} FAILED {ours['error']}")
+        theirs = baselines.get((row["H"], row["B"]), {})
+        for name, found in row.items():
+            start = f"{row['H']:4} {row['B']:3} {name:7}"
+            if name in ("H", "B") or (name == "nn.LSTM" and "error" not in found):
+                continue
+            if "error" in found:
+                lines.append(f"{start} FAILED {found['error']}")
                 continue
             both = []
             for k in range(2):
-                figures = [ours["launch"][k], ours["predicted"][k], ours["call"][k]]
-                figures += [theirs[name]["call"][k] for name in ("float16", "bfloat16") if name in theirs]
+                figures = [found["launch"][k], found["predicted"][k], found["call"][k]]
+                figures += [theirs[dtype]["call"][k] for dtype in ("float16", "bfloat16") if dtype in theirs]
                 both.append(" ".join(f"{figure:7.2f}" for figure in figures))
-            lines.append(f"{start} {' | '.join(both)} | {' / '.join(plan[:24] for plan in ours['plans'])}")
+            lines.append(f"{start} {' | '.join(both)} | {' / '.join(plan[:24] for plan in found['plans'])}")
     return lines
 
 
-# ------------------------------------------------------------------------------------------------ one step
+# ------------------------------------------------------------------------------------------------ one training step
+
+
+def torchs(device: str) -> int:
+    """A training step of nn.LSTM in every dtype, which needs no kernel of ours, and how long each takes at first."""
+    failed = False
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)[: 2 if device == "cpu" else 4]:
+        begin = time.perf_counter()
+        try:
+            lstm = nn.LSTM(64, 64).to(device, dtype)
+            lstm(torch.randn(8, 4, 64, device=device).to(dtype))[0].float().square().mean().backward()
+            finite = all(bool(p.grad.isfinite().all()) for p in lstm.parameters() if p.grad is not None)
+            outcome = "ok" if finite else "FAILED: not finite"
+        except Exception as error:
+            finite, outcome = False, f"FAILED {type(error).__name__}: {' '.join(str(error)[:600].split())}"
+        failed |= not finite
+        print(f"{outcome}, {dtype}, {time.perf_counter() - begin:.1f} s", flush=True)
+    return 1 if failed else 0
 
 
 def once(backend: str, device: str) -> int:
@@ -354,14 +384,16 @@ def once(backend: str, device: str) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; see the top of this file."""
     parser = argparse.ArgumentParser(prog="python -m fusedrnn.benchmarks.smoke", description=__doc__)
-    parser.add_argument("what", choices=("exchange", "steps", "once"))
-    parser.add_argument("names", nargs="*", help="a backend, and of exchange a kind; of steps the backends")
+    parser.add_argument("what", choices=("torch", "exchange", "steps", "once"))
+    parser.add_argument("names", nargs="*", help="a backend, and of exchange a kind")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out", type=Path, default=Path("smoke"))
     parser.add_argument("--skip", type=int, default=0, help="trials of an exchange")
     options = parser.parse_args(argv)
+    if options.what == "torch":
+        return torchs(options.device)
     if options.what == "steps":
-        return steps(options.names, options.device, options.out)
+        return steps(options.names[0], options.device, options.out)
     if options.what == "once":
         return once(options.names[0], options.device)
     return exchange(options.names[0], options.names[1], options.device, options.skip)

@@ -212,9 +212,10 @@ def gpu(*arguments):
 def test_parts_stand_in_order_of_importance(capsys):
     assert gpu("--list") == 0
     names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    wanted = ["info", "exchange-cuda-grid", "exchange-cuda-cluster", "exchange-cuda-chunked", "micro", "steps"]
+    wanted = ["info", "torch", "exchange-cuda-grid", "exchange-cuda-cluster", "exchange-cuda-chunked", "micro"]
+    wanted += ["steps-cuda"]
     wanted += ["plans-cuda", "ncu-cuda", "racecheck-cuda", "check-cuda", "grid", "predictions", "profile"]
-    wanted += ["plans-triton", "racecheck-triton", "check-triton", "tests-gpu", "report"]
+    wanted += ["plans-triton", "racecheck-triton", "check-triton", "steps-triton", "grid-triton", "tests-gpu", "report"]
     assert [name for name in names if name in wanted] == wanted
     assert gpu("--list", "--json") == 0
     assert [part["name"] for part in json.loads(capsys.readouterr().out)["parts"]] == names
@@ -241,6 +242,13 @@ def test_the_debug_build_is_what_exchanges_are_tried_with(tmp_path, monkeypatch)
     assert tried["exchange-cuda-cluster"].environment["FUSEDRNN_CUDA_LIBRARY"] == str(library)
     assert tried["exchange-cuda-cluster"].environment["CUDA_LAUNCH_BLOCKING"] == "1"
     assert "FUSEDRNN_CUDA_LIBRARY" not in tried["plans-cuda"].environment
+
+
+def test_what_triton_compiles_takes_no_time_from_the_cuda_kernels(tmp_path):
+    tried = {part.name: part.command for part in session.parts(tmp_path, dry=False)}
+    assert "triton" not in tried["steps-cuda"] + tried["grid"]
+    assert "triton" in tried["steps-triton"]
+    assert tried["grid-triton"][tried["grid-triton"].index("--backend") + 1] == "triton"
 
 
 def test_a_tensor_has_an_allocation_of_its_own_under_the_sanitizers(tmp_path):
@@ -276,8 +284,10 @@ def test_the_digest_tells_failures_first_and_fits(tmp_path):
     made.run(100)
     (tmp_path / "smoke").mkdir()
     ours = {"call": [2.0, 4.0], "launch": [1.5, 3.5], "predicted": [1.2, 2.0], "plans": ["1 x 8", "1 x 16"]}
-    row = {"H": 512, "B": 16, "nn.LSTM": {"float16": {"call": [2.1, 3.1]}, "bfloat16": {"call": [9.0, 9.9]}}}
-    lines = [json.dumps({**row, "cuda": ours}), json.dumps({**row, "cuda": {"error": "RuntimeError: trapped"}})]
+    row = {"H": 512, "B": 16}
+    theirs = {"float16": {"call": [2.1, 3.1]}, "bfloat16": {"call": [9.0, 9.9]}}
+    rows = {"nn.LSTM": theirs}, {"cuda": ours}, {"cuda": {"error": "RuntimeError: trapped"}}
+    lines = [json.dumps({**row, **more}) for more in rows]
     (tmp_path / "smoke" / "steps.jsonl").write_text("\n".join([*lines, '{"H": 51']))
     digest = made.digest()
     assert digest.startswith("FAILED bad-0: exit status 1: FAILED lstm, grid of 64")
@@ -366,7 +376,8 @@ def test_a_short_dry_run(tmp_path, capsys, monkeypatch, commands_here):
     monkeypatch.setattr(session, "_backends", lambda dry: {"cpu": ("", {}), "warp": ("there is no such backend", {})})
     asked = [
         "info",
-        "steps",
+        "torch",
+        "steps-triton",
         "check-cpu",
         "plans-cpu",
         "plans-warp",
@@ -380,7 +391,7 @@ def test_a_short_dry_run(tmp_path, capsys, monkeypatch, commands_here):
     assert gpu(*arguments, *(f"--only={name}" for name in asked)) == 0, capsys.readouterr().out
     outcomes = {outcome.name: outcome for outcome in session.read(tmp_path)[0]}
     assert {name: outcomes[name].status for name in asked} == {
-        name: "skipped" if name in ("steps", "plans-warp", "memcheck-cpu") else "passed" for name in asked
+        name: "skipped" if name in ("steps-triton", "plans-warp", "memcheck-cpu") else "passed" for name in asked
     }
     assert outcomes["plans-warp"].reason == "there is no such backend"
     for name in (

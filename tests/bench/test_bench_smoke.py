@@ -1,6 +1,7 @@
 """The first questions to a GPU (benchmarks/smoke.py), asked of a CPU: what they find, and what they say of it."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -95,6 +96,36 @@ def test_another_process_goes_on_where_the_device_has_failed(asked, capsys, monk
     assert "another goes on" in said
     (command,) = started
     assert command[command.index("exchange") :] == ["exchange", "reference", "grid", "--device", "cpu", "--skip", "2"]
+
+
+def test_torch_alone(capsys, monkeypatch):
+    assert smoke.main(["torch", "--device", "cpu"]) == 0
+    assert [line.split(",")[0] for line in capsys.readouterr().out.splitlines()] == ["ok", "ok"]
+
+    def missing(*_):
+        raise RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED")
+
+    monkeypatch.setattr(smoke.nn, "LSTM", missing)
+    assert smoke.main(["torch", "--device", "cpu"]) == 1
+    assert "FAILED RuntimeError: cuDNN error" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("broken", ["nn.LSTM", "triton"])
+def test_steps_of_one_are_kept_where_the_other_fails(tmp_path, capsys, monkeypatch, broken):
+    measured = {"call": [2.0, 4.0], "launch": [1.5, 3.5]}
+
+    def fail(*_):
+        raise RuntimeError("it fails")
+
+    monkeypatch.setattr(smoke, "_slopes", fail if broken == "nn.LSTM" else lambda *_: measured)
+    ours = {**measured, "predicted": [1.2, 2.0], "plans": ["1 x 8", "1 x 16"]}
+    monkeypatch.setattr(smoke, "_ours", fail if broken == "triton" else lambda *_: ours)
+    assert smoke.main(["steps", "triton", "--device", "cpu", "--out", str(tmp_path)]) == 1
+    lines = smoke.table(tmp_path / "steps.jsonl")[1:]
+    assert sum("FAILED RuntimeError: it fails" in line for line in lines) == 2
+    assert sum("1.50    1.20    2.00 |" in line for line in lines) == (2 if broken == "nn.LSTM" else 0)
+    rows = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
+    assert [next(name for name in row if name not in ("H", "B")) for row in rows] == ["nn.LSTM"] * 2 + ["triton"] * 2
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
