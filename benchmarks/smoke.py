@@ -103,11 +103,13 @@ def exchange(backend: str, kind: str, device: str, skip: int = 0) -> int:
     for k, (case, math, choice, label) in enumerate(_trials(backend, kind, device)):
         if k < skip:
             continue
+        print(label, end=": ", flush=True)  # before: one that hangs says no more
         try:
             with plans.forcing(backend, *choice.plans.values()):
-                print(f"ok     {_worst(backend, case, math, device):5.2f}  {label}", flush=True)
+                print(f"ok, {_worst(backend, case, math, device):.2f} of what is allowed", flush=True)
         except Exception as error:
             failed = True
+            print(flush=True)
             why = " ".join(f"{type(error).__name__}: {error}"[:600].split())
             used = "; ".join(f"{kernel}: {plan}" for kernel, plan in choice.plans.items())
             print(f"FAILED {label}: {why}{_where(error)}; {used}", flush=True)
@@ -234,6 +236,7 @@ def steps(backend: str, device: str, out: Path) -> int:
         for name, measure in (("nn.LSTM", theirs), (backend, ours)):
             for size in cells:
                 row: dict[str, Any] = {"H": size[0], "B": size[1]}
+                print(f"{name}, H {size[0]}, B {size[1]}:", flush=True)
                 try:
                     row[name] = measure(*size)
                 except Exception as error:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -44,7 +45,9 @@ def asked(monkeypatch):
 
 def test_what_is_right_passes_in_every_arithmetic(asked, capsys):
     assert asked(lambda ours, tf32: None, *smoke._MATHS) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["ok"] * len(smoke._MATHS)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[0] for line in lines] == [trial(math)[-1] for math in smoke._MATHS]
+    assert all(re.search(r": ok, 0\.\d\d of", line) for line in lines)
 
 
 def test_tf32_may_round_its_operands_and_float32_may_not(asked, capsys):
@@ -52,8 +55,9 @@ def test_tf32_may_round_its_operands_and_float32_may_not(asked, capsys):
         ours["y"] *= 1 + 2.0**-11
 
     assert asked(round_as_tf32, "tf32", "float32") == 1
-    in_tf32, in_float32 = capsys.readouterr().out.splitlines()
-    assert in_tf32.startswith("ok ")
+    in_tf32, begun, in_float32 = capsys.readouterr().out.splitlines()
+    assert in_tf32.startswith("lstm, grid of 4, tf32, H 5, T 3: ok")
+    assert begun == "lstm, grid of 4, float32, H 5, T 3: "
     assert in_float32.startswith("FAILED lstm, grid of 4, float32")
 
 
@@ -64,7 +68,7 @@ def test_a_failure_names_the_plans_and_the_first_wrong_element(asked, capsys):
         ours["hn"][:] = 9
 
     assert asked(break_two, "float32") == 1
-    (line,) = capsys.readouterr().out.splitlines()
+    _, line = capsys.readouterr().out.splitlines()
     assert "y: error inf" in line
     assert f"; 2 of {T * B * H} wrong, first [1, 1, 2]: nan, exactly " in line
     assert "wrong as well: hn; forward: the forward's plan; backward: the backward's plan" in line
@@ -75,11 +79,10 @@ def test_results_that_change_are_a_failure(asked, capsys):
 
     def change(ours, tf32):
         times.append(None)
-        ours["dx"][2, 1, 0] += 1e-9 * len(times)
-        ours["dx"][2, 1, 1] = torch.nextafter(ours["dx"][2, 1, 1], torch.tensor(9.0)) if len(times) == 3 else 0.0
+        ours["dx"][2, 1, 0] *= 1 + 2.0**-23 * (len(times) == 3)
 
-    assert asked(change, "bfloat16") == 1
-    assert "FAILED" in capsys.readouterr().out
+    assert asked(change, "float32") == 1
+    assert "AssertionError: dx differs from one time to the next, first at [2, 1, 0]" in capsys.readouterr().out
 
 
 def test_another_process_goes_on_where_the_device_has_failed(asked, capsys, monkeypatch):
@@ -90,7 +93,7 @@ def test_another_process_goes_on_where_the_device_has_failed(asked, capsys, monk
     monkeypatch.setattr(smoke, "_responds", lambda device: False)
     monkeypatch.setattr(smoke.subprocess, "run", lambda command, **_: started.append(command))
     assert asked(fail, "bfloat16", "tf32", "float32", skip=1) == 1
-    failed, said = capsys.readouterr().out.splitlines()
+    _, failed, said = capsys.readouterr().out.splitlines()
     assert failed.startswith("FAILED lstm, grid of 4, tf32")
     assert "CUDA error: an illegal memory access Compile with" in failed
     assert "another goes on" in said
