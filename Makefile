@@ -141,12 +141,14 @@ build/triton-$(OLDEST_TRITON): $(VENV)/.test
 	$(BIN)/pip install --no-deps --target $@.partial triton==$(OLDEST_TRITON)
 	mv $@.partial $@
 
-# make gpu-build   on a machine with nvcc, a GPU or none: what make gpu takes along, in fusedrnn/ and in build/
+# make gpu-build   on a machine with nvcc, a GPU or none: what make gpu takes along, in fusedrnn/ and in build/, and
+# make gpu-build   all of it in build/gpu.tar.gz
 gpu-build: $(VENV)/.test
 	FUSEDRNN_BUILD_CUDA=1 $(BIN)/pip install --no-build-isolation --no-deps -e .
 	FUSEDRNN_BUILD_CUDA=1 FUSEDRNN_BUILD_CPU=0 FUSEDRNN_CUDA_DEBUG=1 \
 	  $(BIN)/python setup.py -q build_ext --build-lib build/debug
 	$(BIN)/python -m fusedrnn bench gpu --prepare
+	tar -czf build/gpu.tar.gz fusedrnn/_*.so fusedrnn/_build.json build/debug/fusedrnn build/micro build/checkout.json
 
 # make gpu         on a machine with a GPU: everything there is to find out, into OUT; GPU=--resume goes on with it,
 # make gpu         GPU=--smoke does the first 200 seconds of it, GPU="--only micro" one part, GPU=--list names them,
