@@ -44,6 +44,7 @@ _TOLD = 5000  # of these, of what failed
 _KEPT = 4 << 20  # bytes: the end of a larger file is archived
 # So that what a part starts is ended with it; and not by setsid, so that what ends a killed session ends its parts.
 _GROUP: dict[str, Any] = {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
+_ERRORS = ("CUDA error", "has waited too long")  # of torch, whose exception may not repeat it, and of the debug build
 DEBUG = ROOT / "build" / "debug" / "fusedrnn" / "_cuda.abi3.so"
 
 
@@ -428,12 +429,15 @@ class Session:
         return "\n\n".join(pieces)[:DIGEST]
 
     def _telling_lines(self, name: str, most: int) -> list[str]:
-        """The first lines of a log that begin with FAILED, half of what is asked for, then its last lines."""
+        """The first lines of a log that begin with FAILED or name an error of the device, then its last lines."""
         path = self.folder / "logs" / f"{name}.log"
         lines = [line for line in _end_of(path).decode(errors="replace").splitlines() if line.strip()]
-        failed = [k for k, line in enumerate(lines) if line.startswith("FAILED")][: -(-most // 2)]
-        last = [k for k in range(len(lines)) if k not in failed][-(most - len(failed)) :] if len(failed) < most else []
-        return [lines[k] for k in (*failed, *last)]
+        found = [k for k, line in enumerate(lines) if line.startswith("FAILED")][: -(-most // 2)]
+        for error in _ERRORS:
+            found += [k for k, line in enumerate(lines) if error in line and k not in found][:1]
+        found = found[:most]
+        last = [k for k in range(len(lines)) if k not in found][-(most - len(found)) :] if len(found) < most else []
+        return [lines[k] for k in (*found, *last)]
 
     def write(self) -> None:
         """session.json, which a later session reads, and summary.md, which people do."""

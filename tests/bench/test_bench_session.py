@@ -277,7 +277,7 @@ def test_a_program_that_does_not_start_is_a_failed_part(tmp_path):
 
 
 def test_the_digest_tells_failures_first_and_fits(tmp_path):
-    hangs = "print('FAILED lstm, grid of 64')\n"
+    hangs = "print('FAILED lstm, grid of 64')\nprint('Exception in aoti_torch: CUDA', 'error: it trapped')\n"
     hangs += "for k in range(2000): print('block 3 waits for the flags of the group', k)\nraise SystemExit(1)"
     todo = [python("good", ""), *(python(f"bad-{k}", hangs) for k in range(12)), python("absent", "", skip="no GPU")]
     made = Session(tmp_path, todo, dry=True)
@@ -292,7 +292,7 @@ def test_the_digest_tells_failures_first_and_fits(tmp_path):
     digest = made.digest()
     assert digest.startswith("FAILED bad-0: exit status 1: FAILED lstm, grid of 64")
     assert len(digest) <= session.DIGEST
-    assert "block 3 waits for the flags of the group 1999" in digest
+    assert "    Exception in aoti_torch: CUDA error: it trapped" in digest
     assert "passed: good" in digest
     assert (
         " 512  16 cuda       1.50    1.20    2.00    2.10    9.00 |    3.50    2.00    4.00    3.10    9.90" in digest
