@@ -170,6 +170,7 @@ def grid(quick: bool) -> list[Problem]:
     if quick:
         shapes = [Shape(128, B, H, H, H, 1, 2, "tf32") for H, B in ((64, 1), (512, 64), (1024, 1), (2048, 64))]
         shapes += [Shape(128, 64, 256, 256, 256, 2, 4, precision, True) for precision in ("tf32", "tf32x3", "ieee")]
+        shapes += [Shape(128, 16, 32, 32, 32, 1, *kind) for kind in ((2, "tf32"), (4, "tf32"), (4, "ieee"))]
         shapes += [Shape(1, 1, 256, 256, 256, 1, 2, "tf32"), Shape(128, 32, 512, 512, 256, 2, 2, "tf32", True)]
         shapes += [Shape(128, 32, 650, 650, 650, 2, 2, "tf32", True)]
         shapes += [Shape(T, B, 512, 512, 512, 1, 2, "tf32", cell="gru") for T, B in ((128, 64), (1, 1))]
@@ -186,7 +187,7 @@ def grid(quick: bool) -> list[Problem]:
         return [*(Problem(shape, shape.ragged) for shape in shapes), Problem(given, True)]
     problems = []
     kinds = ((2, "tf32"), (4, "tf32"), (4, "tf32x3"), (4, "ieee"))
-    for H, B, kind in itertools.product((64, 100, 128, 256, 512, 650, 1024, 2048), (1, 32, 128), kinds):
+    for H, B, kind in itertools.product((32, 64, 100, 128, 256, 512, 650, 1024, 2048), (1, 32, 128), kinds):
         problems += [Problem(Shape(128, B, H, H, H, 1, *kind), states) for states in (False, True)]
         problems.append(Problem(Shape(1, B, H, H, H, 1, *kind), True))
         problems += [Problem(Shape(128, B, H, H, P, 2, *kind, ragged=True), True) for P in (H, H // 2)]

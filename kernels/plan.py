@@ -223,6 +223,8 @@ def _most_carried(shape: Shape) -> int:
     """The maximum units of a program, apart from shared memory."""
     if shape.itemsize == 2:
         return 128 if shape.aligned and not shape.ragged else 64
+    if shape.precision == "ieee":  # LLVM issue 220475: compiling such a kernel with Triton 3.9 ends the process
+        return 0
     return 64 if shape.precision == "tf32" and shape.extras <= 2 else 32
 
 

@@ -29,9 +29,13 @@ F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float1
 
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch):
-    """Where there is no GPU, Triton is told to interpret before it sees a kernel, and while it runs one."""
+    """Where there is no GPU, Triton is told to interpret before it sees a kernel, and while it runs one.
+
+    Plans are those of TF32, as by default on a GPU; the interpreter multiplies them as IEEE float32.
+    """
     if not ON_GPU:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
+        monkeypatch.setenv("FUSEDRNN_FP32", "tf32")
 
 
 @pytest.fixture
@@ -238,7 +242,6 @@ def force(launch, planner, monkeypatch):
     """Makes the planner choose the fewest programs of a regime with a barrier; returns what it chose, by kernel."""
     if ON_GPU:
         pytest.skip("plans the interpreter's device: a GPU has one of its own")
-    monkeypatch.setenv("FUSEDRNN_FP32", "tf32")  # which the interpreter multiplies as float32
 
     def use(regime, groups):
         chosen = {}
@@ -317,7 +320,7 @@ def test_one_launch_over_all_steps_of_a_program_that_exchanges_with_itself(launc
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
 def test_input_affine_in_the_launch_and_before_it(cell, launch, planner, monkeypatch):
     """The planner has both, and both compute the same."""
-    shape = launch.Shape(4, 3, 16, 16, 16, 2, 4, "ieee", cell=cell)
+    shape = launch.Shape(4, 3, 16, 16, 16, 2, 4, "tf32", cell=cell)
     device = launch._device(0) if ON_GPU else planner.INTERPRETER
     found = {plan.fuse_input: plan for plan in planner.plans("forward", shape, device) if plan.carried}
     assert found.keys() == {False, True}
@@ -602,6 +605,7 @@ def test_without_a_c_compiler(monkeypatch):
     ],
 )
 def test_fp32_precision(switch, variable, expected, monkeypatch):
+    monkeypatch.delenv("FUSEDRNN_FP32", raising=False)
     if variable is not None:
         monkeypatch.setenv("FUSEDRNN_FP32", variable)
     rnn = torch.backends.cudnn.rnn
@@ -614,6 +618,7 @@ def test_fp32_precision(switch, variable, expected, monkeypatch):
 
 
 def test_older_switch(monkeypatch):
+    monkeypatch.delenv("FUSEDRNN_FP32", raising=False)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         assert gpu.fp32_precision() == "ieee"
 

@@ -69,12 +69,14 @@ def test_weights_are_all_resident_or_all_streamed(pass_):
 
 
 @pytest.mark.parametrize(
-    ("H", "B", "itemsize", "forward", "backward"),
-    [(64, 1, 2, "rows", "rows"), (512, 16, 2, "resident", "resident"), (1024, 1, 2, "resident", None),
-     (256, 16, 4, "resident", "resident"), (4096, 16, 2, "streamed", "streamed")],
+    ("H", "B", "itemsize", "precision", "forward", "backward"),
+    [(64, 1, 2, "tf32", "rows", "rows"), (512, 16, 2, "tf32", "resident", "resident"),
+     (1024, 1, 2, "tf32", "resident", None), (32, 16, 4, "tf32", "rows", "rows"),
+     (32, 16, 4, "ieee", "streamed", "resident"), (256, 16, 4, "tf32", "resident", "resident"),
+     (4096, 16, 2, "tf32", "streamed", "streamed")],
 )  # fmt: skip
-def test_regimes_on_an_h200(H, B, itemsize, forward, backward):
-    shape = Shape(128, B, H, H, H, 1, itemsize, "tf32")
+def test_regimes_on_an_h200(H, B, itemsize, precision, forward, backward):
+    shape = Shape(128, B, H, H, H, 1, itemsize, precision)
     assert planner.plan("forward", shape, H200).regime == forward
     assert backward is None or planner.plan("backward", shape, H200).regime == backward
 
