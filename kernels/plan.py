@@ -203,7 +203,8 @@ def _tiles(kernel: str, shape: Shape, device: Device) -> Iterator[_Tile]:
                     and not (sums and shape.weight_itemsize > shape.itemsize)
                 )
                 chunk = (64 if shape.projected else 128) // shape.itemsize
-                yield _Tile(batch, units, 1, chunk if wide else 16, 0, 4)
+                stages = 3 if plain and shape.projected and units > 16 else 4
+                yield _Tile(batch, units, 1, chunk if wide else 16, 0, stages)
 
 
 def _most_held(shape: Shape, device: Device, batch: int, units: int) -> int:
