@@ -47,7 +47,7 @@ test: $(VENV)/.test
 	$(BIN)/pytest -n $(JOBS) --dist worksteal
 
 test-slow: $(VENV)/.test
-	$(BIN)/pytest -n $(JOBS) --dist worksteal -m slow
+	$(BIN)/pytest -n $(JOBS) --dist worksteal -m "slow and not compiles"
 
 OLDEST := 2.10.0
 OLDEST_TRITON := 3.6.0
@@ -88,13 +88,14 @@ format: $(VENV)/.lint
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(filter csrc/%,$(SOURCES)) $(CUDA_SOURCES)
 
-# make sanitize   the kernel tests on a library built with AddressSanitizer and UndefinedBehaviorSanitizer
+# make sanitize   the kernel tests, without slow ones, on a library built with AddressSanitizer and
+# make sanitize   UndefinedBehaviorSanitizer
 sanitize: $(VENV)/.test
 	FUSEDRNN_BUILD_CPU=1 FUSEDRNN_SANITIZE=address,undefined \
 	  $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize/lib FUSEDRNN_EXPECT_SANITIZED=1 \
-	  $(BIN)/pytest -n $(JOBS) --dist worksteal -m "not compiles" tests/cpu/test_kernels.py
+	  $(BIN)/pytest -n $(JOBS) --dist worksteal tests/cpu/test_kernels.py
 
 # make docs   the documentation, in docs/_build/html, with warnings as errors; make docs-serve shows it on port 8000
 docs: $(VENV)/.docs
@@ -126,7 +127,8 @@ FROM_TORCH := libc10.so libtorch.so libtorch_cpu.so libtorch_cuda.so libtorch_py
 chart: $(VENV)/.test
 	$(BIN)/python docs/draw_speed.py
 
-# make kernels   the GPU kernels compiled for every architecture: registers, spills, instructions; GRID=--quick for fewer.
+# make kernels   the GPU kernels compiled for every architecture: registers, spills, instructions; GRID=--quick for fewer:
+# make kernels   a small grid of Triton's, and of most CUDA kernels of cells other than the LSTM one architecture.
 # make kernels   Of Triton the oldest release that is supported, over few plans, and the one that is installed
 kernels: $(VENV)/.test build/triton-$(OLDEST_TRITON)
 	@echo "== Triton $(OLDEST_TRITON) =="
@@ -134,7 +136,7 @@ kernels: $(VENV)/.test build/triton-$(OLDEST_TRITON)
 	@echo "== Triton =="
 	$(BIN)/python -W ignore -m fusedrnn.kernels.compile $(GRID)
 	@echo "== CUDA C++, and what a small grid of Triton kernels has to hold =="
-	$(BIN)/pytest -m compiles -s
+	$(BIN)/pytest -m "compiles$(if $(GRID), and not slow)" -s
 
 build/triton-$(OLDEST_TRITON): $(VENV)/.test
 	rm -rf $@
