@@ -36,6 +36,15 @@ std::string failure(const char* call, cudaError_t error) {
     if (std::string failed = failure(#call, call(__VA_ARGS__)); !failed.empty()) return failed; \
   } while (false)
 
+// How many clusters run at the same time; 0 where the device has none of their size.
+std::string active_clusters(const void* kernel, const cudaLaunchConfig_t& launch, int& count) {
+  const cudaError_t error = cudaOccupancyMaxActiveClusters(&count, kernel, &launch);
+  const std::string failed = failure("cudaOccupancyMaxActiveClusters", error);
+  if (error != cudaErrorInvalidClusterSize) return failed;
+  count = 0;
+  return {};
+}
+
 struct Allocation {
   void* pointer = nullptr;
   ~Allocation() { (void)cudaFree(pointer); }
@@ -86,7 +95,7 @@ struct DeviceRunner {
       if (c.group > 8) FUSEDRNN_CALL(cudaFuncSetAttribute, kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
       int clusters = 0;
       launch.gridDim = dim3(static_cast<unsigned>(c.group));
-      FUSEDRNN_CALL(cudaOccupancyMaxActiveClusters, &clusters, kernel, &launch);
+      if (std::string error = active_clusters(kernel, launch, clusters); !error.empty()) return error;
       if (clusters == 0) {
         made.skipped = "no cluster of this size fits";
         return {};
@@ -196,7 +205,7 @@ std::string time_launches(const DeviceRunner& runner) {
   return {};
 }
 
-// How many clusters of `blocks` with 200 KiB each run at the same time; 0 where the device has no such clusters.
+// How many clusters of `blocks` with 200 KiB each run at the same time.
 std::string count_clusters(int blocks, int& count) {
   const auto kernel = reinterpret_cast<const void*>(&measured<ClusterBarrier<true>>);
   cudaLaunchAttribute attribute{};
@@ -211,8 +220,7 @@ std::string count_clusters(int blocks, int& count) {
   launch.numAttrs = 1;
   FUSEDRNN_CALL(cudaFuncSetAttribute, kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 200 * 1024);
   FUSEDRNN_CALL(cudaFuncSetAttribute, kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  FUSEDRNN_CALL(cudaOccupancyMaxActiveClusters, &count, kernel, &launch);
-  return {};
+  return active_clusters(kernel, launch, count);
 }
 
 std::string look(DeviceRunner& runner) {
