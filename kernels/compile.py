@@ -4,8 +4,8 @@
     python -m fusedrnn.kernels.compile --quick   over a small one
 
 prints the registers, the spilled bytes and the shared memory of each; the exit status is 1 if a kernel needs more
-shared memory than its plan says, or spills. The planner's tiles are tuned for Triton 3.6 to 3.9; spills with another
-release are printed but are no failure.
+shared memory than its plan says, or accesses spilled registers in the loop over time. The planner's tiles are tuned for
+Triton 3.6 to 3.9; spills with another release are printed but are no failure.
 """
 
 from __future__ import annotations
@@ -78,6 +78,7 @@ class Resources(NamedTuple):
 
     registers: int  # of each thread
     spilled: int  # bytes of each thread
+    spills: int  # instructions of the loop over time that read or write spilled registers
     shared: int  # bytes of each block
     ttgir: str  # Triton's last representation that still has tensors
     ptx: str
@@ -120,20 +121,44 @@ def compile(variant: Variant) -> Resources:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(function, signature, {k: v for k, v in constants.items() if k in signature}, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=plan.options)
-    registers, spilled = _usage(compiled.asm["cubin"])
-    return Resources(registers, spilled, compiled.metadata.shared, compiled.asm["ttgir"], compiled.asm["ptx"])
+    cubin = compiled.asm["cubin"]
+    usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text := _read(cubin, "cuobjdump", "-res-usage"))
+    if usage is None:
+        raise RuntimeError(f"cuobjdump says nothing of registers: {text}")
+    registers, spilled = int(usage[1]), int(usage[2]) + int(usage[3])
+    spills = spills_in_steps(_read(cubin, "nvdisasm", "-c")) if spilled else 0
+    return Resources(registers, spilled, spills, compiled.metadata.shared, compiled.asm["ttgir"], compiled.asm["ptx"])
 
 
-def _usage(cubin: bytes) -> tuple[int, int]:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+def _read(cubin: bytes, tool: str, *options: str) -> str:
+    """What a tool that Triton brings says of a kernel."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
-    if usage is None:
-        raise RuntimeError(f"cuobjdump says nothing of registers: {text}")
-    return int(usage[1]), int(usage[2]) + int(usage[3])
+        return subprocess.run([path, *options, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def spills_in_steps(listing: str) -> int:
+    """The instructions of a kernel that access local memory in the loop over time, which lies in that over the rows.
+
+    Args:
+        listing: of nvdisasm -c. A loop is what a branch backwards jumps over; all loops count if none lies in another.
+    """
+    labels: dict[str, int] = {}
+    instructions: list[str] = []
+    for line in listing.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            instructions.append(instruction[1])
+    jumps = ((k, re.search(r"\bBRA\b.*?(\.L_\w+)", text)) for k, text in enumerate(instructions))
+    begins = ((labels.get(jump[1], k), k) for k, jump in jumps if jump)
+    loops = {(begin, k) for begin, k in begins if begin < k}  # without the branch to itself at the end of a kernel
+    depths = [sum(begin <= k <= end for begin, end in loops) for k in range(len(instructions))]
+    least = min(max(depths, default=0), 2)
+    accesses = (k for k, text in enumerate(instructions) if re.search(r"\b(LDL|STL)\b", text))
+    return sum(depths[k] >= max(least, 1) for k in accesses)
 
 
 class Problem(NamedTuple):
@@ -208,12 +233,13 @@ class Report(NamedTuple):
     variant: Variant
     registers: int
     spilled: int
+    spills: int
     shared: int
 
     @property
     def failure(self) -> str | None:
-        if self.spilled and ".".join(triton.__version__.split(".")[:2]) in FITTED:
-            return f"spills {self.spilled} bytes"
+        if self.spills and ".".join(triton.__version__.split(".")[:2]) in FITTED:
+            return f"accesses {self.spilled} spilled bytes {self.spills} times in the loop over time"
         if self.shared > self.variant.plan.shared:
             return f"takes {self.shared} bytes of shared memory, planned {self.variant.plan.shared}"
         return None
@@ -225,7 +251,7 @@ class Report(NamedTuple):
 
 def report(variant: Variant) -> Report:
     """Compiles a variant and returns its resources."""
-    return Report(variant, *compile(variant)[:3])
+    return Report(variant, *compile(variant)[:4])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

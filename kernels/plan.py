@@ -173,7 +173,7 @@ class _Tile(NamedTuple):
 
 
 def _tiles(kernel: str, shape: Shape, device: Device) -> Iterator[_Tile]:
-    """The tiles that spill no registers with Triton from 3.6 on, as compile.py shows.
+    """The tiles that spill no registers in the loop over time with Triton from 3.6 on, as compile.py shows.
 
     Lengths and resets take registers for masks, and row sizes that are no multiples of 16 an address per element. With
     resident weights all loads of states are in flight together: at most `held` bytes, fewer with separate maps.

@@ -1,4 +1,4 @@
-"""The Triton kernels, compiled ahead of time for sm_80 to sm_100: no spills, and resident means resident.
+"""The Triton kernels, compiled ahead of time for sm_80 to sm_100: no spills in the loop, and resident means resident.
 
 `python -m fusedrnn.kernels.compile` does the same over a wide grid; here it is a small one, and `make kernels` runs
 both. pytest alone compiles two kernels, of which it reads what became of them.
@@ -40,7 +40,7 @@ def environment():
 
 
 @pytest.mark.compiles
-def test_no_kernel_spills_or_exceeds_its_plan(compiled):
+def test_no_kernel_spills_in_its_loop_or_exceeds_its_plan(compiled):
     status, rows = compiled
     assert [(row["variant"], row["failure"]) for row in rows if row["failure"]] == []
     assert status == 0
@@ -63,6 +63,30 @@ def test_no_kernel_spills_or_exceeds_its_plan(compiled):
         "lstm_peephole+hcg",
     ):
         assert any(name in row["variant"] for row in rows), name
+
+
+SPILLING = """
+import json
+from fusedrnn.kernels import compile as ahead
+from fusedrnn.kernels.plan import H200, Plan, Shape
+options = Plan.options.fget
+Plan.options = property(lambda plan: {**options(plan), "maxnreg": 96})
+(variant, _) = ahead.variants([H200], [ahead.Problem(Shape(128, 16, 512, 512, 512, 1, 2, "tf32"), False)])
+outcome = ahead.report(variant)
+print(json.dumps([outcome.spilled, outcome.spills, outcome.failure]))
+"""
+
+
+@pytest.mark.compiles
+def test_spills_in_the_loop_over_time_are_found(tmp_path):
+    """Of a kernel that has too few registers."""
+    command = [sys.executable, "-c", SPILLING]
+    result = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    spilled, spills, failure = json.loads(result.stdout)
+    assert spilled > 100
+    assert spills > 10
+    assert failure == f"accesses {spilled} spilled bytes {spills} times in the loop over time"
 
 
 OWN = """
