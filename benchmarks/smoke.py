@@ -358,7 +358,7 @@ def table(path: Path) -> list[str]:
 # ------------------------------------------------------------------------------------------------ one training step
 
 
-def torchs(device: str) -> int:
+def baseline(device: str) -> int:
     """A training step of nn.LSTM in every dtype, which needs no kernel of ours, and how long each takes at first."""
     failed = False
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)[: 2 if device == "cpu" else 4]:
@@ -394,7 +394,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--skip", type=int, default=0, help="trials of an exchange")
     options = parser.parse_args(argv)
     if options.what == "torch":
-        return torchs(options.device)
+        return baseline(options.device)
     if options.what == "steps":
         return steps(options.names[0], options.device, options.out)
     if options.what == "once":
