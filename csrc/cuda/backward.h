@@ -186,9 +186,8 @@ class Backward {
         take(z);
       }
       finish();
+      end_copies();
     });
-    recurrent.end();
-    if constexpr (kProjected) projection->end();
   }
 
   // From dh to da, which is sent.

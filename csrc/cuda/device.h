@@ -16,7 +16,8 @@
 //   load_streamed(address)                           16 bytes that are read once and by one thread
 //   copy_async(shared, global) wait_copies(name)     16 bytes at a time, past the first-level cache; copy_async_if(c,
 //   ..) commit_copies() wait_copies_but<n>(name)         groups of copies: waits for all but the last n groups
-//   end_copies()                                     for the thread's copies that nothing reads, before it ends
+//   end_copies()                                     after a slice, and so before the thread ends: K blocks that are
+//                                                    streamed for a step that does not come are on their way till then
 //   store_global_if(c, address, quad)                16 bytes, for later launches
 //   load_global_if(c, address, value)                a read-only number, or the old value; no branch
 //   store_exchanged(address, quad)                   16 bytes that other blocks read through the second-level cache

@@ -226,10 +226,8 @@ class Forward {
         }
       }
       finish();
+      end_copies();
     });
-    input.end();
-    recurrent.end();
-    if constexpr (kProjected) projection->end();
   }
 
   // All slices, where a warp computes several tiles in turn. With a projection a step loops over them twice: for m,

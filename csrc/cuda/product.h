@@ -126,12 +126,6 @@ class WarpProduct {
     FUSEDRNN_UNROLL for (int n = 0; n < kColumnTiles; ++n) { Unit::finish(sums[n], z[n], role_.lane); }
   }
 
-  // Once, after the last product. The K blocks of a step that does not come are still copied into shared memory, which
-  // is the block's no longer when its threads have ended.
-  FUSEDRNN_DEVICE void end() const {
-    if (!kIsChunked && streamed() > 0) end_copies();
-  }
-
   // From the parts of all warps of the tile to the sums of the column tiles that this warp owns.
   FUSEDRNN_DEVICE void add_parts(Summed& z) const {
     if (role_.splits == 2) {

@@ -80,8 +80,8 @@ class ScatterTiles {
     for (int64_t b = static_cast<int64_t>(role_.first_slice) * kRows; b < p_.sizes.B;
          b += static_cast<int64_t>(p_.plan.groups) * kRows) {
       slice(b);
+      end_copies();
     }
-    if (kOthers && first_streamed() < outputs()) end_copies();  // as WarpProduct::end() does
   }
 
  private:

@@ -110,11 +110,12 @@ def compiled(source: str, architectures: list[str]) -> tuple[Path, list[dict]]:
     digest = hashlib.sha256(json.dumps([FLAGS, version]).encode())
     for path in inputs:
         digest.update(path.read_bytes())
-    name = "-".join((Path(source).name, *architectures))
-    target = ROOT / "build" / "cuda_compile" / f"{name}-{digest.hexdigest()[:16]}.o"
+    # By the numbers: cuobjdump -xelf sm_90a takes every architecture of an object with that in its name.
+    folder = ROOT / "build" / "cuda_compile" / "-".join(name.removeprefix("sm_") for name in architectures)
+    target = folder / f"{Path(source).name}-{digest.hexdigest()[:16]}.o"
     if not target.with_suffix(".json").is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        for old in target.parent.glob(f"{name}-*"):
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob(f"{Path(source).name}-*"):
             old.unlink()
         codes = [f"-gencode=arch={ARCHITECTURES[real]},code={real}" for real in architectures]
         command = [NVCC, *FLAGS, *codes, "-c", str(SOURCES / f"{source}.cu"), "-o", str(target)]
