@@ -127,8 +127,8 @@ FROM_TORCH := libc10.so libtorch.so libtorch_cpu.so libtorch_cuda.so libtorch_py
 chart: $(VENV)/.test
 	$(BIN)/python docs/draw_speed.py
 
-# make kernels   the GPU kernels compiled for every architecture: registers, spills, instructions; GRID=--quick for fewer:
-# make kernels   a small grid of Triton's, and of most CUDA kernels of cells other than the LSTM one architecture.
+# make kernels   the GPU kernels compiled for every architecture: registers, spills, instructions. GRID=--quick takes a
+# make kernels   small grid of Triton's plans, and most CUDA kernels of other cells than the LSTM for sm_90a alone.
 # make kernels   Of Triton the oldest release that is supported, over few plans, and the one that is installed
 kernels: $(VENV)/.test build/triton-$(OLDEST_TRITON)
 	@echo "== Triton $(OLDEST_TRITON) =="

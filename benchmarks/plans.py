@@ -7,6 +7,7 @@ follow, one for each kernel that is compiled differently.
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import os
 import re
@@ -28,10 +29,10 @@ import fusedrnn
 from fusedrnn import cuda, dispatch
 
 from .cases import BenchmarkCase, cell
-from .contender import OURS
+from .contender import OURS, Contender
 from .contenders import entered
 from .results import Row
-from .run import blame
+from .run import blame, blank
 from .verify import WrongError, products, worst_error
 
 _DTYPES = ("bfloat16", "tf32", "float16", "float32")
@@ -187,21 +188,22 @@ def forcing(backend: str, forward: Any, backward: Any) -> AbstractContextManager
 
 def _row(trial: Trial) -> Row:
     """The row of a trial that nothing is known of yet; its `ran` is the plan."""
-    case = trial.cell.case
-    row = Row("plans", OURS + trial.backend, case=trial.cell.id, mode=trial.cell.mode, ran=trial.plan)
-    row.device, row.dtype, row.variant = trial.cell.device, trial.cell.dtype, trial.cell.variant
-    row.T, row.B, row.I, row.H, row.L, row.D = case.T, case.B, case.I, case.H, case.layers, trial.cell.D
+    row = blank("plans", trial.cell, _contender(trial))
+    row.ran = trial.plan
     return row
+
+
+def _contender(trial: Trial) -> Contender:
+    return entered([trial.backend], [], trial.cell.case.cell)[-1]
 
 
 def attempt(trial: Trial) -> Row:
     """The outcome of a trial, as a row of results without a time."""
-    row, case = _row(trial), trial.cell.case
-    contender = entered([trial.backend], [], case.cell)[-1]
+    row, contender = _row(trial), _contender(trial)
     forced = forcing(trial.backend, *trial.forced) if trial.forced else nullcontext()
     try:
         with forced:
-            row.excess = worst_error(trial.cell, contender, case.module(contender.build, trial.cell.device))
+            row.excess = worst_error(trial.cell, contender, trial.cell.case.module(contender.build, trial.cell.device))
     except WrongError as error:
         row.status, row.reason, row.excess = "wrong", str(error), error.excess
     except Exception as error:  # of whatever kind: it is this plan that failed
@@ -215,13 +217,22 @@ def _work(trials: Connection) -> None:
     usable = True
     while usable:
         trial = trials.recv()
-        row = attempt(trial)
-        if trial.cell.device == "cuda":
-            try:
-                torch.cuda.synchronize()
-            except Exception:  # torch's own types for it differ from version to version
-                usable = False
+        row, usable = attempt(trial), responds(trial.cell.device)
         trials.send((row, usable))
+
+
+def responds(device: str) -> bool:
+    """Whether the device still computes for this process. What kernels have printed is printed before."""
+    if device == "cpu":
+        return True
+    try:
+        torch.cuda.synchronize()
+        torch.zeros(1, device=device).item()
+    except Exception:  # torch's own types for it differ from version to version
+        return False
+    finally:
+        ctypes.CDLL(None).fflush(None)
+    return True
 
 
 @dataclass

@@ -12,7 +12,6 @@ kernels in the debug build, whose waits name themselves and end the launch.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import subprocess
 import sys
@@ -113,7 +112,7 @@ def exchange(backend: str, kind: str, device: str, skip: int = 0) -> int:
             why = " ".join(f"{type(error).__name__}: {error}"[:600].split())
             used = "; ".join(f"{kernel}: {plan}" for kernel, plan in choice.plans.items())
             print(f"FAILED {label}: {why}{_where(error)}; {used}", flush=True)
-            if not _responds(device):
+            if not plans.responds(device):
                 print("the device does not answer this process any longer: another goes on", flush=True)
                 command = [sys.executable, "-m", "fusedrnn.benchmarks.smoke", "exchange", backend, kind]
                 subprocess.run([*command, "--device", device, "--skip", str(k + 1)], check=False)
@@ -197,20 +196,6 @@ def _where(error: Exception) -> str:
     return " in " + " > ".join(f"{Path(frame.filename).stem}.{frame.name}" for frame in frames[-2:])
 
 
-def _responds(device: str) -> bool:
-    """Whether the device still computes for this process. What kernels have printed is printed before."""
-    if device == "cpu":
-        return True
-    try:
-        torch.cuda.synchronize()
-        torch.zeros(1, device=device).item()
-    except Exception:  # torch's own types for it differ from version to version
-        return False
-    finally:
-        ctypes.CDLL(None).fflush(None)
-    return True
-
-
 # ------------------------------------------------------------------------------------------------ steps
 
 
@@ -245,7 +230,7 @@ def steps(backend: str, device: str, out: Path) -> int:
                 file.write(json.dumps(row) + "\n")
                 file.flush()
                 print(f"{'FAILED ' if 'error' in row[name] else ''}{json.dumps(row)}", flush=True)
-                if "error" in row[name] and not _responds(device):
+                if "error" in row[name] and not plans.responds(device):
                     print("the device does not answer any longer", flush=True)
                     return 1
     return 1 if failed else 0

@@ -90,7 +90,7 @@ def test_another_process_goes_on_where_the_device_has_failed(asked, capsys, monk
         raise RuntimeError("CUDA error: an illegal memory access\nCompile with TORCH_USE_CUDA_DSA")
 
     started = []
-    monkeypatch.setattr(smoke, "_responds", lambda device: False)
+    monkeypatch.setattr(plans, "responds", lambda device: False)
     monkeypatch.setattr(smoke.subprocess, "run", lambda command, **_: started.append(command))
     assert asked(fail, "bfloat16", "tf32", "float32", skip=1) == 1
     _, failed, said = capsys.readouterr().out.splitlines()
